@@ -1,0 +1,45 @@
+# Everything a newcomer needs. `make demo` and `make test` do the whole set-up by themselves.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SEED ?= 0
+export DS_BUILD_OPS := 0
+export DS_ACCELERATOR ?= cpu
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-full bench lint setup clean
+
+setup: $(STAMP)
+
+# torch goes in before deepspeed, so that pip does not choose another torch; deepspeed is an sdist that needs
+# torch and setuptools at build time, hence no build isolation.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "phalanx needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja py-cpuinfo
+	$(BIN)/python -m pip install -q -c constraints.txt torch numpy
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation deepspeed
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[ray,train,dev]'
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/phalanx submit experiment=quickstart fault_seed=$(SEED)
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-full: setup
+	$(BIN)/python -m pytest -m 'full or not full'
+
+bench: setup
+	$(BIN)/python -m pytest tests/benchmarks -m 'full or not full' -s
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,38 @@
+"""The points of the training loop at which others may act: fault injection, tests, user callbacks. Pure."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Hooks(Protocol):
+    """What the loop calls. ``step`` counts from 1: step ``n`` is the n-th optimizer step of the run."""
+
+    def step_begin(self, step: int) -> None:
+        """Before step ``step`` reads its samples."""
+
+    def step_end(self, step: int) -> None:
+        """After step ``step`` has changed the weights, before a checkpoint of it is made."""
+
+    def checkpoint_begin(self, step: int) -> None:
+        """After the state of step ``step`` was copied, before its first byte is written."""
+
+    def checkpoint_shards_written(self, step: int) -> None:
+        """After this rank's shard is durable, before the manifest exists."""
+
+    def restore_begin(self) -> None:
+        """Before a checkpoint is read."""
+
+
+class NoHooks:
+    """Does nothing, everywhere."""
+
+    def step_begin(self, step: int) -> None: ...
+
+    def step_end(self, step: int) -> None: ...
+
+    def checkpoint_begin(self, step: int) -> None: ...
+
+    def checkpoint_shards_written(self, step: int) -> None: ...
+
+    def restore_begin(self) -> None: ...

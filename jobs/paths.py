@@ -1,0 +1,79 @@
+"""Names of every file in a run directory, in one place. The run directory is the truth about a run.
+
+::
+
+    <run.dir>/<run name>/
+        request.json            the LaunchRequest, verbatim
+        config.yaml             the resolved configuration
+        overrides.yaml          what the user typed
+        plan.json               the plan
+        ds_config.json          DeepSpeed's configuration
+        env.json                versions and the (redacted) environment of the submission
+        events.jsonl            append-only, fsynced: every decision
+        metrics.jsonl           one line per optimizer step
+        cluster.json            how to reach the cluster that runs it
+        secret                  key of the control connections of this run (mode 0600)
+        sample.txt              text generated from the final weights
+        tracking.json           W&B id and the last step logged
+        code/                   our packages and, for scripts, nothing of the user's
+        controllers/E.json      lock records: who controlled in epoch E (create-exclusive)
+        controllers/E.beat      heartbeat of that controller
+        agents/NODE.json        where to reach the agent of a node
+        attempts/N/job.json     the JobSpec of attempt N
+        attempts/N/ranks.json   rank -> node, pid, coordinates
+        attempts/N/rank-R.log   logs of rank 0 and of the first failing rank; the others stay on their node
+        checkpoints/            see jobs.checkpoint
+        faults/ID.json          proof that an injected fault fired (create-exclusive)
+        control/cancel.json     a request to cancel (create-exclusive)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class RunPaths:
+    """Paths inside one run directory.
+
+    Args:
+        root: The run directory.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.request = self.root / "request.json"
+        self.config = self.root / "config.yaml"
+        self.overrides = self.root / "overrides.yaml"
+        self.plan = self.root / "plan.json"
+        self.ds_config = self.root / "ds_config.json"
+        self.env = self.root / "env.json"
+        self.events = self.root / "events.jsonl"
+        self.metrics = self.root / "metrics.jsonl"
+        self.cluster = self.root / "cluster.json"
+        self.secret = self.root / "secret"
+        self.sample = self.root / "sample.txt"
+        self.tracking = self.root / "tracking.json"
+        self.code = self.root / "code"
+        self.controllers = self.root / "controllers"
+        self.agents = self.root / "agents"
+        self.attempts = self.root / "attempts"
+        self.checkpoints = self.root / "checkpoints"
+        self.faults = self.root / "faults"
+        self.control = self.root / "control"
+        self.cancel = self.control / "cancel.json"
+
+    def attempt(self, number: int) -> Path:
+        """Folder of attempt ``number``."""
+        return self.attempts / str(number)
+
+    def job(self, number: int) -> Path:
+        """JobSpec of attempt ``number``."""
+        return self.attempt(number) / "job.json"
+
+    def ranks(self, number: int) -> Path:
+        """Where the ranks of attempt ``number`` run."""
+        return self.attempt(number) / "ranks.json"
+
+    def rank_log(self, number: int, rank: int) -> Path:
+        """Log of one rank of attempt ``number``, where it was brought to the run directory."""
+        return self.attempt(number) / f"rank-{rank}.log"

@@ -1,0 +1,77 @@
+"""What a rank tells its agent: one JSON object per line, on an inherited file descriptor.
+
+Kinds, with their fields beside ``kind`` and ``time`` (UTC seconds):
+
+``started``     the process runs our code: ``pid``
+``restored``    state is in place: ``step`` (next step to run), ``seconds``
+``training``    every rank is ready and the first step begins: ``step``
+``step``        an optimizer step is done: ``step`` (sent by every rank)
+``checkpoint``  a checkpoint is committed (sent by rank 0): ``step``, ``path``, ``bytes``, ``stall_s``
+``rejected``    a checkpoint failed verification: ``path``, ``reason``
+``fault``       an injected fault fires now: ``fault``
+``error``       an exception ends the rank: ``type``, ``message``, ``traceback``, ``step``, ``exit_code``
+``done``        the rank has finished its job: ``step``
+
+Pure: no torch, no ray. A report is at most :data:`MAX_LINE_BYTES`, so that a write to the pipe is atomic.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+MAX_LINE_BYTES = 4000  # below PIPE_BUF (4096 on Linux): a line is never torn by another writer of the same pipe
+
+
+class Reporter:
+    """Writes reports; silent when there is nobody to report to.
+
+    Args:
+        fd: File descriptor of a pipe, or -1.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def send(self, kind: str, **fields: Any) -> None:
+        """Send one report. A vanished reader is ignored: the agent's death is the launcher's business."""
+        if self._fd < 0:
+            return
+        try:
+            os.write(self._fd, encode({"kind": kind, "time": time.time(), **fields}))
+        except (BrokenPipeError, OSError):
+            self._fd = -1
+
+
+def encode(report: dict[str, Any]) -> bytes:
+    """One line; the longest text field is cut in the middle until the line fits."""
+    line = json.dumps(report).encode() + b"\n"
+    while len(line) > MAX_LINE_BYTES:
+        key = max((k for k, v in report.items() if isinstance(v, str)), key=lambda k: len(report[k]))
+        text = report[key]
+        keep = max(0, int(len(text) * 0.8) - 8)
+        report = report | {key: text[: keep // 4] + "\n...\n" + text[len(text) - (keep - keep // 4) :]}
+        line = json.dumps(report).encode() + b"\n"
+    return line
+
+
+class LineBuffer:
+    """Cuts a byte stream into reports; an unfinished line waits for its rest, a damaged one is dropped."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[dict[str, Any]]:
+        """Add bytes and return the reports that they complete."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        reports = []
+        for line in lines:
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                reports.append(value)
+        return reports

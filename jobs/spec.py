@@ -1,0 +1,200 @@
+"""What the launcher tells a rank: the job (the same for every rank and attempt) and the rank's own environment.
+
+The job is written once per attempt to ``<run dir>/attempts/<n>/job.json``; the rank variables travel in the
+environment under the names that torchrun users know, plus ``PHALANX_*``. Pure: no torch, no ray.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from strategies.plan import ParallelPlan
+from strategies.specs import BatchSpec, ModelSpec, Precision
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSpec:
+    """How the model is trained.
+
+    Attributes:
+        steps: Optimizer steps of the whole run.
+        seed: Seed of initial weights and of the order of samples.
+        lr: Peak learning rate.
+        min_lr: Learning rate at the last step (cosine decay).
+        warmup_steps: Steps of linear warm-up.
+        precision: Arithmetic of forward and backward.
+        clip: Largest global gradient norm; 0 switches clipping off.
+        beta1: Adam, decay of the first moment.
+        beta2: Adam, decay of the second moment.
+        eps: Adam, epsilon.
+        weight_decay: AdamW decay, on every parameter.
+        deterministic: Refuse kernels whose result depends on scheduling (matters on CUDA).
+        sample_tokens: Tokens of text generated from the final weights; 0 for none.
+        sample_prompt: What the generated text continues.
+    """
+
+    steps: int
+    seed: int = 0
+    lr: float = 3e-4
+    min_lr: float = 3e-5
+    warmup_steps: int = 0
+    precision: Precision = "fp32"
+    clip: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    deterministic: bool = True
+    sample_tokens: int = 0
+    sample_prompt: str = "def "
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSpec:
+    """Where the samples come from.
+
+    Attributes:
+        kind: ``stdlib``: the source of Python's standard library; ``text``: files of the user.
+        path: File or folder (``text`` only).
+        store: Folder of the prepared token store, on the shared file system; empty until prepared.
+        digest: Digest of the prepared tokens; ranks refuse a store that does not carry it.
+        vocab: Vocabulary of the tokenizer.
+    """
+
+    kind: Literal["stdlib", "text"]
+    path: str = ""
+    store: str = ""
+    digest: str = ""
+    vocab: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointSpec:
+    """When checkpoints are made and how many stay.
+
+    Attributes:
+        every: Steps between checkpoints on disk; 0 leaves only the one after the last step.
+        memory_every: Steps between checkpoints in memory; 0 for none.
+        keep: Number of newest committed checkpoints kept.
+    """
+
+    every: int = 10
+    memory_every: int = 0
+    keep: int = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobSpec:
+    """Everything that all ranks of a job agree on.
+
+    Attributes:
+        run_id: Name of the run, unique in its parent folder.
+        kind: ``pretrain``: our own worker; ``script``: a command of the user.
+        model: The model (``pretrain``).
+        plan: The plan.
+        batch: The global batch.
+        train: The recipe.
+        data: The samples.
+        checkpoint: The checkpoint policy.
+        deepspeed: DeepSpeed's config dictionary.
+        faults: Faults to inject, in the grammar of :mod:`jobs.faults`, all resolved (no ``random``).
+        command: Command line of a ``script`` job.
+        workdir: Folder in which a ``script`` job starts.
+        version: Version of this document.
+    """
+
+    run_id: str
+    kind: Literal["pretrain", "script"]
+    model: ModelSpec
+    plan: ParallelPlan
+    batch: BatchSpec
+    train: TrainSpec
+    data: DataSpec
+    checkpoint: CheckpointSpec
+    deepspeed: Mapping[str, Any]
+    faults: tuple[str, ...] = ()
+    command: str = ""
+    workdir: str = ""
+    version: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankEnv:
+    """One rank's view of its gang; :meth:`variables` and :meth:`read` are inverse.
+
+    Attributes:
+        rank: Global rank.
+        local_rank: Index of the rank's slot on its node.
+        world_size: Number of ranks.
+        local_world_size: Number of ranks on this node.
+        node_rank: Index of the node in the gang.
+        master_addr: Address of the rendezvous store (rank 0's node).
+        master_port: Port of the rendezvous store.
+        run_id: Name of the run.
+        run_dir: Run directory, on the shared file system.
+        epoch: Incarnation of the controller that launched this attempt.
+        attempt: Incarnation of the gang.
+        resume_from: Checkpoint to restore: path of its manifest (``pretrain``) or folder (``script``); empty for none.
+        report_fd: File descriptor to write reports to (:mod:`jobs.report`); -1 for none.
+        store_fd: Listening socket for the rendezvous store, already bound (rank 0 only); -1 for none.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    node_rank: int
+    master_addr: str
+    master_port: int
+    run_id: str
+    run_dir: str
+    epoch: int
+    attempt: int
+    resume_from: str = ""
+    report_fd: int = -1
+    store_fd: int = -1
+
+    @property
+    def checkpoint_dir(self) -> str:
+        """Folder of all checkpoints of the run."""
+        return os.path.join(self.run_dir, "checkpoints")
+
+    @property
+    def job_path(self) -> str:
+        """File of the attempt's :class:`JobSpec`."""
+        return os.path.join(self.run_dir, "attempts", str(self.attempt), "job.json")
+
+    def variables(self) -> dict[str, str]:
+        """The environment variables that carry this view to the rank's process."""
+        return {name: str(getattr(self, field)) for field, name in _VARIABLES.items()} | {
+            "GROUP_RANK": str(self.node_rank),
+            "PHALANX_CKPT_DIR": self.checkpoint_dir,
+        }
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> RankEnv:
+        """Read the view back; raises ``KeyError`` outside a rank's process."""
+        kinds = cls.__annotations__
+        raw = {field: environ[name] for field, name in _VARIABLES.items()}
+        return cls(**{field: int(text) if kinds[field] == "int" else text for field, text in raw.items()})
+
+
+_VARIABLES = {
+    "rank": "RANK",
+    "local_rank": "LOCAL_RANK",
+    "world_size": "WORLD_SIZE",
+    "local_world_size": "LOCAL_WORLD_SIZE",
+    "node_rank": "NODE_RANK",
+    "master_addr": "MASTER_ADDR",
+    "master_port": "MASTER_PORT",
+    "run_id": "PHALANX_RUN_ID",
+    "run_dir": "PHALANX_RUN_DIR",
+    "epoch": "PHALANX_EPOCH",
+    "attempt": "PHALANX_ATTEMPT",
+    "resume_from": "PHALANX_RESUME_FROM",
+    "report_fd": "PHALANX_REPORT_FD",
+    "store_fd": "PHALANX_STORE_FD",
+}
