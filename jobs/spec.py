@@ -179,7 +179,8 @@ class RankEnv:
         """Read the view back; raises ``KeyError`` outside a rank's process."""
         kinds = cls.__annotations__
         raw = {field: environ[name] for field, name in _VARIABLES.items()}
-        return cls(**{field: int(text) if kinds[field] == "int" else text for field, text in raw.items()})
+        values: dict[str, Any] = {field: int(text) if kinds[field] == "int" else text for field, text in raw.items()}
+        return cls(**values)
 
 
 _VARIABLES = {

@@ -86,7 +86,9 @@ def _decode_sequence(origin: Any, args: tuple[Any, ...], data: Any, where: str) 
     _check(isinstance(data, list | tuple), data, where, "a list")
     if origin is tuple and not (len(args) == 2 and args[1] is Ellipsis):
         _check(len(data) == len(args), data, where, f"a list of {len(args)}")
-        return tuple(_decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(args, data, strict=True)))
+        return tuple(
+            _decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(args, data, strict=True))
+        )
     return origin(_decode(args[0], item, f"{where}[{i}]") for i, item in enumerate(data))
 
 

@@ -1,0 +1,47 @@
+"""What can go wrong with checkpoint storage, as errors that say what to do next."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from strategies.errors import StorageError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class CorruptCheckpoint(StorageError):
+    """A committed checkpoint is not what its manifest promises.
+
+    Args:
+        path: The manifest.
+        reason: What does not match, naming the file.
+    """
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(
+            f"The checkpoint {path} is damaged.",
+            why=reason,
+            hint="Resume from an older checkpoint of the run; the damaged one is skipped, not deleted.",
+        )
+        self.path = str(path)
+        self.reason = reason
+
+
+class CheckpointConflict(StorageError):
+    """Another writer has committed, or holds a higher token: this writer has been fenced."""
+
+
+def storage_error(doing: str, path: str | Path, error: OSError) -> StorageError:
+    """Explain a failed system call.
+
+    Args:
+        doing: The action, as in "write the checkpoint shard".
+        path: The file or folder.
+        error: What the operating system said.
+    """
+    if error.errno in _FULL:
+        hint = "Free space there (or lower checkpoint.keep), then resume the run: committed checkpoints are intact."
+    else:
+        hint = "Check that the file system is mounted, healthy and writable, then resume the run."
+    return StorageError(f"Cannot {doing} at {path}.", why=f"{error.strerror or error}", hint=hint)

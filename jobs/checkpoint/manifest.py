@@ -1,0 +1,310 @@
+"""The manifest: the record whose existence makes a checkpoint, and the questions that are asked of it.
+
+Standard library only: the controller lists, picks and verifies checkpoints where neither torch nor numpy is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.checkpoint.errors import CheckpointConflict, CorruptCheckpoint, storage_error
+from jobs.checkpoint.layout import Place, Token, manifests, place_of, sync_dir, write_durably, writers
+from jobs.checkpoint.shardfile import KINDS, DamagedShard, block_count, read_block, read_header
+from strategies.codec import from_json, to_json
+from strategies.errors import ConfigError, StorageError
+from strategies.plan import ParallelPlan
+from strategies.specs import ModelSpec
+
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardRecord:
+    """One shard, as promised by the manifest.
+
+    Attributes:
+        rank: Rank that wrote it.
+        bytes: Size of the file.
+        digest: SHA-256 of its header, which holds the digests of the data (:mod:`jobs.checkpoint.shardfile`).
+        elements: Elements per kind.
+    """
+
+    rank: int
+    bytes: int
+    digest: str
+    elements: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerState:
+    """State of the optimizer and its engine that is the same on every rank.
+
+    Attributes:
+        optimizer_steps: Updates that Adam has made; less than the step when fp16 skipped some.
+        learning_rates: Learning rate per parameter group, as last used.
+        counters: The engine's own counts of steps and samples.
+        loss_scaler: State of the dynamic loss scale (fp16); empty without one.
+    """
+
+    optimizer_steps: int
+    learning_rates: tuple[float, ...]
+    counters: Mapping[str, int]
+    loss_scaler: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """A committed checkpoint.
+
+    Attributes:
+        run_id: The run that wrote it.
+        step: Optimizer steps that the state contains.
+        epoch: Incarnation of the controller that launched the writers.
+        attempt: Incarnation of the gang that wrote it.
+        time: When it was committed, UTC seconds.
+        plan: The plan of the writers. Readers may have another.
+        model: The model.
+        tensors: Global name -> global shape of every tensor.
+        shards: The files.
+        trainer: Optimizer and engine state beside the tensors.
+        extra: What the caller wants back, verbatim (position in the data, tracking, digests of data and model).
+        version: Version of this document.
+    """
+
+    run_id: str
+    step: int
+    epoch: int
+    attempt: int
+    time: float
+    plan: ParallelPlan
+    model: ModelSpec
+    tensors: Mapping[str, tuple[int, ...]]
+    shards: tuple[ShardRecord, ...]
+    trainer: TrainerState
+    extra: Mapping[str, Any]
+    version: int = MANIFEST_VERSION
+
+    @property
+    def bytes(self) -> int:
+        """Size of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A committed checkpoint, for lists.
+
+    Attributes:
+        step: Optimizer steps that the state contains.
+        token: (epoch, attempt) of the writers.
+        path: The manifest.
+        bytes: Size of all shards.
+        plan: The plan of the writers.
+        time: When it was committed, UTC seconds.
+    """
+
+    step: int
+    token: Token
+    path: Path
+    bytes: int
+    plan: ParallelPlan
+    time: float
+
+
+def list_checkpoints(root: str | Path) -> list[Checkpoint]:
+    """All committed checkpoints below ``root``, best first: by step, then by token. Unreadable manifests are left out.
+
+    Raises:
+        StorageError: The folder cannot be listed.
+    """
+    found = []
+    for place in _best_first(Path(root)):
+        try:
+            manifest = read_manifest(place.manifest)
+        except CorruptCheckpoint:
+            continue
+        found.append(
+            Checkpoint(
+                step=place.step,
+                token=place.token,
+                path=place.manifest,
+                bytes=manifest.bytes,
+                plan=manifest.plan,
+                time=manifest.time,
+            )
+        )
+    return found
+
+
+def newest(root: str | Path, exclude: Collection[str | Path] = frozenset()) -> Path | None:
+    """The checkpoint to restore: the highest step, and of that step the highest token.
+
+    Args:
+        root: Folder of all checkpoints of the run.
+        exclude: Manifests that failed before.
+
+    Returns:
+        Path of its manifest; None when there is none.
+
+    Raises:
+        StorageError: The folder cannot be listed.
+    """
+    excluded = {str(path) for path in exclude}
+    for place in _best_first(Path(root)):
+        if str(place.manifest) in excluded:
+            continue
+        try:
+            read_manifest(place.manifest)
+        except CorruptCheckpoint:
+            continue
+        return place.manifest
+    return None
+
+
+def _best_first(root: Path) -> list[Place]:
+    try:
+        return sorted(manifests(root), key=lambda place: (place.step, place.token), reverse=True)
+    except OSError as error:
+        raise storage_error("list the checkpoints", root, error) from error
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read a manifest and check that it is whole.
+
+    Raises:
+        CorruptCheckpoint: It is missing, damaged, of another version, or does not belong where it lies.
+        StorageError: It cannot be read.
+    """
+    path = Path(path)
+    try:
+        document = json.loads(path.read_bytes())
+        digest = document.pop("digest")
+        if digest != _digest(document):
+            raise CorruptCheckpoint(path, "the manifest does not match its own digest")
+        manifest = from_json(Manifest, document, where="manifest")
+        place = place_of(path)
+    except FileNotFoundError:
+        raise CorruptCheckpoint(path, "the manifest does not exist") from None
+    except OSError as error:
+        raise storage_error("read the checkpoint manifest", path, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise CorruptCheckpoint(path, f"the manifest cannot be understood: {error}") from error
+    if (manifest.step, manifest.epoch, manifest.attempt) != (place.step, *place.token):
+        raise CorruptCheckpoint(path, f"the manifest is of step {manifest.step}, which is not what its name says")
+    return manifest
+
+
+def commit(root: Path, manifest: Manifest) -> Path:
+    """Make the checkpoint exist. Its shards must be durable.
+
+    Returns:
+        Path of the manifest.
+
+    Raises:
+        CheckpointConflict: It is committed already, or a higher token has written: another gang has taken over.
+        StorageError: The manifest cannot be written, or a shard is not there.
+    """
+    place = Place(root, manifest.step, Token(manifest.epoch, manifest.attempt))
+    document = to_json(manifest)
+    document["digest"] = _digest(document)
+    temporary = place.manifest.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        _refuse_if_fenced(place)
+        _require_shards(place, manifest)
+        for folder in (place.shard_dir, place.step_dir, root):
+            sync_dir(folder)
+        write_durably(temporary, json.dumps(document, indent=1).encode() + b"\n")
+        try:
+            os.link(temporary, place.manifest)  # fails when it exists, also over NFS; a rename would overwrite
+        finally:
+            os.unlink(temporary)
+        sync_dir(place.step_dir)
+    except FileExistsError:
+        raise CheckpointConflict(
+            f"The checkpoint {place.manifest} is committed already.",
+            why="another gang with the same token has written it",
+            hint="Nothing is lost; start one controller only for this run.",
+        ) from None
+    except OSError as error:
+        raise storage_error("commit the checkpoint", place.manifest, error) from error
+    return place.manifest
+
+
+def _refuse_if_fenced(place: Place) -> None:
+    highest = max((other.token for other in writers(place.root)), default=place.token)
+    if highest > place.token:
+        raise CheckpointConflict(
+            f"The gang {place.token} may not commit step {place.step}.",
+            why=f"a later gang, {highest}, already writes checkpoints of this run",
+            hint="Nothing is lost; this gang was replaced and ends.",
+        )
+
+
+def _require_shards(place: Place, manifest: Manifest) -> None:
+    problems = _missing(place, manifest)
+    if problems:
+        raise StorageError(
+            f"Step {manifest.step} cannot be committed.",
+            why="; ".join(problems[:3]),
+            hint="Check that every node sees the same run directory.",
+        )
+
+
+def verify(path: str | Path, deep: bool = False) -> list[str]:
+    """Look for damage.
+
+    Args:
+        path: A manifest.
+        deep: Read and check every byte, not only names and sizes.
+
+    Returns:
+        What is wrong, in sentences; empty when nothing is.
+    """
+    try:
+        manifest = read_manifest(path)
+    except StorageError as error:
+        return [error.why or error.what]
+    place = place_of(Path(path))
+    problems = _missing(place, manifest)
+    if deep and not problems:
+        for shard in manifest.shards:
+            problems += _check_shard(place.shard(shard.rank), shard)
+    return problems
+
+
+def _missing(place: Place, manifest: Manifest) -> list[str]:
+    problems = []
+    for shard in manifest.shards:
+        path = place.shard(shard.rank)
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror}")
+            continue
+        if size != shard.bytes:
+            problems.append(f"{path} has {size} bytes instead of {shard.bytes}")
+    return problems
+
+
+def _check_shard(path: Path, shard: ShardRecord) -> list[str]:
+    try:
+        header = read_header(path, size=shard.bytes, digest=shard.digest)
+        for stored in header.slices:
+            for kind in KINDS:
+                for index in range(block_count(stored)):
+                    read_block(header, stored, kind, index)
+    except DamagedShard as error:
+        return [str(error)]
+    except OSError as error:
+        return [f"{path}: {error.strerror}"]
+    return []
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

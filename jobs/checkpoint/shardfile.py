@@ -1,0 +1,241 @@
+"""One shard: a safetensors file whose header carries the slice table and the digests of its data.
+
+The file is read and written here rather than by the safetensors package, because digests are taken while writing and
+because a reader of another plan wants byte ranges (the package's own reader opens our files; a test proves it).
+
+The digest of a shard is the SHA-256 of its header, and the header holds the SHA-256 of every block of
+:data:`BLOCK_ELEMENTS` elements of every tensor. So the one digest in the manifest vouches for every byte, each byte is
+hashed once, and a reader that needs a part verifies just the blocks it touches. Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jobs.checkpoint.layout import write_all
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+BLOCK_ELEMENTS = 1 << 20
+ELEMENT_BYTES = 4  # float32, little-endian
+SHARD_VERSION = 1
+_MAX_HEADER_BYTES = 1 << 30
+
+
+class DamagedShard(Exception):
+    """A shard is not what its digest promises; the message names the file and the difference."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slice:
+    """A piece of a global tensor: the elements [start, stop), in row-major order, of a box of it.
+
+    Attributes:
+        name: Global name of the tensor.
+        shape: Its global shape, without vocabulary padding.
+        box: Per dimension, [from, to) of the part that the piece is cut from.
+        start: First element of the piece, counted inside the box.
+        stop: One past its last element.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    box: tuple[tuple[int, int], ...]
+    start: int
+    stop: int
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredSlice:
+    """A slice in a shard.
+
+    Attributes:
+        slice: What it is.
+        offsets: Per kind, the byte offset of its data in the file.
+        blocks: Per kind, the SHA-256 of each block.
+    """
+
+    slice: Slice
+    offsets: Mapping[str, int]
+    blocks: Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardHeader:
+    """What a shard says of itself.
+
+    Attributes:
+        path: The file.
+        slices: The slice table.
+        rank_state: State of the writing rank that belongs to no tensor (random number generators).
+    """
+
+    path: Path
+    slices: tuple[StoredSlice, ...]
+    rank_state: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_shard(
+    path: Path,
+    pieces: Sequence[tuple[Slice, Mapping[str, memoryview]]],
+    rank_state: Mapping[str, Any],
+) -> tuple[int, str]:
+    """Write a new shard and fsync it.
+
+    Args:
+        path: The file, which must not exist.
+        pieces: Each slice with the bytes of every kind of :data:`KINDS`.
+        rank_state: JSON values to keep beside the slices.
+
+    Returns:
+        Size in bytes, and digest.
+
+    Raises:
+        OSError: The file cannot be written; what was written of it is removed again.
+    """
+    header = _encode_header(pieces, rank_state)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        write_all(fd, memoryview(header))
+        for kind in KINDS:
+            for _, data in pieces:
+                write_all(fd, data[kind].cast("B"))
+        os.fsync(fd)
+        size = os.fstat(fd).st_size
+    except OSError:
+        os.unlink(path)  # gives the space back on a full disk
+        raise
+    finally:
+        os.close(fd)
+    return size, hashlib.sha256(header).hexdigest()
+
+
+def _encode_header(pieces: Sequence[tuple[Slice, Mapping[str, memoryview]]], rank_state: Mapping[str, Any]) -> bytes:
+    tensors: dict[str, Any] = {}
+    offset = 0
+    for kind in KINDS:  # by kind, so that a reader of weights only reads one contiguous part
+        for piece, _ in pieces:
+            end = offset + piece.elements * ELEMENT_BYTES
+            tensors[f"{kind}/{piece.name}"] = {
+                "dtype": "F32",
+                "shape": [piece.elements],
+                "data_offsets": [offset, end],
+            }
+            offset = end
+    table = [
+        {
+            "name": piece.name,
+            "shape": piece.shape,
+            "box": piece.box,
+            "range": (piece.start, piece.stop),
+            "blocks": {kind: _digests(data[kind].cast("B")) for kind in KINDS},
+        }
+        for piece, data in pieces
+    ]
+    ours = {"version": SHARD_VERSION, "slices": table, "rank_state": dict(rank_state)}
+    text = json.dumps({"__metadata__": {"format": "pt", "phalanx": json.dumps(ours)}, **tensors}).encode()
+    text += b" " * (-len(text) % 8)  # data stays aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def _digests(data: memoryview) -> list[str]:
+    step = BLOCK_ELEMENTS * ELEMENT_BYTES
+    return [hashlib.sha256(data[at : at + step]).hexdigest() for at in range(0, len(data), step)]
+
+
+def read_header(path: Path, *, size: int, digest: str) -> ShardHeader:
+    """Read and verify the header of a shard.
+
+    Args:
+        path: The file.
+        size: Bytes that it must have.
+        digest: Digest that its header must have.
+
+    Raises:
+        DamagedShard: It is missing, or does not match.
+        OSError: It cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != size:
+                raise DamagedShard(f"{path} has {found} bytes instead of {size}")
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
+                raise DamagedShard(f"{path}: the header claims {length} bytes")
+            text = file.read(length)
+    except FileNotFoundError:
+        raise DamagedShard(f"{path} is missing") from None
+    if hashlib.sha256(prefix + text).hexdigest() != digest:
+        raise DamagedShard(f"{path}: the header does not match its digest")
+    return _decode_header(path, json.loads(text), data_start=8 + length)
+
+
+def _decode_header(path: Path, document: dict[str, Any], *, data_start: int) -> ShardHeader:
+    # The digest has vouched for the content, so what is wrong here is a newer version, not damage.
+    ours = json.loads(document["__metadata__"]["phalanx"])
+    if ours["version"] != SHARD_VERSION:
+        raise DamagedShard(f"{path} has format version {ours['version']}, and this program reads {SHARD_VERSION}")
+    slices = tuple(
+        StoredSlice(
+            slice=Slice(
+                name=row["name"],
+                shape=tuple(row["shape"]),
+                box=tuple((low, high) for low, high in row["box"]),
+                start=row["range"][0],
+                stop=row["range"][1],
+            ),
+            offsets={kind: data_start + document[f"{kind}/{row['name']}"]["data_offsets"][0] for kind in KINDS},
+            blocks=row["blocks"],
+        )
+        for row in ours["slices"]
+    )
+    return ShardHeader(path=path, slices=slices, rank_state=ours["rank_state"])
+
+
+def read_block(header: ShardHeader, stored: StoredSlice, kind: str, index: int) -> bytes:
+    """Read and verify one block of one kind of a slice.
+
+    Raises:
+        DamagedShard: The block does not match its digest.
+        OSError: The file cannot be read.
+    """
+    first = index * BLOCK_ELEMENTS
+    count = min(BLOCK_ELEMENTS, stored.slice.elements - first)
+    fd = os.open(header.path, os.O_RDONLY)
+    try:
+        data = _pread(fd, count * ELEMENT_BYTES, stored.offsets[kind] + first * ELEMENT_BYTES)
+    finally:
+        os.close(fd)
+    if hashlib.sha256(data).hexdigest() != stored.blocks[kind][index]:
+        raise DamagedShard(f"{header.path}: block {index} of {kind}/{stored.slice.name} does not match its digest")
+    return data
+
+
+def _pread(fd: int, count: int, offset: int) -> bytes:
+    parts = []
+    while count:
+        part = os.pread(fd, count, offset)
+        if not part:
+            break  # truncated: the digest will not match
+        parts.append(part)
+        count -= len(part)
+        offset += len(part)
+    return b"".join(parts)
+
+
+def block_count(stored: StoredSlice) -> int:
+    """Number of blocks per kind of a slice."""
+    return math.ceil(stored.slice.elements / BLOCK_ELEMENTS)

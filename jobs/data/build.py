@@ -1,0 +1,221 @@
+"""Prepare a corpus once, where a run is submitted: tokenize it into a store in a folder named by what it depends on.
+
+The store is written aside and renamed into place, so that two submits at once, or a kill at any moment, leave either a
+whole store or none. What a killed writer left aside is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.data import tokenizer as bpe
+from jobs.data.corpus import Corpus, Document, pieces, scan
+from jobs.data.store import (
+    FORMAT_VERSION,
+    META,
+    TOKENIZER,
+    TOKENS,
+    StoreMeta,
+    file_digest,
+    read_meta,
+    token_width,
+    too_short,
+)
+from jobs.spec import DataSpec
+from strategies.codec import to_json
+from strategies.errors import StorageError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Progress = Callable[[str, float], None]
+BATCH_BYTES = 2 << 20
+_FRESH, _ASIDE = ".fresh-", ".aside-"
+_LOCK = "lock"
+
+
+def silent(phase: str, fraction: float) -> None:
+    """A progress callback that tells nobody."""
+
+
+def prepare(data: DataSpec, root: Path, vocab: int, progress: Progress = silent, *, seq: int = 0) -> DataSpec:
+    """Make the token store of a corpus, or find the one made before.
+
+    Args:
+        data: The corpus; ``kind`` and ``path`` are read.
+        root: Folder of all stores, on the file system that the ranks see; made if missing.
+        vocab: Number of tokens of the tokenizer.
+        progress: Told the phase (``reading``, ``training the tokenizer``, ``tokenizing``, ``ready``) and its
+            fraction, 0 to 1.
+        seq: Tokens per sequence, to refuse a corpus shorter than one; 0 checks nothing.
+
+    Returns:
+        ``data`` with ``store``, ``digest`` and ``vocab`` filled.
+
+    Raises:
+        ConfigError: No path, an empty or too short corpus, or a vocabulary that does not fit.
+        StorageError: The corpus cannot be read, or the store cannot be written.
+    """
+    bpe.check_vocab(vocab)
+    library = bpe.library_version()
+    corpus = scan(data, lambda fraction: progress("reading", fraction))
+    folder = root.absolute() / _key(corpus, vocab, library)
+    try:
+        meta = read_meta(folder)
+    except StorageError:
+        with _storage_errors(root):
+            _build(corpus, vocab, library, folder, progress)
+        meta = read_meta(folder)
+    if seq and meta.count < seq + 1:
+        raise too_short(meta, seq)
+    progress("ready", 1.0)
+    return dataclasses.replace(data, store=str(folder), digest=meta.digest, vocab=meta.vocab)
+
+
+def _key(corpus: Corpus, vocab: int, library: str) -> str:
+    parts = [FORMAT_VERSION, bpe.TRAINING_BYTES, library, vocab, corpus.digest]
+    return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:32]
+
+
+def _build(corpus: Corpus, vocab: int, library: str, folder: Path, progress: Progress) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder.parent)
+    with _aside(folder.parent) as aside:
+        progress("training the tokenizer", 0.0)
+        tokenizer = bpe.train(corpus, vocab)
+        (aside / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
+        count = _tokenize(corpus, tokenizer, aside / TOKENS, token_width(vocab), progress)
+        meta = StoreMeta(
+            digest=file_digest(aside / TOKENS),
+            count=count,
+            width=token_width(vocab),
+            vocab=vocab,
+            tokenizer_digest=file_digest(aside / TOKENIZER),
+            corpus=corpus.where,
+            corpus_digest=corpus.digest,
+            documents=len(corpus.documents),
+            text_bytes=corpus.size,
+            skipped=corpus.skipped,
+            library=library,
+        )
+        (aside / META).write_text(json.dumps(to_json(meta), indent=2) + "\n", encoding="utf-8")
+        _publish(aside, folder)
+
+
+def _tokenize(corpus: Corpus, tokenizer: Tokenizer, path: Path, width: int, progress: Progress) -> int:
+    import numpy as np
+
+    end = np.array([bpe.END_OF_TEXT_ID], dtype=f"<u{width}").tobytes()
+    done = count = 0
+    with path.open("wb") as file:
+        for batch in _batches(corpus.documents):
+            encodings = tokenizer.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+            for (text, last), encoding in zip(batch, encodings, strict=True):
+                file.write(np.array(encoding.ids, dtype=f"<u{width}").tobytes() + (end if last else b""))
+                count += len(encoding.ids) + last
+                done += len(text)
+            progress("tokenizing", min(1.0, done / corpus.size))
+    return count
+
+
+def _batches(documents: tuple[Document, ...]) -> Iterator[list[tuple[str, bool]]]:
+    """Pieces of text, each with whether its document ends there, in batches of about :data:`BATCH_BYTES`."""
+    batch: list[tuple[str, bool]] = []
+    size = 0
+    for piece in _pieces(documents):
+        batch.append(piece)
+        size += len(piece[0])
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(documents: tuple[Document, ...]) -> Iterator[tuple[str, bool]]:
+    for document in documents:
+        held = ""
+        for text in pieces(document):
+            if held:
+                yield held, False
+            held = text
+        yield held, True
+
+
+@contextlib.contextmanager
+def _aside(root: Path) -> Iterator[Path]:
+    """A folder next to the stores; its lock is held as long as its writer lives."""
+    fresh = Path(tempfile.mkdtemp(prefix=_FRESH, dir=root))
+    aside = fresh.with_name(fresh.name.replace(_FRESH, _aside_prefix(), 1))
+    try:
+        with (fresh / _LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            fresh.rename(aside)  # only now, with its lock held, does it bear a name that others may clean up
+            yield aside
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside_prefix() -> str:
+    return f"{_ASIDE}{socket.gethostname()}-"
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove what killed writers of this host left aside: a folder whose lock nobody holds."""
+    for aside in root.glob(f"{_aside_prefix()}*"):
+        with contextlib.suppress(OSError), (aside / _LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _publish(aside: Path, folder: Path) -> None:
+    """Make the store durable, then visible under its name. Another writer of the same store may have come first."""
+    for name in (TOKENIZER, TOKENS, META):
+        with (aside / name).open("rb") as file:
+            os.fsync(file.fileno())
+    aside.chmod(0o755)
+    _sync_folder(aside)
+    try:
+        os.rename(aside, folder)
+    except OSError:
+        with contextlib.suppress(StorageError):
+            read_meta(folder)
+            return  # the other's store is whole, and the same
+        ruin = Path(tempfile.mkdtemp(prefix=_FRESH, dir=folder.parent))
+        os.rename(folder, ruin / folder.name)
+        os.rename(aside, folder)
+        shutil.rmtree(ruin, ignore_errors=True)
+    (folder / _LOCK).unlink(missing_ok=True)
+    _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _storage_errors(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"The token store cannot be written to {root}.",
+            why=f"{error.strerror or error}.",
+            hint="Free some space or check the permissions, then submit again: the store is prepared anew.",
+        ) from error

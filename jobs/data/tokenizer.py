@@ -1,0 +1,89 @@
+"""A byte-level BPE tokenizer: trained on a deterministic part of the corpus, so that it takes seconds."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from jobs.data.corpus import PIECE_BYTES, Corpus, pieces
+from strategies.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 0
+MIN_VOCAB = 257  # every byte, and the end of a document
+MAX_VOCAB = 1 << 31
+TRAINING_BYTES = 4 << 20
+
+
+def library_version() -> str:
+    """Version of the ``tokenizers`` library.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    try:
+        return importlib.metadata.version("tokenizers")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ConfigError(
+            "Preparing a corpus needs the tokenizers library.",
+            why="It is not installed here.",
+            hint="pip install 'phalanx[train]'",
+        ) from error
+
+
+def check_vocab(vocab: int) -> None:
+    """Raise ConfigError when no byte-level tokenizer has ``vocab`` tokens."""
+    if not MIN_VOCAB <= vocab <= MAX_VOCAB:
+        raise ConfigError(
+            f"model.vocab={vocab} is outside {MIN_VOCAB}..{MAX_VOCAB}.",
+            why="A byte-level tokenizer has 256 bytes and one end-of-document token, before any merge.",
+            hint=f"Set model.vocab to {MIN_VOCAB} or more.",
+        )
+
+
+def train(corpus: Corpus, vocab: int) -> Tokenizer:
+    """Train a tokenizer of exactly ``vocab`` tokens; the same corpus and library give the same one.
+
+    Raises:
+        ConfigError: The corpus is too small for so many tokens.
+        StorageError: The corpus cannot be read.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(training_text(corpus), trainer)
+    size = tokenizer.get_vocab_size()
+    if size != vocab:
+        raise ConfigError(
+            f"model.vocab={vocab} is more than the corpus can give.",
+            why=f"The corpus {corpus.where} ({corpus.size} bytes) runs out of pairs to merge at {size} tokens.",
+            hint=f"Set model.vocab to {size} or less, or use a larger corpus.",
+        )
+    return tokenizer
+
+
+def training_text(corpus: Corpus) -> Iterator[str]:
+    """About :data:`TRAINING_BYTES` of the corpus, spread over all of it: every k-th piece."""
+    stride = max(1, -(-corpus.size // TRAINING_BYTES))
+    taken, seen = 0, 0
+    for document in corpus.documents:
+        if document.size <= PIECE_BYTES and seen + document.size <= taken * stride:
+            seen += document.size  # not its turn: not even opened
+            continue
+        for piece in pieces(document):
+            if seen >= taken * stride:
+                yield piece
+                taken += len(piece)
+            seen += len(piece)

@@ -1,0 +1,114 @@
+"""The gang as one rank sees it: its coordinates and groups, and the rendezvous that brings the ranks together.
+
+The rendezvous is fresh for every attempt: rank 0 serves the store on a socket that was bound before any rank was
+started, and every key carries run, epoch and attempt, so that nobody ever meets a peer of an earlier attempt.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from jobs.spec import RankEnv
+
+STORE_TIMEOUT_S = 300.0
+COLLECTIVE_TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """This rank's place in the gang, with the process groups of its three axes.
+
+    Attributes:
+        pipe: Pipeline stage, from 0.
+        data: Data-parallel replica, from 0.
+        model: Tensor-parallel rank, from 0.
+        pp: Number of stages.
+        dp: Number of replicas.
+        tp: Tensor-parallel degree.
+        model_group: Ranks that hold the other shards of the same layers; None when ``tp`` is 1.
+        data_group: Ranks that hold the same part of the model; None when ``dp`` is 1.
+        pipe_group: Ranks of the other stages of this replica; None when ``pp`` is 1.
+    """
+
+    pipe: int = 0
+    data: int = 0
+    model: int = 0
+    pp: int = 1
+    dp: int = 1
+    tp: int = 1
+    model_group: dist.ProcessGroup | None = None
+    data_group: dist.ProcessGroup | None = None
+    pipe_group: dist.ProcessGroup | None = None
+
+    @property
+    def first_stage(self) -> bool:
+        """Whether this rank embeds the tokens."""
+        return self.pipe == 0
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.pipe == self.pp - 1
+
+
+def init_process_group(env: RankEnv, backend: str, *, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> None:
+    """Meet the other ranks of this attempt. Collective.
+
+    Args:
+        env: This rank's view of the gang; ``store_fd`` is used on rank 0 if it is not -1.
+        backend: Name of the communication backend, as the accelerator says.
+        timeout_s: How long a collective may wait for a peer before it raises.
+    """
+    if "gloo" in backend:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_towards(env.master_addr, env.master_port))
+    serve = env.rank == 0
+    store = TCPStore(
+        env.master_addr,
+        env.master_port,
+        env.world_size,
+        is_master=serve,
+        timeout=timedelta(seconds=STORE_TIMEOUT_S),
+        wait_for_workers=False,
+        master_listen_fd=env.store_fd if serve and env.store_fd >= 0 else None,
+    )
+    dist.init_process_group(
+        backend,
+        store=PrefixStore(f"{env.run_id}/{env.epoch}/{env.attempt}", store),
+        rank=env.rank,
+        world_size=env.world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+def shutdown() -> None:
+    """Leave the gang; safe to call when it was never joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def set_threads() -> None:
+    """One CPU thread per rank, unless ``OMP_NUM_THREADS`` says otherwise (a warm pool forks ranks with one)."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def _interface_towards(address: str, port: int) -> str:
+    """Name of the network interface whose traffic reaches ``address``.
+
+    gloo would otherwise announce whatever this host's name resolves to, which is often a loopback address.
+    """
+    family, _, _, _, target = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)  # sends nothing; only asks the kernel for the route
+        own = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(item.address == own for item in addresses):
+            return str(name)
+    raise RuntimeError(f"no network interface carries {own}, the address from which {address} is reached")

@@ -1,0 +1,24 @@
+"""Imports, ahead of time and once per node, what a rank would import: the memory that ranks are forked from.
+
+Imports only. The process that calls this must stay at one thread and must not touch a device, so nothing here may
+compute: one parallel region would start the threads that make forking unsafe.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+MODULES = (
+    "jobs.engine",
+    "jobs.worker",
+    "jobs.stages.pretrain",
+    "jobs.checkpoint.save",
+    "jobs.checkpoint.restore",
+)
+"""What a rank of our own imports, the rest follows from these."""
+
+
+def warm() -> None:
+    """Import everything."""
+    for module in MODULES:
+        importlib.import_module(module)

@@ -1,0 +1,116 @@
+"""One rank: read the job, build the engine, run the stage, and say how it ended.
+
+Exit codes: 0 done; 1 an unexpected error; :data:`CORRUPT_EXIT_CODE` the checkpoint to restore is damaged (restart from
+an older one); any other error of :mod:`strategies.errors` its own number (7 for storage). SIGTERM ends a rank at once,
+as a shell sees it with 128 + 15: there is nothing to save that the newest checkpoint does not hold.
+
+torch and deepspeed are imported only once the process can report and be stopped; in a warm pool they are there already.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from jobs.checkpoint.errors import CorruptCheckpoint
+from jobs.faults import FaultInjector
+from jobs.report import Reporter
+from jobs.spec import JobSpec, RankEnv
+from strategies.codec import from_json
+from strategies.errors import ConfigError, PhalanxError, StorageError
+
+CORRUPT_EXIT_CODE = 76
+
+
+class StepCounter:
+    """The step that the rank is at, for the report of an error."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+
+def main() -> int:
+    """Be one rank, as the environment says.
+
+    Returns:
+        0. Every failure ends the process with its own exit code, without the exit handlers: they would wait for the
+        other ranks.
+    """
+    try:
+        env = RankEnv.read(os.environ)
+    except KeyError as missing:
+        print(f"jobs.worker is started by a host agent: {missing} is not set in the environment.", file=sys.stderr)
+        return ConfigError.exit_code
+    _set_signals()
+    reporter = Reporter(env.report_fd)
+    reporter.send("started", pid=os.getpid())
+    counter = StepCounter()
+    try:
+        _run(env, reporter, counter)
+    except Exception as error:
+        _fail(error, reporter, counter.step)
+    return 0
+
+
+def _run(env: RankEnv, reporter: Reporter, counter: StepCounter) -> None:
+    job = _read_job(Path(env.job_path))
+    hooks = FaultInjector(job.faults, env, reporter)
+    from jobs.engine import Engine
+    from jobs.stages.pretrain import Pretrain
+
+    engine = Engine.build(job, env)
+    Pretrain(job=job, env=env, engine=engine, reporter=reporter, hooks=hooks, counter=counter).run()
+    engine.close()
+
+
+def _read_job(path: Path) -> JobSpec:
+    try:
+        return from_json(JobSpec, json.loads(path.read_text(encoding="utf-8")), where="job.json")
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"The job cannot be read: {path}.",
+            why=str(error),
+            hint="Check that the run directory is on a file system that all nodes share.",
+        ) from error
+
+
+def _set_signals() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the kernel's own: works inside a blocked collective, too
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the client's; ranks end when the launcher says so
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)  # "where do you hang?"
+
+
+def _fail(error: Exception, reporter: Reporter, step: int) -> NoReturn:
+    code = exit_code(error)
+    if isinstance(error, CorruptCheckpoint):
+        reporter.send("rejected", path=error.path, reason=error.reason)
+    reporter.send(
+        "error",
+        type=type(error).__name__,
+        message=str(error),
+        traceback="".join(traceback.format_exception(error)),
+        step=step,
+        exit_code=code,
+    )
+    traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def exit_code(error: Exception) -> int:
+    """Exit code of a rank that ends with ``error``."""
+    if isinstance(error, CorruptCheckpoint):
+        return CORRUPT_EXIT_CODE
+    return error.exit_code if isinstance(error, PhalanxError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""How a controller begins: find out what is alive, adopt the gang, or clear it away and start from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launcher.controller import STOP_PATIENCE_S, Controller, Phase
+from launcher.gang import Observation
+from launcher.gang_state import GangState
+from launcher.lock import identity
+from launcher.recovery import Failure, FailureKind
+from launcher.run import EventKind, RunState
+from launcher.store import read_json
+
+Welcomes = Mapping[str, Mapping[str, Any]]
+
+
+def begin(controller: Controller, *, resume: Mapping[str, Any] | None = None, adopt: bool = True) -> None:
+    """Bring a new controller to its first phase.
+
+    Args:
+        controller: Fresh from its constructor.
+        resume: A person's wish to continue (``overrides``, ``changes``); None at the first submit and when a
+            controller replaces a dead one by itself.
+        adopt: A live gang may be taken over as it is (false when the request was changed).
+    """
+    welcomes, heard = _meet_agents(controller)
+    attempt = controller.run.attempt
+    unfinished = attempt is not None and attempt.ended is None
+    if unfinished and adopt and _adoptable(controller, welcomes):
+        _adopt(controller)
+        for seen in heard:
+            controller.observe(seen)
+        return
+    _clear(controller, welcomes)
+    controller.record(EventKind.CONTROLLER_STARTED, **identity(), adopted=False)
+    if resume is not None:
+        controller.record(EventKind.RESUME_REQUESTED, request=controller.request.digest, **resume)
+        controller.start_reason = "resume"
+        return
+    if controller.run.attempts:
+        controller.start_reason = "restart"
+    if unfinished:
+        _lost_gang(controller)
+
+
+def _meet_agents(controller: Controller) -> tuple[dict[str, Mapping[str, Any]], list[Observation]]:
+    """Connect to every announced agent; returns the welcome of each that answers, and all that was heard meanwhile."""
+    heard: list[Observation] = []
+    known = controller.backend.agents()
+    controller.gang.connect(known)
+    welcomes: dict[str, Mapping[str, Any]] = {}
+    gone: set[str] = set()
+    deadline = controller.clock.monotonic() + controller.request.recovery.detect_s
+    while len(welcomes) + len(gone) < len(known) and controller.clock.monotonic() < deadline:
+        controller.lock.beat()
+        for seen in controller.gang.poll(0.1):
+            heard.append(seen)
+            if seen.kind == "agent_up":
+                welcomes[seen.node] = seen.data
+            elif seen.kind == "agent_lost":
+                gone.add(seen.node)
+            controller.note_agent(seen)
+    return welcomes, [seen for seen in heard if seen.kind != "agent_up"]
+
+
+def _adoptable(controller: Controller, welcomes: Welcomes) -> bool:
+    """Every node of the newest attempt answers and still holds it."""
+    attempt = controller.run.attempt
+    if attempt is None or not controller.store.paths.ranks(attempt.number).exists():
+        return False
+    return all(welcomes.get(node, {}).get("attempt") == attempt.number for node in attempt.nodes)
+
+
+def _adopt(controller: Controller) -> None:
+    """Take over the live attempt. Its agents replay what they have seen, so nothing is missed."""
+    attempt = controller.run.attempt
+    assert attempt is not None
+    spawned: dict[str, dict[int, int]] = {node: {} for node in attempt.nodes}
+    for entry in read_json(controller.store.paths.ranks(attempt.number)):
+        spawned[entry["node"]][entry["rank"]] = entry["pid"]
+    log = controller.store.events()
+    mine = [event for event in log if event.attempt == attempt.number]
+    controller.state = GangState(
+        attempt=attempt.number,
+        placement={node: sorted(ranks) for node, ranks in spawned.items()},
+        script=controller.request.job.kind == "script",
+        resume_from=attempt.resume_from,
+        spawned=spawned,
+        commits={int(e.data["step"]) for e in mine if e.kind is EventKind.CHECKPOINT_COMMITTED},
+        first_step=attempt.first_step,
+        last_step=max(attempt.last_step, last_metric_step(controller, attempt.number)),
+        training=controller.run.state is RunState.RUNNING,
+    )
+    controller.record(EventKind.CONTROLLER_STARTED, **identity(), adopted=True)
+    controller.enter(Phase.RUN)
+
+
+def _clear(controller: Controller, welcomes: Welcomes) -> None:
+    """End what is left of attempts that will not be adopted."""
+    left = {node: int(data["attempt"]) for node, data in welcomes.items() if _has_live_ranks(data)}
+    for number in set(left.values()):
+        controller.gang.kill(number, grace_s=0.0)
+    deadline = controller.clock.monotonic() + STOP_PATIENCE_S
+    while left and controller.clock.monotonic() < deadline:
+        controller.lock.beat()
+        for seen in controller.gang.poll(0.1):
+            if seen.kind in ("killed", "agent_lost"):
+                left.pop(seen.node, None)
+            controller.note_agent(seen)
+
+
+def _has_live_ranks(welcome: Mapping[str, Any]) -> bool:
+    ranks: Sequence[Mapping[str, Any]] = welcome.get("ranks", ())
+    return bool(welcome.get("attempt")) and any(rank.get("exited") is None for rank in ranks)
+
+
+def _lost_gang(controller: Controller) -> None:
+    """A controller that replaces a dead one found the gang gone or broken: an ordinary failure."""
+    attempt = controller.run.attempt
+    assert attempt is not None
+    now = controller.clock.time()
+    last = last_metric_step(controller, attempt.number)
+    failure = Failure(
+        kind=FailureKind.NODE_LOST, time=now, step=last, detail="the gang was gone when a new controller came"
+    )
+    controller.record(
+        EventKind.FAILURE_DETECTED, attempt=attempt.number, failure=failure, last_step=last, failed_at=now
+    )
+    controller.conclude(failure)
+
+
+def last_metric_step(controller: Controller, attempt: int) -> int:
+    """Highest step of an attempt in metrics.jsonl; 0 for none."""
+    lines = controller.store.metrics()
+    return max((int(line["step"]) for line in lines if int(line["attempt"]) == attempt), default=0)

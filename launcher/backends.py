@@ -1,0 +1,142 @@
+"""Opens the cluster that a request names. The kinds are loaded when they are used, so that Ray stays optional."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from launcher.backend import Backend
+from launcher.request import LaunchRequest
+from launcher.store import RunStore
+from launcher.supervise import NoCluster
+from strategies.errors import ClusterError
+
+Say = Callable[[str], None]
+
+
+@contextlib.contextmanager
+def opened(store: RunStore, request: LaunchRequest, say: Say, progress: Say) -> Iterator[Backend]:
+    """The backend of a run that this process controls; nothing of it is left at the end.
+
+    Args:
+        store: The run.
+        request: What to run.
+        say: Told in sentences what happens.
+        progress: Told in a line how far it is.
+
+    Raises:
+        ClusterError: The cluster cannot be started.
+    """
+    if request.cluster.kind == "process":
+        with _processes(store, request) as backend:
+            yield backend
+    else:
+        with _embedded(store, request, say, progress) as backend:
+            yield backend
+
+
+@contextlib.contextmanager
+def left_over(store: RunStore, request: LaunchRequest) -> Iterator[Backend]:
+    """The backend of a run that is to be ended: what is still there, and nothing new."""
+    if request.cluster.kind == "process":
+        with _processes(store, request) as backend:
+            yield backend
+    elif request.cluster.kind == "local":
+        from launcher.embedded import EmbeddedCluster
+
+        cluster = EmbeddedCluster.find(store.paths.root)
+        with contextlib.ExitStack() as stack:
+            stack.callback(EmbeddedCluster(store.paths.root).stop)
+            yield NoCluster() if cluster is None else stack.enter_context(_ray(store, request))
+    else:
+        yield NoCluster()  # it cannot be reached: nothing of it can be ended from here
+
+
+@contextlib.contextmanager
+def _processes(store: RunStore, request: LaunchRequest) -> Iterator[Backend]:
+    from launcher.host.agent import AgentOptions
+    from launcher.local_backend import LocalBackend
+
+    processes = LocalBackend(store.paths, request.cluster, options=AgentOptions(**agent_options(request)))
+    try:
+        yield processes
+    finally:
+        processes.release()
+        processes.close()
+
+
+@contextlib.contextmanager
+def _embedded(store: RunStore, request: LaunchRequest, say: Say, progress: Say) -> Iterator[Backend]:
+    _need_ray()
+    from launcher.embedded import EmbeddedCluster
+
+    spec = request.cluster
+    nodes = spec.nodes + spec.spares
+    found = EmbeddedCluster.find(store.paths.root)
+    say(f"starting a Ray cluster of {nodes} nodes on this machine" if found is None else "the Ray cluster still lives")
+    cluster = EmbeddedCluster.start(
+        store.paths.root,
+        nodes=nodes,
+        slots_per_node=spec.slots_per_node,
+        keep_s=2 * request.recovery.lease_s,
+        progress=lambda done, total: progress(f"starting Ray: {done} of {total} nodes are up"),
+    )
+    try:
+        with _ray(store, request) as backend:
+            yield backend
+    finally:
+        cluster.stop()
+
+
+@contextlib.contextmanager
+def _ray(store: RunStore, request: LaunchRequest) -> Iterator[Backend]:
+    _need_ray()
+    from launcher.ray_backend import RayBackend
+
+    backend = RayBackend(store.paths.root, request.cluster, agent_options=agent_options(request))
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def agent_options(request: LaunchRequest) -> dict[str, Any]:
+    """How agents of this run behave: fields of :class:`launcher.host.agent.AgentOptions`."""
+    recovery = request.recovery
+    return {"detect_s": recovery.detect_s, "lease_s": recovery.lease_s, "grace_s": recovery.grace_s}
+
+
+def _need_ray() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("ray") is None:
+        raise ClusterError("Ray is not installed.", hint="pip install 'phalanx[ray]', or use cluster=process.")
+
+
+def measure(address: str) -> tuple[int, int]:
+    """Number of nodes of a running cluster, and of the slots that each of them has.
+
+    Raises:
+        ClusterError: The cluster cannot be reached or refuses us.
+    """
+    _need_ray()
+    from launcher.ray_client import measure as ask
+
+    return ask(address)
+
+
+def start_controller(
+    store: RunStore, request: LaunchRequest, *, resume: Mapping[str, Any] | None = None, adopt: bool = True
+) -> None:
+    """Start a detached controller on a running cluster; returns when it has won control.
+
+    Raises:
+        ClusterError: The cluster cannot be reached, refuses us, or could not start the controller.
+        StorageError: The run directory is not shared with every node.
+        ResumeRefused: Another controller owns the run.
+    """
+    _need_ray()
+    from launcher.ray_client import start_controller as start
+
+    start(store.paths.root, request.cluster.address, resume=resume, adopt=adopt)

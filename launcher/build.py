@@ -1,0 +1,243 @@
+"""From a typed configuration to the specs, the plan and the launch request. Pure: no files, no clock, no network."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jobs.spec import DataSpec, JobSpec, TrainSpec
+from launcher.request import LaunchRequest
+from launcher.schema import Config
+from strategies import rules
+from strategies.deepspeed_config import deepspeed_config
+from strategies.errors import ConfigError, PlanInfeasible, Violation
+from strategies.plan import ParallelPlan
+from strategies.resolve import resolve_plan
+from strategies.specs import BatchSpec, ClusterSpec, ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outline:
+    """What a configuration amounts to, legal or not: what ``plan`` shows.
+
+    Attributes:
+        model: The model.
+        batch: The work of one step.
+        cluster: The machine.
+        plan: The plan, everything derived.
+        violations: Every broken rule; none means that it can run.
+    """
+
+    model: ModelSpec
+    batch: BatchSpec
+    cluster: ClusterSpec
+    plan: ParallelPlan
+    violations: tuple[Violation, ...]
+
+
+def settle(config: Config, *, name: str, cwd: Path) -> Config:
+    """The configuration with its name and with absolute paths, so that it means the same from any folder.
+
+    Args:
+        config: As composed.
+        name: Name of the run if the configuration gives none.
+        cwd: Folder that relative paths start from.
+    """
+
+    def absolute(path: str) -> str:
+        return os.path.abspath(cwd / Path(path).expanduser())
+
+    run_dir, path, cache = absolute(config.run.dir), config.data.path, config.data.cache
+    return replace(
+        config,
+        run=replace(config.run, dir=run_dir, name=config.run.name or name),
+        data=replace(
+            config.data,
+            path=absolute(path) if path else path,
+            cache=absolute(cache) if cache else os.path.join(run_dir, ".data"),
+        ),
+        job=replace(config.job, workdir=absolute(config.job.workdir)),
+    )
+
+
+def default_name(config: Config, stamp: str, token: str) -> str:
+    """``<model>-<yyyymmdd-hhmmss>-<4 hex digits>``; a script's run is called after its kind."""
+    kind = config.model.name if config.job.kind == "pretrain" else "script"
+    return f"{kind}-{stamp}-{token}"
+
+
+def outline(config: Config, cluster: ClusterSpec | None = None) -> Outline:
+    """Derive the plan and judge it.
+
+    Args:
+        config: The configuration.
+        cluster: What an existing cluster reported; None takes the configuration's numbers.
+
+    Raises:
+        ConfigError: The size of an existing cluster is needed and not known.
+    """
+    machine = cluster or cluster_spec(config)
+    missing = _missing_nodes(config, machine)
+    model, batch = model_spec(config), BatchSpec(global_batch=config.train.global_batch, seq=config.model.seq)
+    if config.job.kind == "script":
+        plan = _script_plan(config, machine)
+        rows = BatchSpec(global_batch=plan.dp, seq=1)
+        found = rules.check(model=_BLANK, plan=plan, batch=rows, cluster=machine, precision="fp32", modelled=True)
+        return Outline(model=model, batch=batch, cluster=machine, plan=plan, violations=(*missing, *found))
+    precision = config.train.precision
+    asked = {field.name: getattr(config.strategy, field.name) for field in dataclasses.fields(config.strategy)}
+    plan = resolve_plan(model, batch, machine, precision, **asked)
+    found = rules.check(model=model, plan=plan, batch=batch, cluster=machine, precision=precision)
+    return Outline(model=model, batch=batch, cluster=machine, plan=plan, violations=(*missing, *found))
+
+
+def _missing_nodes(config: Config, machine: ClusterSpec) -> list[Violation]:
+    """What the configuration asks of an existing cluster and the cluster does not have."""
+    there = f"{machine.nodes} nodes x {machine.slots_per_node} slots"
+    found = []
+    for key, have in (("nodes", machine.nodes), ("slots_per_node", machine.slots_per_node)):
+        asked = getattr(config.cluster, key)
+        if asked is not None and asked > have:
+            message = f"cluster.{key}={asked} is asked for, the cluster has {there}"
+            found.append(Violation(rule=f"cluster_has_{key}", message=message, hint=f"cluster.{key}={have}"))
+    return found
+
+
+def build_request(config: Config, overrides: Sequence[str], cluster: ClusterSpec | None = None) -> LaunchRequest:
+    """The request that submit sends; its data are not prepared yet.
+
+    Args:
+        config: A settled configuration.
+        overrides: What the user typed.
+        cluster: What an existing cluster reported.
+
+    Raises:
+        PlanInfeasible: The plan breaks rules; all of them are listed.
+        ConfigError: The faults do not fit the run.
+    """
+    sketch = outline(config, cluster)
+    if sketch.violations:
+        raise PlanInfeasible(sketch.violations, hint="phalanx plan with the same overrides shows the whole picture.")
+    assert config.run.name is not None
+    run_dir = Path(config.run.dir) / config.run.name
+    return LaunchRequest(
+        run_name=config.run.name,
+        run_dir=str(run_dir),
+        job=_job(config, sketch, run_dir),
+        cluster=sketch.cluster,
+        recovery=config.recovery,
+        tracking=config.tracking,
+        overrides=tuple(overrides),
+    )
+
+
+def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
+    script = config.job.kind == "script"
+    train = train_spec(config)
+    return JobSpec(
+        run_id=str(config.run.name),
+        kind=config.job.kind,
+        model=sketch.model,
+        plan=sketch.plan,
+        batch=sketch.batch,
+        train=train,
+        data=DataSpec(kind=config.data.kind, path=config.data.path or "", vocab=0),
+        checkpoint=config.checkpoint,
+        deepspeed={} if script else _deepspeed(sketch.plan, train),
+        faults=_faults(config, sketch),
+        command=config.job.command or "" if script else "",
+        workdir=str(run_dir / "user") if script else "",
+    )
+
+
+def _faults(config: Config, sketch: Outline) -> tuple[str, ...]:
+    if not config.faults:
+        return ()
+    from jobs.faults import resolve
+
+    return resolve(
+        config.faults,
+        seed=config.fault_seed,
+        steps=config.train.steps,
+        checkpoint_every=config.checkpoint.every,
+        nodes=-(-sketch.plan.world_size // sketch.cluster.slots_per_node),
+        world_size=sketch.plan.world_size,
+    )
+
+
+def _deepspeed(plan: ParallelPlan, train: TrainSpec) -> dict[str, object]:
+    return deepspeed_config(
+        plan=plan,
+        precision=train.precision,
+        clip=train.clip,
+        lr=train.lr,
+        betas=(train.beta1, train.beta2),
+        eps=train.eps,
+        weight_decay=train.weight_decay,
+        warmup_steps=train.warmup_steps,
+        steps=train.steps,
+        min_lr=train.min_lr,
+    )
+
+
+def outline_deepspeed(config: Config, plan: ParallelPlan) -> dict[str, object]:
+    """DeepSpeed's configuration of a plan, for people who want to look at it."""
+    return _deepspeed(plan, train_spec(config)) if config.job.kind == "pretrain" else {}
+
+
+def model_spec(config: Config) -> ModelSpec:
+    """The model, derived sizes filled in."""
+    model = config.model
+    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    return ModelSpec(**values | {"kv_heads": model.kv_heads or model.heads, "ffn": model.ffn or 4 * model.hidden})
+
+
+def train_spec(config: Config) -> TrainSpec:
+    """The recipe, derived rates filled in."""
+    train = config.train
+    values = {field.name: getattr(train, field.name) for field in dataclasses.fields(train)}
+    del values["global_batch"]
+    return TrainSpec(**values | {"min_lr": train.lr / 10 if train.min_lr is None else train.min_lr})
+
+
+def cluster_spec(config: Config, found: tuple[int, int] | None = None) -> ClusterSpec:
+    """The machine.
+
+    Args:
+        config: The configuration.
+        found: Nodes and slots per node that a running cluster reported; what is not there cannot be used.
+
+    Raises:
+        ConfigError: The size is not known.
+    """
+    cluster = config.cluster
+    nodes, slots = cluster.nodes, cluster.slots_per_node
+    if found is not None:
+        nodes = min(nodes or max(1, found[0] - cluster.spares), found[0])
+        slots = min(slots or found[1], found[1])
+    if nodes is None or slots is None:
+        raise ConfigError(
+            "The size of the existing cluster is not known.",
+            hint="Give cluster.nodes=N cluster.slots_per_node=M, or --connect to ask the cluster.",
+        )
+    values = {field.name: getattr(cluster, field.name) for field in dataclasses.fields(cluster)}
+    return ClusterSpec(**values | {"nodes": nodes, "slots_per_node": slots, "address": cluster.address or ""})
+
+
+# ---- scripts ----------------------------------------------------------------------------------------------------
+
+
+def _script_plan(config: Config, machine: ClusterSpec) -> ParallelPlan:
+    """Scripts bring their own parallelism: the plan only says how many ranks there are."""
+    ask = config.strategy
+    others = ask.tp * ask.pp * ask.sp * ask.cp
+    return ParallelPlan(
+        dp=others * (ask.dp or max(1, machine.slots // others)), stages=(1,), micro_batch=1, grad_accum=1
+    )
+
+
+# A model that breaks no rule: a script's model is its own business.
+_BLANK = ModelSpec(name="script", layers=1, hidden=1, heads=1, kv_heads=1, ffn=1, vocab=2, seq=1)

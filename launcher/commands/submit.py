@@ -1,0 +1,84 @@
+"""``phalanx submit``: plan, prepare, run, and watch until the end."""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from launcher.commands.common import json_option, overrides_argument, print_json, say
+
+if TYPE_CHECKING:
+    from launcher.request import LaunchRequest
+    from launcher.ship import Shipment
+
+SCHEMA_VERSION = 1
+
+
+@click.command(
+    "submit",
+    short_help="Run it, and watch.",
+    epilog="Examples: phalanx submit experiment=quickstart | "
+    "phalanx submit job=script job.command='python train.py --lr 1e-3'",
+)
+@click.option("--dry-run", is_flag=True, help="Print exactly what would be sent, and start nothing.")
+@click.option("--detach", "-d", is_flag=True, help="Do not watch (existing clusters only: the run goes on there).")
+@json_option
+@overrides_argument
+@click.pass_context
+def command(ctx: click.Context, dry_run: bool, detach: bool, as_json: bool, overrides: tuple[str, ...]) -> None:
+    """Plan, prepare the data, start, and watch a run until it ends.
+
+    OVERRIDES are those of plan. Exit code: 0 succeeded (or detached), 100 failed, 103 cancelled. Ctrl-C cancels a run
+    on this machine cleanly, and detaches from one on an existing cluster.
+    """
+    from launcher import build, launch
+    from launcher.config import compose
+    from launcher.finish import finish
+    from launcher.follow import screen
+    from strategies.errors import ConfigError
+
+    config = compose(overrides)
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    config = build.settle(config, name=build.default_name(config, stamp, secrets.token_hex(2)), cwd=Path.cwd())
+    if detach and config.cluster.kind != "existing":
+        raise ConfigError(
+            f"--detach needs cluster=existing: a cluster={config.cluster.kind} run is controlled by this command.",
+            hint="Use cluster=existing cluster.address=IP:PORT, or leave --detach out.",
+        )
+    request = build.build_request(config, overrides, launch.measured(config))
+    shipment = launch.project(config)
+    launch.check_parent(Path(config.run.dir))
+    with launch.closing(screen()) as shown:
+        request = launch.prepare_data(config, request, shown)
+        if dry_run:
+            print_json(dry_run_document(request, shipment))
+            return
+        store = launch.create(request, config, shipment)
+        shown.say(f"run {store.name} in {store.paths.root}")
+        outcome = launch.run(store, shown, detach=detach)
+    ctx.exit(finish(store, config, outcome, as_json=as_json, folder=_typed_folder(config.run.dir)))
+
+
+def dry_run_document(request: LaunchRequest, shipment: Shipment | None) -> dict[str, Any]:
+    """What submit would send: the request verbatim, its digest, and the files of a script's project."""
+    from strategies.codec import to_json
+
+    files = None
+    if shipment is not None:
+        files = {
+            "root": str(shipment.root),
+            "files": [str(file) for file in shipment.files],
+            "bytes": shipment.bytes,
+            "largest": [{"name": name, "bytes": size} for name, size in shipment.largest],
+        }
+        say(f"would ship {len(shipment.files)} files, {shipment.bytes / 1e6:.1f} MB, of {shipment.root}")
+    return {"schema_version": SCHEMA_VERSION, "request": to_json(request), "digest": request.digest, "ship": files}
+
+
+def _typed_folder(folder: str) -> str:
+    """The parent folder as a person would type it: nothing for the default one."""
+    return "" if Path(folder) == Path.cwd() / "runs" else folder

@@ -1,0 +1,392 @@
+"""The controller: observe, decide, record, act. No ray, no torch, and no waiting outside the gang's poll.
+
+One turn looks at what the agents have said, records what follows from it and acts. All that it knows is in the run
+directory, so it may be killed between any two instructions: its successor folds the log, adopts the gang if it lives
+(:mod:`launcher.adoption`), and goes on.
+
+::
+
+    GATHER --enough agents--> RUN --every rank exited 0--> END
+       ^                       | failure, cancel
+       |                       v
+    BACKOFF <--restart------ STOP --give up, cancelled--> END
+"""
+
+from __future__ import annotations
+
+import enum
+import shlex
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from jobs.spec import RankEnv
+from launcher import progress, recovery
+from launcher.backend import AgentAddress, Backend
+from launcher.gang import Gang, Observation
+from launcher.gang_state import GangState, Note
+from launcher.lock import ControllerLock
+from launcher.recovery import Action, Failure, FailureKind
+from launcher.request import LaunchRequest
+from launcher.run import EventKind, Run, RunEvent, RunState, apply
+from launcher.store import RunStore, dump, write_atomic
+from strategies.codec import to_json
+from strategies.errors import ClusterError
+from strategies.topology import Topology, place
+
+STOP_PATIENCE_S = 10.0  # an agent that has not confirmed the end of its ranks by then is taken for lost
+GATHER_NOTICE_S = 3.0  # waiting for nodes shorter than this is not worth a line in the log
+REQUEST_EVERY_S = 1.0
+
+
+class Clock(Protocol):
+    """Where the controller takes its time from; the module :mod:`time` fits."""
+
+    def time(self) -> float:
+        """UTC seconds."""
+
+    def monotonic(self) -> float:
+        """Seconds that never jump."""
+
+
+class Phase(enum.Enum):
+    """What the controller is busy with."""
+
+    GATHER = "gather"
+    RUN = "run"
+    STOP = "stop"
+    BACKOFF = "backoff"
+    END = "end"
+
+
+class Fenced(Exception):
+    """A later epoch exists: this controller must touch nothing any more."""
+
+
+class Controller:
+    """Keeps one run alive until it ends.
+
+    Args:
+        store: The run.
+        request: What to run.
+        backend: Where to run it.
+        gang: Connections to the agents.
+        lock: The right to control, already won.
+        clock: Source of time.
+        observer: Called with every event, and with None in every turn; for progress displays.
+    """
+
+    def __init__(
+        self,
+        store: RunStore,
+        request: LaunchRequest,
+        backend: Backend,
+        *,
+        gang: Gang,
+        lock: ControllerLock,
+        clock: Clock,
+        observer: Callable[[RunEvent | None], None] = lambda event: None,
+    ) -> None:
+        self.store = store
+        self.request = request
+        self.backend = backend
+        self.gang = gang
+        self.lock = lock
+        self.clock = clock
+        self.run: Run = store.run()
+        self.phase = Phase.GATHER
+        self.state: GangState | None = None
+        self.up: dict[str, AgentAddress] = {}
+        self.start_reason = "start"
+        self._observer = observer
+        self._since = clock.monotonic()  # of the present phase
+        self._until = 0.0  # end of the back-off (monotonic)
+        self._first_step_by: float | None = None
+        self._asked = float("-inf")
+        self._noticed = False
+        self._cancelling = False
+
+    def follow(self) -> RunState:
+        """Turn until the run has ended.
+
+        Raises:
+            Fenced: Another controller has taken over.
+            StorageError: The run directory cannot be written.
+        """
+        while self.phase is not Phase.END:
+            self.turn()
+        return self.run.state
+
+    def turn(self, timeout_s: float = 0.2) -> None:
+        """Look once, act once."""
+        if self.lock.lost():
+            raise Fenced
+        self.lock.beat()
+        for seen in self.gang.poll(timeout_s):
+            self.observe(seen)
+        if not self._cancelling and self.store.paths.cancel.exists():
+            self._begin_cancel()
+        handler = {
+            Phase.GATHER: self._gather,
+            Phase.RUN: self._watch,
+            Phase.STOP: self._stop,
+            Phase.BACKOFF: self._back_off,
+        }.get(self.phase)
+        if handler is not None:
+            handler()
+        self._observer(None)
+
+    # --- recording ------------------------------------------------------------------------------------------------
+
+    def record(self, kind: EventKind, *, attempt: int | None = None, **data: Any) -> None:
+        """Write one event, durably, before anything that depends on it is done."""
+        number = attempt if attempt is not None else (self.state.attempt if self.state else 0)
+        event = self.store.append(kind, epoch=self.lock.epoch, attempt=number, **data)
+        self.run = apply(self.run, event)
+        self._observer(event)
+
+    def enter(self, phase: Phase) -> None:
+        """Change the phase."""
+        self.phase = phase
+        self._since = self.clock.monotonic()
+        self._noticed = False
+
+    # --- observing ------------------------------------------------------------------------------------------------
+
+    def observe(self, seen: Observation) -> None:
+        """Take in what one agent says, record what is worth it, and start to recover from what is a failure."""
+        self.note_agent(seen)
+        if self.state is None:
+            return
+        for found in self.state.observe(seen):
+            if isinstance(found, Failure):
+                self._suspect(found)
+            else:
+                self._take_note(found)
+
+    def note_agent(self, seen: Observation) -> None:
+        """Keep the list of agents that are up.
+
+        Raises:
+            Fenced: An agent refused us for a later epoch.
+        """
+        if seen.kind == "fenced":
+            raise Fenced
+        if seen.kind == "agent_up":
+            self.up.update({agent.node: agent for agent in self.backend.agents() if agent.node == seen.node})
+        elif seen.kind in ("agent_lost", "leaving"):
+            lost = self.up.pop(seen.node, None)
+            if lost is not None:
+                self.backend.forget(lost)
+
+    def _take_note(self, note: Note) -> None:
+        assert self.state is not None
+        if note.kind is EventKind.RANKS_SPAWNED:
+            self._write_ranks(self.state)
+        if note.kind is EventKind.TRAINING_STARTED:
+            self._first_step_by = None
+        self.record(note.kind, **note.data)
+
+    def _write_ranks(self, state: GangState) -> None:
+        topology = Topology(self.request.job.plan)
+        rows = [
+            {"rank": rank, "node": node, "pid": pid, "coordinates": to_json(topology.coordinates(rank))}
+            for node, pids in state.spawned.items()
+            for rank, pid in pids.items()
+        ]
+        write_atomic(self.store.paths.ranks(state.attempt), dump(sorted(rows, key=lambda row: row["rank"])))
+
+    # --- gathering nodes and starting ranks -----------------------------------------------------------------------
+
+    def _gather(self) -> None:
+        if self._already_complete():
+            return
+        cluster, now = self.request.cluster, self.clock.monotonic()
+        if now - self._asked >= REQUEST_EVERY_S:
+            self._asked = now
+            self.backend.request_agents(cluster.nodes + cluster.spares)
+            self.gang.connect(self.backend.agents())
+        need = self._nodes_needed()
+        if len(self.up) >= need:
+            self._start(self._choose(need))
+            return
+        waited = now - self._since
+        if waited > GATHER_NOTICE_S and not self._noticed and self.run.attempts:
+            self._noticed = True
+            why = self.backend.why_missing()
+            self.record(EventKind.WAITING_FOR_NODES, have=len(self.up), need=need, why=why)
+        if waited > self.request.recovery.wait_for_nodes_s:
+            have, why = len(self.up), self.backend.why_missing()
+            self.end(EventKind.RUN_FAILED, reason=f"only {have} of {need} nodes came within {waited:.0f} s: {why}")
+
+    def _already_complete(self) -> bool:
+        """The ranks may have finished while no controller looked."""
+        final = progress.final_record(self.store.paths)
+        if self.request.job.kind == "script" or int(final.get("step", 0)) < self.request.job.train.steps:
+            return False
+        self.end(EventKind.RUN_SUCCEEDED, step=final["step"], weights_digest=final.get("weights_digest"))
+        return True
+
+    def _nodes_needed(self) -> int:
+        slots = self.request.cluster.slots_per_node
+        return -(-self.request.job.plan.world_size // slots)
+
+    def _choose(self, need: int) -> list[str]:
+        """Nodes in gang order: who was there keeps its place, spares fill the gaps."""
+        before = self.run.attempt.nodes if self.run.attempt else ()
+        free = [node for node in sorted(self.up) if node not in before]
+        kept = [node if node in self.up else None for node in before][:need]
+        kept += [None] * (need - len(kept))
+        late = [node for node in before[need:] if node in self.up]
+        fill = iter([*free, *late])
+        return [node if node is not None else next(fill) for node in kept]
+
+    def _start(self, nodes: list[str]) -> None:
+        job, paths = self.request.job, self.store.paths
+        script = job.kind == "script"
+        point = progress.resume_point(paths, script=script, rejected=self.run.rejected)
+        number = len(self.run.attempts) + 1
+        placed = place(job.plan, nodes, self.request.cluster.slots_per_node)
+        self.state = GangState(
+            attempt=number,
+            placement={entry.node: entry.ranks for entry in placed.assignments},
+            script=script,
+            resume_from=point.path,
+            first_step=point.step + 1,
+            last_step=point.step,
+        )
+        write_atomic(paths.job(number), dump(job))
+        self.record(
+            EventKind.ATTEMPT_PLANNED,
+            plan=job.plan,
+            nodes=list(self.state.placement),
+            resume_from=point.path,
+            first_step=point.step + 1,
+            reason=self.start_reason,
+        )
+        self.start_reason = "restart"
+        self._first_step_by = self.clock.monotonic() + self.request.recovery.start_timeout_s
+        self.enter(Phase.RUN)
+        try:
+            self.gang.spawn(
+                number,
+                self.state.placement,
+                self._environment,
+                kind=job.kind,
+                argv=shlex.split(job.command),
+                cwd=job.workdir or str(paths.root),
+            )
+        except ClusterError as error:  # a node fell between being counted and being used
+            self._suspect(Failure(kind=FailureKind.NODE_LOST, time=self.clock.time(), detail=error.what))
+
+    def _environment(
+        self, rank: int, node_rank: int, local_rank: int, local_world_size: int, address: str, port: int
+    ) -> dict[str, str]:
+        assert self.state is not None
+        return RankEnv(
+            rank=rank,
+            local_rank=local_rank,
+            world_size=self.state.world_size,
+            local_world_size=local_world_size,
+            node_rank=node_rank,
+            master_addr=address,
+            master_port=port,
+            run_id=self.request.run_name,
+            run_dir=str(self.store.paths.root),
+            epoch=self.lock.epoch,
+            attempt=self.state.attempt,
+            resume_from=self.state.resume_from,
+        ).variables()
+
+    # --- running and failing --------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        assert self.state is not None
+        if self.state.all_finished:
+            final = progress.final_record(self.store.paths)
+            script = self.request.job.kind == "script"
+            step = progress.resume_point(self.store.paths, script=True).step if script else self.state.last_step
+            digest = None if script else final.get("weights_digest")
+            self.end(EventKind.RUN_SUCCEEDED, step=step, weights_digest=digest)
+        elif self._first_step_by is not None and self.clock.monotonic() > self._first_step_by:
+            patience = self.request.recovery.start_timeout_s
+            detail = f"no first step within {patience:.0f} s (recovery.start_timeout_s)"
+            self._suspect(Failure(kind=FailureKind.START_TIMEOUT, time=self.clock.time(), detail=detail))
+
+    def _suspect(self, failure: Failure) -> None:
+        """Take in one piece of evidence; the first stops the gang, later ones only explain."""
+        state = self.state
+        assert state is not None
+        state.evidence.append(failure)
+        if self.phase is Phase.STOP:
+            return
+        fired = [float(record["time"]) for record in self._new_faults()]
+        self.record(
+            EventKind.FAILURE_DETECTED,
+            failure=failure,
+            last_step=state.last_step,
+            failed_at=min(fired, default=failure.time),
+        )
+        self.gang.kill(state.attempt, grace_s=0.0)
+        self._first_step_by = None
+        self.enter(Phase.STOP)
+
+    def _stop(self) -> None:
+        """Wait until no rank of the attempt is left, then conclude."""
+        state = self.state
+        assert state is not None
+        if not state.all_stopped:
+            grace = self.request.recovery.grace_s if self._cancelling else 0.0
+            if self.clock.monotonic() - self._since <= STOP_PATIENCE_S + grace:
+                return
+            for node in set(state.placement) - state.stopped:
+                self.gang.drop(node, "it did not confirm the end of its ranks")
+            state.stopped |= set(state.placement)
+        if self._cancelling:
+            self.end(EventKind.RUN_CANCELLED, reason="cancelled on request")
+        else:
+            self.conclude(recovery.culprit(state.evidence))
+
+    def conclude(self, failure: Failure) -> None:
+        """The attempt is over: name the cause, decide, and do what was decided."""
+        for record in self._new_faults():
+            self.record(EventKind.FAULT_FIRED, fault=record["id"], record=record)
+        if failure.kind is FailureKind.CORRUPT_CHECKPOINT:
+            self.record(EventKind.CHECKPOINT_REJECTED, path=failure.path, reason=failure.detail)
+        self.record(
+            EventKind.GANG_STOPPED, cause=failure.detail, failure=failure.kind.value, signature=failure.signature
+        )
+        decision = recovery.decide(self.run, failure, self.request.recovery)
+        self.record(EventKind.DECISION, action=decision.action.value, reason=decision.reason, delay_s=decision.delay_s)
+        self.state = None
+        if decision.action is Action.GIVE_UP:
+            self.end(EventKind.RUN_FAILED, reason=decision.reason)
+            return
+        self._until = self.clock.monotonic() + decision.delay_s
+        self.enter(Phase.BACKOFF if decision.delay_s > 0 else Phase.GATHER)
+
+    def _back_off(self) -> None:
+        if self.clock.monotonic() >= self._until:
+            self.enter(Phase.GATHER)
+
+    def _new_faults(self) -> list[dict[str, Any]]:
+        return [r for r in progress.fault_records(self.store.paths) if r["id"] not in self.run.faults]
+
+    # --- ending ---------------------------------------------------------------------------------------------------
+
+    def _begin_cancel(self) -> None:
+        self._cancelling = True
+        self.record(EventKind.CANCEL_REQUESTED)
+        if self.phase is Phase.RUN and self.state is not None:
+            self.gang.kill(self.state.attempt, grace_s=self.request.recovery.grace_s)
+            self.enter(Phase.STOP)
+        elif self.phase in (Phase.GATHER, Phase.BACKOFF):
+            self.end(EventKind.RUN_CANCELLED, reason="cancelled on request")
+
+    def end(self, kind: EventKind, **data: Any) -> None:
+        """Record how the run ended, then give everything back."""
+        for record in self._new_faults():
+            self.record(EventKind.FAULT_FIRED, fault=record["id"], record=record)
+        self.record(kind, **data)
+        self.enter(Phase.END)
+        self.gang.shutdown_agents()
+        self.backend.release()

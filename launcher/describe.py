@@ -1,0 +1,201 @@
+"""One run as a document: what ``status --json`` prints and what the texts for people are made of. Reads files only."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.checkpoint import list_checkpoints
+from jobs.paths import RunPaths
+from launcher import progress
+from launcher.ledger import ledger
+from launcher.lock import holder_alive, newest_epoch
+from launcher.request import LaunchRequest
+from launcher.run import Attempt, EventKind, Run, RunEvent, RunState
+from launcher.store import RunStore
+from strategies.codec import to_json
+
+SCHEMA_VERSION = 1
+WATCH_S = 2.5  # a controller on another machine beats every second
+
+
+def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[str, Any]:
+    """Everything that the run directory says.
+
+    Args:
+        store: The run.
+        now: UTC seconds, the end of the accounting of a live run.
+        watch_s: How long to watch the heartbeat of a controller on another machine; 0 leaves such a one unknown.
+
+    Raises:
+        StorageError: The run directory is damaged.
+    """
+    request, events = store.request(), store.events()
+    run, metrics = store.run(), list(store.metrics())
+    alive = None if run.state.terminal else _controller_alive(store.paths, watch_s)
+    last = metrics[-1] if metrics else {}
+    books = ledger(events, metrics, now if alive is not False else max(_last_sign(store), events[-1].time))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run": store.name,
+        "dir": str(store.paths.root.absolute()),
+        "state": run.state.value,
+        "reason": run.reason,
+        "orphaned": alive is False,
+        "kind": request.job.kind,
+        "step": _step(run, last),
+        "steps": request.job.train.steps if request.job.kind == "pretrain" else None,
+        "submitted": run.submitted,
+        "ended": run.ended,
+        "epoch": run.epoch,
+        "loss": {"first": metrics[0]["loss"], "last": last["loss"]} if metrics else None,
+        "tokens_per_s": last.get("tokens_per_s"),
+        "attempts": [_attempt(attempt) for attempt in run.attempts],
+        "ranks": _ranks(store.paths, run),
+        "steps_lost": run.steps_lost,
+        "restarts": run.restarts,
+        "recoveries": recoveries(events),
+        "checkpoint": _checkpoint(store.paths, script=request.job.kind == "script"),
+        "faults": progress.fault_records(store.paths),
+        "ledger": books,
+        "weights_digest": run.weights_digest,
+        "sample": _text(store.paths.sample),
+    }
+
+
+def brief(store: RunStore) -> dict[str, Any]:
+    """One line of the table of runs; cheap, and it never waits. A damaged run is a line too."""
+    try:
+        run, request = store.run(), store.request()
+        last = last_metric(store.paths.metrics)
+        return {
+            "run": store.name,
+            "state": run.state.value,
+            "orphaned": not run.state.terminal and _controller_alive(store.paths, 0.0) is False,
+            "step": _step(run, last),
+            "steps": request.job.train.steps if request.job.kind == "pretrain" else None,
+            "attempts": len(run.attempts),
+            "steps_lost": run.steps_lost,
+            "loss": last.get("loss"),
+            "submitted": run.submitted,
+            "plan": plan_line(request),
+            "reason": run.reason,
+        }
+    except Exception as error:  # a run directory that someone damaged must not hide the others
+        return {"run": store.name, "state": "damaged", "reason": str(error).splitlines()[0] if str(error) else ""}
+
+
+def recoveries(events: Sequence[RunEvent]) -> list[float]:
+    """Seconds from each failure until the ranks trained again; failures without an end are left out."""
+    found: list[float] = []
+    failed_at: float | None = None
+    for event in events:
+        if event.kind is EventKind.FAILURE_DETECTED and failed_at is None:
+            failed_at = min(event.time, float(event.data.get("failed_at") or event.time))
+        elif event.kind is EventKind.RESUME_REQUESTED:
+            failed_at = None
+        elif event.kind is EventKind.TRAINING_STARTED and failed_at is not None:
+            found.append(event.time - failed_at)
+            failed_at = None
+    return found
+
+
+def plan_line(request: LaunchRequest) -> str:
+    """The plan in one line; of a script it says only how many ranks there are."""
+    plan = request.job.plan
+    return plan.describe() if request.job.kind == "pretrain" else f"script on {plan.world_size} ranks"
+
+
+def last_metric(path: Path) -> Mapping[str, Any]:
+    """The newest whole line of metrics.jsonl; empty if there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+            lines = file.read().split(b"\n")[:-1]
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
+def _step(run: Run, last: Mapping[str, Any]) -> int:
+    """The last step that is done: of an ended run as recorded, of a live one as measured."""
+    if run.state is RunState.SUCCEEDED:
+        return run.step
+    return int(last.get("step", run.step))
+
+
+def _attempt(attempt: Attempt) -> dict[str, Any]:
+    return {
+        "number": attempt.number,
+        "plan": to_json(attempt.plan),
+        "nodes": list(attempt.nodes),
+        "started": attempt.started,
+        "ended": attempt.ended,
+        "cause": attempt.cause,
+        "first_step": attempt.first_step,
+        "last_step": attempt.last_step,
+        "reason": attempt.reason,
+        "resume_from": attempt.resume_from,
+    }
+
+
+def _ranks(paths: RunPaths, run: Run) -> list[dict[str, Any]]:
+    """Ranks of the live attempt; none when nothing runs."""
+    attempt = run.attempt
+    if attempt is None or attempt.ended is not None or run.state.terminal:
+        return []
+    try:
+        rows = json.loads(paths.ranks(attempt.number).read_text())
+    except (OSError, ValueError):
+        return []
+    return rows if isinstance(rows, list) else []
+
+
+def _checkpoint(paths: RunPaths, *, script: bool) -> dict[str, Any] | None:
+    if script:
+        point = progress.resume_point(paths, script=True)
+        return {"step": point.step, "path": point.path} if point.path else None
+    found = list_checkpoints(paths.checkpoints)
+    return {"step": found[0].step, "path": str(found[0].path)} if found else None
+
+
+def _controller_alive(paths: RunPaths, watch_s: float) -> bool | None:
+    """Whether a controller lives; None when that cannot be known without watching."""
+    epoch = newest_epoch(paths)
+    if not epoch:
+        return False
+    if holder_alive(paths, epoch, silence_s=watch_s):
+        return True
+    return False if watch_s or (paths.controllers / f"{epoch}.released").exists() else _local_verdict(paths, epoch)
+
+
+def _local_verdict(paths: RunPaths, epoch: int) -> bool | None:
+    from launcher.lock import machine
+
+    try:
+        holder = json.loads((paths.controllers / f"{epoch}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return False if holder.get("machine") == machine() else None
+
+
+def _last_sign(store: RunStore) -> float:
+    """Time of the last measured step of a run that nobody controls: what came after is not its time."""
+    return float(last_metric(store.paths.metrics).get("time", 0.0))
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return None

@@ -1,0 +1,368 @@
+"""The controller's side of its agents: one connection per node, and what is seen through them.
+
+A single-threaded loop that never blocks longer than :meth:`Gang.poll` is told to. A node is lost when its connection
+ends or when nothing was heard of it for ``detect_s`` *while we listened*: time in which this process itself was
+stopped does not count against the nodes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import selectors
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from launcher.backend import AgentAddress
+from launcher.host import wire
+from launcher.host.events import AGENT_KINDS
+from launcher.host.wire import Message, Stream
+from launcher.observation import Inbox, Observation
+from strategies.errors import ClusterError
+
+EnvOf = Callable[[int, int, int, int, str, int], Mapping[str, str]]
+"""``(rank, node_rank, local_rank, local_world_size, master_addr, master_port)`` to the rank's variables."""
+
+_CONNECT_S = 10.0
+
+__all__ = ["EnvOf", "Gang", "Link", "Observation"]
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """Connection to one agent.
+
+    Attributes:
+        address: Where the agent is.
+        up: The handshake is done.
+        step: Newest step that the agent told of.
+        silent_s: Seconds of listening in which nothing was heard.
+    """
+
+    address: AgentAddress
+    stream: Stream
+    since: float
+    up: bool = False
+    greeted: bool = False
+    leaving: bool = False
+    step: int = 0
+    silent_s: float = 0.0
+    nonces: tuple[str, str] = ("", "")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Order:
+    """A spawn that waits for the rendezvous port."""
+
+    attempt: int
+    placement: Mapping[str, Sequence[int]]
+    first: str
+    env_of: EnvOf
+    kind: str
+    argv: Sequence[str] | None
+    cwd: str
+
+
+class Gang:
+    """All agents of a run, as the controller of one epoch sees them.
+
+    Args:
+        secret: The run's secret.
+        epoch: Incarnation of the controller.
+        clock: Monotonic seconds.
+        detect_s: A node that is silent for so long is lost.
+        wall: UTC seconds.
+
+    Attributes:
+        links: Node to its living link, in the order of their connection; not all need be up yet.
+    """
+
+    def __init__(
+        self,
+        secret: bytes,
+        epoch: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        detect_s: float = 5.0,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.links: dict[str, Link] = {}
+        self._secret = secret
+        self._epoch = epoch
+        self._clock = clock
+        self._detect_s = detect_s
+        self._beat_s = detect_s / 5
+        self._selector = selectors.DefaultSelector()
+        self._inbox = Inbox(wall)
+        self._lost: set[str] = set()
+        self._order: _Order | None = None
+        self._listened_at = self._beat_at = clock()
+        self._tail_id = 0
+
+    # -- connections -----------------------------------------------------------------------------------------------
+
+    def connect(self, addresses: Sequence[AgentAddress]) -> None:
+        """Begin to connect to the agents that are not linked yet; an incarnation that was lost is left alone."""
+        for address in addresses:
+            known = self.links.get(address.node)
+            if address.incarnation in self._lost or (known and known.address.incarnation == address.incarnation):
+                continue
+            if known is not None:
+                self._lose(known, "another agent has taken its place")
+            self._connect(address)
+
+    def _connect(self, address: AgentAddress) -> None:
+        sock = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
+        link = Link(address, Stream(sock), self._clock())
+        self.links[address.node] = link
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            sock.connect((address.host, address.port))
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._lose(link, f"cannot connect to {address.host}:{address.port}: {error.strerror or error}")
+            return
+        self._selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, link)
+
+    def _lose(self, link: Link, why: str) -> None:
+        if self.links.get(link.address.node) is not link:
+            return
+        del self.links[link.address.node]
+        self._lost.add(link.address.incarnation)
+        if link.stream.sock in self._selector.get_map():
+            self._selector.unregister(link.stream.sock)
+        link.stream.close(why)
+        if not link.leaving:
+            self._inbox.add("agent_lost", link.address.node, {"why": why, "incarnation": link.address.incarnation})
+
+    def drop(self, node: str, why: str) -> None:
+        """Give a node up: its link ends with ``agent_lost``, and this incarnation of its agent is not met again."""
+        if node in self.links:
+            self._lose(self.links[node], why)
+
+    # -- listening -------------------------------------------------------------------------------------------------
+
+    def poll(self, timeout_s: float) -> list[Observation]:
+        """Wait until something is seen, at most ``timeout_s``, and return it; what is there already comes at once."""
+        deadline = self._clock() + timeout_s
+        while True:
+            now = self._clock()
+            wait = 0.0 if self._inbox.items else max(0.0, min(deadline, self._beat_at, now + self._beat_s) - now)
+            for key, events in self._selector.select(wait):
+                self._serve(key.data, events)
+            self._beat()
+            self._judge_silence()
+            if self._inbox.items or self._clock() >= deadline:
+                return self._inbox.take()
+
+    def _serve(self, link: Link, events: int) -> None:
+        if self.links.get(link.address.node) is not link:
+            return
+        if not link.greeted and self._failed_to_connect(link):
+            return
+        if events & selectors.EVENT_WRITE:
+            link.stream.flush()
+        for message in link.stream.receive():
+            link.silent_s = 0.0
+            self._hear(link, message)
+            if link.stream.closed:
+                break
+        self._settle(link)
+
+    def _failed_to_connect(self, link: Link) -> bool:
+        code = link.stream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code not in (0, errno.EINPROGRESS):
+            address = link.address
+            self._lose(link, f"cannot connect to {address.host}:{address.port}: {os.strerror(code)}")
+            return True
+        return False
+
+    def _settle(self, link: Link) -> None:
+        """Bring the selector in line with what became of the stream."""
+        if link.stream.closed:
+            self._lose(link, link.stream.closed)
+        elif self.links.get(link.address.node) is link:
+            wants = selectors.EVENT_READ | (selectors.EVENT_WRITE if link.stream.pending else 0)
+            if self._selector.get_key(link.stream.sock).events != wants:
+                self._selector.modify(link.stream.sock, wants, link)
+
+    def _send(self, link: Link, message: Message) -> None:
+        link.stream.send(message)
+        self._settle(link)
+
+    def _beat(self) -> None:
+        now = self._clock()
+        if now < self._beat_at:
+            return
+        self._beat_at = now + self._beat_s
+        for link in [link for link in self.links.values() if link.up]:
+            self._send(link, {"op": "beat"})
+
+    def _judge_silence(self) -> None:
+        now = self._clock()
+        # A gap longer than a beat is ours: we did not listen, so it says little about the others.
+        listened_s = min(now - self._listened_at, self._beat_s)
+        self._listened_at = now
+        for link in list(self.links.values()):
+            link.silent_s += listened_s
+            if link.up and link.silent_s > self._detect_s:
+                self._lose(link, f"nothing was heard for {self._detect_s:g} s")
+            elif not link.up and link.silent_s > max(self._detect_s, _CONNECT_S):
+                self._lose(link, f"no answer from {link.address.host}:{link.address.port}")
+
+    def _hear(self, link: Link, message: Message) -> None:
+        try:
+            if link.up:
+                self._hear_agent(link, message)
+            else:
+                self._greet(link, message)
+        except (KeyError, TypeError, ValueError) as error:
+            self._lose(link, f"the agent sent a malformed message ({error!r})")
+
+    def _greet(self, link: Link, message: Message) -> None:
+        op, incarnation = message["op"], link.address.incarnation
+        if op == "challenge" and not link.greeted:
+            link.nonces, link.greeted = (str(message["nonce"]), wire.new_nonce()), True
+            proof = wire.client_proof(self._secret, "controller", incarnation, *link.nonces, self._epoch)
+            hello = {"op": "hello", "role": "controller", "epoch": self._epoch, "nonce": link.nonces[1]}
+            self._send(link, hello | {"proof": proof})
+        elif op == "refused":
+            self._fenced(link, message)
+        elif op == "welcome" and wire.same(message["proof"], wire.agent_proof(self._secret, incarnation, *link.nonces)):
+            link.up = True
+            data = {name: value for name, value in message.items() if name not in ("op", "proof")}
+            self._inbox.add("agent_up", link.address.node, data)
+        else:
+            self._lose(link, "it is not the agent of this run")
+
+    def _fenced(self, link: Link, message: Message) -> None:
+        self._inbox.add("fenced", link.address.node, {"epoch": int(message["epoch"]), "reason": message["reason"]})
+        link.leaving = True
+        self._lose(link, "a newer controller owns it")
+
+    def _hear_agent(self, link: Link, message: Message) -> None:
+        op = message["op"]
+        if op == "beat":
+            link.step = max(link.step, int(message["step"]))
+        elif op == "refused":
+            self._fenced(link, message)
+        elif op == "tail":
+            self._inbox.add("tail", link.address.node, message)
+        elif op == "event":
+            self._hear_event(link, message["event"])
+
+    def _hear_event(self, link: Link, event: dict[str, Any]) -> None:
+        kind = event["kind"]
+        if kind == "reserved":
+            self._on_reserved(link, event)
+            return
+        if kind == "step":
+            link.step = max(link.step, int(event["step"]))
+        self._inbox.add(kind if kind in AGENT_KINDS else "report", link.address.node, event)
+
+    # -- orders ----------------------------------------------------------------------------------------------------
+
+    def spawn(
+        self,
+        attempt: int,
+        placement: Mapping[str, Sequence[int]],
+        env_of: EnvOf,
+        kind: Literal["pretrain", "script"] = "pretrain",
+        argv: Sequence[str] | None = None,
+        cwd: str = "",
+    ) -> None:
+        """Begin an attempt: reserve the rendezvous port on rank 0's node, then spawn everywhere. Returns at once.
+
+        Args:
+            attempt: Number of the attempt, higher than every earlier one.
+            placement: Node to its ranks; the order of the nodes is that of their ranks.
+            env_of: Makes a rank's variables once the rendezvous port is known.
+            kind: Our own worker, or the command ``argv``.
+            argv: Command of a script.
+            cwd: Folder in which ranks start; the agent's log folder when empty.
+
+        Raises:
+            ClusterError: A node of the placement has no living agent.
+        """
+        missing = [node for node in placement if node not in self.links or not self.links[node].up]
+        if missing:
+            raise ClusterError(f"No living agent on {', '.join(missing)}.", hint="Place the attempt on other nodes.")
+        first = next(node for node, ranks in placement.items() if 0 in ranks)
+        self._order = _Order(
+            attempt=attempt, placement=dict(placement), first=first, env_of=env_of, kind=kind, argv=argv, cwd=cwd
+        )
+        self._send(self.links[first], {"op": "reserve", "attempt": attempt})
+
+    def _on_reserved(self, link: Link, event: dict[str, Any]) -> None:
+        order = self._order
+        if order is None or event["attempt"] != order.attempt or link.address.node != order.first:
+            return
+        self._order = None
+        for node_rank, (node, ranks) in enumerate(order.placement.items()):
+            if node in self.links:  # a node lost meanwhile was observed; the attempt fails by that
+                message = self._spawn_message(order, node_rank, ranks, link.address.host, int(event["port"]))
+                self._send(self.links[node], message)
+
+    def _spawn_message(self, order: _Order, node_rank: int, ranks: Sequence[int], host: str, port: int) -> Message:
+        environments = [
+            dict(order.env_of(rank, node_rank, local_rank, len(ranks), host, port))
+            for local_rank, rank in enumerate(ranks)
+        ]
+        # What all ranks share travels once, so that a large environment does not grow with the node.
+        common = dict(set.intersection(*(set(environment.items()) for environment in environments)))
+        entries = [
+            {"rank": rank, "env": {name: value for name, value in environment.items() if name not in common}}
+            for rank, environment in zip(ranks, environments, strict=True)
+        ]
+        return {
+            "op": "spawn",
+            "attempt": order.attempt,
+            "epoch": self._epoch,
+            "kind": order.kind,
+            "argv": list(order.argv) if order.argv is not None else None,
+            "cwd": order.cwd,
+            "env": common,
+            "ranks": entries,
+        }
+
+    def kill(self, attempt: int, grace_s: float = 0.0) -> None:
+        """End the ranks of an attempt everywhere: SIGTERM, after ``grace_s`` SIGKILL; each node answers ``killed``."""
+        self._order = None
+        for link in [link for link in self.links.values() if link.up]:
+            self._send(link, {"op": "kill", "attempt": attempt, "grace_s": grace_s})
+
+    def shutdown_agents(self) -> None:
+        """Tell every agent to end its ranks and itself; the links vanish without ``agent_lost``."""
+        self._order = None
+        for link in [link for link in self.links.values() if link.up]:
+            self._send(link, {"op": "shutdown"})
+            link.leaving = True
+
+    def tail(self, node: str, attempt: int, rank: int, offset: int, limit: int) -> int:
+        """Ask for a piece of a rank's log; a negative offset counts from the end.
+
+        Returns:
+            The ``id`` that the ``tail`` observation will carry, with ``data``, ``offset``, ``next`` and ``size``.
+
+        Raises:
+            ClusterError: The node has no living agent.
+        """
+        link = self.links.get(node)
+        if link is None or not link.up:
+            raise ClusterError(f"No living agent on {node}.", hint="Its logs can be read when the node is back.")
+        self._tail_id += 1
+        place = {"attempt": attempt, "rank": rank, "offset": offset, "limit": limit}
+        self._send(link, {"op": "tail", "id": self._tail_id} | place)
+        return self._tail_id
+
+    def close(self) -> None:
+        """Drop every connection; agents and ranks go on, and can be adopted."""
+        for link in self.links.values():
+            link.stream.flush()
+            link.stream.close("closed")
+        self.links.clear()
+        self._selector.close()

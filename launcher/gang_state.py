@@ -1,0 +1,169 @@
+"""What the controller knows of the gang of one attempt, and what follows from what its agents say. Pure, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher import recovery
+from launcher.gang import Observation
+from launcher.recovery import Failure, FailureKind
+from launcher.run import EventKind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Note:
+    """Something worth a line in the event log."""
+
+    kind: EventKind
+    data: Mapping[str, Any]
+
+
+@dataclass(kw_only=True, slots=True)
+class GangState:
+    """The ranks of one attempt, as far as their agents have told.
+
+    Attributes:
+        attempt: Number of the attempt.
+        placement: Node -> global ranks on it, in gang order.
+        script: The ranks are a user's script, which sends no reports.
+        resume_from: What the ranks restore.
+        spawned: Node -> rank -> process id.
+        stopped: Nodes on which no rank of the attempt is left.
+        finished: Ranks that exited with code 0.
+        errors: ``error`` reports by rank.
+        commits: Steps of this attempt whose checkpoint is in the log already.
+        evidence: Failures, in order of arrival.
+        first_step: First step that the attempt runs.
+        last_step: Highest step that a rank has reported.
+        training: The first step has begun.
+    """
+
+    attempt: int
+    placement: Mapping[str, Sequence[int]]
+    script: bool = False
+    resume_from: str = ""
+    spawned: dict[str, dict[int, int]] = field(default_factory=dict)
+    stopped: set[str] = field(default_factory=set)
+    finished: set[int] = field(default_factory=set)
+    errors: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    commits: set[int] = field(default_factory=set)
+    evidence: list[Failure] = field(default_factory=list)
+    first_step: int = 1
+    last_step: int = 0
+    training: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return sum(len(ranks) for ranks in self.placement.values())
+
+    @property
+    def all_spawned(self) -> bool:
+        """Every node has told the process ids of its ranks."""
+        return set(self.spawned) == set(self.placement)
+
+    @property
+    def all_finished(self) -> bool:
+        """Every rank has exited with code 0."""
+        return len(self.finished) == self.world_size
+
+    @property
+    def all_stopped(self) -> bool:
+        """No node has a rank of this attempt any more."""
+        return self.stopped >= set(self.placement)
+
+    def observe(self, seen: Observation) -> list[Note | Failure]:
+        """Take in what one agent says; returns what to record and what to suspect.
+
+        Saying the same thing twice (an agent replays after an adoption) has no further effect.
+        """
+        if seen.node not in self.placement:
+            return []
+        if seen.kind in ("agent_lost", "leaving"):
+            return [self._node_gone(seen)]
+        if int(seen.data.get("attempt", self.attempt)) != self.attempt:
+            return []
+        handlers: dict[str, Callable[[Observation], list[Note | Failure]]] = {
+            "spawned": self._on_spawned,
+            "killed": self._on_killed,
+            "exit": self._on_exit,
+            "report": self._on_report,
+            "pool": self._on_pool,
+        }
+        handler = handlers.get(seen.kind)
+        return handler(seen) if handler else []
+
+    def _node_gone(self, seen: Observation) -> Failure:
+        self.stopped.add(seen.node)
+        leaving = seen.kind == "leaving"
+        why = str(seen.data.get("why") or seen.data.get("reason") or "")
+        return Failure(
+            kind=FailureKind.PREEMPTED if leaving else FailureKind.NODE_LOST,
+            time=seen.time,
+            node=seen.node,
+            step=self.last_step,
+            detail=f"node {seen.node} {'is leaving' if leaving else 'was lost'}: {why}",
+        )
+
+    def _on_spawned(self, seen: Observation) -> list[Note | Failure]:
+        if seen.node in self.spawned:
+            return []
+        self.spawned[seen.node] = {int(entry["rank"]): int(entry["pid"]) for entry in seen.data["ranks"]}
+        if not self.all_spawned:
+            return []
+        placed = Note(kind=EventKind.RANKS_SPAWNED, data={"ranks": self.world_size, "resume_from": self.resume_from})
+        return [placed, *(self._begin_training(self.first_step) if self.script else [])]
+
+    def _on_killed(self, seen: Observation) -> list[Note | Failure]:
+        self.stopped.add(seen.node)
+        return []
+
+    def _on_pool(self, seen: Observation) -> list[Note | Failure]:
+        if seen.data.get("state") != "fresh":
+            return []
+        return [Note(kind=EventKind.POOL_UNSAFE, data={"node": seen.node, "reason": seen.data.get("reason", "")})]
+
+    def _on_exit(self, seen: Observation) -> list[Note | Failure]:
+        rank = int(seen.data["rank"])
+        if seen.data.get("code") == 0:
+            self.finished.add(rank)
+            return []
+        if seen.data.get("requested"):
+            return []  # the controller asked for it
+        failure = recovery.classify_exit(seen.data, node=seen.node, when=seen.time, error=self.errors.get(rank))
+        return [recovery.at_step(failure, self.last_step + 1)]
+
+    def _on_report(self, seen: Observation) -> list[Note | Failure]:
+        data = seen.data
+        rank, kind = int(data["rank"]), data["kind"]
+        if kind == "step":
+            self.last_step = max(self.last_step, int(data["step"]))
+        elif kind == "training" and rank == 0:
+            return self._begin_training(int(data["step"]))
+        elif kind == "checkpoint" and int(data["step"]) not in self.commits:
+            self.commits.add(int(data["step"]))
+            fields = {key: data[key] for key in ("step", "path", "bytes", "stall_s") if key in data}
+            return [Note(kind=EventKind.CHECKPOINT_COMMITTED, data=fields)]
+        elif kind == "error":
+            self.errors[rank] = data
+        elif kind == "rejected":
+            detail = f"checkpoint {data['path']} is damaged: {data.get('reason', '')}"
+            return [
+                Failure(
+                    kind=FailureKind.CORRUPT_CHECKPOINT,
+                    time=seen.time,
+                    node=seen.node,
+                    rank=rank,
+                    detail=detail,
+                    path=str(data["path"]),
+                )
+            ]
+        return []
+
+    def _begin_training(self, step: int) -> list[Note | Failure]:
+        if self.training:
+            return []
+        self.training = True
+        return [Note(kind=EventKind.TRAINING_STARTED, data={"step": step})]

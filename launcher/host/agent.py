@@ -1,0 +1,303 @@
+"""The host agent: one per node, the hands of the controller there, and the keeper of its lease.
+
+A single-threaded loop over sockets and pipes. It imports neither torch nor ray, so it starts at once and can live in
+the thread of an actor or as a process of its own (``python -P -m launcher.host.agent --run-dir D --node NAME --bind
+ADDR --slots N``). It never gives up running ranks lightly: a controller that goes away is waited for, and only when
+no controller has been heard *and* no step was completed for the whole lease are the ranks killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import secrets
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jobs.paths import RunPaths
+from launcher.backend import AgentAddress
+from launcher.host import announce, wire
+from launcher.host.environment import Environments
+from launcher.host.events import EventLog
+from launcher.host.logs import MAX_LOG_BYTES, RankLogs, piece_of
+from launcher.host.peers import Identity, Peer, Peers
+from launcher.host.pool_link import PoolEvents, PoolLink
+from launcher.host.ranks import Ranks, check_order
+from launcher.host.wire import Message
+from strategies.errors import PhalanxError
+
+_LOG_CHECK_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AgentOptions:
+    """How an agent behaves. Durations in seconds.
+
+    Attributes:
+        detect_s: The controller takes an agent for lost when it is silent for so long; five beats are sent in it.
+        lease_s: Without controller and without progress for so long, the agent ends its ranks and itself.
+        grace_s: From SIGTERM to SIGKILL of the ranks when the agent itself is told to leave.
+        warm: ``module:function`` that warms the pool up; empty for a pool that starts every rank afresh.
+        target: ``module:function`` that a rank of our own runs.
+        env: Variables added to the environment of pool and ranks.
+        log_parent: Folder for the private folder of logs; the system's temporary folder when empty.
+        max_log_bytes: Size at which a rank's log is cut.
+        incarnation: Random word; made when empty.
+    """
+
+    detect_s: float = 5.0
+    lease_s: float = 60.0
+    grace_s: float = 5.0
+    warm: str = "jobs.warm:warm"
+    target: str = "jobs.worker:main"
+    env: Mapping[str, str] = field(default_factory=dict)
+    log_parent: str = ""
+    max_log_bytes: int = MAX_LOG_BYTES
+    incarnation: str = ""
+
+
+class HostAgent:
+    """One node's agent; :meth:`serve` does everything.
+
+    Args:
+        run_dir: The run directory; holds the secret and receives the announcement.
+        node: The node's name.
+        bind: Address to listen on; ranks on other nodes reach this node by it.
+        slots: Number of devices here.
+        options: Behaviour.
+
+    Attributes:
+        address: Where the agent listens.
+
+    Raises:
+        StorageError: The secret cannot be read.
+        OSError: The address cannot be bound.
+    """
+
+    def __init__(
+        self, *, run_dir: str | Path, node: str, bind: str, slots: int, options: AgentOptions | None = None
+    ) -> None:
+        self._options = options or AgentOptions()
+        self._paths = RunPaths(run_dir)
+        self._secret = wire.read_secret(self._paths.secret)
+        family = socket.AF_INET6 if ":" in bind else socket.AF_INET
+        self._listener = socket.create_server((bind, 0), family=family, backlog=64)
+        self.address = AgentAddress(
+            node=node,
+            host=bind,
+            port=self._listener.getsockname()[1],
+            pid=os.getpid(),
+            slots=slots,
+            incarnation=self._options.incarnation or secrets.token_hex(8),
+        )
+        self._wakeup, self._wakeup_write = socket.socketpair()
+        self._asked_to_stop = ""
+        self._leaving = ""
+        self._left = ""
+        self._log_folder_stays = True
+
+    def stop(self, reason: str) -> None:
+        """Ask the agent to leave; safe from any thread and from a signal handler."""
+        self._asked_to_stop = self._asked_to_stop or reason
+        with contextlib.suppress(OSError):
+            self._wakeup_write.send(b"x", socket.MSG_DONTWAIT)
+
+    def serve(self) -> str:
+        """Run until shut down, told to leave, or out of its lease; every process it started is gone then.
+
+        Returns:
+            Why it ended: ``shutdown``, ``lease`` or the reason given to :meth:`stop`.
+        """
+        with contextlib.ExitStack() as cleanup:
+            self._set_up(cleanup)
+            announce.write(self._paths, self.address)
+            cleanup.callback(announce.remove, self._paths, self.address)
+            while not self._left:
+                for key, _ in self._selector.select(self._timeout()):
+                    key.data()
+                self._tick()
+        return self._left
+
+    def _set_up(self, cleanup: contextlib.ExitStack) -> None:
+        options = self._options
+        self._selector = selectors.DefaultSelector()
+        cleanup.callback(self._selector.close)
+        for end in (self._wakeup, self._wakeup_write):
+            cleanup.callback(end.close)
+            end.setblocking(False)
+        self._selector.register(self._wakeup, selectors.EVENT_READ, self._woken)
+        self._heard = self._beat_at = self._logs_at = time.monotonic()
+        self._events = EventLog()
+        self._logs = RankLogs(
+            self._paths, self.address.node, parent=options.log_parent or None, max_bytes=options.max_log_bytes
+        )
+        cleanup.callback(self._put_logs_away)
+        environments = Environments(os.environ, address=self.address.host, extra=options.env)
+        self._ranks = Ranks(selector=self._selector, environments=environments, events=self._events, logs=self._logs)
+        self._pool = PoolLink(
+            selector=self._selector,
+            environments=environments,
+            events=PoolEvents(
+                ready=self._on_pool_ready,
+                spawned=self._ranks.on_spawned,
+                failed=self._ranks.on_failed,
+                exited=self._ranks.on_exited,
+                died=self._on_pool_died,
+            ),
+            folder=self._logs.folder,
+            incarnation=self.address.incarnation,
+            warm=options.warm,
+            target=options.target,
+        )
+        cleanup.callback(self._pool.close)
+        self._ranks.attach(self._pool)
+        self._peers = Peers(
+            listener=self._listener,
+            selector=self._selector,
+            identity=Identity(secret=self._secret, incarnation=self.address.incarnation),
+            log=self._events,
+            welcome=self._welcome,
+            on_message=self._on_message,
+        )
+        cleanup.callback(self._peers.close, linger_s=1.0)
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    def _woken(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wakeup.recv(4096)
+
+    def _timeout(self) -> float:
+        now = time.monotonic()
+        deadlines = [self._beat_at, now + 0.5 if self._peers.has_strangers else self._beat_at]
+        killing = self._ranks.next_deadline()
+        if killing is not None:
+            deadlines.append(killing)
+        return max(0.0, min(deadlines) - now)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._ranks.tick(now)
+        self._peers.tick(now)
+        if self._asked_to_stop:
+            self._leave(self._asked_to_stop, self._options.grace_s)
+        if now >= self._beat_at:
+            self._beat_at = now + self._options.detect_s / 5
+            if self._peers.owner is not None:
+                self._peers.send(self._peers.owner, {"op": "beat", "step": self._ranks.step})
+        if now >= self._logs_at:
+            self._logs_at = now + _LOG_CHECK_S
+            self._ranks.limit_logs()
+        if now - max(self._heard, self._ranks.progress_at) > self._options.lease_s:
+            self._leave("lease", 0.0)
+        self._peers.pump()
+
+    def _leave(self, reason: str, grace_s: float) -> None:
+        """Tell the owner, end the ranks, then end the loop."""
+        if self._leaving:
+            return
+        self._leaving = reason
+        self._events.append({"kind": "leaving", "reason": reason})
+        self._ranks.kill(self._ranks.attempt, grace_s, self._end)
+
+    def _end(self) -> None:
+        self._left = self._leaving
+
+    def _put_logs_away(self) -> None:
+        if not self._log_folder_stays:
+            self._logs.remove()
+
+    # -- the pool --------------------------------------------------------------------------------------------------
+
+    def _on_pool_ready(self, reason: str) -> None:
+        state = "failed" if reason else "ready"
+        self._events.append({"kind": "pool", "state": state, "reason": reason, "pid": self._pool.pid})
+        self._ranks.start_waiting()
+
+    def _on_pool_died(self, reason: str) -> None:
+        self._events.append({"kind": "pool", "state": "failed", "reason": reason})
+        self._ranks.on_pool_died()
+
+    # -- the controller --------------------------------------------------------------------------------------------
+
+    def _welcome(self) -> Message:
+        address = self.address
+        identity = {"node": address.node, "incarnation": address.incarnation, "pid": address.pid}
+        return {"slots": address.slots, "pool": self._pool.pid} | identity | self._ranks.describe()
+
+    def _on_message(self, peer: Peer, message: Message) -> None:
+        try:
+            self._obey(peer, message)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            print(f"dropped a peer for a malformed message: {error!r}", file=sys.stderr, flush=True)
+            self._peers.drop(peer, "malformed message")
+
+    def _obey(self, peer: Peer, message: Message) -> None:
+        op = message["op"]
+        if op == "tail":
+            self._tail(peer, message)
+            return
+        if peer is not self._peers.owner:
+            return
+        self._heard = time.monotonic()
+        actions: dict[str, Callable[[], None]] = {
+            "beat": lambda: None,
+            "reserve": lambda: self._ranks.reserve(self.address.host, int(message["attempt"])),
+            "spawn": lambda: self._spawn(peer, message),
+            "kill": lambda: self._kill(int(message["attempt"]), float(message.get("grace_s", 0.0))),
+            "shutdown": self._shut_down,
+        }
+        actions[op]()
+
+    def _spawn(self, peer: Peer, message: Message) -> None:
+        check_order(message)
+        if message["epoch"] == peer.epoch and not self._leaving:
+            self._ranks.spawn(message)
+
+    def _kill(self, attempt: int, grace_s: float) -> None:
+        self._ranks.kill(attempt, grace_s, lambda: self._events.append({"kind": "killed", "attempt": attempt}))
+
+    def _shut_down(self) -> None:
+        self._log_folder_stays = False
+        self._leave("shutdown", 0.0)
+
+    def _tail(self, peer: Peer, message: Message) -> None:
+        path = self._ranks.log_path(int(message["attempt"]), int(message["rank"]))
+        piece = piece_of(path, int(message["offset"]), int(message["limit"]))
+        self._peers.send(peer, {"op": "tail", "id": message["id"]} | piece)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of an agent that is a process of its own."""
+    parser = argparse.ArgumentParser(prog="launcher.host.agent")
+    parser.add_argument("--run-dir", required=True)
+    parser.add_argument("--node", required=True)
+    parser.add_argument("--bind", required=True)
+    parser.add_argument("--slots", type=int, required=True)
+    for name, kind in (("detect-s", float), ("lease-s", float), ("grace-s", float), ("max-log-bytes", int)):
+        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
+    for name in ("warm", "target", "log-parent", "incarnation"):
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS)
+    given: dict[str, Any] = vars(parser.parse_args(argv))
+    place = {name: given.pop(name) for name in ("run_dir", "node", "bind", "slots")}
+    try:
+        agent = HostAgent(**place, options=AgentOptions(**given))
+    except (PhalanxError, OSError) as error:
+        print(error, file=sys.stderr, flush=True)
+        return 1
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, lambda number, _: agent.stop(signal.Signals(number).name))
+    print(f"agent of {agent.address.node} ended: {agent.serve()}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Logs of the ranks of one node: where they are, how large they may grow, how to read a piece of one.
+
+They stay on the node, in a private folder. Only rank 0 writes straight into the run directory, and the first rank of
+the node that fails is copied there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from jobs.paths import RunPaths
+
+MAX_LOG_BYTES = 64 << 20
+TAIL_BYTES = 4096
+_MAX_COPY_BYTES = 1 << 20
+_MAX_PIECE_BYTES = 128 << 10
+_KEPT_ATTEMPTS = 8
+
+
+class RankLogs:
+    """The log files of one node.
+
+    Args:
+        paths: The run directory.
+        node: The node's name.
+        parent: Folder for the private folder; the system's temporary folder by default.
+        max_bytes: Size at which a log is cut to its newest half.
+    """
+
+    def __init__(
+        self, paths: RunPaths, node: str, *, parent: str | None = None, max_bytes: int = MAX_LOG_BYTES
+    ) -> None:
+        name = "".join(c if c.isalnum() or c in "-_" else "-" for c in f"{paths.root.name}-{node}")
+        self.folder = Path(tempfile.mkdtemp(prefix=f"phalanx-{name[:80]}-", dir=parent))
+        self._paths = paths
+        self._max_bytes = max_bytes
+
+    def path(self, attempt: int, rank: int) -> Path:
+        """Where the log of a rank is written."""
+        return self._paths.rank_log(attempt, 0) if rank == 0 else self._local(attempt, rank)
+
+    def _local(self, attempt: int, rank: int) -> Path:
+        return self.folder / str(attempt) / f"rank-{rank}.log"
+
+    def open(self, attempt: int, rank: int) -> tuple[int, Path]:
+        """Open a log for appending; falls back to the node when the run directory cannot be written."""
+        try:
+            return _open_append(self.path(attempt, rank)), self.path(attempt, rank)
+        except OSError:
+            return _open_append(self._local(attempt, rank)), self._local(attempt, rank)
+
+    def publish(self, attempt: int, rank: int, source: Path) -> None:
+        """Copy the end (1 MiB) of a log to the run directory, if it is not there. A full disk is no error here."""
+        target = self._paths.rank_log(attempt, rank)
+        if target == source:
+            return
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            data, _, _ = read_piece(source, -_MAX_COPY_BYTES, _MAX_COPY_BYTES)
+            target.write_bytes(data)
+        except OSError:
+            return
+
+    def limit(self, path: Path) -> None:
+        """Cut a log that has grown too large to its newest half; what is written meanwhile may be lost."""
+        try:
+            if path.stat().st_size > self._max_bytes:
+                data, _, _ = read_piece(path, -self._max_bytes // 2, self._max_bytes // 2)
+                os.truncate(path, 0)
+                with open(path, "ab") as file:
+                    file.write(b"[the older half of this log was cut]\n" + data)
+        except OSError:
+            return
+
+    def forget_old_attempts(self, newest: int) -> None:
+        """Delete the logs of all but the last few attempts."""
+        for folder in self.folder.iterdir():
+            if folder.name.isdigit() and int(folder.name) <= newest - _KEPT_ATTEMPTS:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def remove(self) -> None:
+        """Delete the private folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _open_append(path: Path) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def read_piece(path: Path, offset: int, limit: int) -> tuple[bytes, int, int]:
+    """Read at most ``limit`` bytes from ``offset``; a negative offset counts from the end.
+
+    Returns:
+        The bytes, the offset at which they begin and the size of the file.
+    """
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        start = max(0, size + offset) if offset < 0 else min(offset, size)
+        file.seek(start)
+        return file.read(max(0, limit)), start, size
+
+
+def tail(path: Path, limit: int = TAIL_BYTES) -> str:
+    """The end of a log as text; empty when it cannot be read."""
+    try:
+        return read_piece(path, -limit, limit)[0].decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def piece_of(path: Path, offset: int, limit: int) -> dict[str, object]:
+    """The answer to a ``tail`` request: ``data``, ``offset`` where it begins, ``next`` and ``size`` in bytes."""
+    try:
+        data, start, size = read_piece(path, offset, min(limit, _MAX_PIECE_BYTES))
+    except OSError as error:
+        return {"data": "", "offset": 0, "next": 0, "size": 0, "error": error.strerror or "unreadable"}
+    return {"data": data.decode(errors="replace"), "offset": start, "next": start + len(data), "size": size}

@@ -1,0 +1,121 @@
+"""Processes of this machine: which are ours, which are alive, and how to be sure that none is left.
+
+Everything that an agent starts carries a mark in its environment. A process can leave its parent, its group and its
+session, but not the environment it was started with, so the mark finds what every other bookkeeping has lost.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+MARK = "PHALANX_HOST"
+"""Environment variable that marks a process: ``<incarnation of the agent>.<generation of its pool>``."""
+
+
+def is_running(pid: int) -> bool:
+    """Whether ``pid`` exists and is not a zombie."""
+    return state(pid) not in ("", "Z", "X")
+
+
+def state(pid: int) -> str:
+    """One letter for the kernel's view of ``pid`` (``R``, ``S``, ``Z``, ...); empty when it does not exist."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return text.rpartition(")")[2].split()[0]
+
+
+def parent_and_session(pid: int) -> tuple[int, int]:
+    """Parent's process id and session id of ``pid``; zeros when it does not exist."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0, 0
+    return int(fields[1]), int(fields[3])
+
+
+def environment(pid: int) -> dict[str, str]:
+    """The environment that ``pid`` was started with; empty when it cannot be read."""
+    try:
+        raw = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return {}
+    pairs = (item.partition(b"=") for item in raw.split(b"\0") if item)
+    return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
+
+
+def command_line(pid: int) -> list[str]:
+    """Arguments of ``pid``; empty when it cannot be read."""
+    try:
+        raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return [os.fsdecode(item) for item in raw.split(b"\0")[:-1]]
+
+
+def all_pids() -> list[int]:
+    """Every process id of this machine that is visible."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def marked(prefix: str) -> list[int]:
+    """Living processes whose mark begins with ``prefix``, this process left out."""
+    own = os.getpid()
+    needle = f"{MARK}={prefix}".encode()
+    found = []
+    for pid in all_pids():
+        try:
+            raw = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            continue
+        if pid != own and any(item.startswith(needle) for item in raw.split(b"\0")) and is_running(pid):
+            found.append(pid)
+    return found
+
+
+def kill_marked(prefix: str, *, timeout_s: float = 10.0) -> list[int]:
+    """SIGKILL all processes whose mark begins with ``prefix``, again and again until none is left.
+
+    Returns:
+        Process ids that were still there after ``timeout_s`` (in the kernel's uninterruptible sleep, for example).
+    """
+    deadline = time.monotonic() + timeout_s
+    while left := marked(prefix):
+        for pid in left:
+            send(pid, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            return left
+        time.sleep(0.01)
+    return []
+
+
+def send(pid: int, signum: int) -> None:
+    """Send a signal to a process; one that is gone is no error."""
+    try:
+        os.kill(pid, signum)
+    except ProcessLookupError:
+        return
+
+
+def send_group(group: int, signum: int) -> bool:
+    """Send a signal to a process group; returns whether there was one."""
+    try:
+        os.killpg(group, signum)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Poll ``condition`` every 20 ms until it holds or ``timeout_s`` is over; returns whether it holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True

@@ -1,0 +1,339 @@
+"""The ranks of one node: at most one attempt at a time, from the order to spawn them until the last one is gone."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launcher.host import wire
+from launcher.host.environment import Environments
+from launcher.host.events import AGENT_KINDS, EventLog
+from launcher.host.logs import RankLogs, tail
+from launcher.host.pool_link import PoolLink
+from launcher.host.wire import LineReader, Message
+
+_MAX_REPORT_BYTES = 1 << 16
+_FORCE_AFTER_S = 5.0
+
+
+@dataclass(slots=True, eq=False)
+class Rank:
+    """One rank of the current attempt.
+
+    Attributes:
+        rank: Global rank.
+        key: ``attempt/rank``, how the pool knows it.
+        log: Where it writes.
+        report: Read end of its report pipe; -1 for a script and after its end.
+        pid: Process id; 0 until it runs.
+        status: How it ended (the ``exit`` event); None while it has not.
+    """
+
+    rank: int
+    key: str
+    log: Path
+    report: int = -1
+    pid: int = 0
+    status: dict[str, Any] | None = None
+    reader: LineReader = field(default_factory=lambda: LineReader(_MAX_REPORT_BYTES))
+
+
+def check_order(order: Message) -> None:
+    """Check an order to spawn before anything is changed by it.
+
+    Raises:
+        KeyError, TypeError, ValueError: It is malformed.
+    """
+    kind, argv, cwd = order["kind"], order.get("argv") or [], order.get("cwd", "")
+    if kind not in ("pretrain", "script") or (kind == "script" and not argv):
+        raise ValueError(f"cannot spawn a job of kind {kind!r} with {argv!r}")
+    numbers = [order["attempt"], order["epoch"], *(entry["rank"] for entry in order["ranks"])]
+    texts = [cwd, *argv]
+    for environment in (order.get("env", {}), *(entry.get("env", {}) for entry in order["ranks"])):
+        texts += [*environment.keys(), *environment.values()]
+    if not all(type(number) is int for number in numbers) or not all(isinstance(text, str) for text in texts):
+        raise TypeError("a number or a text is of another kind")
+    if any("\0" in text for text in texts):
+        raise ValueError("a text contains a zero byte")
+
+
+class Ranks:
+    """Spawns, hears and kills the ranks of this node.
+
+    Args:
+        selector: The agent's loop; callbacks take no argument.
+        environments: Makes the ranks' environments.
+        events: Where everything that happens is written.
+        logs: Log files.
+    """
+
+    def __init__(
+        self, *, selector: selectors.BaseSelector, environments: Environments, events: EventLog, logs: RankLogs
+    ) -> None:
+        self._selector = selector
+        self._environments = environments
+        self._events = events
+        self._logs = logs
+        self._pool: PoolLink | None = None
+        self._by_key: dict[str, Rank] = {}
+        self._order: Message | None = None
+        self._store: socket.socket | None = None
+        self._kill_at: float | None = None
+        self._force_at: float | None = None
+        self._stopping = False
+        self._published = False
+        self._on_empty: list[Callable[[], None]] = []
+        self.attempt = 0
+        self.epoch = 0
+        self.step = 0
+        self.progress_at = time.monotonic()
+
+    # -- what the agent asks for -----------------------------------------------------------------------------------
+
+    def attach(self, pool: PoolLink) -> None:
+        """Use this pool."""
+        self._pool = pool
+
+    def reserve(self, address: str, attempt: int) -> None:
+        """Bind the rendezvous port of an attempt and keep it until its rank 0 is spawned here."""
+        self._close_store()
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._store = socket.create_server((address, 0), family=family)
+        port = self._store.getsockname()[1]
+        self._events.append({"kind": "reserved", "attempt": attempt, "port": port})
+
+    def spawn(self, order: Message) -> None:
+        """Start the ranks of an attempt; those of an older attempt are killed first, an older order is ignored."""
+        if order["attempt"] <= self.attempt:
+            return
+        if self.alive:
+            self.kill(self.attempt, 0.0, lambda: self.spawn(order))
+            return
+        self._events.begin_attempt()
+        self.attempt, self.epoch, self.step = order["attempt"], order["epoch"], 0
+        self.progress_at = time.monotonic()
+        self._by_key.clear()
+        self._stopping, self._published = False, False
+        self._logs.forget_old_attempts(self.attempt)
+        for entry in order["ranks"]:
+            key = f"{self.attempt}/{entry['rank']}"
+            self._by_key[key] = Rank(entry["rank"], key, self._logs.path(self.attempt, entry["rank"]))
+        self._order = order
+        self.start_waiting()
+
+    def start_waiting(self) -> None:
+        """Hand the waiting ranks to the pool, as soon as it is ready."""
+        if self._order is None or self._pool is None or not self._pool.ready:
+            return
+        order, self._order = self._order, None
+        if order["kind"] == "script":
+            self._close_store()  # a script binds the port itself: it is free from here on
+        for entry in order["ranks"]:
+            self._start(self._by_key[f"{self.attempt}/{entry['rank']}"], order, entry.get("env", {}))
+        self._close_store()
+
+    def _start(self, rank: Rank, order: Message, variables: dict[str, str]) -> None:
+        assert self._pool is not None
+        ours = order["kind"] == "pretrain"
+        log, rank.log = self._logs.open(self.attempt, rank.rank)
+        fds = {"log": log}
+        if ours:
+            rank.report, fds["report"] = os.pipe()
+            os.set_blocking(rank.report, False)
+            self._selector.register(rank.report, selectors.EVENT_READ, lambda: self._read(rank))
+        if ours and rank.rank == 0 and self._store is not None:
+            fds["store"] = self._store.detach()
+        environment = self._environments.rank(order.get("env", {}) | variables, ours=ours, mark=self._pool.mark)
+        message = {
+            "key": rank.key,
+            "name": f"phalanx:r{rank.rank}",
+            "env": environment,
+            "cwd": order.get("cwd") or str(self._logs.folder),
+            "argv": None if ours else order["argv"],
+        }
+        self._pool.spawn(message, fds)
+
+    def kill(self, attempt: int, grace_s: float, then: Callable[[], None]) -> None:
+        """End every rank of an attempt: SIGTERM, after ``grace_s`` SIGKILL; calls ``then`` when none is left."""
+        if attempt < self.attempt or not self.alive:
+            then()
+            return
+        self._on_empty.append(then)
+        self._stopping = True
+        self._close_store()
+        if self._order is not None:  # nothing was handed to the pool yet
+            self._order = None
+            self._by_key.clear()
+        deadline = time.monotonic() + max(0.0, grace_s)
+        self._kill_at = deadline if self._kill_at is None else min(deadline, self._kill_at)
+        if grace_s > 0:
+            self._signal(signal.SIGTERM)
+        self.tick(time.monotonic())
+        self._check_empty()
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def _living(self) -> list[Rank]:
+        return [rank for rank in self._by_key.values() if rank.status is None]
+
+    @property
+    def alive(self) -> bool:
+        """Whether a rank runs or is about to."""
+        return bool(self._living())
+
+    def describe(self) -> Message:
+        """The part of the welcome that an adopting controller needs."""
+        ranks = [{"rank": rank.rank, "pid": rank.pid, "exited": rank.status} for rank in self._by_key.values()]
+        return {"attempt": self.attempt, "epoch_of_attempt": self.epoch, "ranks": ranks}
+
+    def log_path(self, attempt: int, rank: int) -> Path:
+        """Where the log of a rank of this or an earlier attempt is."""
+        known = self._by_key.get(f"{attempt}/{rank}")
+        return known.log if known is not None else self._logs.path(attempt, rank)
+
+    def next_deadline(self) -> float | None:
+        """When :meth:`tick` has something to do."""
+        return min((at for at in (self._kill_at, self._force_at) if at is not None), default=None)
+
+    # -- what happens ----------------------------------------------------------------------------------------------
+
+    def on_spawned(self, key: str, pid: int, fresh: str) -> None:
+        """A rank runs."""
+        rank = self._by_key.get(key)
+        if rank is None:
+            return
+        rank.pid = pid
+        if fresh:
+            self._events.append({"kind": "pool", "state": "fresh", "reason": fresh, "rank": rank.rank})
+        if self._stopping:
+            self._signal(signal.SIGKILL)
+        if all(other.pid for other in self._by_key.values()):
+            ranks = [{"rank": other.rank, "pid": other.pid} for other in self._by_key.values()]
+            self._events.append({"kind": "spawned", "attempt": self.attempt, "ranks": ranks})
+
+    def on_failed(self, key: str, reason: str) -> None:
+        """A rank could not be started."""
+        rank = self._by_key.get(key)
+        if rank is not None:
+            self._ended(rank, 127, None, f"the rank could not be started: {reason}")
+
+    def on_exited(self, key: str, code: int | None, signum: int | None) -> None:
+        """A rank's process is gone."""
+        rank = self._by_key.get(key)
+        if rank is not None and rank.status is None:
+            self._ended(rank, code, signum, "")
+
+    def on_pool_died(self) -> None:
+        """Every rank of the pool is gone with it; ranks that still wait will be started by the next pool."""
+        for rank in self._living():
+            if self._order is None:
+                self._ended(rank, None, int(signal.SIGKILL), "")
+
+    def _read(self, rank: Rank) -> None:
+        """Pass on what a rank reports, at most 64 KiB at a time."""
+        if rank.report < 0:
+            return
+        try:
+            data = os.read(rank.report, _MAX_REPORT_BYTES)
+        except BlockingIOError:
+            return
+        if not data:
+            self._close_report(rank)
+            return
+        self._report(rank, data)
+
+    def _report(self, rank: Rank, data: bytes) -> None:
+        try:
+            lines = rank.reader.feed(data)
+        except wire.WireError:
+            return
+        for line in lines:
+            try:
+                report = wire.decode(line)
+            except wire.WireError:
+                continue
+            if report.get("kind") in AGENT_KINDS:  # a rank does not speak for its agent
+                continue
+            if report.get("kind") == "step" and isinstance(report.get("step"), int):
+                self.step = max(self.step, report["step"])
+                self.progress_at = time.monotonic()
+            self._events.append(report | {"rank": rank.rank, "attempt": self.attempt})
+
+    def _drain(self, rank: Rank) -> None:
+        """Read the rest of the reports: what a rank said last must come before its exit."""
+        while rank.report >= 0:
+            try:
+                data = os.read(rank.report, _MAX_REPORT_BYTES)
+            except BlockingIOError:
+                break  # a process that the rank left behind still holds the pipe
+            if not data:
+                break
+            self._report(rank, data)
+        self._close_report(rank)
+
+    def _close_report(self, rank: Rank) -> None:
+        if rank.report >= 0:
+            self._selector.unregister(rank.report)
+            os.close(rank.report)
+            rank.report = -1
+
+    def _ended(self, rank: Rank, code: int | None, signum: int | None, reason: str) -> None:
+        self._drain(rank)
+        log_tail = "\n".join(filter(None, [tail(rank.log), reason]))
+        rank.status = {
+            "kind": "exit",
+            "rank": rank.rank,
+            "attempt": self.attempt,
+            "pid": rank.pid,
+            "code": code,
+            "signal": signum,
+            "requested": self._stopping,
+            "log_tail": log_tail,
+            "time": time.time(),
+        }
+        self._events.append(rank.status)
+        if code != 0 and not self._stopping and not self._published:
+            self._published = True
+            self._logs.publish(self.attempt, rank.rank, rank.log)
+        self._check_empty()
+
+    def _check_empty(self) -> None:
+        if not self.alive:
+            self._kill_at = self._force_at = None
+            waiting, self._on_empty = self._on_empty, []
+            for then in waiting:
+                then()
+
+    # -- killing ---------------------------------------------------------------------------------------------------
+
+    def _signal(self, signum: int) -> None:
+        for rank in self._living():
+            if self._pool is not None and rank.pid:
+                self._pool.kill(rank.key, signum)
+
+    def tick(self, now: float) -> None:
+        """Go on with killing; keep the logs small."""
+        if self._kill_at is not None and now >= self._kill_at:
+            self._kill_at, self._force_at = None, now + _FORCE_AFTER_S
+            self._signal(signal.SIGKILL)
+        if self._force_at is not None and now >= self._force_at:
+            self._force_at = None
+            if self._pool is not None:
+                self._pool.force()
+
+    def limit_logs(self) -> None:
+        """Cut logs that have grown too large."""
+        for rank in self._living():
+            self._logs.limit(rank.log)
+
+    def _close_store(self) -> None:
+        if self._store is not None:
+            self._store.close()
+            self._store = None

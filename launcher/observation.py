@@ -1,0 +1,51 @@
+"""What a controller sees of its gang: values, and the box in which they wait to be looked at. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ObservationKind = Literal[
+    "agent_up", "agent_lost", "report", "exit", "killed", "spawned", "leaving", "pool", "fenced", "tail"
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observation:
+    """Something that was seen.
+
+    Attributes:
+        kind: ``agent_up`` (data: the welcome: ``attempt``, ``epoch_of_attempt``, ``ranks``, ``cursor``, ``slots``, and
+            then everything that the agent remembers of its attempt follows as if it happened now), ``agent_lost``
+            (``why``), ``report`` (a rank's report with ``rank`` and ``attempt``; its kind is ``data["kind"]``),
+            ``exit`` (``rank``, ``attempt``, ``pid``, ``code``, ``signal``, ``requested``: we had it killed,
+            ``log_tail``), ``spawned`` (``attempt``, ``ranks``), ``killed`` (``attempt``), ``leaving`` (``reason``),
+            ``pool`` (``state``, ``reason``), ``fenced`` (``epoch``: who owns the agent now), ``tail`` (answer to
+            :meth:`Gang.tail`).
+        node: The node.
+        time: When it happened, UTC seconds: by the agent's clock if the agent said it, else by ours.
+        data: The facts.
+    """
+
+    kind: ObservationKind
+    node: str
+    time: float
+    data: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Inbox:
+    """Observations that :meth:`Gang.poll` has not returned yet."""
+
+    wall: Callable[[], float]
+    items: list[Observation] = field(default_factory=list)
+
+    def add(self, kind: ObservationKind, node: str, data: dict[str, Any]) -> None:
+        """Put one in; its time is that of the data, else now."""
+        self.items.append(Observation(kind=kind, node=node, time=data.get("time", self.wall()), data=data))
+
+    def take(self) -> list[Observation]:
+        """Take all out, oldest first."""
+        taken, self.items = self.items, []
+        return taken

@@ -1,0 +1,68 @@
+"""What a run has to show on disk: the newest checkpoint to resume from, and the record of its end. Reads only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs import checkpoint
+from jobs.paths import RunPaths
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResumePoint:
+    """Where an attempt begins.
+
+    Attributes:
+        path: Manifest of the checkpoint (or the folder of a script's checkpoint); "" for the very beginning.
+        step: Step that the checkpoint holds; the attempt runs from the next one.
+    """
+
+    path: str = ""
+    step: int = 0
+
+
+def resume_point(paths: RunPaths, *, script: bool, rejected: frozenset[str] = frozenset()) -> ResumePoint:
+    """The newest committed checkpoint that was not found damaged."""
+    return _script_point(paths, rejected) if script else _manifest_point(paths, rejected)
+
+
+def _manifest_point(paths: RunPaths, rejected: frozenset[str]) -> ResumePoint:
+    for entry in checkpoint.list_checkpoints(paths.checkpoints):
+        if str(entry.path) not in rejected:
+            return ResumePoint(path=str(entry.path), step=entry.step)
+    return ResumePoint()
+
+
+def _script_point(paths: RunPaths, rejected: frozenset[str]) -> ResumePoint:
+    """A script's checkpoint is a folder named by its step with a file COMMIT in it."""
+    if not paths.checkpoints.is_dir():
+        return ResumePoint()
+    steps = [path for path in paths.checkpoints.iterdir() if path.name.isdigit() and (path / "COMMIT").exists()]
+    usable = [path for path in steps if str(path) not in rejected]
+    if not usable:
+        return ResumePoint()
+    newest = max(usable, key=lambda path: int(path.name))
+    return ResumePoint(path=str(newest), step=int(newest.name))
+
+
+def final_record(paths: RunPaths) -> dict[str, Any]:
+    """What the ranks wrote after their last step (``step``, ``weights_digest``, ``checkpoint``); empty if nothing."""
+    try:
+        value = json.loads(Path(paths.root / "final.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def fault_records(paths: RunPaths) -> list[dict[str, Any]]:
+    """What the fault injector left as proof, oldest first."""
+    records = []
+    for path in sorted(paths.faults.glob("*.json")) if paths.faults.is_dir() else []:
+        try:
+            records.append(json.loads(path.read_text()) | {"id": path.stem})
+        except ValueError:
+            continue
+    return sorted(records, key=lambda record: float(record.get("time", 0.0)))

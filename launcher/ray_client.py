@@ -1,0 +1,316 @@
+"""Ray clusters as seen from a process that does not import Ray: authentication, reachability, size, submission.
+
+Whatever needs Ray is done in a short-lived process, which can be given up when a cluster does not answer: inside a
+process, Ray waits for half a minute or longer, prints what it thinks of that, and keeps the signal handlers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import launcher
+from jobs.paths import RunPaths
+from launcher import ray_jobs
+from launcher.backend import NodeInfo
+from launcher.embedded import NODE_MARK, kill_members
+from launcher.store import create_exclusive, dump, write_atomic
+from strategies import errors
+from strategies.errors import ClusterError, PhalanxError, ResumeRefused
+
+REACH_S = 5.0
+DESCRIBE_S = 12.0
+SUBMIT_S = 120.0
+NODE_START_S = 45.0
+NONCE_FOLDER = "shared"
+
+_TOKEN_HINT = (
+    "Give the cluster's token: RAY_AUTH_TOKEN=..., RAY_AUTH_TOKEN_PATH=FILE, or the file ~/.ray/auth_token; "
+    "it must be the one that the cluster was started with."
+)
+
+
+def auth_environment(token_path: str | None = None) -> dict[str, str]:
+    """The variables that make Ray's authentication mode explicit; left to itself, Ray guesses, and waits 20 s.
+
+    Args:
+        token_path: File with the token of a cluster of ours; None looks where Ray looks.
+    """
+    if token_path:
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token_path}
+    default = Path.home() / ".ray" / "auth_token"
+    known = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or default.is_file()
+    return {"RAY_AUTH_MODE": "token" if known else "disabled"}
+
+
+def is_dashboard(address: str) -> bool:
+    """Whether an address is that of a dashboard rather than of a Ray head."""
+    return address.startswith(("http://", "https://"))
+
+
+def describe(address: str) -> list[NodeInfo]:
+    """The living nodes of a cluster that have devices. Needs no Ray node on this machine.
+
+    Args:
+        address: ``IP:PORT`` of the head or ``http(s)://host:8265`` of its dashboard.
+
+    Raises:
+        ClusterError: Nothing answers there, it is no Ray cluster, or it refuses us; within about 15 s.
+    """
+    found = ray_jobs.describe(address) if is_dashboard(address) else _describe_head(address)
+    return [node for node in found if node.slots]
+
+
+def describe_all(address: str) -> list[str]:
+    """Addresses of all living nodes, those without devices included; like :func:`describe`, for ``IP:PORT`` only."""
+    return [node.address for node in _describe_head(address)]
+
+
+def _describe_head(address: str) -> list[NodeInfo]:
+    _reach(address)
+    answer = _ask_ray(["describe", address], DESCRIBE_S, what=f"The Ray cluster at {address} does not answer.")
+    return [NodeInfo(**node) for node in answer["nodes"]]
+
+
+def measure(address: str) -> tuple[int, int]:
+    """Number of nodes of a cluster, and of the devices that each of them has (those with fewer are not counted).
+
+    Raises:
+        ClusterError: The cluster cannot be reached, or has no devices at all.
+    """
+    slots = sorted((node.slots for node in describe(address)), reverse=True)
+    if not slots:
+        raise ClusterError(
+            f"The Ray cluster at {address} has no node with a CPU or a GPU.", hint="Add nodes: ray start --address=..."
+        )
+    # The size that makes most devices usable: nodes have to be equal.
+    best = max(set(slots), key=lambda size: size * sum(have >= size for have in slots))
+    return sum(have >= best for have in slots), best
+
+
+def start_controller(
+    run_dir: Path, address: str, *, resume: Mapping[str, Any] | None = None, adopt: bool = True
+) -> int:
+    """Start the detached controller of a run on a running cluster; returns once it has won control.
+
+    Args:
+        run_dir: A filled run directory on a file system that every node of the cluster sees under the same path.
+        address: ``IP:PORT`` of the head or ``http(s)://host:8265`` of its dashboard.
+        resume: A person's wish to continue.
+        adopt: A live gang may be taken over as it is.
+
+    Returns:
+        The epoch in which it controls.
+
+    Raises:
+        ClusterError: The cluster cannot be reached, refuses us, or could not start the controller.
+        StorageError: The run directory is not shared with every node.
+        ResumeRefused: Another controller owns the run.
+    """
+    paths = RunPaths(run_dir.resolve())
+    write_atomic(paths.cluster, dump({"version": 1, "kind": "existing", "state": "ready", "address": address}))
+    nonce = secrets.token_hex(8)
+    create_exclusive(paths.control / NONCE_FOLDER / nonce, nonce.encode())
+    wish = None if resume is None else {"id": nonce, **resume}
+    order = json.dumps({"address": address, "nonce": nonce, "resume": wish, "adopt": adopt})
+    if is_dashboard(address):
+        answer = ray_jobs.run_entrypoint(address, paths, order, timeout_s=SUBMIT_S)
+    else:
+        describe(address)  # quick and short errors first
+        answer = _ask_ray(
+            ["submit", str(paths.root), order], SUBMIT_S, what=f"The cluster at {address} does not answer."
+        )
+    return int(answer["epoch"])
+
+
+def raise_remote(error: Mapping[str, str]) -> None:
+    """Raise again what another process caught: fields ``kind``, ``what``, ``why`` and ``hint``.
+
+    Raises:
+        PhalanxError: Always; of the named kind.
+    """
+    kind = getattr(errors, error.get("kind", ""), PhalanxError)
+    raise kind(error.get("what", "unknown error"), why=error.get("why", ""), hint=error.get("hint", ""))
+
+
+def as_remote(error: BaseException) -> dict[str, str]:
+    """What :func:`raise_remote` takes."""
+    if isinstance(error, PhalanxError):
+        return {"kind": type(error).__name__, "what": error.what, "why": error.why, "hint": error.hint}
+    return {"kind": "PhalanxError", "what": f"{type(error).__name__}: {error}", "why": "", "hint": ""}
+
+
+def refused() -> ClusterError:
+    """The cluster wants a token that we do not have."""
+    given = auth_environment()["RAY_AUTH_MODE"] == "token"
+    return ClusterError(
+        "The Ray cluster refuses us: authentication failed.",
+        why="the token is not the cluster's" if given else "it asks for a token and none was found",
+        hint=_TOKEN_HINT,
+    )
+
+
+def _reach(address: str) -> None:
+    """Connect to the port, for a quick and short error."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ClusterError(
+            f"cluster.address={address!r} is not an address.",
+            hint="Use IP:PORT of the Ray head (port 6379 by default), or http://HOST:8265 of its dashboard.",
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+    except OSError as error:
+        why = "no answer within 5 s" if isinstance(error, TimeoutError) else error.strerror or str(error)
+        raise ClusterError(
+            f"No Ray cluster can be reached at {address}.",
+            why=why,
+            hint="Check cluster.address and that the cluster is up: ray status --address ADDRESS",
+        ) from error
+
+
+def _ask_ray(arguments: list[str], timeout_s: float, *, what: str) -> dict[str, Any]:
+    """Call a verb of :mod:`launcher.ray_backend` in a process of its own and return its answer."""
+    command = [sys.executable, "-P", "-m", "launcher.ray_backend", *arguments]
+    environment = os.environ | auth_environment() | {"PYTHONPATH": python_path(), "RAY_BACKEND_LOG_LEVEL": "fatal"}
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        cwd=tempfile.gettempdir(),
+        start_new_session=True,
+    )
+    try:
+        out, complaint = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired as error:
+        raise ClusterError(
+            what,
+            why=f"a port is open there, but no Ray head answered within {timeout_s:.0f} s",
+            hint="Check that cluster.address is the head's IP:PORT (6379 by default), not a port of something else.",
+        ) from error
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    return answer_in(out.decode(errors="replace"), complaint.decode(errors="replace"), what=what)
+
+
+def answer_in(output: str, complaint: str = "", *, what: str) -> dict[str, Any]:
+    """The last line of ``output`` that is an answer.
+
+    Raises:
+        PhalanxError: The answer is an error, which is raised here; or there is none.
+    """
+    for line in reversed(output.splitlines()):
+        with contextlib.suppress(ValueError):
+            answer = json.loads(line)
+            if isinstance(answer, dict) and "phalanx" in answer:
+                if "error" in answer:
+                    raise_remote(answer["error"])
+                return answer
+    last = [line for line in (complaint or output).splitlines() if line.strip()][-1:]
+    raise ClusterError(
+        what, why="".join(last).strip(), hint="Check that the cluster runs the same Ray and Python versions."
+    )
+
+
+def python_path() -> str:
+    """Our packages, before whatever the user has."""
+    root = str(Path(str(launcher.__file__)).resolve().parents[1])
+    kept = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", root)]
+    return os.pathsep.join([root, *kept])
+
+
+@contextlib.contextmanager
+def local_node(address: str, nodes: list[str]) -> Iterator[str]:
+    """The address of a Ray node on this machine: a driver cannot do without one.
+
+    When none of the cluster's nodes is here, one without any resources joins for as long as the context lasts.
+
+    Args:
+        address: ``IP:PORT`` of the head.
+        nodes: Addresses of all living nodes, those without devices included.
+
+    Raises:
+        ClusterError: A node did not start.
+    """
+    here = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
+    for node in nodes:
+        if node in here:
+            yield node
+            return
+    host = address.rpartition(":")[0].strip("[]")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing; the kernel picks the address that the cluster sees us by
+        own = str(probe.getsockname()[0])
+    with _temporary_node(address, own):
+        yield own
+
+
+@contextlib.contextmanager
+def _temporary_node(address: str, own: str) -> Iterator[None]:
+    mark = f"phalanx-client-{os.getpid()}-{secrets.token_hex(4)}"
+    base = "/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()
+    temp = Path(tempfile.mkdtemp(prefix="phx-", dir=base))
+    log = temp / "log"
+    options = ["--block", "--num-cpus=0", "--num-gpus=0", f"--address={address}", f"--node-ip-address={own}"]
+    options += ["--disable-usage-stats", "--include-log-monitor=false", "--object-store-memory=83886080"]
+    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *options, f"--temp-dir={temp}"]
+    try:
+        with open(log, "wb") as out:
+            node = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                cwd=temp,
+                env=os.environ | auth_environment() | {NODE_MARK: mark},
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + NODE_START_S
+        while b"Ray runtime started" not in log.read_bytes():
+            if node.poll() is not None or time.monotonic() > deadline:
+                last = log.read_text(errors="replace").strip().splitlines()[-1:]
+                raise ClusterError(
+                    "This machine is not a node of the Ray cluster, and could not join it for the moment.",
+                    why="".join(last),
+                    hint="Submit from a node of the cluster, or by its dashboard: cluster.address=http://HOST:8265",
+                )
+            time.sleep(0.1)
+        yield
+    finally:
+        kill_members(mark)
+        node.wait()
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def wait_gone(find: Callable[[], Any], run: str, patience_s: float = 10.0) -> None:
+    """Wait until an earlier controller actor of the run has left.
+
+    Raises:
+        ResumeRefused: It stays.
+    """
+    deadline = time.monotonic() + patience_s
+    while find() is not None:
+        if time.monotonic() > deadline:
+            raise ResumeRefused(
+                f"The controller of '{run}' lives on the cluster.",
+                hint=f"Follow it: phalanx logs {run} -f. To stop it: phalanx cancel {run}",
+            )
+        time.sleep(0.2)

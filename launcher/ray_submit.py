@@ -1,0 +1,78 @@
+"""The cluster's side of a submission: is the run directory shared, then a detached controller. Ends at once.
+
+Runs as a process of its own on the client's machine, or as the entrypoint of a Ray job on the cluster.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jobs.paths import RunPaths
+from launcher import ray_backend
+from launcher.ray_client import NONCE_FOLDER, is_dashboard, raise_remote
+from launcher.ray_jobs import not_shared
+from strategies.errors import ClusterError
+
+SHARED_S = 30.0
+CONTROL_S = 60.0
+
+
+def submit(run_dir: Path, order: str) -> dict[str, Any]:
+    """Carry out the order of :func:`launcher.ray_client.start_controller`.
+
+    Raises:
+        ClusterError: The cluster did not start the controller.
+        StorageError: The run directory is not shared.
+        ResumeRefused: Another controller owns the run.
+    """
+    what = json.loads(order)
+    address = "" if is_dashboard(what["address"]) else what["address"]
+    with ray_backend.connected(run_dir, address):
+        check_shared(run_dir, what["nonce"])
+        actor = ray_backend.create_controller(run_dir, what["resume"], what["adopt"])
+        outcome = ray_backend.ask(actor, "outcome", CONTROL_S, timeout_s=CONTROL_S + 30.0)
+    if outcome is None:
+        raise ClusterError(
+            f"The controller of '{run_dir.name}' did not win control within {CONTROL_S:.0f} s.",
+            hint=f"phalanx status {run_dir.name}",
+        )
+    if "kind" in outcome:
+        raise_remote(outcome)
+    return dict(outcome)
+
+
+def check_shared(run_dir: Path, nonce: str) -> None:
+    """Every node must read what the client wrote, and be able to write.
+
+    Raises:
+        StorageError: A node does not; named with its address.
+    """
+    root = RunPaths(run_dir).control / NONCE_FOLDER
+    answers = ray_backend.run_everywhere(_probe_of(str(root), nonce), timeout_s=SHARED_S)
+    for address, complaint in sorted(answers.items()):
+        if complaint:
+            raise not_shared(run_dir, f"the node {address}", complaint)
+
+
+def _probe_of(folder: str, nonce: str) -> Callable[[], str]:
+    def probe() -> str:
+        # Sent by value, and complete in itself: where the folder is missing, our packages are missing too.
+        import os
+        import socket
+
+        try:
+            with open(os.path.join(folder, nonce)) as file:
+                if file.read() != nonce:
+                    return "it reads something else there"
+            own = os.path.join(folder, f"{nonce}-{socket.gethostname()}-{os.getpid()}")
+            with open(own, "w") as file:
+                file.write(nonce)
+            os.unlink(own)
+        except OSError as error:
+            return str(error)
+        return ""
+
+    return probe

@@ -1,0 +1,386 @@
+"""Texts for people, as pure strings: no files, no clock, no colours. The same words everywhere for the same thing."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from launcher.ledger import CLASSES
+from launcher.resume_diff import Change
+from launcher.run import EventKind, RunEvent
+from strategies.codec import from_json
+from strategies.errors import ConfigError
+from strategies.plan import ParallelPlan
+
+_LONG_ID = re.compile(r"\b[0-9a-f]{24,}\b")
+
+MEANING = {
+    "start": "getting the first ranks to their first step",
+    "productive": "optimizer steps that count",
+    "checkpoint_stall": "waiting for checkpoints",
+    "detect": "failure until known",
+    "decide": "clearing the old ranks away",
+    "place": "decision until new ranks exist",
+    "restore": "new ranks until their first step",
+    "replay": "lost steps done again",
+    "wait": "waiting for nodes, backing off, or down",
+    "finish": "last step until the recorded end",
+}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str:
+    """Columns as wide as their longest cell, two spaces apart.
+
+    Args:
+        header: Titles.
+        rows: Cells; None becomes "-".
+        right: Indices of columns to align right.
+    """
+    cells = [list(header), *([("-" if cell is None else str(cell)) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        padded = [c.rjust(widths[i]) if i in right else c.ljust(widths[i]) for i, c in enumerate(row)]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def indent(text: str, by: str = "  ") -> str:
+    """Every line moved to the right."""
+    return "\n".join(f"{by}{line}".rstrip() for line in text.splitlines())
+
+
+def size(number: float) -> str:
+    """Bytes for people: ``12.3 MB`` (powers of ten)."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.1f} {unit}"
+    return f"{number:.0f} B"
+
+
+def count(number: float) -> str:
+    """A large count for people: ``1.3 M``."""
+    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.1f} {unit}"
+    return f"{number:.0f}"
+
+
+def seconds(number: float) -> str:
+    """A duration for people: ``4.2 s``, ``3 m 05 s``, ``2 h 10 m``."""
+    if number < 60:
+        return f"{number:.1f} s"
+    minutes, rest = divmod(round(number), 60)
+    if minutes < 60:
+        return f"{minutes} m {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} m"
+
+
+def moment(utc: float | None) -> str:
+    """A point in time, UTC."""
+    if not utc:
+        return "-"
+    return datetime.datetime.fromtimestamp(utc, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def plural(number: int, noun: str) -> str:
+    """``1 node``, ``2 nodes``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def node_name(node: str) -> str:
+    """A node's identity, shortened where it is a long random one."""
+    return node if len(node) <= 20 else node[:10]
+
+
+def shorten_ids(text: str) -> str:
+    """Long hexadecimal identities in a sentence, cut to what tells them apart."""
+    return _LONG_ID.sub(lambda match: match.group()[:10], text)
+
+
+def plan_words(plan: Mapping[str, Any]) -> str:
+    """A plan that was stored as JSON, in one line."""
+    try:
+        return from_json(ParallelPlan, dict(plan)).describe()
+    except ConfigError:
+        return "a plan of another version"
+
+
+# ---- events -----------------------------------------------------------------------------------------------------
+
+
+def event_line(event: RunEvent) -> str | None:
+    """One event as a sentence; None for those that people need not see one by one."""
+    sentence = _SENTENCES.get(event.kind)
+    text = sentence(event) if sentence else None
+    return shorten_ids(text) if text else None
+
+
+def _attempt_planned(event: RunEvent) -> str:
+    data = event.data
+    nodes = [node_name(str(node)) for node in data.get("nodes", [])]
+    step = int(data.get("first_step", 1))
+    source = f"from the checkpoint of step {step - 1}" if data.get("resume_from") else f"from step {step}"
+    where = f"{plural(len(nodes), 'node')} ({', '.join(nodes[:8])}{', ...' if len(nodes) > 8 else ''})"
+    return f"attempt {event.attempt} on {where}, {source}: {plan_words(data.get('plan', {}))}"
+
+
+def _controller_started(event: RunEvent) -> str | None:
+    if event.data.get("adopted"):
+        return f"controller {event.epoch} took over; the ranks never stopped"
+    return f"controller {event.epoch} takes over" if event.epoch > 1 else None
+
+
+def _decision(event: RunEvent) -> str:
+    data = event.data
+    if data.get("action") == "give_up":
+        return f"giving up: {data.get('reason')}"
+    delay = float(data.get("delay_s") or 0.0)
+    return "recovering: " + (f"new ranks in {delay:.1f} s" if delay else "placing new ranks")
+
+
+def _detail(data: Mapping[str, Any]) -> str:
+    failure = data.get("failure", {})
+    return str(failure.get("detail", "unknown") if isinstance(failure, Mapping) else failure)
+
+
+def _fault(data: Mapping[str, Any]) -> str:
+    record = data.get("record", {})
+    return str(record.get("fault") or data.get("fault")) if isinstance(record, Mapping) else str(data.get("fault"))
+
+
+def _waiting(event: RunEvent) -> str:
+    data = event.data
+    why = data.get("why") or "no reason known"
+    return f"waiting for nodes: {data.get('have')} of {data.get('need')} are here; {why}"
+
+
+def _pool_unsafe(event: RunEvent) -> str:
+    node = node_name(str(event.data.get("node")))
+    return f"node {node} starts its ranks afresh, which is slower: {event.data.get('reason')}"
+
+
+_SENTENCES: dict[EventKind, Callable[[RunEvent], str | None]] = {
+    EventKind.ATTEMPT_PLANNED: _attempt_planned,
+    EventKind.CONTROLLER_STARTED: _controller_started,
+    EventKind.FAILURE_DETECTED: lambda e: f"failure: {_detail(e.data)} (last step {e.data.get('last_step', '?')})",
+    EventKind.FAULT_FIRED: lambda e: f"the injected fault was: {_fault(e.data)}",
+    EventKind.DECISION: _decision,
+    EventKind.CHECKPOINT_REJECTED: lambda e: f"checkpoint refused: {e.data.get('reason') or e.data.get('path')}",
+    EventKind.WAITING_FOR_NODES: _waiting,
+    EventKind.POOL_UNSAFE: _pool_unsafe,
+    EventKind.RANKS_SPAWNED: lambda e: f"{plural(int(e.data.get('ranks', 0)), 'rank')} running, loading",
+    EventKind.TRAINING_STARTED: lambda e: f"training from step {e.data.get('step')}",
+    EventKind.RESUME_REQUESTED: lambda e: "resumed by a person; the budget of restarts is renewed",
+    EventKind.CANCEL_REQUESTED: lambda e: "cancelling: the ranks are asked to stop",
+    EventKind.RUN_SUCCEEDED: lambda e: f"succeeded at step {e.data.get('step')}",
+    EventKind.RUN_FAILED: lambda e: f"failed: {e.data.get('reason')}",
+    EventKind.RUN_CANCELLED: lambda e: "cancelled",
+}
+
+
+def progress_line(
+    *,
+    state: str,
+    attempt: int,
+    steps: int | None,
+    metric: Mapping[str, Any],
+    checkpoint: int,
+    elapsed_s: float,
+    bar: int = 0,
+) -> str:
+    """One line that says how far a run is.
+
+    Args:
+        state: State of the run.
+        attempt: Number of the newest attempt.
+        steps: Steps of the whole run; None when unknown (scripts).
+        metric: The newest line of metrics.jsonl; empty before the first step.
+        checkpoint: Step of the newest committed checkpoint; 0 for none.
+        elapsed_s: Seconds since the submit.
+        bar: Width of a progress bar; 0 for none.
+    """
+    parts = [f"{state:<10}", seconds(elapsed_s)]
+    if steps:
+        done = int(metric.get("step", 0))
+        filled = round(bar * min(1.0, done / steps))
+        parts.append((f"[{'=' * filled}{' ' * (bar - filled)}] " if bar else "") + f"step {done}/{steps}")
+    if metric:
+        parts += [f"loss {metric['loss']:.4f}", f"{metric.get('tokens_per_s', 0.0):.0f} tokens/s"]
+    parts.append(f"attempt {attempt}" if attempt else "no ranks yet")
+    if checkpoint:
+        parts.append(f"checkpoint {checkpoint}")
+    return "  ".join(parts)
+
+
+# ---- runs -------------------------------------------------------------------------------------------------------
+
+
+def runs_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of all runs, newest last."""
+    header = ("RUN", "STATE", "STEP", "ATTEMPTS", "LOST", "LOSS", "SUBMITTED (UTC)", "PLAN")
+    cells: list[tuple[object, ...]] = []
+    for row in rows:
+        state = str(row["state"]) + (" (orphaned)" if row.get("orphaned") else "")
+        if row["state"] == "damaged":
+            cells.append((row["run"], state, None, None, None, None, None, row.get("reason")))
+            continue
+        loss = None if row["loss"] is None else f"{row['loss']:.4f}"
+        step = f"{row['step']}/{row['steps']}" if row["steps"] else None
+        cells.append(
+            (
+                row["run"],
+                state,
+                step,
+                row["attempts"],
+                row["steps_lost"],
+                loss,
+                moment(row["submitted"]),
+                row["plan"],
+            )
+        )
+    return table(header, cells, right=(2, 3, 4, 5))
+
+
+def run_text(run: Mapping[str, Any]) -> str:
+    """One run in full, from its status document."""
+    state = run["state"] + (" (orphaned: no controller is alive; phalanx resume goes on)" if run["orphaned"] else "")
+    head = [("run", run["run"]), ("state", state)]
+    if run["reason"]:
+        head.append(("reason", run["reason"]))
+    if run["steps"]:
+        head.append(("step", f"{run['step']} of {run['steps']}"))
+    if run["loss"]:
+        head.append(("loss", f"{run['loss']['first']:.4f} -> {run['loss']['last']:.4f}"))
+    head.append(("submitted", f"{moment(run['submitted'])} UTC"))
+    if run["checkpoint"]:
+        head.append(("checkpoint", f"step {run['checkpoint']['step']}: {run['checkpoint']['path']}"))
+    head.append(("steps lost", str(run["steps_lost"])))
+    if run["weights_digest"]:
+        head.append(("weights", str(run["weights_digest"])))
+    head.append(("directory", run["dir"]))
+    blocks = ["\n".join(f"{name + ':':<12}{value}" for name, value in head)]
+    if run["attempts"]:
+        blocks.append(attempts_table(run["attempts"], script=run["kind"] == "script"))
+    if run["ranks"]:
+        blocks.append(ranks_table(run["ranks"]))
+    if run["ledger"].get("wall"):
+        blocks.append(ledger_table(run["ledger"]))
+    return "\n\n".join(blocks)
+
+
+def attempts_table(attempts: Sequence[Mapping[str, Any]], *, script: bool = False) -> str:
+    """Every attempt: where, how long, and why it ended."""
+    rows = []
+    for one in attempts:
+        lasted = seconds(one["ended"] - one["started"]) if one["ended"] else "running"
+        names = [node_name(str(node)) for node in one["nodes"]]
+        nodes = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        plan = "a script" if script else plan_words(one["plan"])
+        rows.append((one["number"], one["first_step"], lasted, nodes, plan, shorten_ids(one["cause"] or "-")))
+    return table(("ATTEMPT", "FROM STEP", "LASTED", "NODES", "PLAN", "ENDED BECAUSE"), rows, right=(0, 1, 2))
+
+
+def ranks_table(ranks: Sequence[Mapping[str, Any]]) -> str:
+    """The live ranks and where they are."""
+    rows = []
+    for one in ranks:
+        at = one.get("coordinates") or {}
+        where = f"({at.get('pipe')},{at.get('data')},{at.get('model')})"
+        rows.append((one["rank"], node_name(str(one["node"])), one["pid"], where))
+    return table(("RANK", "NODE", "PID", "(PIPE,DATA,MODEL)"), rows, right=(0, 2))
+
+
+def ledger_table(books: Mapping[str, float]) -> str:
+    """Where the seconds went; classes without a second are left out."""
+    wall = books["wall"] or 1.0
+    rows = [
+        (name, f"{books[name]:.1f}", f"{100 * books[name] / wall:.1f} %", MEANING[name])
+        for name in CLASSES
+        if books.get(name, 0.0) >= 0.05
+    ]
+    rows.append(("wall", f"{books['wall']:.1f}", "100.0 %", ""))
+    return table(("WHERE", "SECONDS", "SHARE", ""), rows, right=(1, 2))
+
+
+def summary(run: Mapping[str, Any], *, folder: str) -> str:
+    """What a person sees at the end of a followed run.
+
+    Args:
+        run: Its status document.
+        folder: Parent folder, as the person would type it ("" for the default).
+    """
+    blocks = [run_text(run)]
+    if run["recoveries"]:
+        each = ", ".join(seconds(one) for one in run["recoveries"])
+        blocks.append(f"time to recover (failure until the ranks trained again): {each}")
+    if run["sample"]:
+        blocks.append("sample of generated text:\n" + indent(run["sample"].rstrip(), "  | "))
+    blocks.append("look further:\n" + indent(commands(run, folder)))
+    return "\n\n".join(blocks)
+
+
+def commands(run: Mapping[str, Any], folder: str) -> str:
+    """Commands that tell more about a run."""
+    where = f" --dir {folder}" if folder else ""
+    name = run["run"]
+    lines = [f"phalanx status {name}{where}", f"phalanx logs {name}{where} --rank 0"]
+    if run["state"] in ("failed", "cancelled") or run["orphaned"]:
+        lines.append(f"phalanx resume {name}{where}")
+    elif run["state"] != "succeeded":
+        lines += [f"phalanx logs {name}{where} -f", f"phalanx cancel {name}{where}"]
+    lines.append(f"less {run['dir']}/events.jsonl")
+    return "\n".join(lines)
+
+
+# ---- resume -----------------------------------------------------------------------------------------------------
+
+
+def resume_text(
+    *,
+    name: str,
+    state: str,
+    attempt: int,
+    step: int,
+    steps: int | None,
+    sample: int | None,
+    source: str,
+    plan: str,
+    nodes: str,
+    changes: Sequence[Change],
+) -> str:
+    """What a resume will do, as a difference from the last attempt.
+
+    Args:
+        name: The run.
+        state: Its state, for people.
+        attempt: Number of the next attempt.
+        step: Step of the checkpoint it starts from; 0 for the beginning.
+        steps: Steps of the whole run; None when unknown.
+        sample: Index of the next sample; None when unknown.
+        source: The checkpoint, "" for none.
+        plan: The plan, "before -> after" where it changes.
+        nodes: The nodes, likewise.
+        changes: Every changed field.
+    """
+    position = f"step {step + 1}" + (f" of {steps}" if steps else "")
+    rows = [
+        ("resume", f"{name} ({state}), as attempt {attempt}"),
+        ("from", f"{position}, " + (f"checkpoint {source}" if source else "the very beginning: no checkpoint yet")),
+    ]
+    if sample is not None:
+        rows.append(("data", f"next sample {sample:,}"))
+    rows += [("plan", plan), ("nodes", nodes)]
+    text = "\n".join(f"{key + ':':<9}{value}" for key, value in rows)
+    if not changes:
+        return text + "\n\nNothing else changes: the run goes on as it would have."
+    cells = [(one.field, brief_value(one.before), brief_value(one.after), one.verdict, one.reason) for one in changes]
+    return text + "\n\n" + table(("FIELD", "BEFORE", "AFTER", "", "BECAUSE"), cells)
+
+
+def brief_value(value: Any) -> str:
+    """A value in a table cell; long ones are cut in the middle."""
+    text = "-" if value is None or value == "" else str(value)
+    return text if len(text) <= 40 else f"{text[:18]}...{text[-18:]}"

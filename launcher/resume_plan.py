@@ -1,0 +1,191 @@
+"""What a resume would do, worked out before anything is touched: the new request, the difference, and the words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jobs.paths import RunPaths
+from launcher import build, launch, progress, render
+from launcher.config import recompose
+from launcher.describe import plan_line
+from launcher.follow import Screen
+from launcher.lock import controlled
+from launcher.request import LaunchRequest
+from launcher.resume_diff import Change, compare
+from launcher.run import Run, RunState
+from launcher.schema import Config
+from launcher.ship import Shipment, changed_files, ship_project
+from launcher.store import RunStore
+from strategies.codec import to_json
+from strategies.errors import ResumeRefused
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResumePlan:
+    """A resume that has not happened yet.
+
+    Attributes:
+        name: The run.
+        config: The new configuration.
+        request: The new request.
+        changes: Every field that changes.
+        shipment: The script's project, if it has changed and must be copied again.
+        overrides: What the user typed now.
+        text: All of this for people.
+    """
+
+    name: str
+    config: Config
+    request: LaunchRequest
+    changes: Sequence[Change]
+    shipment: Shipment | None
+    overrides: tuple[str, ...]
+    text: str
+
+    def refuse(self) -> None:
+        """Stop if a change would make another run of it.
+
+        Raises:
+            ResumeRefused: Every such change is named.
+        """
+        wrong = [change for change in self.changes if change.verdict == "refused"]
+        if wrong:
+            reasons = "; ".join(f"{change.field}: {change.reason}" for change in wrong)
+            raise ResumeRefused(
+                f"Resuming '{self.name}' with these changes is refused.",
+                why=reasons,
+                hint="Leave them out, or phalanx submit a new run.",
+            )
+
+    def wish(self) -> dict[str, Any]:
+        """What the log records of it."""
+        return {"overrides": list(self.overrides), "changes": to_json(list(self.changes))}
+
+
+def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None]) -> ResumePlan:
+    """Work out a resume.
+
+    Args:
+        store: The run.
+        overrides: What the user typed after RUN.
+        say: Told about the preparation of data.
+
+    Raises:
+        ResumeRefused: The run has succeeded, or a live controller owns it.
+        PlanInfeasible: The new plan breaks rules.
+    """
+    run, before = store.run(), store.request()
+    _check_free(store, run)
+    config = recompose(store.paths.config, overrides)
+    here = store.paths.root.absolute()
+    config = replace(config, run=replace(config.run, dir=str(here.parent)))
+    config = build.settle(config, name=here.name, cwd=Path.cwd())
+    words = tuple(dict.fromkeys([*before.overrides, *overrides]))
+    after = build.build_request(config, words, launch.measured(config))
+    after = _with_data(config, before, after)
+    after, shipment = _with_project(config, store.paths, before, after)
+    script = after.job.kind == "script"
+    point = progress.resume_point(store.paths, script=script, rejected=run.rejected)
+    changes = compare(before, after, step=point.step)
+    text = render.resume_text(
+        name=store.name,
+        state=run.state.value if run.state.terminal else f"{run.state.value}, orphaned",
+        attempt=len(run.attempts) + 1,
+        step=point.step,
+        steps=None if script else after.job.train.steps,
+        sample=None if script else point.step * after.job.batch.global_batch,
+        source=point.path,
+        plan=_arrow(plan_line(before), plan_line(after)),
+        nodes=_arrow(_nodes(before), _nodes(after)),
+        changes=changes,
+    )
+    return ResumePlan(
+        name=store.name,
+        config=config,
+        request=after,
+        changes=changes,
+        shipment=shipment,
+        overrides=tuple(overrides),
+        text=text,
+    )
+
+
+def write(store: RunStore, planned: ResumePlan) -> None:
+    """Bring the run directory to the new request. An earlier request stays beside it.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    if planned.shipment is not None:
+        ship_project(planned.shipment, Path(planned.request.job.workdir))
+    if planned.changes:
+        store.write_request(planned.request)
+        launch.write_config(store, planned.config, planned.request.overrides)
+
+
+def _check_free(store: RunStore, run: Run) -> None:
+    if run.state is RunState.SUCCEEDED:
+        raise ResumeRefused(
+            f"'{store.name}' has succeeded at step {run.step}: there is nothing to go on with.",
+            hint="phalanx submit starts a new run.",
+        )
+    if controlled(store.paths):
+        raise ResumeRefused(
+            f"'{store.name}' has a live controller: it needs no resume.",
+            hint=f"phalanx logs {store.name} -f follows it, phalanx cancel {store.name} ends it.",
+        )
+
+
+def _with_data(config: Config, before: LaunchRequest, after: LaunchRequest) -> LaunchRequest:
+    """The prepared data: those of the run as long as nothing about them changes and they are still there."""
+    old, new = before.job, after.job
+    same = (new.kind, new.data.kind, new.data.path) == (old.kind, old.data.kind, old.data.path)
+    if same and new.model.vocab == old.model.vocab and (new.kind == "script" or Path(old.data.store).is_dir()):
+        return replace(after, job=replace(new, data=old.data))
+    if new.model != old.model or new.kind != old.kind:
+        return replace(after, job=replace(new, data=old.data))  # refused anyway: do not tokenize for it
+    with launch.closing(_Quiet()) as screen:
+        return launch.prepare_data(config, after, screen)
+
+
+class _Quiet(Screen):
+    """Preparing data again is quick when the store is there, and then not worth a word."""
+
+    def __init__(self) -> None:
+        import sys
+
+        super().__init__(sys.stderr)
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+
+def _with_project(
+    config: Config, paths: RunPaths, before: LaunchRequest, after: LaunchRequest
+) -> tuple[LaunchRequest, Shipment | None]:
+    """A script's project: the copy of the last attempt if nothing has changed, else a new copy beside it."""
+    if after.job.kind != "script" or before.job.kind != "script":
+        return after, None
+    if not Path(config.job.workdir).is_dir():
+        return replace(after, job=replace(after.job, workdir=before.job.workdir)), None
+    shipment = launch.project(config)
+    copy = paths.root / Path(before.job.workdir).name
+    if shipment is None or not changed_files(shipment, copy):
+        return replace(after, job=replace(after.job, workdir=str(copy))), None
+    number = 2
+    while (paths.root / f"user-{number}").exists():
+        number += 1
+    return replace(after, job=replace(after.job, workdir=str(paths.root / f"user-{number}"))), shipment
+
+
+def _nodes(request: LaunchRequest) -> str:
+    cluster = request.cluster
+    spares = f" + {render.plural(cluster.spares, 'spare')}" if cluster.spares else ""
+    return f"{render.plural(cluster.nodes, 'node')} x {render.plural(cluster.slots_per_node, 'slot')}{spares}"
+
+
+def _arrow(before: str, after: str) -> str:
+    return after if before == after else f"{before} -> {after}"

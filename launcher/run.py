@@ -1,0 +1,305 @@
+"""What a run is: a fold over its events. Pure; the log on disk is :mod:`launcher.store`.
+
+::
+
+    queued -> starting -> running -> succeeded
+                 ^  |        |
+                 |  v        v
+               recovering <--+        any live state -> failed | cancelled
+    failed, cancelled -> queued   (only by a person's resume)
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+class RunState(enum.Enum):
+    """State of a run; :attr:`terminal` says whether it ends by itself."""
+
+    QUEUED = "queued"
+    STARTING = "starting"
+    RUNNING = "running"
+    RECOVERING = "recovering"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether nothing happens any more unless a person resumes the run."""
+        return self in (RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED)
+
+
+class EventKind(enum.StrEnum):
+    """Every kind of event, with the fields of its ``data``."""
+
+    RUN_SUBMITTED = "run_submitted"  # request: digest
+    CONTROLLER_STARTED = "controller_started"  # host, pid, adopted
+    ATTEMPT_PLANNED = "attempt_planned"  # plan, nodes, resume_from, first_step, reason: start | restart | resume
+    RANKS_SPAWNED = "ranks_spawned"  # pids: number of ranks
+    TRAINING_STARTED = "training_started"  # step
+    CHECKPOINT_COMMITTED = "checkpoint_committed"  # step, path, bytes, stall_s
+    CHECKPOINT_REJECTED = "checkpoint_rejected"  # path, reason
+    FAULT_FIRED = "fault_fired"  # fault, and the record that the injector left
+    FAILURE_DETECTED = "failure_detected"  # failure, last_step, failed_at
+    GANG_STOPPED = "gang_stopped"  # cause, failure (after all evidence is in)
+    DECISION = "decision"  # action, reason, delay_s
+    WAITING_FOR_NODES = "waiting_for_nodes"  # have, need, why
+    POOL_UNSAFE = "pool_unsafe"  # node, reason: ranks there start as fresh processes
+    RESUME_REQUESTED = "resume_requested"  # overrides, changes, request: digest
+    CANCEL_REQUESTED = "cancel_requested"  # by
+    RUN_SUCCEEDED = "run_succeeded"  # step, weights_digest
+    RUN_FAILED = "run_failed"  # reason
+    RUN_CANCELLED = "run_cancelled"  # reason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunEvent:
+    """One line of the event log.
+
+    Attributes:
+        seq: Number of the line, from 1.
+        time: UTC seconds.
+        epoch: Incarnation of the controller that wrote it; 0 for the client.
+        attempt: Attempt it is about; 0 for none.
+        kind: What happened.
+        data: Fields of this kind.
+    """
+
+    seq: int
+    time: float
+    epoch: int
+    attempt: int
+    kind: EventKind
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """One incarnation of the gang.
+
+    Attributes:
+        number: From 1.
+        epoch: Controller that planned it.
+        plan: The plan as JSON values.
+        nodes: Nodes that carry its ranks, in gang order.
+        started: When it was planned (UTC seconds).
+        ended: When it ended, or None.
+        cause: Why it ended, or None.
+        first_step: First step it ran (or was to run).
+        last_step: Last step known to be complete.
+        resume_from: Checkpoint it restored, or "".
+        reason: ``start``, ``restart`` or ``resume``.
+    """
+
+    number: int
+    epoch: int
+    plan: Mapping[str, Any]
+    nodes: tuple[str, ...]
+    started: float
+    ended: float | None = None
+    cause: str | None = None
+    first_step: int
+    last_step: int = 0
+    resume_from: str = ""
+    reason: str = "start"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """All that the event log says of a run."""
+
+    state: RunState = RunState.QUEUED
+    epoch: int = 0
+    submitted: float = 0.0
+    ended: float | None = None
+    reason: str = ""
+    attempts: tuple[Attempt, ...] = ()
+    committed_step: int = 0
+    step: int = 0
+    steps_lost: int = 0
+    restarts: int = 0  # since the last person's submit or resume
+    idle_restarts: int = 0  # restarts in a row without a newer checkpoint
+    signatures: tuple[str, ...] = ()  # of failures since the last person's submit or resume
+    rejected: frozenset[str] = frozenset()
+    faults: tuple[str, ...] = ()
+    request: str = ""
+    weights_digest: str | None = None
+
+    @property
+    def attempt(self) -> Attempt | None:
+        """The newest attempt."""
+        return self.attempts[-1] if self.attempts else None
+
+
+class IllegalEvent(RuntimeError):
+    """An event that cannot follow from the state: our own bug, or a log edited by hand."""
+
+
+_TO: dict[EventKind, RunState] = {
+    EventKind.RUN_SUBMITTED: RunState.QUEUED,
+    EventKind.RESUME_REQUESTED: RunState.QUEUED,
+    EventKind.ATTEMPT_PLANNED: RunState.STARTING,
+    EventKind.TRAINING_STARTED: RunState.RUNNING,
+    EventKind.FAILURE_DETECTED: RunState.RECOVERING,
+    EventKind.RUN_SUCCEEDED: RunState.SUCCEEDED,
+    EventKind.RUN_FAILED: RunState.FAILED,
+    EventKind.RUN_CANCELLED: RunState.CANCELLED,
+}
+
+_LIVE = frozenset({RunState.QUEUED, RunState.STARTING, RunState.RUNNING, RunState.RECOVERING})
+
+ALLOWED: dict[RunState, frozenset[RunState]] = {
+    RunState.QUEUED: _LIVE - {RunState.RUNNING} | {RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED},
+    RunState.STARTING: _LIVE | {RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED},
+    RunState.RUNNING: _LIVE - {RunState.STARTING} | {RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED},
+    RunState.RECOVERING: _LIVE - {RunState.RUNNING} | {RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED},
+    RunState.SUCCEEDED: frozenset(),
+    RunState.FAILED: frozenset({RunState.QUEUED}),
+    RunState.CANCELLED: frozenset({RunState.QUEUED}),
+}
+
+
+def apply(run: Run, event: RunEvent) -> Run:
+    """One step of the fold.
+
+    Raises:
+        IllegalEvent: The event's state change is not in :data:`ALLOWED`.
+    """
+    target = _TO.get(event.kind)
+    if target is not None:
+        if target not in ALLOWED[run.state]:
+            raise IllegalEvent(f"event {event.seq} '{event.kind}' is not allowed in state '{run.state.value}'")
+        run = replace(run, state=target)
+    run = replace(run, epoch=max(run.epoch, event.epoch))
+    handler = _HANDLERS.get(event.kind)
+    return handler(run, event) if handler else run
+
+
+def fold(events: Iterable[RunEvent]) -> Run:
+    """The run that these events, in order, describe."""
+    run = Run()
+    for event in events:
+        run = apply(run, event)
+    return run
+
+
+def _submitted(run: Run, event: RunEvent) -> Run:
+    return replace(run, submitted=event.time, request=str(event.data.get("request", "")))
+
+
+def _resume_requested(run: Run, event: RunEvent) -> Run:
+    closed = _close_attempt(run, event, "orphaned: its controller was gone and a person resumed the run")
+    return replace(
+        closed,
+        ended=None,
+        reason="",
+        restarts=0,
+        idle_restarts=0,
+        signatures=(),
+        request=str(event.data.get("request", run.request)),
+    )
+
+
+def _planned(run: Run, event: RunEvent) -> Run:
+    data = event.data
+    run = _close_attempt(run, event, "replaced")
+    attempt = Attempt(
+        number=event.attempt,
+        epoch=event.epoch,
+        plan=data["plan"],
+        nodes=tuple(data["nodes"]),
+        started=event.time,
+        first_step=data["first_step"],
+        last_step=data["first_step"] - 1,
+        resume_from=data["resume_from"],
+        reason=data["reason"],
+    )
+    lost = max(0, run.attempts[-1].last_step - attempt.last_step) if run.attempts else 0
+    restart = data["reason"] == "restart"
+    return replace(
+        run,
+        attempts=(*run.attempts, attempt),
+        steps_lost=run.steps_lost + lost,
+        restarts=run.restarts + restart,
+        idle_restarts=run.idle_restarts + 1 if restart else 0,
+    )
+
+
+def _committed(run: Run, event: RunEvent) -> Run:
+    step = int(event.data["step"])
+    newer = step > run.committed_step
+    return replace(
+        run,
+        committed_step=max(step, run.committed_step),
+        step=max(step, run.step),
+        idle_restarts=0 if newer else run.idle_restarts,
+    )
+
+
+def _failure(run: Run, event: RunEvent) -> Run:
+    last = int(event.data.get("last_step", 0))
+    return _with_attempt(run, last_step=max(last, run.attempts[-1].last_step if run.attempts else 0))
+
+
+def _stopped(run: Run, event: RunEvent) -> Run:
+    signature = str(event.data.get("signature", ""))
+    run = replace(run, signatures=(*run.signatures, signature) if signature else run.signatures)
+    return _with_attempt(run, ended=event.time, cause=event.data.get("cause"))
+
+
+def _rejected(run: Run, event: RunEvent) -> Run:
+    return replace(run, rejected=run.rejected | {str(event.data["path"])})
+
+
+def _fault(run: Run, event: RunEvent) -> Run:
+    return replace(run, faults=(*run.faults, str(event.data["fault"])))
+
+
+def _ended(run: Run, event: RunEvent) -> Run:
+    words = {
+        EventKind.RUN_SUCCEEDED: "succeeded",
+        EventKind.RUN_FAILED: "failed",
+        EventKind.RUN_CANCELLED: "cancelled",
+    }
+    reason = str(event.data.get("reason", ""))
+    step = int(event.data.get("step", run.step))
+    run = _close_attempt(run, event, reason or words[event.kind])
+    return replace(
+        run,
+        ended=event.time,
+        reason=reason,
+        step=max(run.step, step),
+        weights_digest=event.data.get("weights_digest", run.weights_digest),
+    )
+
+
+def _close_attempt(run: Run, event: RunEvent, cause: str) -> Run:
+    if run.attempt is None or run.attempt.ended is not None:
+        return run
+    return _with_attempt(run, ended=event.time, cause=cause)
+
+
+def _with_attempt(run: Run, **changes: Any) -> Run:
+    if not run.attempts:
+        return run
+    return replace(run, attempts=(*run.attempts[:-1], replace(run.attempts[-1], **changes)))
+
+
+_HANDLERS = {
+    EventKind.RUN_SUBMITTED: _submitted,
+    EventKind.RESUME_REQUESTED: _resume_requested,
+    EventKind.ATTEMPT_PLANNED: _planned,
+    EventKind.CHECKPOINT_COMMITTED: _committed,
+    EventKind.CHECKPOINT_REJECTED: _rejected,
+    EventKind.FAILURE_DETECTED: _failure,
+    EventKind.GANG_STOPPED: _stopped,
+    EventKind.FAULT_FIRED: _fault,
+    EventKind.RUN_SUCCEEDED: _ended,
+    EventKind.RUN_FAILED: _ended,
+    EventKind.RUN_CANCELLED: _ended,
+}

@@ -1,0 +1,282 @@
+"""The configuration as types: what every key means, of which type it is, and within which bounds.
+
+The values live in ``conf/`` (one YAML file per choice of a group); this module says what may stand there. A key whose
+type admits ``None`` may be left out or set to ``null``: it is then derived, as its docstring says. Pure: no Hydra.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jobs.spec import CheckpointSpec
+from launcher.request import RecoverySpec, TrackingSpec
+from strategies.plan import GradDtype, Offload, Recompute, Schedule
+from strategies.specs import Flavour, Precision
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Where a run lives and what it is called.
+
+    Attributes:
+        dir: Parent folder of run directories; for ``cluster=existing`` on a file system that all nodes share.
+        name: Name of the run, unique in ``dir``; null makes ``<model>-<yyyymmdd-hhmmss>-<4 hex digits>``.
+    """
+
+    dir: str
+    name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A decoder-only transformer.
+
+    Attributes:
+        name: Name of the model, for people.
+        flavour: ``gpt3``: LayerNorm, GELU, learned positions. ``llama``: RMSNorm, SwiGLU, rotary positions.
+        layers: Transformer blocks.
+        hidden: Width of the residual stream.
+        heads: Query heads.
+        kv_heads: Key/value heads; null means as many as ``heads``.
+        ffn: Inner width of the feed-forward block; null means 4 x ``hidden``.
+        vocab: Tokens of the tokenizer.
+        seq: Sequence length, in tokens.
+        tied: The output projection shares the weights of the token embedding.
+        norm_eps: Epsilon of the norms.
+        init_std: Standard deviation of the initial weights.
+        rope_theta: Base of the rotary frequencies (``llama`` only).
+    """
+
+    name: str
+    flavour: Flavour
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int | None = None
+    ffn: int | None = None
+    vocab: int
+    seq: int
+    tied: bool = True
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    rope_theta: float = 10000.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where the text comes from.
+
+    Attributes:
+        kind: ``stdlib``: the source of Python's standard library on this machine. ``text``: files of the user.
+        path: File or folder of text (``text`` only).
+        cache: Folder of prepared token stores, shared like ``run.dir``; null means ``<run.dir>/.data``.
+    """
+
+    kind: Literal["stdlib", "text"]
+    path: str | None = None
+    cache: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """The machine.
+
+    Attributes:
+        name: Name of the choice, for people.
+        kind: ``local``: a Ray cluster of several nodes that phalanx starts on this machine. ``existing``: a running
+            Ray cluster. ``process``: plain processes on this machine, without Ray.
+        nodes: Nodes that carry ranks; null (``existing`` only) means what Ray reports.
+        slots_per_node: Devices per node, one rank each; null (``existing`` only) means what Ray reports.
+        spares: Further nodes kept warm.
+        address: ``IP:PORT`` of the Ray head, or ``http(s)://HOST:8265`` of its dashboard (``existing`` only).
+        device: Kind of device, for people.
+        device_memory_bytes: Memory per device; 0 when it does not matter.
+    """
+
+    name: str
+    kind: Literal["local", "existing", "process"]
+    nodes: int | None = None
+    slots_per_node: int | None = None
+    spares: int = 0
+    address: str | None = None
+    device: str = "cpu"
+    device_memory_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StrategyConfig:
+    """How the model is spread over ranks. Gradient accumulation is always derived from the global batch.
+
+    Attributes:
+        tp: Tensor-parallel degree.
+        pp: Pipeline stages.
+        dp: Data-parallel replicas; null means as many as the nodes carry.
+        ep: Expert-parallel degree, inside ``dp``.
+        sp: Sequence-parallel degree (Ulysses).
+        cp: Context-parallel degree.
+        zero_stage: ZeRO stage over the replicas; null means 1 with a pipeline or 16-bit
+            arithmetic, else 0.
+        schedule: Pipeline schedule.
+        stages: Blocks per pipeline stage, first to last; null spreads them evenly.
+        micro_batch: Sequences per replica and forward pass.
+        recompute: Activation checkpointing.
+        grad_dtype: Precision in which gradients are accumulated; null means fp32 (with ZeRO-0 in 16 bit: that one).
+        offload: What lives in host memory.
+    """
+
+    tp: int
+    pp: int
+    dp: int | None = None
+    ep: int = 1
+    sp: int = 1
+    cp: int = 1
+    zero_stage: int | None = None
+    schedule: Schedule = "1f1b"
+    stages: tuple[int, ...] | None = None
+    micro_batch: int = 1
+    recompute: Recompute = "none"
+    grad_dtype: GradDtype | None = None
+    offload: Offload = "none"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The recipe.
+
+    Attributes:
+        steps: Optimizer steps of the whole run.
+        global_batch: Sequences per optimizer step, over all replicas.
+        seed: Seed of the initial weights and of the order of samples.
+        lr: Peak learning rate.
+        min_lr: Learning rate at the last step (cosine decay); null means a tenth of ``lr``.
+        warmup_steps: Steps of linear warm-up.
+        precision: Arithmetic of forward and backward.
+        clip: Largest global gradient norm; 0 switches clipping off.
+        beta1: Adam, decay of the first moment.
+        beta2: Adam, decay of the second moment.
+        eps: Adam, epsilon.
+        weight_decay: AdamW decay.
+        deterministic: Refuse kernels whose result depends on scheduling (matters on CUDA).
+        sample_tokens: Tokens of text generated from the final weights; 0 for none.
+        sample_prompt: What the generated text continues.
+    """
+
+    steps: int
+    global_batch: int
+    seed: int = 0
+    lr: float
+    min_lr: float | None = None
+    warmup_steps: int = 0
+    precision: Precision
+    clip: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    deterministic: bool = True
+    sample_tokens: int = 0
+    sample_prompt: str = "def "
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobConfig:
+    """What the ranks do.
+
+    Attributes:
+        kind: ``pretrain``: our own worker. ``script``: a command of the user on every rank.
+        command: Command line of a ``script`` job; starts in a copy of ``workdir``.
+        workdir: Folder of the user's project (``script`` only), copied into the run directory.
+        ship_limit_mb: Largest project that is copied, in MB.
+    """
+
+    kind: Literal["pretrain", "script"]
+    command: str | None = None
+    workdir: str = "."
+    ship_limit_mb: int = 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExperimentConfig:
+    """What a named run demands of itself.
+
+    Attributes:
+        require_faults: Submit fails (exit 100) unless the record shows that every injected fault happened and
+            was noticed.
+    """
+
+    require_faults: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """The whole configuration, one field per group or section.
+
+    Attributes:
+        run: Where the run lives.
+        model: The model.
+        data: The text.
+        cluster: The machine.
+        strategy: The parallelism.
+        train: The recipe.
+        checkpoint: When checkpoints are made and how many stay.
+        job: What the ranks do.
+        recovery: When to give up, and how patient to be.
+        tracking: Where metrics go besides ``metrics.jsonl``.
+        experiment: What a named run demands of itself.
+        faults: Faults to inject, for example ``node_kill@node=0,step=20``; ``random`` is drawn with ``fault_seed``.
+        fault_seed: Seed of the random parts of ``faults``.
+    """
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    cluster: ClusterConfig
+    strategy: StrategyConfig
+    train: TrainConfig
+    checkpoint: CheckpointSpec
+    job: JobConfig
+    recovery: RecoverySpec
+    tracking: TrackingSpec
+    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
+    faults: tuple[str, ...] = ()
+    fault_seed: int = 0
+
+
+# Smallest legal values. What depends on other values (divisibility, memory) is a rule of strategies.rules.
+MINIMUM: dict[str, float] = {
+    **{f"model.{key}": 1 for key in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq")},
+    **{f"model.{key}": 0 for key in ("norm_eps", "init_std", "rope_theta")},
+    **{f"cluster.{key}": 1 for key in ("nodes", "slots_per_node")},
+    **{f"cluster.{key}": 0 for key in ("spares", "device_memory_bytes")},
+    **{f"strategy.{key}": 1 for key in ("tp", "pp", "dp", "ep", "sp", "cp", "micro_batch")},
+    "strategy.zero_stage": 0,
+    **{f"train.{key}": 1 for key in ("steps", "global_batch")},
+    **{
+        f"train.{key}": 0
+        for key in (
+            "seed",
+            "lr",
+            "min_lr",
+            "warmup_steps",
+            "clip",
+            "beta1",
+            "beta2",
+            "eps",
+            "weight_decay",
+            "sample_tokens",
+        )
+    },
+    **{f"checkpoint.{key}": 0 for key in ("every", "memory_every")},
+    "checkpoint.keep": 1,
+    "job.ship_limit_mb": 1,
+    "recovery.max_restarts": 0,
+    "recovery.same_error_limit": 1,
+    **{f"recovery.{key}": 0 for key in ("wait_for_nodes_s", "grace_s", "backoff_s", "backoff_max_s")},
+    **{f"recovery.{key}": 0.1 for key in ("start_timeout_s", "detect_s", "lease_s")},
+    "fault_seed": 0,
+}
+MAXIMUM: dict[str, float] = {"strategy.zero_stage": 3, "train.beta1": 1, "train.beta2": 1}
+
+# The folders of conf/: `<group>=<choice>` picks a file. The other keys of Config are plain sections.
+GROUPS = ("cluster", "data", "experiment", "job", "model", "recovery", "strategy", "tracking")

@@ -1,0 +1,259 @@
+"""Runs on disk: create, find, read, append. The log is append-only and fsynced; a torn last line is not an event."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jobs.paths import RunPaths
+from launcher.request import LaunchRequest
+from launcher.run import EventKind, Run, RunEvent, fold
+from strategies.codec import from_json, to_json
+from strategies.errors import ConfigError, NotFound, StorageError, did_you_mean
+
+
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Replace ``path`` by ``data`` so that a reader (or a crash) sees the old or the new content, never a mixture.
+
+    Raises:
+        StorageError: The file system refuses.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise StorageError(
+            f"Cannot write {path}.", why=str(error), hint="Free space or mend the folder's permissions, then resume."
+        ) from error
+
+
+def create_exclusive(path: Path, data: bytes) -> bool:
+    """Create ``path`` with its whole content, unless it exists: one of several contenders wins, on any POSIX share.
+
+    Returns:
+        Whether this call created the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+    with open(aside, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        return False
+    finally:
+        aside.unlink()
+    sync_folder(path.parent)
+    return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names that were created or replaced in ``folder`` durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def dump(value: Any) -> bytes:
+    """JSON as written to the run directory: indented, so that people can read and diff it."""
+    return (json.dumps(to_json(value), indent=2) + "\n").encode()
+
+
+class RunStore:
+    """One run directory.
+
+    Args:
+        root: An existing run directory.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.paths = RunPaths(root)
+        self._seq = 0
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.paths.root.name
+
+    @classmethod
+    def create(cls, request: LaunchRequest) -> RunStore:
+        """Make a new run directory and its first event.
+
+        Raises:
+            ConfigError: A run of this name exists.
+            StorageError: The folder cannot be written.
+        """
+        root = Path(request.run_dir)
+        try:
+            root.parent.mkdir(parents=True, exist_ok=True)
+            root.mkdir()
+        except FileExistsError as error:
+            raise ConfigError(
+                f"A run named '{root.name}' exists in {root.parent}.",
+                hint=f"Choose another run.name, or continue it: phalanx resume {root.name}",
+            ) from error
+        except OSError as error:
+            raise StorageError(
+                f"Cannot create the run directory {root}.", why=str(error), hint="Choose another run.dir."
+            ) from error
+        store = cls(root)
+        store.write_request(request)
+        write_atomic(store.paths.secret, os.urandom(32).hex().encode(), mode=0o600)
+        store.append(EventKind.RUN_SUBMITTED, request=request.digest)
+        return store
+
+    @classmethod
+    def open(cls, root: Path | str) -> RunStore:
+        """Open an existing run directory.
+
+        Raises:
+            NotFound: It is not a run directory.
+        """
+        store = cls(Path(root))
+        if not store.paths.request.exists():
+            raise NotFound(f"{root} is not a run directory (it has no request.json).")
+        return store
+
+    @classmethod
+    def names(cls, parent: Path) -> list[str]:
+        """Names of all runs in ``parent``, oldest first."""
+        if not parent.is_dir():
+            return []
+        found = [path for path in parent.iterdir() if (path / "request.json").is_file()]
+        return [path.name for path in sorted(found, key=lambda path: ((path / "request.json").stat().st_mtime, path))]
+
+    @classmethod
+    def find(cls, parent: Path, ref: str) -> RunStore:
+        """Find a run by name, unique prefix or ``latest``.
+
+        Raises:
+            NotFound: No run, or more than one, answers to ``ref``.
+        """
+        names = cls.names(parent)
+        if not names:
+            raise NotFound(
+                f"There are no runs in {parent.absolute()}.", hint="phalanx submit, or --dir FOLDER to look elsewhere."
+            )
+        if ref == "latest":
+            newest = max(names, key=lambda name: ((parent / name / "events.jsonl").stat().st_ctime_ns, name))
+            return cls(parent / newest)
+        if ref in names:
+            return cls(parent / ref)
+        matches = [name for name in names if name.startswith(ref)]
+        if len(matches) == 1:
+            return cls(parent / matches[0])
+        if matches:
+            raise NotFound(f"'{ref}' fits {len(matches)} runs: {', '.join(matches)}.", hint="Type more of the name.")
+        raise NotFound(f"There is no run '{ref}' in {parent.absolute()}.", hint=did_you_mean(ref, names[-20:]))
+
+    def request(self) -> LaunchRequest:
+        """The request of the newest submit or resume."""
+        return from_json(LaunchRequest, read_json(self.paths.request), where=str(self.paths.request))
+
+    def write_request(self, request: LaunchRequest) -> None:
+        """Store the request; an earlier one stays beside it under its digest."""
+        if self.paths.request.exists():
+            older = self.request()
+            write_atomic(self.paths.root / f"request-{older.digest[:12]}.json", dump(older))
+        write_atomic(self.paths.request, dump(request))
+        write_atomic(self.paths.plan, dump(request.job.plan))
+        write_atomic(self.paths.ds_config, dump(request.job.deepspeed))
+
+    def secret(self) -> bytes:
+        """Key of the control connections."""
+        return self.paths.secret.read_bytes().strip()
+
+    def append(self, kind: EventKind, *, epoch: int = 0, attempt: int = 0, **data: Any) -> RunEvent:
+        """Append one event, durably.
+
+        Raises:
+            StorageError: The log cannot be written.
+        """
+        self._seq = max(self._seq, self._last_seq()) + 1
+        event = RunEvent(seq=self._seq, time=time.time(), epoch=epoch, attempt=attempt, kind=kind, data=to_json(data))
+        line = json.dumps(to_json(event)).encode() + b"\n"
+        try:
+            append_line(self.paths.events, line)
+        except OSError as error:
+            raise StorageError(
+                f"Cannot append to {self.paths.events}.", why=str(error), hint="Free space, then phalanx resume."
+            ) from error
+        return event
+
+    def events(self) -> list[RunEvent]:
+        """Every event so far."""
+        return [from_json(RunEvent, line, where="events.jsonl") for line in read_lines(self.paths.events)]
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Every line of metrics.jsonl."""
+        return read_lines(self.paths.metrics)
+
+    def run(self) -> Run:
+        """The run as its log tells it."""
+        return fold(self.events())
+
+    def _last_seq(self) -> int:
+        if self._seq:
+            return self._seq
+        return max((event.seq for event in self.events()), default=0)
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Append one line with one write and fsync; a torn line left by a killed writer is closed first."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(fd).st_size
+        if size and os.pread(fd, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        written = os.write(fd, line)
+        if written != len(line):
+            raise OSError(f"only {written} of {len(line)} bytes were written: is the disk full?")
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """JSON objects of a ``.jsonl`` file; torn or damaged lines are left out, a missing file is empty."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - closed below, after the generator has been consumed
+    except FileNotFoundError:
+        return
+    with file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                yield value
+
+
+def read_json(path: Path) -> Any:
+    """A JSON document of the run directory.
+
+    Raises:
+        StorageError: It cannot be read or is damaged.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise StorageError(f"Cannot read {path}.", why=str(error)) from error

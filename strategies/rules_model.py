@@ -1,0 +1,184 @@
+"""Rules about the model alone, and about cutting it into tensor-parallel shards and pipeline stages."""
+
+from __future__ import annotations
+
+from strategies.cases import Case, Rule, divisors, either, legal_tp, nearest
+from strategies.errors import Violation
+from strategies.plan import split_layers
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def model_sizes_positive(case: Case) -> Violation | None:
+    """Every size of the model is at least 1, the vocabulary at least 2."""
+    sizes = {name: getattr(case.model, name) for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "seq")}
+    wrong = [f"{name} {size}" for name, size in sizes.items() if size < 1]
+    if case.model.vocab < 2:
+        wrong.append(f"vocab {case.model.vocab}")
+    if not wrong:
+        return None
+    return Violation(
+        rule="model_sizes_positive",
+        message=f"the model has {', '.join(wrong)}",
+        hint="sizes are at least 1, the vocabulary at least 2",
+    )
+
+
+def hidden_divisible_by_heads(case: Case) -> Violation | None:
+    """The heads share the hidden width evenly."""
+    hidden, heads = case.model.hidden, case.model.heads
+    if min(hidden, heads) < 1 or hidden % heads == 0:
+        return None
+    return Violation(
+        rule="hidden_divisible_by_heads",
+        message=f"hidden {hidden} is not divisible by heads {heads} (rest {hidden % heads})",
+        hint=f"nearest legal heads: {either(nearest(heads, divisors(hidden)))}; "
+        f"nearest legal hidden: {either(dict.fromkeys(_multiples(hidden, heads)))}",
+    )
+
+
+def _multiples(value: int, of: int) -> tuple[int, ...]:
+    low = value // of * of
+    return (low, low + of) if low else (of,)
+
+
+def heads_divisible_by_kv_heads(case: Case) -> Violation | None:
+    """Each key/value head serves the same number of query heads."""
+    heads, kv_heads = case.model.heads, case.model.kv_heads
+    if min(heads, kv_heads) < 1 or heads % kv_heads == 0:
+        return None
+    return Violation(
+        rule="heads_divisible_by_kv_heads",
+        message=f"heads {heads} is not divisible by kv_heads {kv_heads} (rest {heads % kv_heads})",
+        hint=f"nearest legal kv_heads: {either(nearest(kv_heads, divisors(heads)))}",
+    )
+
+
+def rotary_head_width_even(case: Case) -> Violation | None:
+    """Rotary positions turn pairs of numbers."""
+    model = case.model
+    if model.flavour != "llama" or min(model.hidden, model.heads) < 1 or model.hidden % model.heads:
+        return None
+    if model.head_dim % 2 == 0:
+        return None
+    even = [heads for heads in divisors(model.hidden) if model.hidden // heads % 2 == 0]
+    return Violation(
+        rule="rotary_head_width_even",
+        message=f"hidden {model.hidden} / heads {model.heads} = {model.head_dim} is odd, rotary positions need pairs",
+        hint=f"nearest legal heads: {either(nearest(model.heads, even))}" if even else "choose an even hidden",
+    )
+
+
+# --- degrees ---------------------------------------------------------------------------------------------------------
+
+_DEGREES = ("tp", "pp", "dp", "ep", "sp", "cp", "vpp", "micro_batch", "grad_accum")
+
+
+def degrees_positive(case: Case) -> Violation | None:
+    """Every degree and count is at least 1."""
+    wrong = [f"{name} {getattr(case.plan, name)}" for name in _DEGREES if getattr(case.plan, name) < 1]
+    if not wrong:
+        return None
+    return Violation(rule="degrees_positive", message=f"the plan has {', '.join(wrong)}", hint="use 1 or more")
+
+
+def _divisible_by_tp(case: Case, name: str) -> Violation | None:
+    size, tp = getattr(case.model, name), case.plan.tp
+    if min(size, tp) < 1 or size % tp == 0:
+        return None
+    return Violation(
+        rule=f"{name}_divisible_by_tp",
+        message=f"{name} {size} is not divisible by tp {tp} (rest {size % tp})",
+        hint=f"nearest legal tp: {either(nearest(tp, legal_tp(case.model)))}",
+    )
+
+
+def heads_divisible_by_tp(case: Case) -> Violation | None:
+    """Tensor parallelism gives every shard the same number of query heads."""
+    return _divisible_by_tp(case, "heads")
+
+
+def kv_heads_divisible_by_tp(case: Case) -> Violation | None:
+    """Tensor parallelism gives every shard the same number of key/value heads."""
+    return _divisible_by_tp(case, "kv_heads")
+
+
+def ffn_divisible_by_tp(case: Case) -> Violation | None:
+    """Tensor parallelism cuts the feed-forward block evenly."""
+    return _divisible_by_tp(case, "ffn")
+
+
+def hidden_divisible_by_tp(case: Case) -> Violation | None:
+    """Tensor parallelism cuts the attention projections evenly."""
+    return _divisible_by_tp(case, "hidden")
+
+
+def pp_at_most_layers(case: Case) -> Violation | None:
+    """Every pipeline stage needs a block."""
+    pp, layers = case.plan.pp, case.model.layers
+    if layers < 1 or pp <= layers:
+        return None
+    return Violation(
+        rule="pp_at_most_layers",
+        message=f"pp {pp} is larger than layers {layers}: {pp - layers} stages would be empty",
+        hint=f"nearest legal pp: {layers}",
+    )
+
+
+def stages_match_pp(case: Case) -> Violation | None:
+    """There is one entry of ``stages`` per pipeline stage."""
+    pp, stages = case.plan.pp, case.plan.stages
+    if pp < 1 or len(stages) == pp:
+        return None
+    return Violation(
+        rule="stages_match_pp",
+        message=f"stages {list(stages)} has {len(stages)} entries for pp {pp}",
+        hint=_even_stages(case),
+    )
+
+
+def stages_sum_to_layers(case: Case) -> Violation | None:
+    """The stages hold all blocks."""
+    total = sum(case.plan.stages)
+    if case.model.layers < 1 or total == case.model.layers:
+        return None
+    return Violation(
+        rule="stages_sum_to_layers",
+        message=f"stages {list(case.plan.stages)} sum to {total}, the model has {case.model.layers} layers",
+        hint=_even_stages(case),
+    )
+
+
+def stages_not_empty(case: Case) -> Violation | None:
+    """Every stage holds at least one block."""
+    if case.plan.pp > case.model.layers or all(count >= 1 for count in case.plan.stages):
+        return None
+    empty = [index for index, count in enumerate(case.plan.stages) if count < 1]
+    return Violation(
+        rule="stages_not_empty",
+        message=f"stages {list(case.plan.stages)} leaves stage {either(empty)} without a block",
+        hint=_even_stages(case),
+    )
+
+
+def _even_stages(case: Case) -> str:
+    pp = max(1, min(case.plan.pp, case.model.layers))
+    return f"an even split is strategy.stages={list(split_layers(max(1, case.model.layers), pp))}".replace(" [", "[")
+
+
+MODEL_RULES: tuple[Rule, ...] = (
+    model_sizes_positive,
+    hidden_divisible_by_heads,
+    heads_divisible_by_kv_heads,
+    rotary_head_width_even,
+    degrees_positive,
+    heads_divisible_by_tp,
+    kv_heads_divisible_by_tp,
+    ffn_divisible_by_tp,
+    hidden_divisible_by_tp,
+    pp_at_most_layers,
+    stages_match_pp,
+    stages_sum_to_layers,
+    stages_not_empty,
+)
+"""In the order in which they are reported."""

@@ -1,0 +1,155 @@
+"""Which samples a step consumes, and which rank computes which of them.
+
+The samples are a function of (data, seed, index); this module is the map from a step to its range of indices, and
+from the range to rows of micro-batches. It knows nothing of attempts or workers, so any run may seek to any step at
+once, and the same indices are consumed whatever the plan. A batch that the plan does not divide is padded with rows
+of weight 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from strategies.codec import from_json, to_json
+from strategies.errors import ConfigError
+from strategies.plan import ParallelPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchChange:
+    """From this step on, the global batch has another size (a ramp is a few of these).
+
+    Attributes:
+        step: First step with the new size.
+        global_batch: Sequences per step from then on.
+    """
+
+    step: int
+    global_batch: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Skip:
+    """A range of samples that is never trained on (say, around a spike of the loss).
+
+    Attributes:
+        step: The step before which the samples are passed over.
+        samples: How many indices are passed over.
+    """
+
+    step: int
+    samples: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleSchedule:
+    """The map from step (counted from 1) to sample indices.
+
+    Seeking costs O(changes + skips), whatever the step.
+
+    Attributes:
+        global_batch: Sequences per optimizer step, from step 1 on.
+        changes: Later sizes of the batch, in ascending order of their steps.
+        skips: Samples passed over, in any order.
+
+    Raises:
+        ConfigError: A number is out of range or the changes are not in order.
+    """
+
+    global_batch: int
+    changes: tuple[BatchChange, ...] = ()
+    skips: tuple[Skip, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.global_batch < 1 or any(change.global_batch < 1 for change in self.changes):
+            raise ConfigError("A global batch has at least 1 sequence.", hint="set train.global_batch to 1 or more")
+        steps = [1, *(change.step for change in self.changes)]
+        if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
+            raise ConfigError(f"Changes of the batch must be at ascending steps after 1, found {steps[1:]}.")
+        if any(skip.step < 1 or skip.samples < 0 for skip in self.skips):
+            raise ConfigError("A skip needs a step of 1 or more and a number of samples of 0 or more.")
+
+    def batch_at(self, step: int) -> int:
+        """Sequences of step ``step``."""
+        size = self.global_batch
+        for change in self.changes:
+            if change.step <= step:
+                size = change.global_batch
+        return size
+
+    def first_index(self, step: int) -> int:
+        """Index of the first sample of step ``step``.
+
+        Raises:
+            ConfigError: ``step`` is smaller than 1.
+        """
+        if step < 1:
+            raise ConfigError(f"Steps count from 1, found {step}.")
+        consumed, size, since = 0, self.global_batch, 1
+        for change in self.changes:
+            if change.step >= step:
+                break
+            consumed += size * (change.step - since)
+            size, since = change.global_batch, change.step
+        consumed += size * (step - since)
+        return consumed + sum(skip.samples for skip in self.skips if skip.step <= step)
+
+    def step_range(self, step: int) -> range:
+        """Sample indices of step ``step``; step 1 of a plain schedule is ``range(0, global_batch)``."""
+        start = self.first_index(step)
+        return range(start, start + self.batch_at(step))
+
+    def rows(self, step: int, data_rank: int, micro_index: int, plan: ParallelPlan) -> tuple[int | None, ...]:
+        """Samples of one micro-batch of one replica.
+
+        Micro-batches are dealt out to the replicas in turn, so that padding falls into the last micro-batch only and
+        every replica has work as long as the batch is not smaller than ``micro_batch * dp``.
+
+        Args:
+            step: The step, counted from 1.
+            data_rank: Index of the replica, 0 .. dp - 1.
+            micro_index: Index of the micro-batch, 0 .. grad_accum - 1.
+            plan: The plan.
+
+        Returns:
+            ``micro_batch`` sample indices; None is a padding row, whose weight in the loss is 0.
+
+        Raises:
+            ConfigError: The plan has fewer rows than the step has samples, or an index is out of range.
+        """
+        indices = self.step_range(step)
+        if len(indices) > plan.rows_per_step:
+            raise ConfigError(
+                f"Step {step} has {len(indices)} samples, the plan only {plan.rows_per_step} rows.",
+                hint=f"grad_accum of {-(-len(indices) // (plan.micro_batch * plan.dp))} or more",
+            )
+        if not (0 <= data_rank < plan.dp and 0 <= micro_index < plan.grad_accum):
+            raise ConfigError(f"No micro-batch {micro_index} of replica {data_rank} in {plan.describe()}.")
+        first = (micro_index * plan.dp + data_rank) * plan.micro_batch
+        return tuple(indices[row] if row < len(indices) else None for row in range(first, first + plan.micro_batch))
+
+    def state(self, next_step: int) -> dict[str, Any]:
+        """What a checkpoint's manifest records: the schedule, and where it stands before ``next_step``."""
+        return {"schedule": to_json(self), "next_step": next_step, "next_index": self.first_index(next_step)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> SampleSchedule:
+        """Read back what :meth:`state` wrote.
+
+        Raises:
+            ConfigError: The record is malformed, or its index is not the one that the schedule gives for its step.
+        """
+        try:
+            schedule = from_json(cls, state["schedule"], where="schedule")
+            step, index = int(state["next_step"]), int(state["next_index"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"The record of the schedule is malformed: {error!r}.") from error
+        if schedule.first_index(step) != index:
+            raise ConfigError(
+                f"The recorded schedule starts step {step} at sample {schedule.first_index(step)}, not at {index}.",
+                why="the record does not agree with itself",
+            )
+        return schedule

@@ -1,0 +1,229 @@
+"""Checkpoints end to end: real gangs train, save, die and go on bit-identically, under every kind of optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.checkpoint import newest, read_manifest, verify
+from jobs.checkpoint.digest import weights_digest
+from jobs.checkpoint.layout import place_of
+from jobs.checkpoint.reader import Reader
+from jobs.checkpoint.shardfile import KINDS
+from strategies.codec import to_json
+from tests.support.checkpoints import flip_and_sign_again, flip_bit
+from tests.support.gang import WarmPool
+from tests.support.jobspecs import GPT, LLAMA, make_job, make_plan
+
+# 125 tokens: tensor-parallel ranks hold padding. Three blocks: uneven stages.
+TINY = dataclasses.replace(GPT, layers=3, hidden=32, ffn=96, vocab=125, seq=16)
+TINY_LLAMA = dataclasses.replace(LLAMA, layers=3, hidden=32, ffn=80, vocab=125, seq=16)
+SAVE, RESTORE = "tests.support.checkpoint_ranks:save_then_train", "tests.support.checkpoint_ranks:restore_then_train"
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[WarmPool]:
+    with WarmPool() as warm:
+        yield warm
+
+
+def job_of(
+    plan: dict[str, Any], *, precision: str = "fp32", model: Any = TINY, **train: Any
+) -> tuple[dict[str, Any], int]:
+    """The job as JSON, and its number of ranks."""
+    job = make_job(model, make_plan(model, 4, **plan), global_batch=4, precision=precision, steps=6, clip=0.5, **train)
+    return to_json(job), job.plan.world_size
+
+
+def check_bit_identical(pool: WarmPool, tmp_path: Path, job: dict[str, Any], world: int) -> Path:
+    """Train 3, save, train 3; restore into a fresh gang, train 3: everything must be equal to the last bit."""
+    first = pool.run(SAVE, world_size=world, arguments={"job": job, "steps": 3, "more": 3}, run_dir=str(tmp_path))
+    path = Path(first[0]["path"])
+    second = pool.run(RESTORE, world_size=world, arguments={"job": job, "manifest": str(path), "more": 3})
+    assert newest(tmp_path / "checkpoints") == path
+    assert verify(path, deep=True) == []
+    assert {row["digest"] for row in first} == {weights_digest(path)}
+    for before, after in zip(first, second, strict=True):
+        assert before["unchanged"]
+        assert after["step"] == 3
+        assert after["extra"] == {"sample_index": 12, "why": "test"}
+        assert before["results"] == after["results"]
+        assert before["noise"] == after["noise"]
+        assert before["end"] == after["end"]
+    assert first[0]["results"][0] != first[0]["results"][1]
+    check_stored_once(path)
+    return path
+
+
+def check_stored_once(path: Path) -> None:
+    """Every element of the model is in exactly one shard, and nothing else is."""
+    manifest = read_manifest(path)
+    assert sum(shard.elements for shard in manifest.shards) == manifest.model.parameters
+    assert manifest.bytes == sum(file.stat().st_size for file in place_of(path).shard_dir.glob("*.safetensors"))
+    reader = Reader(path)
+    for name in reader.names:
+        size = math.prod(reader.shape(name))
+        for kind in KINDS:
+            assert reader.read_flat(name, kind, 0, size).shape == (size,)
+
+
+FEW = [
+    pytest.param({"tp": 2, "pp": 2, "dp": 2, "zero_stage": 1}, "fp32", TINY, id="tp2-pp2-dp2-zero1-fp32"),
+    pytest.param({"pp": 2, "zero_stage": 0}, "fp32", TINY, id="pp2-zero0-fp32"),
+    pytest.param({"dp": 2, "zero_stage": 1}, "fp32", TINY, id="dp2-zero1-fp32"),
+    pytest.param({"dp": 2, "zero_stage": 2}, "fp32", TINY, id="dp2-zero2-fp32"),
+    pytest.param({"dp": 2, "zero_stage": 3}, "fp32", TINY, id="dp2-zero3-fp32"),
+    pytest.param({"dp": 2, "zero_stage": 1}, "bf16", TINY, id="dp2-zero1-bf16"),
+    pytest.param({"dp": 2, "zero_stage": 2}, "bf16", TINY, id="dp2-zero2-bf16"),
+    pytest.param({"dp": 2, "zero_stage": 3}, "bf16", TINY, id="dp2-zero3-bf16"),
+    pytest.param({"tp": 2, "dp": 2, "zero_stage": 3}, "bf16", TINY_LLAMA, id="tp2-dp2-zero3-bf16-llama"),
+]
+
+
+@pytest.mark.parametrize(("plan", "precision", "model"), FEW)
+def test_training_goes_on_bit_identically(
+    pool: WarmPool, tmp_path: Path, plan: dict[str, Any], precision: str, model: Any
+) -> None:
+    check_bit_identical(pool, tmp_path, *job_of(plan, precision=precision, model=model))
+
+
+MANY = [
+    pytest.param(
+        {"pp": pp, "tp": tp, "dp": dp, "zero_stage": stage, "grad_dtype": grad},
+        precision,
+        model,
+        id=f"pp{pp}-tp{tp}-dp{dp}-zero{stage}-{precision}-{grad}-{model.flavour}",
+    )
+    for pp, tp, dp in [(1, 1, 1), (1, 1, 3), (1, 2, 2), (2, 1, 2), (2, 2, 1), (3, 2, 1)]
+    for stage in ([0, 1] if pp > 1 else [0, 1, 2, 3])
+    for precision, grad in [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")]
+    for model in [TINY, TINY_LLAMA]
+    if precision == "fp32" or stage > 0
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("plan", "precision", "model"), MANY)
+def test_training_goes_on_bit_identically_under_every_plan(
+    pool: WarmPool, tmp_path: Path, plan: dict[str, Any], precision: str, model: Any
+) -> None:
+    check_bit_identical(pool, tmp_path, *job_of(plan, precision=precision, model=model))
+
+
+@pytest.mark.parametrize("bit", [0, 22], ids=["lowest", "highest-of-the-mantissa"])
+def test_the_oracle_sees_one_flipped_bit(pool: WarmPool, tmp_path: Path, bit: int) -> None:
+    """A single bit of a single weight, smuggled past the digests, must show in what training ends with.
+
+    The losses show only the coarser one: they are means over many tokens, rounded to float32.
+    """
+    job, world = job_of({"dp": 2, "zero_stage": 1})
+    first = pool.run(SAVE, world_size=world, arguments={"job": job, "steps": 3, "more": 3}, run_dir=str(tmp_path))
+    path = Path(first[0]["path"])
+    original = weights_digest(path)
+    flip_and_sign_again(path, 0, "embed.tokens.weight", bit)
+    assert verify(path, deep=True) == []
+    assert weights_digest(path) != original
+    second = pool.run(RESTORE, world_size=world, arguments={"job": job, "manifest": str(path), "more": 3})
+    assert bit == 0 or first[0]["results"] != second[0]["results"]
+    assert any(before["end"] != after["end"] for before, after in zip(first, second, strict=True))
+
+
+def test_a_flipped_bit_is_found_by_every_rank_and_an_older_checkpoint_restored(pool: WarmPool, tmp_path: Path) -> None:
+    job, world = job_of({"tp": 2, "zero_stage": 1})
+    good, damaged = (
+        pool.run(SAVE, world_size=world, arguments={"job": job, "steps": steps, "more": 0}, run_dir=str(tmp_path))[0]
+        for steps in (1, 2)
+    )
+    shard = place_of(Path(damaged["path"])).shard(1)
+    flip_bit(shard, -1000)
+    found = pool.run(
+        "tests.support.checkpoint_ranks:restore_damaged",
+        world_size=world,
+        arguments={"job": job, "damaged": damaged["path"], "good": good["path"]},
+    )
+    for row in found:
+        assert row["path"] == damaged["path"]
+        assert "shard-00001" in row["reason"]
+        assert row["step"] == 1
+
+
+def test_one_rank_without_room_fails_the_save_on_all(pool: WarmPool, tmp_path: Path) -> None:
+    job, world = job_of({"dp": 2, "zero_stage": 1})
+    rows = pool.run(
+        "tests.support.checkpoint_ranks:save_without_room",
+        world_size=world,
+        arguments={"job": job, "rank": 1},
+        run_dir=str(tmp_path),
+    )
+    for row in rows:
+        assert "Cannot write the checkpoint shard" in row["message"]
+        assert "Free space" in row["message"]
+    assert verify(rows[0]["path"], deep=True) == []
+
+
+PLANS = [
+    {"zero_stage": 0},
+    {"dp": 2, "zero_stage": 3},
+    {"tp": 2, "pp": 2, "zero_stage": 1},
+]
+
+
+def test_the_digest_depends_on_the_weights_only(pool: WarmPool, tmp_path: Path) -> None:
+    """The same initial weights, saved under different plans, have one digest; another seed has another."""
+
+    def digest(index: int, plan: dict[str, Any], seed: int = 0) -> str:
+        job, world = job_of(plan, seed=seed)
+        rows: list[str] = pool.run(
+            "tests.support.checkpoint_ranks:save_initial",
+            world_size=world,
+            arguments={"job": job},
+            run_dir=str(tmp_path / str(index)),
+        )
+        assert len(set(rows)) == 1
+        return rows[0]
+
+    digests = {digest(index, plan) for index, plan in enumerate(PLANS)}
+    assert len(digests) == 1
+    assert digest(9, PLANS[1], seed=1) not in digests
+
+
+def test_another_plan_trains_on(pool: WarmPool, tmp_path: Path) -> None:
+    """What TP2 x PP2 has saved goes on under DP2 ZeRO-3 with the losses of the first, to fp32 rounding."""
+    job, world = job_of(PLANS[2])
+    first = pool.run(SAVE, world_size=world, arguments={"job": job, "steps": 3, "more": 3}, run_dir=str(tmp_path))
+    job, world = job_of(PLANS[1])
+    second = pool.run(RESTORE, world_size=world, arguments={"job": job, "manifest": first[0]["path"], "more": 3})
+    there, here = (
+        [[float.fromhex(value) for value in step] for step in rows[0]["results"]] for rows in (first, second)
+    )
+    for before, after in zip(there, here, strict=True):
+        assert after == pytest.approx(before, rel=1e-5)
+
+
+def test_another_plan_reads_it_without_loss(pool: WarmPool, tmp_path: Path) -> None:
+    """TP2 x PP2 -> DP2 ZeRO-3 -> 1 rank -> TP2 x PP2: weights and moments are the same to the last bit."""
+    job, world = job_of(PLANS[2])
+    run = pool.run(SAVE, world_size=world, arguments={"job": job, "steps": 2, "more": 0}, run_dir=str(tmp_path / "0"))
+    source = Path(run[0]["path"])
+    original, path = Reader(source), source
+    for hop, plan in enumerate([PLANS[1], PLANS[0], PLANS[2]], start=1):
+        job, world = job_of(plan)
+        paths = pool.run(
+            "tests.support.checkpoint_ranks:reshape",
+            world_size=world,
+            arguments={"job": job, "manifest": str(path)},
+            run_dir=str(tmp_path / str(hop)),
+        )
+        path = Path(paths[0])
+        reader = Reader(path)
+        assert reader.manifest.trainer.optimizer_steps == 2
+        assert weights_digest(path) == weights_digest(source)
+        for name in original.names:
+            for kind in KINDS:
+                stop = math.prod(original.shape(name))
+                assert (original.read_flat(name, kind, 0, stop) == reader.read_flat(name, kind, 0, stop)).all()

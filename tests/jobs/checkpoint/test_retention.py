@@ -1,0 +1,118 @@
+"""What is deleted, when, and in which order."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs.checkpoint import list_checkpoints, newest, prune, verify
+from jobs.checkpoint.layout import Place, Token, place_of
+from jobs.checkpoint.slices import whole
+from strategies.errors import StorageError
+from tests.support.checkpoints import write_checkpoint, write_shards
+
+HALF = [[whole("w", (30, 10))]]
+
+
+def listed(root: Path) -> list[tuple[int, tuple[int, int]]]:
+    return [(entry.step, entry.token) for entry in list_checkpoints(root)]
+
+
+def test_the_newest_stay(tmp_path: Path) -> None:
+    paths = [write_checkpoint(tmp_path, step) for step in range(1, 6)]
+    assert sorted(prune(tmp_path, 2, token=(1, 1))) == paths[:3]
+    assert listed(tmp_path) == [(5, (1, 1)), (4, (1, 1))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
+    assert all(verify(path, deep=True) == [] for path in paths[3:])
+    assert prune(tmp_path, 2, token=(1, 1)) == []
+
+
+def test_at_least_one_stays(tmp_path: Path) -> None:
+    for step in (1, 2):
+        write_checkpoint(tmp_path, step)
+    prune(tmp_path, 0)
+    assert listed(tmp_path) == [(2, (1, 1))]
+    assert prune(tmp_path / "none", 3) == []
+
+
+def test_what_is_protected_stays(tmp_path: Path) -> None:
+    first = write_checkpoint(tmp_path, 1)
+    for step in (2, 3):
+        write_checkpoint(tmp_path, step)
+    prune(tmp_path, 1, token=(1, 1), protect=[str(first)])
+    assert listed(tmp_path) == [(3, (1, 1)), (1, (1, 1))]
+
+
+def test_a_step_that_was_written_again_counts_once(tmp_path: Path) -> None:
+    for step, token in [(1, (1, 1)), (2, (1, 1)), (2, (1, 2)), (3, (1, 2))]:
+        write_checkpoint(tmp_path, step, token)
+    prune(tmp_path, 3, token=(1, 2))
+    assert listed(tmp_path) == [(3, (1, 2)), (2, (1, 2)), (1, (1, 1))]
+    assert not Place(tmp_path, 2, Token(1, 1)).shard_dir.exists()
+
+
+def test_an_abandoned_branch_does_not_push_out_ours(tmp_path: Path) -> None:
+    """After a fall back from step 30 to 20, ours are at 25 and 26; 30 stays because a restart would pick it."""
+    for step, token in [(20, (1, 1)), (30, (1, 1)), (25, (1, 2)), (26, (1, 2))]:
+        write_checkpoint(tmp_path, step, token)
+    prune(tmp_path, 2, token=(1, 2))
+    assert listed(tmp_path) == [(30, (1, 1)), (26, (1, 2)), (25, (1, 2))]
+
+
+def test_leftovers_of_dead_gangs_go_and_those_of_this_gang_stay(tmp_path: Path) -> None:
+    dead, ours = Place(tmp_path, 7, Token(1, 1)), Place(tmp_path, 8, Token(1, 2))
+    write_checkpoint(tmp_path, 6, (1, 1))
+    write_shards(dead, HALF)
+    write_shards(ours, HALF)
+    assert prune(tmp_path, 3) == []
+    assert prune(tmp_path, 3, token=(1, 2)) == [dead.shard_dir]
+    assert not dead.step_dir.exists()
+    assert ours.shard(0).exists()
+    assert listed(tmp_path) == [(6, (1, 1))]
+
+
+def test_leftovers_beside_a_commit_of_the_same_step(tmp_path: Path) -> None:
+    dead = Place(tmp_path, 7, Token(1, 1))
+    write_shards(dead, HALF)
+    path = write_checkpoint(tmp_path, 7, (1, 2))
+    prune(tmp_path, 1, token=(1, 2))
+    assert not dead.shard_dir.exists()
+    assert verify(path, deep=True) == []
+
+
+def test_a_replaced_gang_deletes_nothing(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, step, (1, 1))
+    write_shards(Place(tmp_path, 3, Token(2, 2)), HALF)
+    assert prune(tmp_path, 1, token=(1, 1)) == []
+    assert len(list_checkpoints(tmp_path)) == 3
+
+
+def test_nothing_is_deleted_for_an_unreadable_newer_one(tmp_path: Path) -> None:
+    """A newer manifest that cannot be read replaces nothing."""
+    good, bad = write_checkpoint(tmp_path, 1), write_checkpoint(tmp_path, 2)
+    bad.write_text("{")
+    prune(tmp_path, 1, token=(1, 1))
+    assert newest(tmp_path) == good
+    assert verify(good, deep=True) == []
+
+
+def test_the_manifest_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crash in the middle of deleting leaves no checkpoint that is not whole; the next gang sweeps the rest."""
+    old = write_checkpoint(tmp_path, 1, (1, 1))
+    write_checkpoint(tmp_path, 2, (1, 1))
+
+    def crash(path: Path, *, ignore_errors: bool) -> None:
+        assert not old.exists()
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", crash)
+    with pytest.raises(StorageError, match="Cannot prune"):
+        prune(tmp_path, 1, token=(1, 1))
+    assert place_of(old).shard(0).exists()
+    assert listed(tmp_path) == [(2, (1, 1))]
+    monkeypatch.undo()
+    assert prune(tmp_path, 1, token=(1, 2)) == [place_of(old).shard_dir]
+    assert not old.parent.exists()

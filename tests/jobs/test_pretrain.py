@@ -1,0 +1,96 @@
+"""The parts of the pretraining loop that decide something without a gang."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from jobs.checkpoint import CorruptCheckpoint
+from jobs.checkpoint.manifest import Manifest, TrainerState
+from jobs.checkpoint.restore import RestoredState
+from jobs.spec import DataSpec, JobSpec
+from jobs.stages.pretrain import continued, refuse_another_run, replace_file
+from jobs.worker import exit_code
+from strategies.errors import ConfigError, ResumeRefused, StorageError
+from strategies.schedule import BatchChange, SampleSchedule, Skip
+from tests.support.jobspecs import make_job
+
+
+@pytest.fixture
+def job() -> JobSpec:
+    return dataclasses.replace(make_job(seed=3), data=DataSpec(kind="text", digest="abc", vocab=128))
+
+
+def restored_from(job: JobSpec) -> RestoredState:
+    trainer = TrainerState(optimizer_steps=4, learning_rates=(), counters={}, loss_scaler={})
+    manifest = Manifest(
+        run_id="run",
+        step=4,
+        epoch=1,
+        attempt=1,
+        time=0.0,
+        plan=job.plan,
+        model=job.model,
+        tensors={},
+        shards=(),
+        trainer=trainer,
+        extra={},
+    )
+    extra = {"data": {"digest": job.data.digest, "vocab": job.data.vocab}, "seed": job.train.seed}
+    return RestoredState(step=4, extra=extra, manifest=manifest)
+
+
+def test_the_same_run_is_welcome_under_another_name_and_plan(job: JobSpec) -> None:
+    renamed = dataclasses.replace(job, model=dataclasses.replace(job.model, name="other"), run_id="other")
+    refuse_another_run(restored_from(job), renamed)
+
+
+def test_another_run_is_refused_with_every_difference(job: JobSpec) -> None:
+    other = dataclasses.replace(
+        job,
+        model=dataclasses.replace(job.model, norm_eps=1e-6),
+        train=dataclasses.replace(job.train, seed=4),
+        data=dataclasses.replace(job.data, digest="def", vocab=129),
+    )
+    with pytest.raises(ResumeRefused) as caught:
+        refuse_another_run(restored_from(job), other)
+    for words in ("model: ", "data digest: abc", "vocabulary: 128 in the checkpoint, 129 here", "seed: 3"):
+        assert words in str(caught.value)
+
+
+def test_the_schedule_goes_on_where_it_was() -> None:
+    recorded = SampleSchedule(global_batch=8, skips=(Skip(step=2, samples=5),))
+    assert continued(recorded, 5, 8) == recorded
+
+
+def test_another_batch_leaves_no_sample_out_and_repeats_none() -> None:
+    recorded = SampleSchedule(global_batch=8)
+    changed = continued(recorded, 5, 6)
+    assert [changed.step_range(step) for step in (4, 5, 6)] == [range(24, 32), range(32, 38), range(38, 44)]
+    back = continued(changed, 7, 8)
+    assert [back.step_range(step) for step in (6, 7)] == [range(38, 44), range(44, 52)]
+
+
+def test_an_older_checkpoint_forgets_later_changes() -> None:
+    recorded = SampleSchedule(global_batch=8, changes=(BatchChange(step=5, global_batch=6),))
+    assert continued(recorded, 3, 6).step_range(3) == range(16, 22)
+    assert continued(recorded, 3, 8).step_range(5) == range(32, 40)
+
+
+def test_files_are_replaced_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "final.json"
+    replace_file(path, "one")
+    replace_file(path, "two")
+    assert path.read_text() == "two"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["final.json"]
+    with pytest.raises(StorageError, match="write the result"):
+        replace_file(tmp_path / "nowhere" / "final.json", "x")
+
+
+def test_exit_codes() -> None:
+    assert exit_code(RuntimeError("x")) == 1
+    assert exit_code(StorageError("x")) == 7
+    assert exit_code(ConfigError("x")) == 2
+    assert exit_code(CorruptCheckpoint("manifest", "reason")) == 76

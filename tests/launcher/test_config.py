@@ -1,0 +1,213 @@
+"""From words to a typed configuration: what is accepted, and what is said about what is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher import build
+from launcher.config import compose, conf_dir, recompose, to_yaml
+from launcher.schema import GROUPS, Config
+from launcher.typed import leaf_types
+from strategies.errors import ConfigError, PlanInfeasible
+
+
+def problem(*words: str) -> str:
+    """What is said about a configuration that is wrong."""
+    with pytest.raises(ConfigError) as caught:
+        compose(words)
+    return str(caught.value)
+
+
+def test_defaults_compose() -> None:
+    config = compose([])
+    assert config.model.name == "gpt_tiny"
+    assert config.strategy.dp is None
+    assert config.run.dir == "runs"
+
+
+def test_overrides_of_every_kind() -> None:
+    config = compose(
+        ["model=llama_tiny", "strategy.tp=2", "++train.lr=1e-4", "~train.min_lr", "strategy.stages=[1,2,1]"]
+    )
+    assert config.model.flavour == "llama"
+    assert config.strategy.tp == 2
+    assert config.train.lr == 1e-4
+    assert config.train.min_lr is None
+    assert config.strategy.stages == (1, 2, 1)
+
+
+def test_the_command_line_wins_over_an_experiment() -> None:
+    config = compose(["experiment=quickstart", "train.steps=7", "cluster.spares=3"])
+    assert config.train.steps == 7
+    assert config.cluster.spares == 3
+    assert config.strategy.tp == 2
+    assert config.experiment.require_faults
+
+
+def test_unknown_names_get_the_nearest_and_the_list() -> None:
+    assert "Did you mean 'gpt_tiny'?" in problem("model=gpt_tin")
+    assert "llama3_8b" in problem("model=gpt_tin")
+    assert "Did you mean 'micro_batch'?" in problem("strategy.microbatch=2")
+    assert "Did you mean 'train.steps'?" in problem("steps=2")
+    assert "Did you mean 'strategy'?" in problem("strateg={tp: 2}")
+    assert "unknown key 'x'" in problem("++x=1")
+
+
+def test_all_problems_at_once() -> None:
+    text = problem("strategy.tq=2", "steps=3", "model=nope", "train.steps")
+    assert "has 3 problems" in text  # the words themselves; the choice of a file is looked at when they are right
+    text = problem("train.steps=abc", "train.clip=x", "strategy.schedule=2f2b")
+    assert "has 3 problems" in text
+    for part in ("train.steps: expected a whole number", "train.clip: expected a number", "'1f1b'"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("train.steps=0", "expected at least 1, found 0"),
+        ("strategy.zero_stage=4", "expected at most 3, found 4"),
+        ("train.lr=nan", "expected a finite number"),
+        ("train.lr=-1", "expected at least 0"),
+        ("strategy.tp=2.5", "expected a whole number, found 2.5"),
+        ("strategy.tp=null", "expected a whole number, found None"),
+        ("train.deterministic=maybe", "expected bool, found 'maybe'"),
+        ("train=5", "expected a section, found 5"),
+        ("train.lr=${train.nope}", "train.nope"),
+        ("run.name=../x", "is no name"),
+        ("run.name=latest", "newest run"),
+        ("cluster.nodes=null", "must be given"),
+    ],
+)
+def test_wrong_values(word: str, part: str) -> None:
+    text = problem(word)
+    assert word.partition("=")[0] in text
+    assert part in text
+
+
+def test_wrong_type_in_a_file_names_the_file_and_the_key(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    mine = tmp_path / "model" / "mine.yaml"
+    mine.write_text((conf_dir() / "model" / "gpt_tiny.yaml").read_text().replace("layers: 4", "layers: four"))
+    text = problem(f"hydra.searchpath=[{tmp_path}]", "model=mine")
+    assert f"model.layers: expected a whole number, found 'four' ({mine})" in text
+
+
+def test_own_folder_of_configurations(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    text = (conf_dir() / "model" / "gpt_tiny.yaml").read_text()
+    (tmp_path / "model" / "mine.yaml").write_text(text.replace("name: gpt_tiny", "name: mine"))
+    assert compose([f"hydra.searchpath=[{tmp_path}]", "model=mine"]).model.name == "mine"
+    assert "mine" in problem(f"hydra.searchpath=[{tmp_path}]", "model=min")
+    assert "is not a folder" in problem("hydra.searchpath=[/does/not/exist]")
+    (tmp_path / "model" / "broken.yaml").write_text("a: [1\nb")
+    assert "not valid YAML" in problem(f"hydra.searchpath=[{tmp_path}]", "model=broken")
+
+
+def test_grammar_errors_are_explained() -> None:
+    assert "has no '='" in problem("train.steps")
+    assert "is a sweep" in problem("train.steps=1,2")
+    assert "cannot be parsed" in problem("strategy.stages=[1,2")
+    assert "takes no Hydra settings" in problem("hydra.run.dir=x")
+    assert "a run needs a model" in problem("~model")
+
+
+def test_text_values_need_no_quotes_inside_quotes() -> None:
+    config = compose(["job=script", "job.command=torchrun train.py --x=1 --list 1,2 'a b'", "run.name=12"])
+    assert config.job.command == "torchrun train.py --x=1 --list 1,2 'a b'"
+    assert config.run.name == "12"
+
+
+def test_faults_survive_a_shell_that_eats_quotes() -> None:
+    quoted = compose(['faults=["rank_kill@rank=3,step=12","node_kill@node=0,step=20"]'])
+    eaten = compose(["faults=[rank_kill@rank=3,step=12,node_kill@node=0,step=20]"])
+    assert quoted.faults == eaten.faults == ("rank_kill@rank=3,step=12", "node_kill@node=0,step=20")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["data=text"], "data.path: missing"),
+        (["cluster=existing"], "cluster.address: missing"),
+        (["job=script"], "job.command: missing"),
+        (["job=script", "job.command=x", "faults=[rank_kill@rank=0,step=1]"], "not into scripts"),
+    ],
+)
+def test_contradictions(words: list[str], part: str) -> None:
+    assert part in problem(*words)
+
+
+def test_stored_configuration_comes_back_and_takes_new_overrides(tmp_path: Path) -> None:
+    first = build.settle(compose(["experiment=quickstart", "train.seed=5"]), name="r1", cwd=tmp_path)
+    stored = tmp_path / "config.yaml"
+    stored.write_text(to_yaml(first))
+    assert recompose(stored, []) == first
+    second = recompose(stored, ["cluster=process", "cluster.nodes=2", "train.lr=1e-5"])
+    assert second.cluster.kind == "process"
+    assert second.cluster.nodes == 2
+    assert second.train.lr == 1e-5
+    assert second.train.seed == 5
+    with pytest.raises(ConfigError, match="experiment cannot be changed"):
+        recompose(stored, ["experiment=quickstart"])
+    with pytest.raises(ConfigError, match="train.steps: expected"):
+        recompose(stored, ["train.steps=x"])
+
+
+def test_settling_makes_paths_absolute(tmp_path: Path) -> None:
+    config = compose(["data=text", "data.path=sub/../x.txt", "run.dir=../runs"])
+    settled = build.settle(config, name="n", cwd=tmp_path / "here")
+    assert settled.run.dir == str(tmp_path / "runs")
+    assert settled.data.path == str(tmp_path / "here" / "x.txt")
+    assert settled.data.cache == str(tmp_path / "runs" / ".data")
+    assert build.default_name(config, "20260102-030405", "ab12") == "gpt_tiny-20260102-030405-ab12"
+
+
+def test_request_is_a_pure_function_of_the_configuration(tmp_path: Path) -> None:
+    config = build.settle(compose(["experiment=quickstart"]), name="q", cwd=tmp_path)
+    one, two = build.build_request(config, ["a"]), build.build_request(config, ["a"])
+    assert one == two
+    assert one.digest == two.digest
+    assert one.job.plan.describe() == "TP2 x PP2 x DP2 ZeRO-1, micro-batch 2 x 2"
+    assert "random" not in one.job.faults[0]
+    assert one.run_dir == str(tmp_path / "runs" / "q")
+
+
+def test_fault_seed_moves_the_fault(tmp_path: Path) -> None:
+    faults = set()
+    for seed in range(8):
+        config = build.settle(compose(["experiment=quickstart", f"fault_seed={seed}"]), name="q", cwd=tmp_path)
+        faults.add(build.build_request(config, []).job.faults)
+    assert len(faults) > 4
+
+
+def test_infeasible_plan_lists_every_rule(tmp_path: Path) -> None:
+    config = build.settle(compose(["strategy.tp=3", "strategy.pp=9"]), name="q", cwd=tmp_path)
+    with pytest.raises(PlanInfeasible) as caught:
+        build.build_request(config, [])
+    rules = {violation.rule for violation in caught.value.violations}
+    assert {"heads_divisible_by_tp", "pp_at_most_layers", "world_size_fits_cluster"} <= rules
+
+
+def test_existing_cluster_too_small() -> None:
+    config = compose(["cluster=existing", "cluster.address=h:1", "cluster.nodes=4", "strategy.dp=8"])
+    sketch = build.outline(config, build.cluster_spec(config, (3, 2)))
+    rules = {violation.rule: violation for violation in sketch.violations}
+    assert "the cluster has 3 nodes x 2 slots" in rules["cluster_has_nodes"].message
+    assert "strategy.dp=6" in rules["world_size_fits_cluster"].hint
+    free = compose(["cluster=existing", "cluster.address=h:1"])
+    assert build.cluster_spec(free, (3, 2)).slots == 6
+    with pytest.raises(ConfigError, match="size of the existing cluster is not known"):
+        build.cluster_spec(free)
+
+
+def test_every_key_of_the_schema_is_written_in_conf() -> None:
+    """So that ``conf/`` shows all that can be set, and a key without a default is never forgotten."""
+    composed = (conf_dir() / "config.yaml").read_text()
+    for leaf in leaf_types(Config):
+        group, _, key = leaf.partition(".")
+        files = sorted((conf_dir() / group).glob("*.yaml")) if group in GROUPS and group != "experiment" else []
+        texts = [path.read_text() for path in files] or [composed]
+        for text in texts:
+            assert f"{key or group}:" in text, leaf

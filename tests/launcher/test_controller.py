@@ -1,0 +1,275 @@
+"""The controller, stepped by hand: a queue of observations in, the state and the calls after each step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from launcher import adoption
+from launcher.controller import Controller, Fenced, Phase
+from launcher.gang import Gang
+from launcher.lock import ControllerLock
+from launcher.run import EventKind, RunState
+from launcher.store import RunStore, create_exclusive
+from launcher.supervise import request_cancel
+from strategies.errors import ResumeRefused
+from tests.support.fakes import FakeBackend, FakeClock, FakeGang, tiny_request
+
+
+class Stage:
+    """A controller with everything around it faked but the run directory and the lock."""
+
+    def __init__(self, root: Path, nodes: tuple[str, ...] = ("a", "b", "c"), **recovery: Any) -> None:
+        self.request = tiny_request(root, **recovery)
+        self.store = RunStore.create(self.request)
+        self.clock = FakeClock()
+        self.backend = FakeBackend(nodes)
+        self.controller: Controller
+        self.renew()
+        adoption.begin(self.controller)
+
+    def renew(self) -> None:
+        self.gang = FakeGang(self.clock)
+        self.lock = ControllerLock.acquire(self.store.paths)
+        self.controller = Controller(
+            self.store, self.request, self.backend, gang=cast(Gang, self.gang), lock=self.lock, clock=self.clock
+        )
+
+    def state(self) -> RunState:
+        return self.store.run().state
+
+    def turn(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.controller.turn()
+
+    def start(self) -> None:
+        """Up to the first step of the next attempt."""
+        self.turn(2)
+        spawns = [call for call in self.gang.calls if call[0] == "spawn"]
+        _, attempt, placement = spawns[-1]
+        for node, ranks in placement.items():
+            self.gang.say("spawned", node, attempt=attempt, ranks=[{"rank": r, "pid": 100 + r} for r in ranks])
+        self.gang.say("report", next(iter(placement)), kind="training", rank=0, attempt=attempt, step=1)
+        self.turn()
+
+    def report(self, node: str, kind: str, attempt: int, **data: Any) -> None:
+        self.gang.say("report", node, kind=kind, attempt=attempt, **data)
+
+    def kinds(self) -> list[EventKind]:
+        return [event.kind for event in self.store.events()]
+
+
+def test_start_and_success(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+    assert stage.state() is RunState.RUNNING
+    assert ("spawn", 1, {"a": [0, 1], "b": [2, 3]}) in stage.gang.calls
+    assert [env["NODE_RANK"] for env in stage.gang.environments] == ["0", "0", "1", "1"]
+    ranks = json.loads(stage.store.paths.ranks(1).read_text())
+    assert ranks[3] == {"rank": 3, "node": "b", "pid": 103, "coordinates": {"pipe": 1, "data": 0, "model": 1}}
+    for rank in range(4):
+        stage.report("ab"[rank // 2], "step", 1, rank=rank, step=20)
+        stage.gang.say("exit", "ab"[rank // 2], rank=rank, attempt=1, code=0, signal=None)
+    stage.turn()
+    assert stage.state() is RunState.SUCCEEDED
+    assert stage.controller.phase is Phase.END
+    assert stage.backend.released == 1
+    assert ("shutdown",) in stage.gang.calls
+    assert stage.store.run().step == 20
+
+
+def test_lost_node_takes_the_spare_in_its_place(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+    stage.report("a", "step", 1, rank=0, step=7)
+    stage.gang.say("agent_lost", "a", why="connection closed")
+    stage.turn()
+    assert stage.state() is RunState.RECOVERING
+    assert ("kill", 1, 0.0) in stage.gang.calls
+    assert stage.controller.phase is Phase.STOP
+    stage.gang.say("killed", "b", attempt=1)
+    stage.start()
+    assert ("spawn", 2, {"c": [0, 1], "b": [2, 3]}) in stage.gang.calls
+    run = stage.store.run()
+    assert run.state is RunState.RUNNING
+    assert run.attempts[0].cause == "node a was lost: connection closed"
+    assert run.steps_lost == 7
+    assert run.restarts == 1
+
+
+def test_peers_of_a_killed_rank_are_not_the_culprit(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+    stage.report("b", "error", 1, rank=2, type="RuntimeError", message="Connection closed by peer", step=3)
+    stage.gang.say("exit", "b", rank=2, attempt=1, code=1, signal=None, log_tail="")
+    stage.turn()
+    stage.gang.say("exit", "a", rank=1, attempt=1, code=None, signal=9, log_tail="")
+    stage.gang.say("exit", "a", rank=0, attempt=1, code=None, signal=9, log_tail="", requested=True)
+    stage.gang.say("killed", "a", attempt=1)
+    stage.gang.say("killed", "b", attempt=1)
+    stage.turn()
+    cause = stage.store.run().attempts[0].cause
+    assert cause == "rank 1 on a was ended by signal 9"
+
+
+def fail_with(stage: Stage, attempt: int, message: str, step: int) -> None:
+    stage.report("a", "error", attempt, rank=0, type="ValueError", message=message, traceback="t", step=step)
+    stage.gang.say("exit", "a", rank=0, attempt=attempt, code=1, signal=None, log_tail="")
+    stage.gang.say("killed", "a", attempt=attempt)
+    stage.gang.say("killed", "b", attempt=attempt)
+    stage.turn(2)
+
+
+def test_same_error_at_same_step_stops(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+    fail_with(stage, 1, "bad sample", 5)
+    assert not stage.state().terminal
+    stage.start()
+    fail_with(stage, 2, "bad sample", 5)
+    run = stage.store.run()
+    assert run.state is RunState.FAILED
+    assert "same error at the same step 2 times" in run.reason
+    assert "bad sample" in run.reason
+
+
+def test_same_error_at_other_step_goes_on(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+    fail_with(stage, 1, "bad sample", 5)
+    stage.start()
+    fail_with(stage, 2, "bad sample", 6)
+    assert not stage.state().terminal
+
+
+def test_budget_is_counted_and_backoff_grows(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, max_restarts=2, backoff_s=4.0)
+    for attempt in (1, 2, 3):
+        if attempt == 3:
+            assert stage.controller.phase is Phase.BACKOFF
+            stage.clock.now += 4.0
+            stage.turn()
+        stage.start()
+        fail_with(stage, attempt, f"error {attempt}", attempt)
+    run = stage.store.run()
+    assert run.state is RunState.FAILED
+    assert "all 2 restarts are used" in run.reason
+
+
+def test_no_node_left_fails_with_the_reason(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, nodes=("a", "b"), wait_for_nodes_s=30.0)
+    stage.start()
+    stage.gang.say("agent_lost", "b", why="silent")
+    stage.gang.say("killed", "a", attempt=1)
+    stage.turn(40)
+    assert EventKind.WAITING_FOR_NODES in stage.kinds()
+    assert stage.state() is RunState.RECOVERING
+    stage.turn(200)
+    run = stage.store.run()
+    assert run.state is RunState.FAILED
+    assert "only 1 of 2 nodes" in run.reason
+    assert "the cluster is small" in run.reason
+
+
+def test_start_timeout(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, start_timeout_s=60.0)
+    stage.turn(2)
+    stage.clock.now += 61.0
+    stage.turn()
+    assert stage.state() is RunState.RECOVERING
+    assert "no first step within 60 s" in str(stage.store.events()[-1].data)
+
+
+def test_damaged_checkpoint_is_never_tried_again(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+    stage.report("a", "rejected", 1, rank=0, path="/x/manifest.json", reason="digest")
+    stage.gang.say("killed", "a", attempt=1)
+    stage.gang.say("killed", "b", attempt=1)
+    stage.turn(2)
+    assert stage.store.run().rejected == {"/x/manifest.json"}
+
+
+@pytest.mark.parametrize("turns", [0, 2])
+def test_cancel(tmp_path: Path, turns: int) -> None:
+    stage = Stage(tmp_path)
+    if turns:
+        stage.start()
+    request_cancel(stage.store, by="test")
+    stage.turn()
+    if turns:
+        assert ("kill", 1, stage.request.recovery.grace_s) in stage.gang.calls
+        stage.gang.say("killed", "a", attempt=1)
+        stage.gang.say("killed", "b", attempt=1)
+        stage.turn()
+    assert stage.state() is RunState.CANCELLED
+    assert stage.backend.released == 1
+
+
+def test_second_controller_is_refused_and_a_later_epoch_fences(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    with pytest.raises(ResumeRefused, match="live controller"):
+        ControllerLock.acquire(stage.store.paths)
+    create_exclusive(stage.store.paths.controllers / "2.json", b"{}")
+    with pytest.raises(Fenced):
+        stage.turn()
+
+
+def test_successor_adopts_the_live_gang(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+    stage.report("a", "checkpoint", 1, rank=0, step=5, path="p", bytes=1, stall_s=0.1)
+    stage.turn()
+    stage.lock.release()
+    stage.renew()
+
+    class LiveGang(FakeGang):
+        def connect(self, addresses: Any) -> None:
+            if not self.calls:
+                self.calls.append(("connect", "all"))
+                for node in "ab":
+                    self.say("agent_up", node, attempt=1, ranks=[{"rank": 0, "pid": 1, "exited": None}])
+                self.say("agent_up", "c", attempt=0, ranks=[])
+                self.say("report", "a", kind="checkpoint", rank=0, attempt=1, step=5, path="p")
+                self.say("report", "a", kind="training", rank=0, attempt=1, step=1)
+                self.say("report", "a", kind="checkpoint", rank=0, attempt=1, step=10, path="q")
+
+    stage.gang = LiveGang(stage.clock)
+    stage.controller.gang = cast(Gang, stage.gang)
+    before = len(stage.store.events())
+    adoption.begin(stage.controller)
+    stage.turn()
+    news = stage.store.events()[before:]
+    assert [event.kind for event in news] == [EventKind.CONTROLLER_STARTED, EventKind.CHECKPOINT_COMMITTED]
+    assert news[0].data["adopted"] is True
+    assert news[1].data["step"] == 10
+    assert stage.store.run().attempts[-1].number == 1
+    assert not [call for call in stage.gang.calls if call[0] in ("spawn", "kill")]
+
+
+def test_successor_of_a_dead_gang_restarts_it(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+    stage.lock.release()
+    stage.renew()
+    adoption.begin(stage.controller)
+    stage.start()
+    run = stage.store.run()
+    assert run.state is RunState.RUNNING
+    assert run.attempts[-1].number == 2
+    assert run.attempts[-1].reason == "restart"
+
+
+def test_finished_without_a_controller_is_success(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+    stage.lock.release()
+    (stage.store.paths.root / "final.json").write_text(json.dumps({"step": 20, "weights_digest": "d"}))
+    stage.renew()
+    adoption.begin(stage.controller, resume={"overrides": [], "changes": []})
+    stage.turn()
+    assert stage.state() is RunState.SUCCEEDED
+    assert stage.store.run().weights_digest == "d"

@@ -1,0 +1,74 @@
+"""Runs on disk: torn lines, exclusive creation, finding by prefix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.run import EventKind, IllegalEvent, RunState, fold
+from launcher.store import RunStore, append_line, create_exclusive, read_lines
+from strategies.errors import ConfigError, NotFound
+from tests.support.fakes import tiny_request
+
+
+def test_request_round_trip(tmp_path: Path) -> None:
+    request = tiny_request(tmp_path)
+    store = RunStore.create(request)
+    assert store.request() == request
+    assert store.request().digest == request.digest
+    assert store.paths.secret.stat().st_mode & 0o777 == 0o600
+
+
+def test_name_taken(tmp_path: Path) -> None:
+    RunStore.create(tiny_request(tmp_path))
+    with pytest.raises(ConfigError, match="exists"):
+        RunStore.create(tiny_request(tmp_path))
+
+
+def test_torn_line_is_no_event_and_does_not_swallow_the_next(tmp_path: Path) -> None:
+    store = RunStore.create(tiny_request(tmp_path))
+    with open(store.paths.events, "ab") as file:
+        file.write(b'{"seq": 2, "ti')
+    assert len(store.events()) == 1
+    again = RunStore.open(store.paths.root)
+    again.append(EventKind.RUN_FAILED, reason="x")
+    assert [event.seq for event in again.events()] == [1, 2]
+    assert again.run().state is RunState.FAILED
+
+
+def test_only_one_creates(tmp_path: Path) -> None:
+    assert create_exclusive(tmp_path / "lock", b"a")
+    assert not create_exclusive(tmp_path / "lock", b"b")
+    assert (tmp_path / "lock").read_bytes() == b"a"
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_find(tmp_path: Path) -> None:
+    for name in ("alpha-1", "alpha-2", "beta"):
+        RunStore.create(tiny_request(tmp_path, name=name))
+    assert RunStore.find(tmp_path, "be").name == "beta"
+    assert RunStore.find(tmp_path, "alpha-1").name == "alpha-1"
+    assert RunStore.find(tmp_path, "latest").name == "beta"
+    RunStore.find(tmp_path, "alpha-1").append(EventKind.RUN_FAILED, reason="x")
+    assert RunStore.find(tmp_path, "latest").name == "alpha-1"
+    with pytest.raises(NotFound, match="fits 2 runs"):
+        RunStore.find(tmp_path, "alpha")
+    with pytest.raises(NotFound, match="Did you mean 'beta'"):
+        RunStore.find(tmp_path, "betta")
+
+
+def test_success_is_final(tmp_path: Path) -> None:
+    store = RunStore.create(tiny_request(tmp_path))
+    store.append(EventKind.RUN_SUCCEEDED, step=1)
+    store.append(EventKind.RESUME_REQUESTED)
+    with pytest.raises(IllegalEvent, match="not allowed in state 'succeeded'"):
+        fold(store.events())
+
+
+def test_damaged_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    append_line(path, b'{"a": 1}\n')
+    append_line(path, b"garbage\n")
+    append_line(path, b'{"a": 2}\n')
+    assert [line["a"] for line in read_lines(path)] == [1, 2]

@@ -1,0 +1,369 @@
+"""Every rule: what breaks it, the numbers in its message and the legal values in its hint."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from strategies.capabilities import runnable
+from strategies.cases import Case, divisors, legal_tp, nearest
+from strategies.errors import PlanInfeasible, Violation
+from strategies.plan import ParallelPlan
+from strategies.rules import RULES, check, require
+from strategies.specs import BatchSpec, ClusterSpec, ModelSpec
+from tests.strategies.support import BATCH, FOUR_BY_TWO, LLAMA_TINY, TINY, plan, random_model
+
+
+def _check(
+    the_plan: ParallelPlan,
+    model: ModelSpec = TINY,
+    batch: BatchSpec = BATCH,
+    cluster: ClusterSpec | None = None,
+    precision: Any = "fp32",
+    *,
+    modelled: bool = False,
+) -> tuple[Violation, ...]:
+    return check(model=model, plan=the_plan, batch=batch, cluster=cluster, precision=precision, modelled=modelled)
+
+
+def _only(found: tuple[Violation, ...]) -> Violation:
+    assert len(found) == 1, [str(violation) for violation in found]
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {},
+        {"dp": 4, "zero_stage": 0},
+        {"dp": 4, "zero_stage": 1},
+        {"dp": 4, "zero_stage": 2},
+        {"dp": 4, "zero_stage": 3},
+        {"tp": 2},
+        {"tp": 4},
+        {"pp": 2},
+        {"pp": 4, "zero_stage": 0},
+        {"tp": 2, "pp": 2},
+        {"tp": 2, "pp": 2, "dp": 2},
+        {"pp": 2, "recompute": "full"},
+        {"pp": 2, "stages": (1, 3)},
+        {"dp": 3},
+        {"dp": 3, "micro_batch": 4},
+        {"recompute": "selective"},
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_plans_of_the_parity_proof_are_legal(degrees: dict[str, Any], precision: Any) -> None:
+    if precision == "bf16" and degrees.get("zero_stage") == 0:
+        degrees = degrees | {"grad_dtype": "bf16"}
+    the_plan = plan(precision=precision, **degrees)
+    assert _check(the_plan, cluster=FOUR_BY_TWO, precision=precision) == ()
+
+
+MODEL_CASES = [
+    ({"layers": 0}, "model_sizes_positive", "layers 0", "at least 1"),
+    ({"seq": -1}, "model_sizes_positive", "seq -1", "at least 1"),
+    ({"vocab": 1}, "model_sizes_positive", "vocab 1", "the vocabulary at least 2"),
+    ({"hidden": 66}, "hidden_divisible_by_heads", "hidden 66 is not divisible by heads 4 (rest 2)", "heads: 3 or 6"),
+    ({"hidden": 66}, "hidden_divisible_by_heads", "66", "nearest legal hidden: 64 or 68"),
+    ({"kv_heads": 3}, "heads_divisible_by_kv_heads", "heads 4 is not divisible by kv_heads 3 (rest 1)", "2 or 4"),
+    ({"kv_heads": 8}, "heads_divisible_by_kv_heads", "heads 4", "nearest legal kv_heads: 4"),
+]
+
+
+@pytest.mark.parametrize(("change", "rule", "message", "hint"), MODEL_CASES)
+def test_an_inconsistent_model(change: dict[str, Any], rule: str, message: str, hint: str) -> None:
+    model = replace(TINY, **change)
+    violation = next(v for v in _check(plan(model=model), model=model) if v.rule == rule)
+    assert message in violation.message
+    assert hint in violation.hint
+
+
+def test_rotary_heads_are_even() -> None:
+    model = replace(LLAMA_TINY, hidden=30, heads=6, kv_heads=6)
+    violation = _only(_check(plan(model=model), model=model))
+    assert violation.rule == "rotary_head_width_even"
+    assert violation.message == "hidden 30 / heads 6 = 5 is odd, rotary positions need pairs"
+    assert violation.hint == "nearest legal heads: 5 or 15"
+    learned = replace(model, flavour="gpt3", seq=32)
+    assert _check(plan(model=learned), model=learned) == ()
+
+
+def test_heads_not_divisible_by_tp_names_the_nearest_legal_values() -> None:
+    model = replace(TINY, heads=6, kv_heads=6, hidden=96, ffn=384)
+    violation = _check(plan(model=model, tp=4), model=model)[0]
+    assert violation.rule == "heads_divisible_by_tp"
+    assert violation.message == "heads 6 is not divisible by tp 4 (rest 2)"
+    assert violation.hint == "nearest legal tp: 3 or 6"
+
+
+def test_tp_cuts_every_dimension() -> None:
+    model = replace(TINY, heads=8, kv_heads=2, ffn=250, hidden=64)
+    rules = {violation.rule: violation.hint for violation in _check(plan(model=model, tp=4), model=model)}
+    assert rules == {
+        "kv_heads_divisible_by_tp": "nearest legal tp: 2",
+        "ffn_divisible_by_tp": "nearest legal tp: 2",
+    }
+    odd = replace(model, hidden=60, heads=6, kv_heads=6, ffn=64)
+    assert "hidden_divisible_by_tp" in {v.rule for v in _check(plan(model=odd, tp=8), model=odd)}
+
+
+def test_the_vocabulary_needs_no_rule_because_it_is_padded() -> None:
+    assert TINY.vocab % 4 != 0
+    assert _check(plan(tp=4)) == ()
+
+
+@pytest.mark.parametrize("name", ["tp", "pp", "dp", "ep", "sp", "cp", "vpp", "micro_batch", "grad_accum"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_degrees_are_positive(name: str, value: int) -> None:
+    violation = next(v for v in _check(plan(**{name: value}), cluster=FOUR_BY_TWO) if v.rule == "degrees_positive")
+    assert f"{name} {value}" in violation.message
+
+
+def test_more_stages_than_layers() -> None:
+    violation = _only(_check(plan(pp=5)))
+    assert violation.rule == "pp_at_most_layers"
+    assert violation.message == "pp 5 is larger than layers 4: 1 stages would be empty"
+    assert violation.hint == "nearest legal pp: 4"
+
+
+@pytest.mark.parametrize(
+    ("stages", "rules"),
+    [
+        ((4,), ["stages_match_pp"]),
+        ((2, 3), ["stages_sum_to_layers"]),
+        ((4, 0), ["stages_not_empty"]),
+        ((1, 1, 1), ["stages_match_pp", "stages_sum_to_layers"]),
+        ((5, -1), ["stages_not_empty"]),
+    ],
+)
+def test_stages(stages: tuple[int, ...], rules: list[str]) -> None:
+    found = _check(plan(pp=2, stages=stages))
+    assert [violation.rule for violation in found] == rules
+    assert all("strategy.stages=[2, 2]" in violation.hint for violation in found)
+
+
+def test_a_cluster_too_small_says_what_is_there_and_what_fits() -> None:
+    cluster = replace(FOUR_BY_TWO, nodes=2)
+    violation = _only(_check(plan(tp=2, pp=2, dp=2), cluster=cluster))
+    assert violation.rule == "world_size_fits_cluster"
+    assert violation.message == "tp 2 x pp 2 x dp 2 = 8 ranks, the cluster has 2 nodes x 2 slots = 4"
+    assert violation.hint == (
+        "the largest plan that fits: strategy.tp=2 strategy.pp=2 strategy.dp=1 (4 ranks); or cluster.nodes=4"
+    )
+
+
+def test_spares_carry_no_ranks() -> None:
+    assert _check(plan(dp=3), cluster=replace(FOUR_BY_TWO, nodes=1, spares=9)) != ()
+
+
+def test_the_last_node_may_stay_partly_empty() -> None:
+    assert _check(plan(dp=3), cluster=replace(FOUR_BY_TWO, nodes=2)) == ()
+
+
+@pytest.mark.parametrize("change", [{"nodes": 0}, {"slots_per_node": 0}, {"spares": -1}])
+def test_an_empty_cluster(change: dict[str, int]) -> None:
+    assert _only(_check(plan(), cluster=replace(FOUR_BY_TWO, **change))).rule == "cluster_not_empty"
+
+
+@pytest.mark.parametrize("batch", [BatchSpec(global_batch=0, seq=32), BatchSpec(global_batch=16, seq=0)])
+def test_an_empty_batch(batch: BatchSpec) -> None:
+    assert _only(_check(plan(batch=batch), batch=batch)).rule == "batch_positive"
+
+
+def test_sequences_longer_than_the_learned_positions() -> None:
+    batch = BatchSpec(global_batch=16, seq=33)
+    assert _only(_check(plan(), batch=batch)).rule == "sequence_within_positions"
+    assert _check(plan(model=LLAMA_TINY), model=LLAMA_TINY, batch=batch) == ()
+
+
+def test_a_replica_of_padding_alone_is_refused() -> None:
+    batch = BatchSpec(global_batch=5, seq=32)
+    violation = _only(_check(plan(batch=batch, dp=3, micro_batch=2), batch=batch))
+    assert violation.rule == "replicas_within_batch"
+    assert violation.message.startswith("dp 3 x micro_batch 2 = 6 rows at a time, the global batch has 5")
+    assert violation.hint == "dp at most 2; or micro_batch at most 1; or train.global_batch of 6 or more"
+
+
+@pytest.mark.parametrize("grad_accum", [5, 7])
+def test_accumulation_is_exactly_what_covers_the_batch(grad_accum: int) -> None:
+    violation = _only(_check(plan(dp=3, grad_accum=grad_accum)))
+    assert violation.rule == "accumulation_exact"
+    assert f"grad_accum {grad_accum} x dp 3 = {3 * grad_accum} rows for a global batch of 16" in violation.message
+    assert violation.hint == "grad_accum 6 (= 16 / 3, rounded up)"
+
+
+@pytest.mark.parametrize("stage", [-1, 4])
+def test_unknown_zero_stage(stage: int) -> None:
+    assert _only(_check(plan(zero_stage=stage))).rule == "zero_stage_known"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_2_and_3_exclude_a_pipeline(stage: int) -> None:
+    violation = _only(_check(plan(pp=2, zero_stage=stage)))
+    assert violation.rule == "zero_with_pipeline"
+    assert f"zero_stage {stage} with pp 2" in violation.message
+
+
+@pytest.mark.parametrize("degrees", [{"sp": 2}, {"cp": 2}])
+def test_sequence_parallelism_excludes_a_pipeline_and_is_modelled_only(degrees: dict[str, int]) -> None:
+    rules = [violation.rule for violation in _check(plan(pp=2, **degrees), modelled=True)]
+    assert rules == ["sequence_parallel_with_pipeline"]
+    assert _check(plan(**degrees), modelled=True) == ()
+    assert _only(_check(plan(**degrees))).rule == "combination_runs"
+
+
+def test_ulysses_needs_heads_on_every_shard() -> None:
+    violation = _only(_check(plan(tp=2, sp=4), modelled=True))
+    assert violation.rule == "heads_divisible_by_sp"
+    assert violation.hint == "nearest legal sp: 2"
+
+
+def test_a_dense_model_has_no_experts() -> None:
+    assert _only(_check(plan(dp=2, ep=2))).rule == "experts_need_moe"
+
+
+def test_dualpipev_needs_two_micro_batches_per_stage() -> None:
+    batch = BatchSpec(global_batch=7, seq=32)
+    the_plan = plan(batch=batch, pp=4, schedule="dualpipev")
+    violation = _only(_check(the_plan, batch=batch, modelled=True))
+    assert violation.rule == "schedule_fits"
+    assert "2 x pp 4 = 8 or more, found 7" in violation.message
+    assert "train.global_batch of 8 or more" in violation.hint
+    assert _check(plan(pp=4, schedule="dualpipev"), modelled=True) == ()
+
+
+def test_virtual_stages_belong_to_the_interleaved_schedule() -> None:
+    assert _only(_check(plan(pp=2, vpp=2))).rule == "schedule_fits"
+    assert _check(plan(pp=2, vpp=2, schedule="interleaved"), modelled=True) == ()
+
+
+@pytest.mark.parametrize(("precision", "grad_dtype"), [("fp32", "bf16"), ("bf16", "fp16"), ("fp16", "bf16")])
+def test_gradients_have_the_precision_of_the_backward_pass_or_fp32(precision: Any, grad_dtype: Any) -> None:
+    the_plan = plan(zero_stage=1, grad_dtype=grad_dtype)
+    violation = _only(_check(the_plan, precision=precision, modelled=True))
+    assert violation.rule == "gradient_dtype_matches"
+    assert f"strategy.grad_dtype={precision}" in violation.hint
+
+
+def test_mixed_precision_with_fp32_accumulation_needs_zero() -> None:
+    violation = _only(_check(plan(precision="bf16", zero_stage=0, grad_dtype="fp32"), precision="bf16"))
+    assert violation.rule == "mixed_precision_needs_zero"
+    assert violation.hint == "strategy.zero_stage=1 (legal at dp 1, too), or strategy.grad_dtype=bf16"
+    assert _check(plan(precision="bf16", zero_stage=0), precision="bf16") == ()
+
+
+@pytest.mark.parametrize(
+    ("degrees", "word"),
+    [
+        ({"pp": 2, "schedule": "interleaved", "vpp": 2}, "schedule interleaved"),
+        ({"pp": 2, "schedule": "dualpipev"}, "schedule dualpipev"),
+        ({"offload": "optimizer"}, "offload optimizer"),
+    ],
+)
+def test_what_can_only_be_modelled_says_so(degrees: dict[str, Any], word: str) -> None:
+    violation = _only(_check(plan(**degrees)))
+    assert violation.rule == "combination_runs"
+    assert word in violation.message
+    assert "modelled only" in violation.message
+    assert _check(plan(**degrees), modelled=True) == ()
+
+
+def test_fp16_is_modelled_only() -> None:
+    violation = _only(_check(plan(precision="fp16"), precision="fp16"))
+    assert (violation.rule, violation.hint) == ("combination_runs", "train.precision=bf16")
+
+
+def test_a_combination_outside_of_the_table_is_not_runnable() -> None:
+    violation = runnable(plan(zero_stage=7), "fp32", "gpt3")
+    assert violation is not None
+    assert violation.rule == "combination_probed"
+
+
+def test_all_violations_come_at_once_and_none_twice() -> None:
+    model = replace(TINY, heads=6, kv_heads=4, ffn=250)
+    the_plan = plan(model=model, tp=4, pp=9, dp=3, micro_batch=8, zero_stage=3, ep=2, grad_dtype="bf16")
+    found = [v.rule for v in _check(the_plan, model=model, cluster=FOUR_BY_TWO)]
+    assert found == [
+        "hidden_divisible_by_heads",
+        "heads_divisible_by_kv_heads",
+        "heads_divisible_by_tp",
+        "ffn_divisible_by_tp",
+        "pp_at_most_layers",
+        "world_size_fits_cluster",
+        "replicas_within_batch",
+        "zero_with_pipeline",
+        "experts_need_moe",
+        "gradient_dtype_matches",
+    ]
+
+
+def test_require_raises_with_everything() -> None:
+    with pytest.raises(
+        PlanInfeasible, match=r"breaks 2 rules(?s:.*)pp_at_most_layers(?s:.*)zero_with_pipeline"
+    ) as info:
+        require(model=TINY, plan=plan(pp=5, zero_stage=2), batch=BATCH, cluster=None, precision="fp32")
+    assert [violation.rule for violation in info.value.violations] == ["pp_at_most_layers", "zero_with_pipeline"]
+    assert info.value.exit_code == 3
+    require(model=TINY, plan=plan(), batch=BATCH, cluster=FOUR_BY_TWO, precision="fp32")
+
+
+def test_rules_have_unique_names_and_docstrings() -> None:
+    names = [rule.__name__ for rule in RULES]
+    assert len(set(names)) == len(names)
+    assert all(rule.__doc__ for rule in RULES)
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_rules_never_raise_and_name_themselves(seed: int) -> None:
+    rng = random.Random(seed)
+
+    def number() -> int:
+        return rng.choice([-2, 0, 1, 1, 2, 3, 4, 6, 7, 16])
+
+    sizes = {name: number() for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq")}
+    model = ModelSpec(name="random", flavour=rng.choice(["gpt3", "llama"]), **sizes)
+    batch = BatchSpec(global_batch=number(), seq=number())
+    cluster = replace(FOUR_BY_TWO, nodes=number(), slots_per_node=number(), spares=number())
+    degrees = {name: number() for name in ("tp", "pp", "dp", "ep", "sp", "cp", "vpp", "micro_batch", "grad_accum")}
+    the_plan = ParallelPlan(
+        **degrees,
+        zero_stage=number(),
+        stages=tuple(number() for _ in range(rng.randint(0, 4))),
+        schedule=rng.choice(["1f1b", "interleaved", "dualpipev"]),
+        grad_dtype=rng.choice(["fp32", "bf16", "fp16"]),
+    )
+    case = Case(model=model, plan=the_plan, batch=batch, cluster=cluster, precision=rng.choice(["fp32", "bf16"]))
+    for rule in RULES:
+        violation = rule(case)
+        if violation is not None:
+            assert violation.rule in (rule.__name__, violation.rule)
+            assert violation.message
+            assert violation.hint
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_the_nearest_legal_tp_is_legal(seed: int) -> None:
+    rng = random.Random(seed)
+    model, tp = random_model(rng), rng.randint(1, 40)
+    tensor_rules = {f"{name}_divisible_by_tp" for name in ("heads", "kv_heads", "ffn", "hidden")}
+
+    def breaks(degree: int) -> bool:
+        return any(v.rule in tensor_rules for v in _check(plan(model=model, tp=degree), model=model))
+
+    legal = legal_tp(model)
+    assert breaks(tp) == (tp not in legal)
+    assert not any(breaks(value) for value in nearest(tp, legal))
+
+
+def test_nearest_and_divisors() -> None:
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert divisors(1) == [1]
+    assert divisors(0) == divisors(-4) == []
+    assert nearest(4, [1, 2, 3, 6]) == (3, 6)
+    assert nearest(9, [1, 3, 6]) == (6,)
+    assert nearest(0, [1, 3]) == (1,)
+    assert nearest(5, []) == ()

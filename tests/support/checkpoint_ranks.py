@@ -1,0 +1,178 @@
+"""What ranks of the checkpoint tests run: train and save, restore and train, each with fingerprints of all state."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+from typing import Any
+
+import torch
+
+from jobs.checkpoint.errors import CorruptCheckpoint
+from jobs.checkpoint.fragments import access
+from jobs.checkpoint.gang import gang_weights_digest
+from jobs.checkpoint.restore import restore
+from jobs.checkpoint.save import Saved, save
+from jobs.engine import Engine
+from jobs.paths import RunPaths
+from jobs.spec import JobSpec, RankEnv
+from strategies.codec import from_json
+from strategies.errors import StorageError
+from tests.support.ranks import batches
+
+
+def fingerprint(engine: Engine) -> dict[str, str]:
+    """SHA-256 of everything that decides how training goes on: masters, moments and weights, padding included.
+
+    Left out is the end of the last part of ZeRO-3, which DeepSpeed never initialises.
+    """
+    optimizer = access(engine.ds)
+    prints = {}
+    for index, owner in enumerate(optimizer.owners()):
+        prints[f"master {index}"] = _hash(_live_master(engine, index, owner))
+        state = optimizer.inner.state.get(owner, {})
+        prints |= {f"{kind} {index}": _hash(torch.as_tensor(value)) for kind, value in state.items()}
+    for name, parameter in engine.named_parameters():
+        prints[f"weight {name}"] = _hash(_live(engine, parameter))
+    return prints
+
+
+def _live(engine: Engine, parameter: Any) -> torch.Tensor:
+    if not hasattr(parameter, "ds_tensor"):
+        return torch.as_tensor(parameter)
+    part = parameter.ds_tensor.detach().view(-1)
+    return part[: _live_count(engine, parameter)]
+
+
+def _live_master(engine: Engine, index: int, owner: torch.Tensor) -> torch.Tensor:
+    positions = getattr(engine.ds.optimizer, "grad_position", None)
+    if engine.ds.zero_optimization_stage() < 3 or positions is None:
+        return owner
+    parts = []
+    for _, parameter in engine.named_parameters():
+        group, offset, _ = positions[engine.ds.optimizer.get_param_id(parameter)]
+        if group == index:
+            parts.append(owner.detach()[offset : offset + _live_count(engine, parameter)])
+    return torch.cat(parts)
+
+
+def _live_count(engine: Engine, parameter: Any) -> int:
+    return max(0, int(parameter.ds_numel) - engine.grid.data * int(parameter.ds_tensor.numel()))
+
+
+def _hash(tensor: torch.Tensor) -> str:
+    data = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(data.numpy().tobytes()).hexdigest()
+
+
+def _train(engine: Engine, job: JobSpec, first: int, last: int) -> list[list[str]]:
+    results = [engine.train_step(step, batches(job, step, engine.grid.data)) for step in range(first, last + 1)]
+    return [[result.loss.hex(), result.grad_norm.hex(), result.lr.hex()] for result in results]
+
+
+def save_then_train(env: RankEnv, job: dict[str, Any], steps: int, more: int) -> dict[str, Any]:
+    """Train ``steps``, save, train ``more``."""
+    spec = from_json(JobSpec, job)
+    engine = Engine.build(spec, env)
+    _train(engine, spec, 1, steps)
+    before = fingerprint(engine)
+    saved = save(
+        engine,
+        run_paths=RunPaths(env.run_dir),
+        job=spec,
+        step=steps,
+        token=(env.epoch, env.attempt),
+        extra={"sample_index": steps * spec.batch.global_batch, "why": "test"},
+    )
+    unchanged = before == fingerprint(engine)
+    at_save = gang_weights_digest(saved.path)
+    noise = torch.rand(4).tolist()
+    results = _train(engine, spec, steps + 1, steps + more)
+    out = {
+        "path": str(saved.path),
+        "bytes": saved.bytes,
+        "unchanged": unchanged,
+        "digest": at_save,
+        "noise": noise,
+        "results": results,
+        "end": fingerprint(engine),
+    }
+    engine.close()
+    return out
+
+
+def restore_then_train(env: RankEnv, job: dict[str, Any], manifest: str, more: int) -> dict[str, Any]:
+    """Restore into a fresh engine, train ``more``."""
+    spec = from_json(JobSpec, job)
+    engine = Engine.build(spec, env)
+    restored = restore(engine, manifest)
+    noise = torch.rand(4).tolist()
+    at_restore = fingerprint(engine)
+    results = _train(engine, spec, restored.step + 1, restored.step + more)
+    out = {
+        "step": restored.step,
+        "extra": dict(restored.extra),
+        "noise": noise,
+        "at_restore": at_restore,
+        "results": results,
+        "end": fingerprint(engine),
+    }
+    engine.close()
+    return out
+
+
+def save_initial(env: RankEnv, job: dict[str, Any]) -> str:
+    """Save the initial weights; returns their digest."""
+    spec = from_json(JobSpec, job)
+    engine = Engine.build(spec, env)
+    saved = save(engine, run_paths=RunPaths(env.run_dir), job=spec, step=0, token=(env.epoch, env.attempt), extra={})
+    digest = gang_weights_digest(saved.path)
+    engine.close()
+    return digest
+
+
+def reshape(env: RankEnv, job: dict[str, Any], manifest: str) -> str:
+    """Restore what another plan has written, save it at once; returns the digest of the weights."""
+    spec = from_json(JobSpec, job)
+    engine = Engine.build(spec, env)
+    restored = restore(engine, manifest)
+    token = (env.epoch, env.attempt)
+    saved = save(engine, run_paths=RunPaths(env.run_dir), job=spec, step=restored.step, token=token, extra={})
+    engine.close()
+    return str(saved.path)
+
+
+def restore_damaged(env: RankEnv, job: dict[str, Any], damaged: str, good: str) -> dict[str, Any]:
+    """Fail to restore ``damaged``, then restore ``good`` in the same processes."""
+    engine = Engine.build(from_json(JobSpec, job), env)
+    try:
+        restore(engine, damaged)
+        raise AssertionError("restored a damaged checkpoint")
+    except CorruptCheckpoint as error:
+        failure = {"path": error.path, "reason": error.reason}
+    step = restore(engine, good).step
+    engine.close()
+    return failure | {"step": step}
+
+
+def save_without_room(env: RankEnv, job: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Save while rank ``rank`` may write only small files; then save again with room."""
+    spec = from_json(JobSpec, job)
+    engine = Engine.build(spec, env)
+
+    def attempt() -> Saved:
+        token = (env.epoch, env.attempt)
+        return save(engine, run_paths=RunPaths(env.run_dir), job=spec, step=1, token=token, extra={})
+
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if env.rank == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, unlimited[1]))
+    message = ""
+    try:
+        attempt()
+    except StorageError as error:
+        message = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    saved = attempt()
+    engine.close()
+    return {"message": message, "path": str(saved.path)}

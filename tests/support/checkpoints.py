@@ -1,0 +1,107 @@
+"""Checkpoints without a gang: written from arrays, and damaged on purpose."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from jobs.checkpoint.layout import Place, Token
+from jobs.checkpoint.manifest import Manifest, ShardRecord, TrainerState, commit
+from jobs.checkpoint.shardfile import BLOCK_ELEMENTS, ELEMENT_BYTES, KINDS, Slice, write_shard
+from jobs.checkpoint.slices import copy_runs, overlap, whole
+from tests.support.jobspecs import GPT, make_plan
+
+Array = npt.NDArray[np.float32]
+
+
+def values(shape: Sequence[int], kind: str, seed: int = 0) -> Array:
+    """The global tensor of a kind, made up."""
+    generator = np.random.default_rng([seed, KINDS.index(kind), *shape])
+    return generator.standard_normal(math.prod(shape)).astype(np.float32)
+
+
+def cut(piece: Slice, tensor: Array) -> Array:
+    """The elements of a slice, out of the flat global tensor."""
+    out = np.empty(piece.elements, np.float32)
+    shared = overlap(piece, whole(piece.name, piece.shape))
+    copy_runs(out, shared.a, tensor, shared.b, shared.length)
+    return out
+
+
+def write_shards(place: Place, ranks: Sequence[Sequence[Slice]], seed: int = 0) -> list[ShardRecord]:
+    """One shard per rank, uncommitted."""
+    place.shard_dir.mkdir(parents=True)
+    records = []
+    for rank, pieces in enumerate(ranks):
+        views = [
+            (piece, {kind: cut(piece, values(piece.shape, kind, seed)).data for kind in KINDS}) for piece in pieces
+        ]
+        size, digest = write_shard(place.shard(rank), views, {"rank": rank})
+        elements = sum(piece.elements for piece in pieces)
+        records.append(ShardRecord(rank=rank, bytes=size, digest=digest, elements=elements))
+    return records
+
+
+def manifest_of(place: Place, records: Sequence[ShardRecord], tensors: Mapping[str, tuple[int, ...]]) -> Manifest:
+    """A manifest, uncommitted."""
+    return Manifest(
+        run_id="test",
+        step=place.step,
+        epoch=place.token.epoch,
+        attempt=place.token.attempt,
+        time=1.5,
+        plan=make_plan(GPT, 8),
+        model=GPT,
+        tensors=tensors,
+        shards=tuple(records),
+        trainer=TrainerState(optimizer_steps=place.step, learning_rates=(0.1,), counters={}, loss_scaler={}),
+        extra={"sample_index": 8 * place.step},
+    )
+
+
+def write_checkpoint(
+    root: Path, step: int = 1, token: tuple[int, int] = (1, 1), ranks: Sequence[Sequence[Slice]] | None = None
+) -> Path:
+    """A committed checkpoint; by default of one tensor in two shards. Returns its manifest."""
+    place = Place(root, step, Token(*token))
+    ranks = ranks or [[whole("w", (30, 10), 0, 120)], [whole("w", (30, 10), 120, 300)]]
+    records = write_shards(place, ranks)
+    return commit(root, manifest_of(place, records, {piece.name: piece.shape for part in ranks for piece in part}))
+
+
+def flip_bit(path: Path, at: int) -> None:
+    """Flip the lowest bit of one byte of a file; negative positions count from the end."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def flip_and_sign_again(manifest: Path, rank: int, name: str, bit: int) -> None:
+    """Flip bit ``bit`` (0: lowest) of the first master weight of ``name`` in a shard; mend every digest above it."""
+    shard = manifest.parent / manifest.name.removesuffix(".manifest.json") / f"shard-{rank:05d}.safetensors"
+    data = bytearray(shard.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    document: dict[str, Any] = json.loads(data[8:start])
+    first, last = (start + offset for offset in document[f"master/{name}"]["data_offsets"])
+    data[first + bit // 8] ^= 1 << bit % 8
+    ours = json.loads(document["__metadata__"]["phalanx"])
+    row = next(row for row in ours["slices"] if row["name"] == name)
+    block = bytes(data[first : min(last, first + BLOCK_ELEMENTS * ELEMENT_BYTES)])
+    row["blocks"]["master"][0] = hashlib.sha256(block).hexdigest()
+    document["__metadata__"]["phalanx"] = json.dumps(ours)
+    header = json.dumps(document).encode()
+    data[8:start] = header + b" " * (start - 8 - len(header))
+    shard.write_bytes(data)
+    record = json.loads(manifest.read_bytes())
+    del record["digest"]
+    record["shards"][rank]["digest"] = hashlib.sha256(data[:start]).hexdigest()
+    canonical = json.dumps(record, sort_keys=True, separators=(",", ":"))
+    record["digest"] = hashlib.sha256(canonical.encode()).hexdigest()
+    manifest.write_text(json.dumps(record))

@@ -1,0 +1,91 @@
+"""A rank without torch: does what its environment tells it, so that tests of the launcher run in a second."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+from jobs.report import Reporter
+from jobs.spec import RankEnv
+
+
+def warm() -> None:
+    """Warms nothing up."""
+
+
+def warm_fails() -> None:
+    """A warm-up that raises."""
+    raise ImportError("no such wonder")
+
+
+def warm_dies() -> None:
+    """A warm-up that takes its process with it."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def warm_starts_a_thread() -> None:
+    """A warm-up after which forking is unsafe."""
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+
+
+def main() -> int:
+    """Run the comma-separated verbs of ``FAKE``, or of ``FAKE_<rank>`` when there is one, one after the other."""
+    env = RankEnv.read(os.environ)
+    reporter = Reporter(env.report_fd)
+    reporter.send("started", pid=os.getpid())
+    print(f"rank {env.rank} runs", flush=True)
+    for verb in os.environ.get(f"FAKE_{env.rank}", os.environ.get("FAKE", "done")).split(","):
+        name, _, value = verb.partition("=")
+        _do(name, value, env, reporter)
+    return 0
+
+
+def _do(name: str, value: str, env: RankEnv, reporter: Reporter) -> None:
+    if name == "step":
+        reporter.send("step", step=int(value))
+    elif name == "steps":
+        for step in range(1, 10**9):
+            reporter.send("step", step=step)
+            time.sleep(float(value))
+    elif name == "wait":
+        time.sleep(float(value or 3600))
+    elif name == "exit":
+        sys.exit(int(value))
+    elif name == "raise":
+        reporter.send("error", type="ValueError", message=value, traceback="", step=3, exit_code=1)
+        raise ValueError(value)
+    elif name == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif name == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    elif name == "daemon":
+        # A process in a session of its own, as the helpers of other libraries are.
+        subprocess.Popen(["sleep", "3600"], start_new_session=True)
+    elif name == "print":
+        print(value, flush=True)
+    elif name == "flood":
+        os.write(env.report_fd, b"x" * int(value))
+    elif name == "forge":
+        reporter.send(value, code=0)
+    elif name == "look":
+        print(json.dumps(_what_i_see()), flush=True)
+    elif name == "done":
+        reporter.send("done", step=0)
+
+
+def _what_i_see() -> dict[str, object]:
+    return {
+        "fds": sorted(int(fd) for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")),
+        "env": dict(os.environ),
+        "path": sys.path,
+        "cwd": os.getcwd(),
+        "session": os.getsid(0),
+        "group": os.getpgid(0),
+        "pid": os.getpid(),
+        "stdin": os.readlink("/proc/self/fd/0"),
+    }
