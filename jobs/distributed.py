@@ -14,7 +14,6 @@ from datetime import timedelta
 import psutil
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from jobs.spec import RankEnv
 
@@ -68,9 +67,9 @@ def init_process_group(env: RankEnv, backend: str, *, timeout_s: float = COLLECT
         timeout_s: How long a collective may wait for a peer before it raises.
     """
     if "gloo" in backend:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_towards(env.master_addr, env.master_port))
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface_towards(env.master_addr, env.master_port))
     serve = env.rank == 0
-    store = TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # public, but not in the module's __all__
         env.master_addr,
         env.master_port,
         env.world_size,
@@ -79,9 +78,10 @@ def init_process_group(env: RankEnv, backend: str, *, timeout_s: float = COLLECT
         wait_for_workers=False,
         master_listen_fd=env.store_fd if serve and env.store_fd >= 0 else None,
     )
+    key = f"{env.run_id}/{env.epoch}/{env.attempt}"
     dist.init_process_group(
         backend,
-        store=PrefixStore(f"{env.run_id}/{env.epoch}/{env.attempt}", store),
+        store=dist.PrefixStore(key, store),  # type: ignore[attr-defined]
         rank=env.rank,
         world_size=env.world_size,
         timeout=timedelta(seconds=timeout_s),
@@ -99,7 +99,7 @@ def set_threads() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
-def _interface_towards(address: str, port: int) -> str:
+def interface_towards(address: str, port: int) -> str:
     """Name of the network interface whose traffic reaches ``address``.
 
     gloo would otherwise announce whatever this host's name resolves to, which is often a loopback address.

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -204,6 +205,10 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
         self.parts = stage_bounds(job.model, job.plan.stages)
         self._set_bounds(start=self.parts[self.grid.pipe], stop=self.parts[self.grid.pipe + 1])
 
+    def _synchronize_tied_weights(self) -> None:
+        with torch.no_grad():  # DeepSpeed writes into the parameters under autograd's eyes
+            super()._synchronize_tied_weights()
+
 
 def _pipe_layer(spec: LayerSpec) -> Any:
     if not spec.tied:
@@ -291,7 +296,10 @@ def _set_meta(parameter: nn.Parameter, meta: ParamMeta) -> None:
 
 
 def _quiet() -> None:
+    """Keep what DeepSpeed says about itself out of the rank logs, where people look for their own errors."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # of collectives that DeepSpeed calls, once per call
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
 
 
 def _make_deterministic(deterministic: bool) -> None:

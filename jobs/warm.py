@@ -6,6 +6,7 @@ compute: one parallel region would start the threads that make forking unsafe.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 
 MODULES = (
@@ -15,10 +16,16 @@ MODULES = (
     "jobs.checkpoint.save",
     "jobs.checkpoint.restore",
 )
-"""What a rank of our own imports, the rest follows from these."""
+"""What a rank of our own imports; most of the rest follows from these."""
+
+LAZY = ("torch.profiler._cupti_monitor",)
+"""What torch imports at the first step; another version of it may not have them."""
 
 
 def warm() -> None:
     """Import everything."""
     for module in MODULES:
         importlib.import_module(module)
+    for module in LAZY:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)

@@ -70,9 +70,7 @@ def compose(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: Anything is wrong with it; all problems at once.
     """
-    given = _parse(overrides)
-    folders = _folders(given)
-    _raise(_wrong_choices(given, folders))
+    given, folders = _understand(overrides)
     tree, choices = _compose_groups(given)
     return _finish(tree, given, lambda key: _file_of(key, choices, folders))
 
@@ -89,9 +87,7 @@ def recompose(stored: Path, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: Anything is wrong with it; all problems at once.
     """
-    given = _parse(overrides)
-    folders = _folders(given)
-    _raise(_wrong_choices(given, folders))
+    given, folders = _understand(overrides)
     try:
         tree = OmegaConf.load(stored)
     except (OSError, yaml.YAMLError) as error:
@@ -124,7 +120,15 @@ def choices_of(group: str, folders: Iterable[Path] | None = None) -> list[str]:
 # ---- parsing ----------------------------------------------------------------------------------------------------
 
 
-def _parse(overrides: Sequence[str]) -> list[Given]:
+def _understand(overrides: Sequence[str]) -> tuple[list[Given], list[Path]]:
+    """Every word, parsed, and the folders in which files are looked for; or all that is wrong with the words."""
+    given, problems = _parse(overrides)
+    folders = _folders(given)
+    _raise([*problems, *_wrong_choices(given, folders)])
+    return given, folders
+
+
+def _parse(overrides: Sequence[str]) -> tuple[list[Given], list[Problem]]:
     parser = OverridesParser.create()
     leaves = leaf_types(Config)
     given: list[Given] = []
@@ -140,8 +144,7 @@ def _parse(overrides: Sequence[str]) -> list[Given]:
             given.append(one)
         else:
             problems.append(problem)
-    _raise(problems)
-    return given
+    return given, problems
 
 
 def _parse_one(parser: OverridesParser, text: str, leaves: dict[str, Any]) -> Given:

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import launcher
 from jobs.paths import RunPaths
@@ -82,12 +82,14 @@ class EmbeddedCluster:
         run_dir: The run directory that the cluster serves.
     """
 
+    _keeper = "launcher.embedded"  # the keeper's main module
+
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir.resolve()
         self._paths = RunPaths(self.run_dir)
 
     @classmethod
-    def find(cls, run_dir: Path) -> EmbeddedCluster | None:
+    def find(cls, run_dir: Path) -> Self | None:
         """The cluster that serves a run, if its keeper lives and it is ready."""
         cluster = cls(run_dir)
         return cluster if cluster.alive() and cluster.record().get("state") == "ready" else None
@@ -102,7 +104,7 @@ class EmbeddedCluster:
         keep_s: float = 120.0,
         progress: Callable[[int, int], None] = lambda done, total: None,
         timeout_s: float = 240.0,
-    ) -> EmbeddedCluster:
+    ) -> Self:
         """Start a cluster, or return the one of the same shape that serves the run already.
 
         Args:
@@ -121,7 +123,7 @@ class EmbeddedCluster:
             return found
         cluster = cls(run_dir)
         cluster.stop()
-        command = [sys.executable, "-P", "-m", "launcher.embedded", str(cluster.run_dir)]
+        command = [sys.executable, "-P", "-m", cls._keeper, str(cluster.run_dir)]
         command += [str(nodes), str(slots_per_node), str(keep_s)]
         with open(cluster.run_dir / LOG_NAME, "ab") as log:
             keeper = subprocess.Popen(

@@ -27,6 +27,7 @@ from launcher.store import RunStore, dump, write_atomic
 from strategies.errors import ClusterError, PhalanxError
 
 HOST = "127.0.0.1"
+HEAD = "head"
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray refuses less than 75 MiB; nothing of ours goes through it
 SOCKET_PATH_BYTES = 75  # of "/<index>/session_<date>_<pid>/sockets/plasma_store" below the temp dir
 STOP_PATIENCE_S = 8.0
@@ -127,7 +128,7 @@ class Keeper:
         token = self._temp / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
-        head = self._launch("head", 0)
+        head = self._launch(HEAD, 0)
         while not _listens(self._address):
             self._look(head)
         waiting = list(range(self._count))
@@ -138,38 +139,35 @@ class Keeper:
                 self._launch(waiting.pop(0), self._slots)
             self._look(*self._nodes)
 
+    def _command(self, index: int | str, slots: int) -> list[str]:
+        """Command line of one node."""
+        # Nodes that share a session directory race for the names of their sockets: a folder for each.
+        options = ["--block", "--disable-usage-stats", "--include-log-monitor=false"]
+        options += [
+            f"--node-ip-address={HOST}",
+            f"--node-name=phalanx-{index}",
+            f"--temp-dir={self._temp / str(index)}",
+        ]
+        options += ["--num-gpus=0", f"--num-cpus={slots}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
+        if index == HEAD:
+            port = self._address.rpartition(":")[2]
+            options += ["--head", f"--port={port}", "--no-monitor", "--include-dashboard=false"]
+        else:
+            options += [f"--address={self._address}"]
+        return [sys.executable, "-P", "-m", "launcher.ray_backend", "start", *options]
+
     def _launch(self, index: int | str, slots: int) -> _Node:
         mark = node_mark(self._paths.root, index)
         log = self._temp / f"node-{index}.log"
-        # Nodes that share a session directory race for the names of their sockets: a folder for each.
-        options = [
-            "--block",
-            "--disable-usage-stats",
-            "--include-log-monitor=false",
-            f"--temp-dir={self._temp / str(index)}",
-        ]
-        options += [f"--node-ip-address={HOST}", f"--node-name=phalanx-{index}", "--num-gpus=0", f"--num-cpus={slots}"]
-        options += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
-        if index == "head":
-            options += [
-                "--head",
-                f"--port={self._address.rpartition(':')[2]}",
-                "--no-monitor",
-                "--include-dashboard=false",
-            ]
-        else:
-            options += [f"--address={self._address}"]
-        environment = (
-            dict(os.environ) | _RAY_SETTINGS | {NODE_MARK: mark, "RAY_AUTH_TOKEN_PATH": str(self._temp / "token")}
-        )
+        auth = {"RAY_AUTH_TOKEN_PATH": str(self._temp / "token")}
         parent = os.getpid()
         with open(log, "wb") as out:
             child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "launcher.ray_backend", "start", *options],
+                self._command(index, slots),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                env=environment,
+                env=os.environ | _RAY_SETTINGS | auth | {NODE_MARK: mark},
                 cwd=self._temp,
                 start_new_session=True,
                 preexec_fn=lambda: die_with_parent(signal.SIGKILL, parent),

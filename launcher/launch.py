@@ -34,13 +34,13 @@ from launcher import backends, build, supervise
 from launcher.config import to_yaml
 from launcher.controller import Fenced
 from launcher.follow import Display, Screen, follow
-from launcher.lock import ControllerLock
+from launcher.lock import ControllerLock, newest_epoch
 from launcher.request import LaunchRequest
 from launcher.run import EventKind, RunEvent, RunState
 from launcher.schema import Config
 from launcher.ship import Shipment, ship_code, ship_project, survey
 from launcher.store import RunStore, dump, write_atomic
-from strategies.errors import ClusterError, ResumeRefused, StorageError
+from strategies.errors import ClusterError, PhalanxError, ResumeRefused, StorageError
 from strategies.specs import ClusterSpec
 
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
@@ -202,7 +202,12 @@ def run(
     if resume is not None:
         supervise.withdraw_cancel(store)
     screen.say(f"starting a controller on the cluster at {request.cluster.address}")
-    backends.start_controller(store, request, resume=resume, adopt=adopt)
+    try:
+        backends.start_controller(store, request, resume=resume, adopt=adopt)
+    except PhalanxError as error:
+        if not newest_epoch(store.paths) and not store.run().state.terminal:  # nobody has ever controlled it
+            store.append(EventKind.RUN_FAILED, reason=error.what)
+        raise
     if detach:
         return Outcome(state=store.run().state, detached=True)
     return _watch(store, display, after)

@@ -77,7 +77,7 @@ class LocalBackend:
         self._wanted = count
         if self._replace_lost:
             self._lost.clear()
-        taken = {address.node for address in self.agents()} | set(self._started)
+        taken = {address.node for address in self._living()} | set(self._started)
         for name in self._names:
             if len(taken) >= count:
                 return
@@ -88,6 +88,9 @@ class LocalBackend:
     def agents(self) -> list[AgentAddress]:
         """The agents that live and have announced themselves."""
         self._note_deaths()
+        return self._living()
+
+    def _living(self) -> list[AgentAddress]:
         return [
             address
             for address in announce.read_all(self._paths)
@@ -171,6 +174,9 @@ class LocalBackend:
                 self._lost.add(node)
         for address in announce.read_all(self._paths):
             if not _is_agent(address.pid, address.incarnation):
+                if self._started.get(address.node) == (address.incarnation, address.pid):
+                    del self._started[address.node]
+                    _has_ended(address.pid, wait=True)  # dying processes lose their name before they can be reaped
                 self._lost.add(address.node)
                 announce.remove(self._paths, address)
 

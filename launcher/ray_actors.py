@@ -5,7 +5,9 @@ Both do their work in a thread of their own; the actor's methods only answer que
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,10 +16,14 @@ from typing import Any
 from launcher.backend import Backend
 from launcher.host.agent import AgentOptions, HostAgent
 from launcher.lock import ControllerLock
+from launcher.ray_client import as_remote
 from launcher.run import EventKind
 from launcher.store import RunStore
-from launcher.supervise import control
-from strategies.errors import PhalanxError
+from launcher.supervise import control, withdraw_cancel
+from strategies.errors import ClusterError
+
+RETRY_S = 2.0
+ANSWER_S = 1.0
 
 
 class AgentHost:
@@ -47,6 +53,10 @@ class AgentHost:
         finally:
             self._leave()
 
+    def stop(self, reason: str) -> None:
+        """Ask the agent to end its ranks and itself; the actor ends with it."""
+        self._agent.stop(reason)
+
     def pid(self) -> int:
         """Process id of the agent; also the proof that it came up."""
         return self._agent.address.pid
@@ -58,7 +68,8 @@ class ControllerHost:
     Args:
         run_dir: The run directory.
         connect: Makes the backend; called once the right to control has been won.
-        leave: Ends the actor for good; called when the run has ended or another controller has taken over.
+        leave: Ends the actor for good; called when the run has ended or another controller has taken over. When the
+            cluster fails under it, it dies instead, so that Ray starts it again.
         resume: A person's wish to continue, with an ``id``; obeyed once, however often the actor is restarted.
         adopt: A live gang may be taken over as it is.
     """
@@ -92,17 +103,23 @@ class ControllerHost:
             self._epoch = lock.epoch
             backend = self._connect(self._store)
             resume = self._pending_resume()
+            if resume is not None:
+                withdraw_cancel(self._store)
             self._settled.set()
             control(self._store, backend, lock, resume=resume, adopt=self._adopt or resume is None)
             backend.release()
-        except PhalanxError as error:
-            self._error = {"kind": type(error).__name__, "what": error.what, "why": error.why, "hint": error.hint}
-        except Exception as error:  # a bug, or fenced by a successor: either way this incarnation is over
+        except ClusterError as error:
+            if self._settled.is_set():
+                print(error, flush=True)
+                time.sleep(RETRY_S)
+                os._exit(1)
+            self._error = as_remote(error)
+        except Exception as error:  # refused, fenced by a successor, or a bug: this controller is over
             traceback.print_exc()
-            self._error = {"kind": "PhalanxError", "what": f"The controller failed: {error!r}", "why": "", "hint": ""}
-        finally:
-            self._settled.set()
-            self._leave()
+            self._error = as_remote(error)
+        self._settled.set()
+        time.sleep(ANSWER_S)  # whoever asks for the outcome must get it
+        self._leave()
 
     def _pending_resume(self) -> Mapping[str, Any] | None:
         """The wish, unless an earlier incarnation of this actor has obeyed it."""

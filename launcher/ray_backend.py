@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from jobs.paths import RunPaths
 from launcher.backends import agent_options as options_of
 from launcher.ray_actors import AgentHost, ControllerHost
-from launcher.ray_client import as_remote, auth_environment, describe_all, local_node, refused, wait_gone
+from launcher.ray_client import as_remote, auth_environment, describe_all, local_node, reach, refused, wait_gone
 from launcher.ray_placement import AgentPlacement, Bundle, RayNode, Resources, device_count, run_key
 from launcher.store import RunStore
 from strategies.errors import ClusterError
@@ -129,6 +129,12 @@ class _Cluster:
             entry["name"] for entry in named if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix)
         }
 
+    def stop(self, name: str, reason: str) -> None:
+        with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
+            actor = find_actor(name)
+            if actor is not None:
+                actor.stop.remote(reason)
+
     def kill(self, name: str) -> None:
         with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
             actor = find_actor(name)
@@ -179,6 +185,8 @@ def connected(run_dir: Path, address: str) -> Iterator[None]:
         if embedded:
             address, own = str(record["address"]), "127.0.0.1"
             _pin_loopback()
+            reach(address)
+            gcs_nodes(address)  # refuses a wrong token at once; ray.init would take 20 s over it
         elif address:
             own = stack.enter_context(local_node(address, describe_all(address)))
         else:

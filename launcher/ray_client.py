@@ -81,7 +81,7 @@ def describe_all(address: str) -> list[str]:
 
 
 def _describe_head(address: str) -> list[NodeInfo]:
-    _reach(address)
+    reach(address)
     answer = _ask_ray(["describe", address], DESCRIBE_S, what=f"The Ray cluster at {address} does not answer.")
     return [NodeInfo(**node) for node in answer["nodes"]]
 
@@ -164,8 +164,12 @@ def refused() -> ClusterError:
     )
 
 
-def _reach(address: str) -> None:
-    """Connect to the port, for a quick and short error."""
+def reach(address: str) -> None:
+    """Connect to the port, for a quick and short error.
+
+    Raises:
+        ClusterError: Nothing listens there.
+    """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ClusterError(

@@ -1,4 +1,4 @@
-"""Where the agents of a run go on a Ray cluster: the arithmetic of :class:`launcher.ray_backend.RayBackend`, without Ray.
+"""Where the agents of a run go on a Ray cluster: the arithmetic of :mod:`launcher.ray_backend`, without Ray.
 
 The gang is one placement group, so that it is reserved at once or not at all: two runs that each hold half of a cluster
 would wait for each other for ever. It is spread strictly, one bundle per node, and a bundle takes all devices that are
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,9 @@ from launcher.host import announce
 from strategies.specs import ClusterSpec
 
 RESTART_AGENT_AFTER_S = 5.0  # an agent that dies at once must not be started over and over
-RESERVING_S = 3.0
+RESERVING_S = 10.0  # a free node that Ray has not given us by then has gone to somebody else
+SHUN_S = 30.0  # the node of a lost agent: any other one is better for so long
+LEAVE_S = 10.0  # beyond the grace for ranks, for an agent that was told to leave
 
 Resources = Mapping[str, float]
 
@@ -86,6 +88,9 @@ class Ray(Protocol):
     def actors(self, prefix: str) -> set[str]:
         """Names of the actors that live or start."""
 
+    def stop(self, name: str, reason: str) -> None:
+        """Tell an agent to end its ranks and itself; one that does not listen is no error."""
+
     def kill(self, name: str) -> None:
         """Kill an actor for good; none of that name is no error."""
 
@@ -99,6 +104,7 @@ class AgentPlacement:
         ray: The cluster.
         agent_options: Fields of :class:`launcher.host.agent.AgentOptions`.
         clock: Monotonic seconds.
+        sleep: Lets time pass.
     """
 
     def __init__(
@@ -109,14 +115,17 @@ class AgentPlacement:
         *,
         agent_options: Mapping[str, Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._paths = RunPaths(run_dir.resolve())
-        self._spec, self._ray, self._clock = cluster, ray, clock
+        self._spec, self._ray, self._clock, self._sleep = cluster, ray, clock, sleep
         self._options = dict(agent_options or {})
         self._prefix = f"phalanx-{run_key(self._paths.root)}-"
         self._need = max(1, cluster.slots_per_node)
         self._wanted = 0
-        self._reserved_at = float("-inf")
+        self._reserved: dict[str, float] = {}  # group -> when
+        self._shunned: dict[str, float] = {}  # node -> until when
+        self._leaving: dict[str, float] = {}  # actor that was told to leave -> when it is killed
         self._starts: dict[str, tuple[float, object]] = {}  # node -> when its agent was last started, its handle
 
     # --- nodes ----------------------------------------------------------------------------------------------------
@@ -138,25 +147,44 @@ class AgentPlacement:
     def request_agents(self, count: int) -> None:
         """Reserve what is missing and start agents where bundles are; returns at once."""
         self._wanted = count
-        nodes, bundles = self._ray.nodes(), self._ray.bundles(self._prefix)
+        self._advance({node.node: node for node in self._ray.nodes()})
+
+    def _advance(self, nodes: Mapping[str, RayNode]) -> None:
+        """The next of: reserve the gang, reserve spares once it has its place, start agents."""
+        count, bundles = self._wanted, self._ray.bundles(self._prefix)
         if not bundles:
             gang = min(count, self._spec.nodes)
-            self._reserve("gang", [self._bundle(nodes, gang)] * gang)
+            self._reserve("gang", [self._bundle(list(nodes.values()), gang)] * gang)
             bundles = self._ray.bundles(self._prefix)
-        spares = self._free(nodes, bundles)[: max(0, count - len(bundles))]
-        groups = len({bundle.group for bundle in bundles})
         # The gang takes its nodes first: while it waits for its place, what is free is not spare.
-        if spares and all(bundle.node for bundle in bundles if bundle.group.endswith("gang")):
-            for number, _ in enumerate(spares, start=groups):
-                self._reserve(f"more{number}", [self._bundle(spares, 1)])
-            bundles = self._ray.bundles(self._prefix)
+        if any(bundle.node for bundle in bundles if self._is_gang(bundle)):
+            bundles = self._top_up(nodes, bundles)
         self._start_agents(nodes, bundles)
 
+    def _is_gang(self, bundle: Bundle) -> bool:
+        return bundle.group == f"{self._prefix}gang"
+
     def _reserve(self, suffix: str, bundles: Sequence[Resources]) -> None:
-        self._reserved_at = self._clock()
+        self._reserved[self._prefix + suffix] = self._clock()
         self._ray.reserve(self._prefix + suffix, bundles)
 
-    def _bundle(self, nodes: Sequence[RayNode], count: int) -> Resources:
+    def _top_up(self, nodes: Mapping[str, RayNode], bundles: Sequence[Bundle]) -> list[Bundle]:
+        """One more group for every bundle that is missing, as far as nodes are free."""
+        now, pending = self._clock(), [b for b in bundles if not b.node and not self._is_gang(b)]
+        coming = [b for b in pending if now - self._reserved.get(b.group, float("-inf")) < RESERVING_S]
+        for bundle in pending:
+            if bundle not in coming:
+                self._ray.unreserve(bundle.group)
+        usable = [bundle for bundle in bundles if bundle.node in nodes and not self._is_shunned(bundle.node)]
+        free = [node for node in self._free(nodes.values(), bundles) if not self._is_shunned(node.node)]
+        for node in free[: max(0, self._wanted - len(usable) - len(coming))]:
+            self._reserve(f"more-{node.node[:12]}-{int(now * 1000):x}", [self._bundle([node], 1)])
+        return self._ray.bundles(self._prefix)
+
+    def _is_shunned(self, node: str) -> bool:
+        return self._clock() < self._shunned.get(node, float("-inf"))
+
+    def _bundle(self, nodes: Collection[RayNode], count: int) -> Resources:
         """All that is free on each of the ``count`` best nodes, so that nobody else fits there."""
         free = sorted((node.free for node in self._free(nodes, ())), key=device_count, reverse=True)[:count]
         if len(free) < count:
@@ -164,54 +192,74 @@ class AgentPlacement:
         least = {kind: min(int(have.get(kind, 0.0)) for have in free) for kind in ("CPU", "GPU")}
         return {kind: float(number) for kind, number in least.items() if number}
 
-    def _free(self, nodes: Sequence[RayNode], bundles: Sequence[Bundle]) -> list[RayNode]:
+    def _free(self, nodes: Collection[RayNode], bundles: Collection[Bundle]) -> list[RayNode]:
         """Nodes that could carry an agent and carry none of our bundles."""
         taken = {bundle.node for bundle in bundles}
         return [node for node in nodes if node.node not in taken and device_count(node.free) >= self._need]
 
-    def _start_agents(self, nodes: Sequence[RayNode], bundles: Sequence[Bundle]) -> None:
-        up = {node.node: node for node in nodes}
-        living, now = self._ray.actors(self._prefix), self._clock()
-        for bundle in bundles:
-            node = up.get(bundle.node)
-            if node is None or self._agent_name(node.node) in living:
+    def _start_agents(self, nodes: Mapping[str, RayNode], bundles: Sequence[Bundle]) -> None:
+        """Start an agent in as many placed bundles as are wanted; on nodes that lost one only if there is no other."""
+        now, living = self._clock(), self._actors()
+        room = self._wanted - sum(self._agent_name(node) in living - set(self._leaving) for node in nodes)
+        placed = [bundle for bundle in bundles if bundle.node in nodes]
+        for bundle in sorted(placed, key=lambda bundle: self._is_shunned(bundle.node)):
+            name, last = self._agent_name(bundle.node), self._starts.get(bundle.node, (float("-inf"), None))[0]
+            if room <= 0 or name in living or now - last < RESTART_AGENT_AFTER_S:
                 continue
-            if now - self._starts.get(node.node, (float("-inf"), None))[0] >= RESTART_AGENT_AFTER_S:
-                arguments = (str(self._paths.root), node.node, node.address, self._slots(node), self._options)
-                handle = self._ray.start_agent(self._agent_name(node.node), bundle, arguments, self._paths.root)
-                self._starts[node.node] = (now, handle)
+            node = nodes[bundle.node]
+            arguments = (str(self._paths.root), node.node, node.address, self._slots(node), self._options)
+            self._starts[node.node] = (now, self._ray.start_agent(name, bundle, arguments, self._paths.root))
+            room -= 1
+
+    def _actors(self) -> set[str]:
+        """Names of the agents that live or start; those that were told to leave and do not are killed here."""
+        living = self._ray.actors(f"{self._prefix}agent-")
+        for name, deadline in list(self._leaving.items()):
+            if name not in living:
+                del self._leaving[name]
+            elif self._clock() > deadline:
+                self._ray.kill(name)
+        return living
 
     def _agent_name(self, node: str) -> str:
         return f"{self._prefix}agent-{node}"
 
     def agents(self) -> list[AgentAddress]:
-        """Announced agents whose actor and node Ray does not know to be dead."""
-        announced = announce.read_all(self._paths)
-        if not announced:
-            return []
-        up = {node.node for node in self._ray.nodes()}
-        living = self._ray.actors(self._prefix)
-        return [agent for agent in announced if agent.node in up and self._agent_name(agent.node) in living]
+        """Announced agents whose actor and node Ray does not know to be dead. Goes on with what was requested."""
+        nodes, living = {node.node: node for node in self._ray.nodes()}, self._actors()
+        found = [
+            agent
+            for agent in announce.read_all(self._paths)
+            if agent.node in nodes and self._agent_name(agent.node) in living - set(self._leaving)
+        ]
+        if len(found) < self._wanted:
+            self._advance(nodes)
+        return found
 
     def forget(self, agent: AgentAddress) -> None:
-        """Kill what is left of the agent; ``request_agents`` will start another where its bundle then is."""
+        """Tell the agent to leave, and kill it later if it does not; ``request_agents`` will look for another node."""
         announce.remove(self._paths, agent)
-        self._ray.kill(self._agent_name(agent.node))
+        self._shunned[agent.node] = self._clock() + SHUN_S
+        self._stop(self._agent_name(agent.node), "forgotten by the controller")
+
+    def _stop(self, name: str, reason: str) -> None:
+        self._leaving[name] = self._clock() + float(self._options.get("grace_s", 5.0)) + LEAVE_S
+        self._ray.stop(name, reason)
 
     def why_missing(self) -> str:
         """What went wrong on nodes that have a place; else the nodes that exist against those that are needed."""
-        nodes, bundles, living = self._ray.nodes(), self._ray.bundles(self._prefix), self._ray.actors(self._prefix)
-        for node, (_, handle) in self._starts.items():
-            complaint = self._ray.complaint(handle)
-            if complaint and self._agent_name(node) not in living:
-                return f"the agent on node {node} ended: {complaint}"
+        nodes, bundles, living = self._ray.nodes(), self._ray.bundles(self._prefix), self._actors()
         up = {node.node: node for node in nodes}
+        for name, (_, handle) in self._starts.items():
+            complaint = self._ray.complaint(handle) if name in up and self._agent_name(name) not in living else ""
+            if complaint:
+                return f"the agent on {up[name].address} ended: {complaint}"
         placed = [up[bundle.node] for bundle in bundles if bundle.node in up]
         if len(placed) >= self._wanted:
             where = [node.address for node in placed if self._agent_name(node.node) in living]
             return f"agents are starting on {', '.join(where) or 'their nodes'}"
-        if self._clock() - self._reserved_at < RESERVING_S:
-            return "nodes are being reserved"
+        if self._clock() - max(self._reserved.values(), default=float("-inf")) < RESERVING_S / 3:
+            return f"{_count(self._wanted)} are being reserved"
         device = "GPUs" if any(node.total.get("GPU") for node in nodes) else "CPUs"
         usable = len(placed) + len(self._free(nodes, bundles))
         large = sum(device_count(node.total) >= self._need for node in nodes)
@@ -223,10 +271,17 @@ class AgentPlacement:
     # --- the end --------------------------------------------------------------------------------------------------
 
     def release(self) -> None:
-        """Kill every agent of the run and give back what was reserved."""
+        """End every agent of the run with its ranks, and give back what was reserved."""
+        announced = {self._agent_name(agent.node) for agent in announce.read_all(self._paths)}
         for name in self._ray.actors(f"{self._prefix}agent-"):
-            self._ray.kill(name)
+            if name in announced or name in self._leaving:
+                self._stop(name, "the run is released")
+            else:
+                self._ray.kill(name)  # it has nothing yet that would outlive it
+        while self._actors():
+            self._sleep(0.05)
         self._ray.unreserve(self._prefix)
+        self._wanted = 0
         for agent in announce.read_all(self._paths):
             announce.remove(self._paths, agent)
         self._starts.clear()

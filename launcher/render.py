@@ -382,5 +382,5 @@ def resume_text(
 
 def brief_value(value: Any) -> str:
     """A value in a table cell; long ones are cut in the middle."""
-    text = "-" if value is None or value == "" else str(value)
+    text = f"{value:.10g}" if isinstance(value, float) else "-" if value is None or value == "" else str(value)
     return text if len(text) <= 40 else f"{text[:18]}...{text[-18:]}"

@@ -27,7 +27,7 @@ def plan_text(document: Mapping[str, Any], plan: ParallelPlan, cluster: ClusterS
     if document["memory"]:
         blocks.append(_memory(document))
     if not document["violations"]:
-        blocks.append(_picture(plan, cluster))
+        blocks.append(_picture(plan, cluster, script=document["job"] == "script"))
         blocks.append("This plan can run. phalanx submit with the same overrides starts it.")
     return "\n\n".join(blocks)
 
@@ -81,9 +81,12 @@ def _memory(document: Mapping[str, Any]) -> str:
     return text
 
 
-def _picture(plan: ParallelPlan, cluster: ClusterSpec) -> str:
+def _picture(plan: ParallelPlan, cluster: ClusterSpec, *, script: bool) -> str:
     names = [f"node-{i}" for i in range(nodes_needed(plan, cluster.slots_per_node))]
-    text = draw(plan, place(plan, names, cluster.slots_per_node))
+    if script:  # its ranks have no coordinates that we know of
+        text = f"ranks fill {plural(len(names), 'node')} in order, {cluster.slots_per_node} each"
+    else:
+        text = draw(plan, place(plan, names, cluster.slots_per_node))
     idle = cluster.nodes - len(names)
     notes = [f"{plural(idle, 'node')} without ranks"] if idle else []
     notes += [f"{plural(cluster.spares, 'spare node')}, agents only"] if cluster.spares else []

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
+from types import MappingProxyType
 from typing import NamedTuple, cast
 
 from strategies.errors import Violation
@@ -106,7 +108,12 @@ def format_table(table: Mapping[Key, Outcome]) -> str:
 
 def outcome(plan: ParallelPlan, precision: Precision) -> Outcome | None:
     """What the probe saw for such a plan; None if the combination was not probed."""
-    return parse_table(TABLE).get(key_of(plan, precision))
+    return _probed().get(key_of(plan, precision))
+
+
+@cache
+def _probed() -> Mapping[Key, Outcome]:
+    return MappingProxyType(parse_table(TABLE))
 
 
 def runnable(plan: ParallelPlan, precision: Precision, flavour: Flavour) -> Violation | None:

@@ -180,7 +180,7 @@ def _held(sizes: list[int], plan: ParallelPlan, precision: Precision) -> tuple[i
     replicas = plan.dp * plan.sp * plan.cp
     if plan.zero_stage == 3:
         share = sum(-(-size // replicas) for size in sizes)  # cut tensor by tensor
-        small = sum(size for size in sizes if size <= PERSISTENCE_THRESHOLD)
+        small = sum(padded(size, replicas) for size in sizes if size <= PERSISTENCE_THRESHOLD)
         return share + small, share, share
     flat = padded(whole, _ALIGNMENT * replicas)
     share = flat // replicas

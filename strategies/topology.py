@@ -16,7 +16,7 @@ from strategies.errors import NotFound, PlanInfeasible, Violation
 from strategies.plan import ParallelPlan
 
 _NODES_DRAWN_ONE_BY_ONE = 16
-_RANKS_DRAWN_ONE_BY_ONE = 8
+_WIDEST_LINE = 100
 _LONGEST_NAME = 24
 _LINES_AT_MOST = 64
 
@@ -173,7 +173,8 @@ def place(plan: ParallelPlan, nodes: Sequence[str], slots_per_node: int) -> Plac
 def draw(plan: ParallelPlan, placement: Placement) -> str:
     """A picture for people: the nodes, their ranks and the coordinates (pipe, data, model) of each rank.
 
-    Up to 16 nodes are drawn one per line; of more, neighbours of equal shape on the same stages share a line.
+    A few ranks are drawn one by one. Up to 16 nodes have a line each; of more, neighbours of equal shape on the same
+    stages share a line.
     """
     topology = Topology(plan)
     head = [
@@ -181,12 +182,13 @@ def draw(plan: ParallelPlan, placement: Placement) -> str:
         f"of {_count(placement.slots_per_node, 'slot')}; rank (pipe, data, model)",
         *_notes(topology, placement),
     ]
-    rows = [_node_row(topology, entry) for entry in placement.assignments]
-    if len(rows) > _NODES_DRAWN_ONE_BY_ONE:
+    rows = _rank_rows(topology, placement)
+    if len(placement.assignments) > _NODES_DRAWN_ONE_BY_ONE:
         rows = _grouped_rows(topology, placement)
-    width = max(len(name) for name, _ in rows)
+    elif max(len(line) for line in _aligned(rows)) > _WIDEST_LINE:
+        rows = [_group_row(topology, [entry]) for entry in placement.assignments]
     stages = [_stage_line(plan, stage) for stage in range(plan.pp)] if 1 < plan.pp <= _NODES_DRAWN_ONE_BY_ONE else []
-    return "\n".join([*head, *(f"  {name:<{width}}  {cells}" for name, cells in rows), *stages])
+    return "\n".join([*head, *_aligned(rows), *stages])
 
 
 def _count(number: int, noun: str) -> str:
@@ -223,20 +225,36 @@ def _short(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
-def _node_row(topology: Topology, entry: NodeRanks) -> tuple[str, str]:
-    if len(entry.ranks) > _RANKS_DRAWN_ONE_BY_ONE:
-        return _short(entry.node), _extent(topology, entry.ranks[0], entry.ranks[-1])
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows of cells as lines with straight columns."""
+    columns = max(len(row) for row in rows)
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(columns)]
+    return [
+        "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows
+    ]
+
+
+def _rank_rows(topology: Topology, placement: Placement) -> list[tuple[str, ...]]:
+    """One row per node: every rank with its coordinates."""
     width = len(str(topology.world_size - 1))
-    cells = (f"{rank:>{width}} {topology.coordinates(rank)}" for rank in entry.ranks)
-    return _short(entry.node), "| " + " | ".join(cells) + " |"
+    rows: list[tuple[str, ...]] = []
+    for entry in placement.assignments[: _NODES_DRAWN_ONE_BY_ONE + 1]:
+        ranks = (f"{rank:>{width}} {topology.coordinates(rank)}" for rank in entry.ranks)
+        rows.append((_short(entry.node), "| " + " | ".join(ranks) + " |"))
+    return rows
 
 
-def _extent(topology: Topology, first: int, last: int) -> str:
+def _extent(topology: Topology, first: int, last: int) -> tuple[str, ...]:
     """Ranks first..last as ranges of their coordinates."""
     low, high = topology.coordinates(first), topology.coordinates(last)
     data = (low.data, high.data) if low.pipe == high.pipe else (0, topology.data_size - 1)
     model = (low.model, high.model) if (low.pipe, low.data) == (high.pipe, high.data) else (0, topology.model_size - 1)
-    return f"ranks {_span(first, last)}  pipe {_span(low.pipe, high.pipe)}  data {_span(*data)}  model {_span(*model)}"
+    return (
+        f"ranks {_span(first, last)}",
+        f"pipe {_span(low.pipe, high.pipe)}",
+        f"data {_span(*data)}",
+        f"model {_span(*model)}",
+    )
 
 
 def _shape(topology: Topology, entry: NodeRanks) -> tuple[int, int, int, int, int]:
@@ -245,7 +263,7 @@ def _shape(topology: Topology, entry: NodeRanks) -> tuple[int, int, int, int, in
     return low.pipe, high.pipe, len(entry.ranks), low.model, high.model
 
 
-def _grouped_rows(topology: Topology, placement: Placement) -> list[tuple[str, str]]:
+def _grouped_rows(topology: Topology, placement: Placement) -> list[tuple[str, ...]]:
     rows = [_group_row(topology, entries) for entries in _runs(topology, placement, fine=True)]
     if len(rows) > _LINES_AT_MOST:  # shards begin and end differently on every node: tell only the stages apart
         rows = [_group_row(topology, entries) for entries in _runs(topology, placement, fine=False)]
@@ -261,9 +279,9 @@ def _runs(topology: Topology, placement: Placement, *, fine: bool) -> list[list[
     return [list(members) for _, members in runs]
 
 
-def _group_row(topology: Topology, entries: list[NodeRanks]) -> tuple[str, str]:
+def _group_row(topology: Topology, entries: list[NodeRanks]) -> tuple[str, ...]:
     first, last = entries[0], entries[-1]
     name = _short(first.node)
     if len(entries) > 1:
         name = f"{name} .. {_short(last.node)} ({len(entries)} nodes)"
-    return name, _extent(topology, first.ranks[0], last.ranks[-1])
+    return name, *_extent(topology, first.ranks[0], last.ranks[-1])

@@ -155,9 +155,9 @@ def newest(root: str | Path, exclude: Collection[str | Path] = frozenset()) -> P
     Raises:
         StorageError: The folder cannot be listed.
     """
-    excluded = {str(path) for path in exclude}
+    excluded = {Path(path).absolute() for path in exclude}
     for place in _best_first(Path(root)):
-        if str(place.manifest) in excluded:
+        if place.manifest.absolute() in excluded:
             continue
         try:
             read_manifest(place.manifest)

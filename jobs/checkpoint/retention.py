@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -45,7 +46,8 @@ def prune(
         kept = _kept(committed, max(keep, 1))
         if not kept:
             return []
-        kept |= {place for place in committed if place.manifest in {Path(path) for path in protect}}
+        protected = {Path(path).absolute() for path in protect}
+        kept |= {place for place in committed if place.manifest.absolute() in protected}
         best = newest(root)
         doomed = [place for place in committed if place not in kept and place.manifest != best]
         removed = [place.manifest for place in doomed]
@@ -84,5 +86,5 @@ def _remove(places: Iterable[Place]) -> None:
         place.manifest.unlink(missing_ok=True)
         sync_dir(place.step_dir)
         shutil.rmtree(place.shard_dir, ignore_errors=True)
-        if not any(place.step_dir.iterdir()):
+        with contextlib.suppress(OSError):  # another token's files are in it
             place.step_dir.rmdir()

@@ -181,7 +181,7 @@ class BackendContract:
 def ancestors(pid: int) -> set[int]:
     """Process ids of the parents of ``pid``, up to the first process."""
     found: set[int] = set()
-    while pid > 1 and pid not in found:
+    while pid > 1:
         pid = process.parent_and_session(pid)[0]
         found.add(pid)
     return found

@@ -23,6 +23,7 @@ from tests.support.jobspecs import GPT, LLAMA, make_job, make_plan
 # 125 tokens: tensor-parallel ranks hold padding. Three blocks: uneven stages.
 TINY = dataclasses.replace(GPT, layers=3, hidden=32, ffn=96, vocab=125, seq=16)
 TINY_LLAMA = dataclasses.replace(LLAMA, layers=3, hidden=32, ffn=80, vocab=125, seq=16)
+TIMEOUT_S = 140.0  # per gang: seconds on an idle machine, a minute on a crowded one
 SAVE, RESTORE = "tests.support.checkpoint_ranks:save_then_train", "tests.support.checkpoint_ranks:restore_then_train"
 
 
@@ -42,9 +43,17 @@ def job_of(
 
 def check_bit_identical(pool: WarmPool, tmp_path: Path, job: dict[str, Any], world: int) -> Path:
     """Train 3, save, train 3; restore into a fresh gang, train 3: everything must be equal to the last bit."""
-    first = pool.run(SAVE, world_size=world, arguments={"job": job, "steps": 3, "more": 3}, run_dir=str(tmp_path))
+    first = pool.run(
+        SAVE,
+        world_size=world,
+        timeout_s=TIMEOUT_S,
+        arguments={"job": job, "steps": 3, "more": 3},
+        run_dir=str(tmp_path),
+    )
     path = Path(first[0]["path"])
-    second = pool.run(RESTORE, world_size=world, arguments={"job": job, "manifest": str(path), "more": 3})
+    second = pool.run(
+        RESTORE, world_size=world, timeout_s=TIMEOUT_S, arguments={"job": job, "manifest": str(path), "more": 3}
+    )
     assert newest(tmp_path / "checkpoints") == path
     assert verify(path, deep=True) == []
     assert {row["digest"] for row in first} == {weights_digest(path)}
@@ -122,13 +131,21 @@ def test_the_oracle_sees_one_flipped_bit(pool: WarmPool, tmp_path: Path, bit: in
     The losses show only the coarser one: they are means over many tokens, rounded to float32.
     """
     job, world = job_of({"dp": 2, "zero_stage": 1})
-    first = pool.run(SAVE, world_size=world, arguments={"job": job, "steps": 3, "more": 3}, run_dir=str(tmp_path))
+    first = pool.run(
+        SAVE,
+        world_size=world,
+        timeout_s=TIMEOUT_S,
+        arguments={"job": job, "steps": 3, "more": 3},
+        run_dir=str(tmp_path),
+    )
     path = Path(first[0]["path"])
     original = weights_digest(path)
     flip_and_sign_again(path, 0, "embed.tokens.weight", bit)
     assert verify(path, deep=True) == []
     assert weights_digest(path) != original
-    second = pool.run(RESTORE, world_size=world, arguments={"job": job, "manifest": str(path), "more": 3})
+    second = pool.run(
+        RESTORE, world_size=world, timeout_s=TIMEOUT_S, arguments={"job": job, "manifest": str(path), "more": 3}
+    )
     assert bit == 0 or first[0]["results"] != second[0]["results"]
     assert any(before["end"] != after["end"] for before, after in zip(first, second, strict=True))
 
@@ -136,7 +153,13 @@ def test_the_oracle_sees_one_flipped_bit(pool: WarmPool, tmp_path: Path, bit: in
 def test_a_flipped_bit_is_found_by_every_rank_and_an_older_checkpoint_restored(pool: WarmPool, tmp_path: Path) -> None:
     job, world = job_of({"tp": 2, "zero_stage": 1})
     good, damaged = (
-        pool.run(SAVE, world_size=world, arguments={"job": job, "steps": steps, "more": 0}, run_dir=str(tmp_path))[0]
+        pool.run(
+            SAVE,
+            world_size=world,
+            timeout_s=TIMEOUT_S,
+            arguments={"job": job, "steps": steps, "more": 0},
+            run_dir=str(tmp_path),
+        )[0]
         for steps in (1, 2)
     )
     shard = place_of(Path(damaged["path"])).shard(1)
@@ -144,6 +167,7 @@ def test_a_flipped_bit_is_found_by_every_rank_and_an_older_checkpoint_restored(p
     found = pool.run(
         "tests.support.checkpoint_ranks:restore_damaged",
         world_size=world,
+        timeout_s=TIMEOUT_S,
         arguments={"job": job, "damaged": damaged["path"], "good": good["path"]},
     )
     for row in found:
@@ -157,6 +181,7 @@ def test_one_rank_without_room_fails_the_save_on_all(pool: WarmPool, tmp_path: P
     rows = pool.run(
         "tests.support.checkpoint_ranks:save_without_room",
         world_size=world,
+        timeout_s=TIMEOUT_S,
         arguments={"job": job, "rank": 1},
         run_dir=str(tmp_path),
     )
@@ -181,6 +206,7 @@ def test_the_digest_depends_on_the_weights_only(pool: WarmPool, tmp_path: Path) 
         rows: list[str] = pool.run(
             "tests.support.checkpoint_ranks:save_initial",
             world_size=world,
+            timeout_s=TIMEOUT_S,
             arguments={"job": job},
             run_dir=str(tmp_path / str(index)),
         )
@@ -195,9 +221,17 @@ def test_the_digest_depends_on_the_weights_only(pool: WarmPool, tmp_path: Path) 
 def test_another_plan_trains_on(pool: WarmPool, tmp_path: Path) -> None:
     """What TP2 x PP2 has saved goes on under DP2 ZeRO-3 with the losses of the first, to fp32 rounding."""
     job, world = job_of(PLANS[2])
-    first = pool.run(SAVE, world_size=world, arguments={"job": job, "steps": 3, "more": 3}, run_dir=str(tmp_path))
+    first = pool.run(
+        SAVE,
+        world_size=world,
+        timeout_s=TIMEOUT_S,
+        arguments={"job": job, "steps": 3, "more": 3},
+        run_dir=str(tmp_path),
+    )
     job, world = job_of(PLANS[1])
-    second = pool.run(RESTORE, world_size=world, arguments={"job": job, "manifest": first[0]["path"], "more": 3})
+    second = pool.run(
+        RESTORE, world_size=world, timeout_s=TIMEOUT_S, arguments={"job": job, "manifest": first[0]["path"], "more": 3}
+    )
     there, here = (
         [[float.fromhex(value) for value in step] for step in rows[0]["results"]] for rows in (first, second)
     )
@@ -208,7 +242,13 @@ def test_another_plan_trains_on(pool: WarmPool, tmp_path: Path) -> None:
 def test_another_plan_reads_it_without_loss(pool: WarmPool, tmp_path: Path) -> None:
     """TP2 x PP2 -> DP2 ZeRO-3 -> 1 rank -> TP2 x PP2: weights and moments are the same to the last bit."""
     job, world = job_of(PLANS[2])
-    run = pool.run(SAVE, world_size=world, arguments={"job": job, "steps": 2, "more": 0}, run_dir=str(tmp_path / "0"))
+    run = pool.run(
+        SAVE,
+        world_size=world,
+        timeout_s=TIMEOUT_S,
+        arguments={"job": job, "steps": 2, "more": 0},
+        run_dir=str(tmp_path / "0"),
+    )
     source = Path(run[0]["path"])
     original, path = Reader(source), source
     for hop, plan in enumerate([PLANS[1], PLANS[0], PLANS[2]], start=1):
@@ -216,6 +256,7 @@ def test_another_plan_reads_it_without_loss(pool: WarmPool, tmp_path: Path) -> N
         paths = pool.run(
             "tests.support.checkpoint_ranks:reshape",
             world_size=world,
+            timeout_s=TIMEOUT_S,
             arguments={"job": job, "manifest": str(path)},
             run_dir=str(tmp_path / str(hop)),
         )

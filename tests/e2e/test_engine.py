@@ -41,7 +41,7 @@ def numbers(rank: dict[str, Any], key: str) -> list[float]:
     return [float.fromhex(text) for text in rank[key]]
 
 
-BF16_PLANS = {
+BF16_PLANS: dict[str, dict[str, Any]] = {
     "1": {"zero_stage": 1},
     "dp2-zero0": {"dp": 2, "zero_stage": 0, "grad_dtype": "bf16"},
     "dp2-zero1": {"dp": 2, "zero_stage": 1},
@@ -74,9 +74,11 @@ def test_bf16_follows_fp32(pool: WarmPool, fp32: dict[str, Any], plan: str) -> N
 @pytest.mark.parametrize("degrees", [{}, {"pp": 2}, {"dp": 2, "zero_stage": 3}], ids=["1", "pp2", "dp2-zero3"])
 @pytest.mark.parametrize("warmup", [0, 4])
 def test_the_rate_is_a_function_of_the_step(pool: WarmPool, degrees: dict[str, Any], warmup: int) -> None:
-    recipe = {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": warmup, "steps": 8}
-    rank = train(pool, degrees, **recipe)[0]
-    assert numbers(rank, "lr") == [learning_rate(step, **recipe) for step in range(1, 9)]
+    recipe: dict[str, Any] = {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": warmup}
+    job = make_job(TINY, make_plan(TINY, BATCH, micro_batch=2, **degrees), global_batch=BATCH, **recipe)
+    arguments = {"job": to_json(job), "steps": 20}
+    rank = pool.run(TRAIN, world_size=job.plan.world_size, arguments=arguments, timeout_s=120)[0]
+    assert numbers(rank, "lr") == [learning_rate(step, steps=20, **recipe) for step in range(1, 21)]
     assert numbers(rank, "lr")[-1] == pytest.approx(1e-4)
 
 
@@ -129,3 +131,20 @@ def check_parts(model: ModelSpec, plan: ParallelPlan, ranks: list[dict[str, Any]
     for rank in ranks:
         blocks = {name.split(".")[1] for name, *_ in rank["parameters"] if name.startswith("blocks.")}
         assert len(blocks) == plan.stages[rank["coordinates"][0]]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_copies_of_a_parameter_stay_bit_identical(pool: WarmPool, zero_stage: int) -> None:
+    """Replicas, tensor-parallel copies of norms and biases, and the two ends of the tied embedding."""
+    plan = make_plan(TINY, BATCH, tp=2, pp=2, dp=2, zero_stage=zero_stage, micro_batch=2)
+    job = make_job(TINY, plan, global_batch=BATCH, clip=0.5)
+    arguments = {"job": to_json(job), "steps": 4}
+    ranks = pool.run("tests.support.ranks:fingerprints", world_size=8, arguments=arguments)
+    copies: dict[str, list[str]] = {}
+    for name, box, digest in (entry for rank in ranks for entry in rank):
+        copies.setdefault(f"{name} {box}", []).append(digest)
+    assert all(len(set(digests)) == 1 for digests in copies.values())
+    counts = {key: len(digests) for key, digests in copies.items()}
+    assert counts["embed.tokens.weight [[0, 49], [0, 32]]"] == 4  # two replicas, first and last stage
+    assert counts["blocks.0.attn_norm.weight [[0, 32]]"] == 4  # two replicas, two tensor-parallel ranks
+    assert counts["blocks.0.attn.q.weight [[0, 16], [0, 32]]"] == 2

@@ -88,9 +88,8 @@ class TestLocalBackend(BackendContract):
             assert controller.stdout is not None
             assert controller.stdout.readline() == b"ready\n"
             controller.kill()
-        with self.backend(site) as backend:
-            with self.watch(site, self.wait_for_agents(site, backend, 2)) as watcher:
-                assert len(watcher.gang.links) == 2
+        with self.backend(site) as backend, self.watch(site, self.wait_for_agents(site, backend, 2)) as watcher:
+            assert len(watcher.gang.links) == 2
 
     def test_a_stale_announcement_is_no_agent(self, site: Site) -> None:
         """Its process id belongs to somebody else by now."""

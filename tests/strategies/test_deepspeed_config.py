@@ -6,16 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from strategies.deepspeed_config import deepspeed_config, learning_rate
 from tests.strategies.support import plan
+from tests.support.golden import assert_golden
 
-ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = ROOT / "tests" / "golden" / "deepspeed_config.json"
 RECIPE: dict[str, Any] = {
     "clip": 1.0,
     "lr": 3e-4,
@@ -37,15 +35,11 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def test_the_whole_config_is_the_golden_text() -> None:
-    """Set PHALANX_WRITE_GOLDEN=1 to accept a change that is meant."""
     found = {
         name: deepspeed_config(plan=plan(precision=precision, **degrees), precision=precision, **RECIPE)
         for name, (precision, degrees) in CASES.items()
     }
-    text = json.dumps(found, indent=2) + "\n"
-    if os.environ.get("PHALANX_WRITE_GOLDEN"):
-        GOLDEN.write_text(text)
-    assert text == GOLDEN.read_text()
+    assert_golden("deepspeed_config.json", json.dumps(found, indent=2))
 
 
 def test_clipping_is_always_written_out() -> None:

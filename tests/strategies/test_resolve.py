@@ -76,11 +76,11 @@ def test_open_replicas_are_the_fewest_that_are_as_fast(seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["tp", "pp", "sp", "cp", "micro_batch"])
-@pytest.mark.parametrize("value", [0, -1, 10**9])
+@pytest.mark.parametrize("value", [0, -1, 10**5])
 def test_illegal_numbers_are_resolved_and_left_to_the_rules(name: str, value: int) -> None:
-    model = replace(TINY, layers=value) if name == "pp" else TINY
-    found = resolve_plan(model, BATCH, FOUR_BY_TWO, "fp32", **({name: value} if name != "pp" else {"pp": 0}))
-    assert check(model=model, plan=found, batch=BATCH, cluster=FOUR_BY_TWO, precision="fp32")
+    given: dict[str, Any] = {name: value}
+    found = resolve_plan(TINY, BATCH, FOUR_BY_TWO, "fp32", **given)
+    assert check(model=TINY, plan=found, batch=BATCH, cluster=FOUR_BY_TWO, precision="fp32")
 
 
 def test_an_empty_batch_and_cluster_are_resolved() -> None:

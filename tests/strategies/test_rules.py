@@ -118,7 +118,7 @@ def test_the_vocabulary_needs_no_rule_because_it_is_padded() -> None:
 
 @pytest.mark.parametrize("name", ["tp", "pp", "dp", "ep", "sp", "cp", "vpp", "micro_batch", "grad_accum"])
 @pytest.mark.parametrize("value", [0, -3])
-def test_degrees_are_positive(name: str, value: int) -> None:
+def test_degrees_are_positive(name: str, value: Any) -> None:
     violation = next(v for v in _check(plan(**{name: value}), cluster=FOUR_BY_TWO) if v.rule == "degrees_positive")
     assert f"{name} {value}" in violation.message
 
@@ -165,7 +165,7 @@ def test_the_last_node_may_stay_partly_empty() -> None:
 
 
 @pytest.mark.parametrize("change", [{"nodes": 0}, {"slots_per_node": 0}, {"spares": -1}])
-def test_an_empty_cluster(change: dict[str, int]) -> None:
+def test_an_empty_cluster(change: dict[str, Any]) -> None:
     assert _only(_check(plan(), cluster=replace(FOUR_BY_TWO, **change))).rule == "cluster_not_empty"
 
 
@@ -209,7 +209,7 @@ def test_zero_2_and_3_exclude_a_pipeline(stage: int) -> None:
 
 
 @pytest.mark.parametrize("degrees", [{"sp": 2}, {"cp": 2}])
-def test_sequence_parallelism_excludes_a_pipeline_and_is_modelled_only(degrees: dict[str, int]) -> None:
+def test_sequence_parallelism_excludes_a_pipeline_and_is_modelled_only(degrees: dict[str, Any]) -> None:
     rules = [violation.rule for violation in _check(plan(pp=2, **degrees), modelled=True)]
     assert rules == ["sequence_parallel_with_pipeline"]
     assert _check(plan(**degrees), modelled=True) == ()
@@ -317,18 +317,22 @@ def test_rules_have_unique_names_and_docstrings() -> None:
     assert all(rule.__doc__ for rule in RULES)
 
 
-@pytest.mark.parametrize("seed", range(300))
+@pytest.mark.parametrize("seed", range(150))
 def test_rules_never_raise_and_name_themselves(seed: int) -> None:
     rng = random.Random(seed)
 
     def number() -> int:
         return rng.choice([-2, 0, 1, 1, 2, 3, 4, 6, 7, 16])
 
-    sizes = {name: number() for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq")}
+    sizes: dict[str, Any] = {
+        name: number() for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq")
+    }
     model = ModelSpec(name="random", flavour=rng.choice(["gpt3", "llama"]), **sizes)
     batch = BatchSpec(global_batch=number(), seq=number())
     cluster = replace(FOUR_BY_TWO, nodes=number(), slots_per_node=number(), spares=number())
-    degrees = {name: number() for name in ("tp", "pp", "dp", "ep", "sp", "cp", "vpp", "micro_batch", "grad_accum")}
+    degrees: dict[str, Any] = {
+        name: number() for name in ("tp", "pp", "dp", "ep", "sp", "cp", "vpp", "micro_batch", "grad_accum")
+    }
     the_plan = ParallelPlan(
         **degrees,
         zero_stage=number(),
@@ -340,7 +344,7 @@ def test_rules_never_raise_and_name_themselves(seed: int) -> None:
     for rule in RULES:
         violation = rule(case)
         if violation is not None:
-            assert violation.rule in (rule.__name__, violation.rule)
+            assert violation.rule == rule.__name__
             assert violation.message
             assert violation.hint
 

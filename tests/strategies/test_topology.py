@@ -115,6 +115,14 @@ def test_thousands_of_ranks_fit_on_a_screen() -> None:
     assert "ranks 1024-2047  pipe 1  data 0-127  model 0-7" in picture
 
 
+def test_wide_nodes_are_drawn_as_ranges() -> None:
+    the_plan = plan(tp=8, pp=2)
+    assert draw(the_plan, place(the_plan, ["a", "b"], 8)).splitlines()[1:3] == [
+        "  a  ranks 0-7   pipe 0  data 0  model 0-7",
+        "  b  ranks 8-15  pipe 1  data 0  model 0-7",
+    ]
+
+
 def test_shards_that_never_line_up_with_nodes_still_fit_on_a_screen() -> None:
     the_plan = plan(tp=3, pp=2, dp=1000)
     picture = draw(the_plan, place(the_plan, [f"host-{i}" for i in range(1000)], 8))

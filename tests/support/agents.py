@@ -20,7 +20,7 @@ from launcher.host import announce, process, wire
 from launcher.host.environment import packages_root
 
 FAKE = "tests.support.fakejob"
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 def fake_env(paths: RunPaths, attempt: int, world: int, epoch: int = 1, **variables: str) -> EnvOf:

@@ -40,8 +40,7 @@ def fingerprint(engine: Engine) -> dict[str, str]:
 def _live(engine: Engine, parameter: Any) -> torch.Tensor:
     if not hasattr(parameter, "ds_tensor"):
         return torch.as_tensor(parameter)
-    part = parameter.ds_tensor.detach().view(-1)
-    return part[: _live_count(engine, parameter)]
+    return torch.as_tensor(parameter.ds_tensor).view(-1)[: _live_count(engine, parameter)]
 
 
 def _live_master(engine: Engine, index: int, owner: torch.Tensor) -> torch.Tensor:

@@ -156,7 +156,7 @@ def _become_rank(output: int, result: IO[bytes], run: Callable[[], Any]) -> None
     """Never returns: runs the function in the forked child and ends it without the parent's exit handlers."""
     code = 1
     try:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        _die_with_parent()
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -171,8 +171,13 @@ def _become_rank(output: int, result: IO[bytes], run: Callable[[], Any]) -> None
         os._exit(code)
 
 
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def _serve() -> None:
     """Main loop of the warm process: one request per line on stdin, one answer per line on the real stdout."""
+    _die_with_parent()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what imports print must not look like an answer
     importlib.import_module("jobs.engine")

@@ -91,9 +91,9 @@ class Network:
         Args:
             index: The namespace.
             command: What to run.
-            hide: A folder that is empty and its own there, as if it were not shared.
             log: Takes what the process prints.
             env: Its whole environment.
+            hide: A folder that is empty and its own there, as if it were not shared.
         """
         prefix = ["ip", "netns", "exec", self.namespace(index)]
         if hide is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 from typing import Any, cast
 
 import torch
@@ -103,7 +104,7 @@ def train_plainly(env: RankEnv, job: dict[str, Any], steps: int, shift_at: int =
         indices = SampleSchedule(global_batch=spec.batch.global_batch).step_range(step)
         lines = torch.stack([sample(spec, index + (step == shift_at)) for index in indices])
         loss = F.cross_entropy(model(lines[:, :-1]).flatten(0, 1), lines[:, 1:].flatten())
-        loss.backward()
+        torch.autograd.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
@@ -142,6 +143,20 @@ def describe(env: RankEnv, job: dict[str, Any]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "refusal": refusal,
     }
+    engine.close()
+    return out
+
+
+def fingerprints(env: RankEnv, job: dict[str, Any], steps: int) -> list[list[Any]]:
+    """[name, box, SHA-256 of the values] of every parameter on this rank, copies included, after training."""
+    spec = from_json(JobSpec, job)
+    engine = Engine.build(spec, env)
+    for step in range(1, steps + 1):
+        engine.train_step(step, batches(spec, step, engine.grid.data))
+    out = [
+        [meta.name, meta.box, hashlib.sha256(value.float().cpu().contiguous().numpy().tobytes()).hexdigest()]
+        for meta, value in engine.weights()
+    ]
     engine.close()
     return out
 

@@ -308,7 +308,6 @@ def test_importing_the_package_needs_no_libraries() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.timeout(120)
 def test_the_standard_library(tmp_path: Path) -> None:
     data = prepare(DataSpec(kind="stdlib"), tmp_path, 2048, seq=128)
     meta = read_meta(Path(data.store))

@@ -1,0 +1,155 @@
+"""The contract of backends on a real Ray cluster of several nodes, embedded in this machine."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.paths import RunPaths
+from launcher.backend import AgentAddress, Backend
+from launcher.embedded import EmbeddedCluster, members
+from launcher.host import process
+from launcher.ray_backend import RayBackend
+from launcher.ray_placement import SHUN_S, device_count
+from strategies.errors import ClusterError
+from strategies.specs import ClusterSpec
+from tests.contract.backend_contract import BackendContract, Site, ancestors
+from tests.support.agents import FAKE
+
+pytestmark = pytest.mark.timeout(180)
+CLUSTER = ClusterSpec(name="test", kind="local", nodes=2, slots_per_node=2, spares=2)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedCluster]:
+    """Four nodes of two slots; tests may kill one of them."""
+    started = EmbeddedCluster.start(tmp_path_factory.mktemp("ray"), nodes=4, slots_per_node=2, keep_s=1200.0)
+    try:
+        yield started
+    finally:
+        started.stop()
+        assert started.processes() == set()
+
+
+@pytest.fixture
+def paths(cluster: EmbeddedCluster, tmp_path: Path) -> RunPaths:
+    """The directory of a run on the shared cluster."""
+    found = RunPaths(tmp_path / "run")
+    found.root.mkdir()
+    shutil.copy(RunPaths(cluster.run_dir).cluster, found.cluster)
+    found.secret.write_text("5" * 64)
+    return found
+
+
+def connect(paths: RunPaths, root: Path, spec: ClusterSpec = CLUSTER) -> Backend:
+    """A backend whose agents start fake ranks."""
+    options = {"warm": f"{FAKE}:warm", "target": f"{FAKE}:main", "log_parent": str(root), "grace_s": 0.5}
+    return RayBackend(paths.root, spec, agent_options=options)
+
+
+def nodes_up(cluster: EmbeddedCluster) -> list[int]:
+    """Indices of the nodes with slots that were not killed."""
+    return [
+        int(node["index"])
+        for node in cluster.record()["nodes"]
+        if node["index"] != "head" and process.is_running(node["pid"])
+    ]
+
+
+def index_of(cluster: EmbeddedCluster, agent: AgentAddress) -> int:
+    """The embedded node on which an agent runs."""
+    marks = {node["index"]: node["marker"] for node in cluster.record()["nodes"]}
+    return next(index for index in nodes_up(cluster) if agent.pid in members(marks[index]))
+
+
+class TestRayBackend(BackendContract):
+    """The contract, and what is special about Ray."""
+
+    @pytest.fixture
+    def site(self, cluster: EmbeddedCluster, paths: RunPaths, tmp_path: Path) -> Site:
+        def kill_node(agent: AgentAddress) -> None:
+            cluster.kill_node(index_of(cluster, agent))
+
+        return Site(
+            paths=paths,
+            nodes=len(nodes_up(cluster)),
+            slots=2,
+            connect=lambda: connect(paths, tmp_path),
+            kill_node=kill_node,
+            patience_s=60.0,
+        )
+
+    def test_agents_are_where_the_placement_group_put_them(self, site: Site, cluster: EmbeddedCluster) -> None:
+        """From each rank up to an agent, from the agent up to the raylet of the node of its bundle."""
+        import ray
+        from ray.util.placement_group import placement_group_table
+
+        with self.backend(site) as backend:
+            backend.request_agents(2)
+            agents = self.wait_for_agents(site, backend, 2)
+            (table,) = [
+                t
+                for t in placement_group_table().values()
+                if site.paths.root.name in t["name"]
+                if t["state"] == "CREATED"
+            ]
+            assert table["strategy"] == "STRICT_SPREAD"
+            assert all(bundle == {"CPU": 2.0} for bundle in table["bundles"].values())
+            assert set(table["bundles_to_node_id"].values()) == {agent.node for agent in agents}
+            named = {node["NodeID"]: node["NodeName"] for node in ray.nodes()}
+            with self.watch(site, agents) as watcher:
+                placement = {agent.node: [2 * i, 2 * i + 1] for i, agent in enumerate(agents)}
+                pids = watcher.spawn(1, placement, FAKE="step=1,wait")
+                for agent in agents:
+                    index = index_of(cluster, agent)
+                    assert named[agent.node] == f"phalanx-{index}"
+                    root = next(n["pid"] for n in cluster.record()["nodes"] if n["index"] == index)
+                    for rank in placement[agent.node]:
+                        assert {agent.pid, root} <= ancestors(pids[rank])
+
+    def test_nodes_are_whole(self, site: Site, tmp_path: Path, cluster: EmbeddedCluster) -> None:
+        """A second run gets none of the first one's nodes, although it asks for one slot only, and is told why."""
+        other = RunPaths(tmp_path / "other")
+        shutil.copytree(site.paths.root, other.root)
+        with self.backend(site) as backend:
+            backend.request_agents(site.nodes)
+            self.wait_for_agents(site, backend, site.nodes)
+            spec = ClusterSpec(name="other", kind="local", nodes=2, slots_per_node=1)
+            second = connect(other, tmp_path, spec)
+            second.request_agents(2)
+            time.sleep(4.0)
+            second.request_agents(2)
+            assert second.agents() == []
+            assert second.why_missing() == (
+                "the cluster has 0 nodes with >= 1 free CPUs for this run "
+                f"({site.nodes} of that size are up), the run asks for 2"
+            )
+            second.release()
+
+    def test_no_port_is_open_to_the_network(self, cluster: EmbeddedCluster) -> None:
+        import psutil
+
+        ours = cluster.processes()
+        listening = [c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.pid in ours]
+        assert len(listening) > 10
+        assert {c.laddr.ip.removeprefix("::ffff:") for c in listening} == {"127.0.0.1"}
+
+    def test_wrong_token_is_refused(self, cluster: EmbeddedCluster, paths: RunPaths, tmp_path: Path) -> None:
+        wrong = tmp_path / "token"
+        wrong.write_text("0" * 64)
+        record = paths.cluster.read_text().replace(str(cluster.token_path), str(wrong))
+        paths.cluster.write_text(record)
+        with pytest.raises(ClusterError, match="authentication failed") as refused:
+            connect(paths, tmp_path)
+        assert "RAY_AUTH_TOKEN" in refused.value.hint
+
+
+def test_devices_are_gpus_where_there_are_any() -> None:
+    assert device_count({"CPU": 96.0, "GPU": 8.0}) == 8
+    assert device_count({"CPU": 2.0}) == 2
+    assert device_count({"memory": 1e9}) == 0
+    assert SHUN_S > 0

@@ -1,0 +1,237 @@
+"""Faults on real ranks, and the oracle: every later loss and the final weights equal those of an undisturbed run.
+
+On plain processes (``cluster=process``): same controller, agents, pool and ranks as on Ray, started in a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launcher.run import EventKind, RunState
+from launcher.store import RunStore
+from strategies.errors import PhalanxError
+from tests.support import cli
+
+pytestmark = pytest.mark.timeout(420)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("recovery")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> RunStore:
+    done = cli.phalanx(*cli.tiny(folder, "undisturbed"), cwd=folder)
+    assert done.code == 0, done.err
+    run = cli.store(folder, "undisturbed")
+    cli.assert_nothing_left(run.paths.root)
+    losses = [loss for loss, _, _ in cli.curve(run).values()]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0]
+    return run
+
+
+def assert_same(run: RunStore, undisturbed: RunStore) -> None:
+    """Bit for bit: the losses, norms and rates of every step, and the weights."""
+    assert cli.curve(run) == cli.curve(undisturbed)
+    ours, theirs = run.run(), undisturbed.run()
+    assert ours.state is RunState.SUCCEEDED
+    assert ours.weights_digest is not None
+    assert ours.weights_digest == theirs.weights_digest
+
+
+FAULTS = {
+    "rank_kill": ["rank_kill@rank=3,step=8"],
+    "rank_exit": ["rank_exit@rank=0,step=5"],
+    "rank_error": ["rank_error@rank=2,step=8"],
+    "agent_kill": ["agent_kill@node=0,step=8"],
+    "node_kill": ["node_kill@node=1,step=8"],
+    "during_checkpoint": ["rank_kill@rank=1,step=6,phase=shards_written"],
+    "before_the_first_checkpoint": ["rank_kill@rank=1,step=2"],
+    "three_in_a_row": ["rank_kill@rank=0,step=4", "node_kill@node=0,step=7", "rank_error@rank=3,step=11"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(FAULTS))
+def test_bit_identical_after_faults(name: str, folder: Path, undisturbed: RunStore) -> None:
+    faults = FAULTS[name]
+    done = cli.phalanx(*cli.tiny(folder, name, f"faults={json.dumps(faults)}"), cwd=folder)
+    assert done.code == 0, done.err
+    run = cli.store(folder, name)
+    fired = [event.data["record"]["fault"] for event in run.events() if event.kind is EventKind.FAULT_FIRED]
+    assert sorted(fired) == sorted(faults)
+    assert len(run.run().attempts) == 1 + len(faults)
+    assert_same(run, undisturbed)
+    cli.assert_nothing_left(run.paths.root)
+
+
+def test_node_lost_takes_the_spare(folder: Path, undisturbed: RunStore) -> None:
+    done = cli.phalanx(*cli.tiny(folder, "spare", 'faults=["node_kill@node=0,step=5"]'), cwd=folder)
+    assert done.code == 0, done.err
+    first, second = cli.store(folder, "spare").run().attempts
+    assert len(set(first.nodes) | set(second.nodes)) == 3
+    assert first.nodes[1] == second.nodes[1]
+    assert "was lost" in str(first.cause)
+
+
+def test_same_traceback_at_the_same_step_stops(folder: Path, undisturbed: RunStore) -> None:
+    faults = ["rank_error@rank=1,step=5", "rank_error@rank=1,step=5,phase=step_begin"]
+    done = cli.phalanx(*cli.tiny(folder, "deterministic", f"faults={json.dumps(faults)}"), cwd=folder)
+    assert done.code == 100, done.err
+    run = cli.store(folder, "deterministic").run()
+    assert run.state is RunState.FAILED
+    assert "same error at the same step" in run.reason
+    assert "Traceback" not in done.err
+    cli.assert_nothing_left(folder / "runs" / "deterministic")
+
+
+def test_budget_then_resume_renews_it(folder: Path, undisturbed: RunStore) -> None:
+    faults = ["rank_kill@rank=0,step=5", "rank_kill@rank=1,step=6"]
+    words = cli.tiny(folder, "budget", f"faults={json.dumps(faults)}", "recovery.max_restarts=1")
+    done = cli.phalanx(*words, cwd=folder)
+    assert done.code == 100, done.err
+    assert "recovery.max_restarts" in done.err
+    resumed = cli.phalanx("resume", "budget", "--dir", str(folder / "runs"), "--yes", cwd=folder)
+    assert resumed.code == 0, resumed.err
+    assert_same(cli.store(folder, "budget"), undisturbed)
+
+
+def started(folder: Path, name: str, step: int) -> tuple[subprocess.Popen[str], RunStore]:
+    """A run in the background that has reached ``step``; it is slowed down by nothing, so many steps remain."""
+    process = cli.start(*cli.tiny(folder, name, "train.steps=60", "recovery.lease_s=20"), cwd=folder)
+    root = folder / "runs" / name
+
+    def reached() -> bool:
+        assert process.poll() is None, process.communicate()
+        return (root / "request.json").exists() and max(cli.curve(RunStore(root)), default=0) >= step
+
+    cli.wait_for(reached, f"step {step} of {name}")
+    return process, RunStore(root)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_60(folder: Path) -> RunStore:
+    done = cli.phalanx(*cli.tiny(folder, "undisturbed60", "train.steps=60"), cwd=folder)
+    assert done.code == 0, done.err
+    return cli.store(folder, "undisturbed60")
+
+
+def test_live_gang_is_adopted_after_kill_9_of_its_controller(folder: Path, undisturbed_60: RunStore) -> None:
+    process, run = started(folder, "adopted", 4)
+    process.kill()
+    cli.end(process)
+    refused = None
+    resumed = cli.phalanx("resume", "adopted", "--dir", str(folder / "runs"), "--yes", cwd=folder)
+    assert resumed.code == 0, (resumed.err, refused)
+    started_events = [e for e in run.events() if e.kind is EventKind.CONTROLLER_STARTED]
+    assert [event.data["adopted"] for event in started_events] == [False, True]
+    state = run.run()
+    assert (len(state.attempts), state.steps_lost, state.epoch) == (1, 0, 2)
+    assert_same(run, undisturbed_60)
+    cli.assert_nothing_left(run.paths.root)
+
+
+def test_second_controller_is_refused(folder: Path) -> None:
+    process, run = started(folder, "taken", 2)
+    try:
+        before = [path.stat().st_mtime_ns for path in (run.paths.request, run.paths.config)]
+        second = cli.phalanx("resume", "taken", "--dir", str(folder / "runs"), "--yes", cwd=folder)
+        assert second.code == 6, second.err
+        assert "Traceback" not in second.err
+        assert [path.stat().st_mtime_ns for path in (run.paths.request, run.paths.config)] == before
+    finally:
+        os.kill(process.pid, signal.SIGINT)
+        ended = cli.end(process)
+    assert ended.code == 103, ended.err
+    assert run.run().state is RunState.CANCELLED
+    cli.assert_nothing_left(run.paths.root)
+
+
+def test_everything_gone_then_resume(folder: Path, undisturbed_60: RunStore) -> None:
+    process, run = started(folder, "ruins", 8)
+    for pid, _ in cli.processes_of(run.paths.root):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    cli.end(process)
+    status = cli.phalanx("status", "ruins", "--json", "--dir", str(folder / "runs"), cwd=folder)
+    assert status.document["orphaned"] is True
+    resumed = cli.phalanx("resume", "ruins", "--dir", str(folder / "runs"), "--yes", cwd=folder)
+    assert resumed.code == 0, resumed.err
+    assert_same(run, undisturbed_60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_at_the_client_cancels_cleanly_and_resume_goes_on(
+    number: signal.Signals, folder: Path, undisturbed_60: RunStore
+) -> None:
+    process, run = started(folder, f"signal-{number}", 4)
+    os.kill(process.pid, number)
+    done = cli.end(process)
+    assert done.code == 103, done.err
+    assert run.run().state is RunState.CANCELLED
+    cli.assert_nothing_left(run.paths.root)
+    resumed = cli.phalanx("resume", run.name, "--dir", str(folder / "runs"), "--yes", cwd=folder)
+    assert resumed.code == 0, resumed.err
+    assert_same(run, undisturbed_60)
+
+
+def test_orphan_is_cancelled(folder: Path) -> None:
+    process, run = started(folder, "orphan", 3)
+    process.kill()
+    cli.end(process)
+    done = cli.phalanx("cancel", "orphan", "--dir", str(folder / "runs"), cwd=folder)
+    assert done.code in (0, 103), done.err
+    assert run.run().state is RunState.CANCELLED
+    cli.assert_nothing_left(run.paths.root)
+
+
+def test_orphan_without_anybody_ends_its_lease(folder: Path) -> None:
+    """The gang goes on without a controller to its very end, and then frees what it holds."""
+    process, run = started(folder, "lease", 3)
+    process.kill()
+    cli.end(process)
+    cli.wait_for(lambda: not cli.processes_of(run.paths.root), "the agents leave after their lease", 180)
+    assert max(cli.curve(run)) == 60
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+
+
+def test_damaged_checkpoint_falls_back_to_the_older(folder: Path, undisturbed: RunStore) -> None:
+    """One flipped bit in the newest checkpoint: it is noticed, named, left alone, and the older one is used."""
+    words = cli.tiny(folder, "damaged", 'faults=["rank_kill@rank=0,step=8"]', "recovery.max_restarts=0")
+    done = cli.phalanx(*words, cwd=folder)
+    assert done.code == 100, done.err
+    run = cli.store(folder, "damaged")
+    shards = sorted((run.paths.checkpoints / "step-00000006").rglob("*.safetensors"))
+    assert shards
+    flip_a_bit(shards[0])
+    resumed = cli.phalanx(
+        "resume", "damaged", "recovery.max_restarts=4", "--dir", str(folder / "runs"), "--yes", cwd=folder
+    )
+    assert resumed.code == 0, resumed.err
+    assert [e.kind for e in run.events()].count(EventKind.CHECKPOINT_REJECTED) == 1
+    assert run.run().attempts[-1].first_step == 4
+    assert_same(run, undisturbed)
+
+
+def test_the_oracle_sees_one_other_seed(folder: Path, undisturbed: RunStore) -> None:
+    """The comparison above can fail: another seed is another run, from the first loss on."""
+    done = cli.phalanx(*cli.tiny(folder, "seed", "train.seed=1"), cwd=folder)
+    assert done.code == 0, done.err
+    run = cli.store(folder, "seed")
+    assert cli.curve(run)[1] != cli.curve(undisturbed)[1]
+    with pytest.raises((AssertionError, PhalanxError)):
+        assert_same(run, undisturbed)

@@ -1,0 +1,95 @@
+"""Real ranks out of a real warm pool: they fork safely, import nothing more, and train."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.data import prepare
+from jobs.spec import CheckpointSpec, DataSpec
+from launcher.host.environment import Environments, packages_root
+from strategies.codec import to_json
+from tests.support.agents import agents_in
+from tests.support.jobspecs import GPT, make_job, make_plan
+
+pytestmark = pytest.mark.timeout(240)
+MODEL = dataclasses.replace(GPT, layers=2, hidden=32, ffn=64, vocab=320, seq=32)
+PLAN = make_plan(MODEL, 4, tp=2, pp=2, zero_stage=1)
+
+
+def test_forked_ranks_import_nothing_and_train(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for name in ("faults.py", "worker.py", "spec.py"):
+        shutil.copy(packages_root() / "jobs" / name, corpus)
+    data = prepare(DataSpec(kind="text", path=str(corpus)), tmp_path / "stores", MODEL.vocab, seq=MODEL.seq)
+    job = dataclasses.replace(
+        make_job(MODEL, PLAN, global_batch=4, steps=3), data=data, checkpoint=CheckpointSpec(every=2)
+    )
+    with agents_in(tmp_path) as agents:
+        for number in (1, 2):
+            agents.paths.attempt(number).mkdir(parents=True)
+            agents.paths.job(number).write_text(json.dumps(to_json(job)))
+        for node in ("n0", "n1"):
+            agents.start(node, warm="jobs.warm:warm", target="tests.support.importprobe:main")
+        watcher = agents.watch("n0", "n1")
+        for node in ("n0", "n1"):
+            watcher.until(lambda o, node=node: o.kind == "pool" and o.node == node and o.data["state"] == "ready")  # type: ignore[misc]
+        for attempt in (1, 2):
+            began = time.time()
+            watcher.spawn(attempt, {"n0": [0, 1], "n1": [2, 3]})
+            for rank in range(4):
+                ended = watcher.until_kind("exit", rank=rank, attempt=attempt)
+                assert ended.data["code"] == 0, ended.data["log_tail"]
+            first = watcher.report("step", rank=0, attempt=attempt).time - began
+            print(f"attempt {attempt}: {first:.2f} s to the report of a step, {time.time() - began:.2f} s in all")
+        assert "fresh" not in {o.data["state"] for o in watcher.seen if o.kind == "pool"}
+        for rank in range(4):
+            imported = json.loads((agents.paths.root / f"imports-{rank}.json").read_text())["modules"]
+            # DeepSpeed tries the compiler of every node for its optional ops, by way of distutils
+            assert [name for name in imported if not name.startswith("distutils.")] == []
+
+
+PROBE = """
+import sys
+import torch
+
+def forbidden(*args, **kwargs):
+    raise SystemExit("the warm-up has asked CUDA for something")
+
+for name in ("_lazy_init", "init", "current_device", "set_device", "get_device_properties", "get_device_name",
+             "get_device_capability", "mem_get_info", "synchronize", "current_stream"):
+    assert hasattr(torch.cuda, name), name
+    setattr(torch.cuda, name, forbidden)
+for name in ("_cuda_init", "_cuda_getDeviceCount", "_cuda_setDevice", "_cuda_getDevice"):
+    setattr(torch._C, name, forbidden)
+
+from jobs.warm import warm
+from launcher.host.pool import unsafe_to_fork
+warm()
+sys.exit(unsafe_to_fork())
+"""
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_the_warm_up_starts_no_thread_and_asks_no_device(accelerator: str, tmp_path: Path) -> None:
+    environments = Environments(os.environ, address="127.0.0.1", extra={"DS_ACCELERATOR": accelerator})
+    environment = environments.pool("test.0") | {"DS_ACCELERATOR": accelerator}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", PROBE],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert (done.returncode, done.stderr[-2000:] if done.returncode else "") == (0, "")

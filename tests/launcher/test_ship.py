@@ -1,0 +1,79 @@
+"""What is copied into a run directory, and what is not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.ship import changed_files, ship_code, ship_project, survey
+from strategies.errors import ConfigError, StorageError
+
+
+def make_project(root: Path) -> None:
+    files = [
+        "train.py",
+        "jobs/__init__.py",
+        ".git/HEAD",
+        "__pycache__/x.pyc",
+        ".venv/bin/python",
+        "runs/r1/request.json",
+    ]
+    for name in [*files, "runs/r1/request.json", "env/pyvenv.cfg", "runs/notes.txt"]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    (root / "link.py").symlink_to("train.py")
+
+
+def test_survey_leaves_out_what_is_no_source(tmp_path: Path) -> None:
+    make_project(tmp_path)
+    shipment = survey(tmp_path, limit_mb=1)
+    assert [str(file) for file in shipment.files] == ["jobs/__init__.py", "link.py", "runs/notes.txt", "train.py"]
+
+
+def test_too_large_a_project_names_its_largest_parts(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "big.bin").write_bytes(b"x" * 1_500_000)
+    (tmp_path / "train.py").write_text("")
+    with pytest.raises(ConfigError, match=r"1\.5 MB  data") as caught:
+        survey(tmp_path, limit_mb=1)
+    assert "ship_limit_mb" in str(caught.value)
+    with pytest.raises(ConfigError, match="is not a folder"):
+        survey(tmp_path / "nope", limit_mb=1)
+
+
+def test_project_is_copied_and_changes_are_found(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "run" / "user"
+    make_project(source)
+    shipment = survey(source, limit_mb=1)
+    ship_project(shipment, target)
+    assert (target / "link.py").is_symlink()
+    assert (target / "jobs" / "__init__.py").read_text() == "jobs/__init__.py"
+    assert not (target / ".git").exists()
+    assert changed_files(shipment, target) == []
+    (source / "train.py").write_text("other")
+    (source / "new.py").write_text("")
+    assert changed_files(survey(source, limit_mb=1), target) == ["link.py", "new.py", "train.py"]
+
+
+def test_our_code_runs_from_its_copy(tmp_path: Path) -> None:
+    ship_code(tmp_path / "code")
+    ship_code(tmp_path / "code")  # a second time changes nothing
+    program = "import launcher.config as c; print(c.conf_dir(), c.compose([]).model.name)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        env={"PYTHONPATH": str(tmp_path / "code")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.split() == [str(tmp_path / "code" / "conf"), "gpt_tiny"]
+
+
+def test_unwritable_target_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="Cannot copy code"):
+        ship_code(tmp_path / "file" / "code")

@@ -1,0 +1,98 @@
+"""What ranks do in the tests of the parallel layers: compute a part and compare with the whole, computed locally."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from jobs.distributed import Grid, init_process_group, shutdown
+from jobs.models.init import ParameterFactory, cut, global_value
+from jobs.parallel.collectives import copy_to_ranks
+from jobs.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from jobs.parallel.meta import ParamMeta
+from jobs.parallel.vocabulary import VocabParallelEmbedding, project, vocab_parallel_cross_entropy
+from jobs.spec import RankEnv
+
+STD = 0.3
+
+
+def _join(env: RankEnv) -> ParameterFactory:
+    torch.set_num_threads(1)
+    init_process_group(env, "gloo")
+    grid = Grid(model=env.rank, tp=env.world_size, model_group=dist.group.WORLD)
+    return ParameterFactory(grid=grid, seed=0, std=STD)
+
+
+def _meta(parameter: nn.Parameter) -> ParamMeta:
+    return cast(ParamMeta, parameter.phalanx)  # type: ignore[attr-defined]
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    """The global initial value, as a leaf of its own."""
+    meta = _meta(parameter)
+    std = 0.0 if meta.name.endswith("bias") else STD
+    return global_value(meta.name, meta.shape, seed=0, mean=0.0, std=std).requires_grad_()
+
+
+def _agrees(parameter: nn.Parameter, whole: torch.Tensor) -> bool:
+    assert parameter.grad is not None
+    assert whole.grad is not None
+    return torch.allclose(parameter.grad, cut(whole.grad, _meta(parameter).box), atol=1e-5)
+
+
+def vocabulary(env: RankEnv, vocab: int) -> dict[str, Any]:
+    """Embedding, projection and cross entropy with one table, against torch."""
+    make = _join(env)
+    table = VocabParallelEmbedding(make, "table", vocab, 6)
+    whole = _whole(table.weight)
+    tokens = torch.arange(8).view(2, 4) % vocab
+    targets = (tokens + 1) % vocab
+    embedded, wanted = table(tokens), F.embedding(tokens, whole)
+    embedded.retain_grad()
+    wanted.retain_grad()
+    group = make.grid.model_group
+    loss = vocab_parallel_cross_entropy(
+        project(embedded, table.weight, group), targets, vocab=vocab, rank=env.rank, group=group
+    )
+    reference = F.cross_entropy((wanted @ whole.T).flatten(0, 1), targets.flatten(), reduction="none").view(2, 4)
+    torch.autograd.backward(loss.sum())
+    torch.autograd.backward(reference.sum())
+    start = _meta(table.weight).box[0][0]
+    assert table.weight.grad is not None
+    out = {
+        "embedding": torch.allclose(embedded, wanted, atol=1e-6),
+        "loss": torch.allclose(loss, reference, atol=1e-5),
+        "grad_x": torch.allclose(cast(torch.Tensor, embedded.grad), cast(torch.Tensor, wanted.grad), atol=1e-5),
+        "grad_weight": _agrees(table.weight, whole),
+        "padding": not table.weight.grad[max(0, vocab - start) :].any(),
+    }
+    shutdown()
+    return out
+
+
+def linears(env: RankEnv) -> dict[str, Any]:
+    """A column-parallel layer, a nonlinearity, a row-parallel layer, against two plain layers."""
+    make = _join(env)
+    up = ColumnParallelLinear(make, "up", 6, 8, bias=True)
+    down = RowParallelLinear(make, "down", 8, 6, bias=True, std=STD)
+    weights = [up.weight, down.weight]
+    biases = [bias for bias in (up.bias, down.bias) if bias is not None]
+    a, b, c, d = (_whole(parameter) for parameter in (*weights, *biases))
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    ours = down(F.gelu(up(copy_to_ranks(x, make.grid.model_group))))
+    theirs = F.linear(F.gelu(F.linear(y, a, c)), b, d)
+    torch.autograd.backward(ours.square().sum())
+    torch.autograd.backward(theirs.square().sum())
+    out = {
+        "output": torch.allclose(ours, theirs, atol=1e-5),
+        "grad_x": torch.allclose(cast(torch.Tensor, x.grad), cast(torch.Tensor, y.grad), atol=1e-4),
+        "grad_weights": all(_agrees(parameter, whole) for parameter, whole in zip(weights, (a, b), strict=True)),
+        "grad_bias": all(_agrees(parameter, whole) for parameter, whole in zip(biases, (c, d), strict=True)),
+    }
+    shutdown()
+    return out
