@@ -48,6 +48,7 @@ from jobs.distributed import Grid
 from jobs.models.gpt import Decoder, LayerSpec, LossFunction, Recipe, layer_specs, stage_bounds
 from jobs.parallel.meta import ParamMeta
 from jobs.spec import JobSpec, RankEnv
+from strategies.errors import PlanInfeasible, Violation
 from strategies.plan import ParallelPlan
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
@@ -88,7 +89,12 @@ class Engine:
 
     @classmethod
     def build(cls, job: JobSpec, env: RankEnv) -> Engine:
-        """Join the gang and build this rank's engine with the initial weights of the job. Collective."""
+        """Join the gang and build this rank's engine with the initial weights of the job. Collective.
+
+        Raises:
+            PlanInfeasible: The plan uses an axis or a schedule that is modelled only.
+        """
+        _refuse_modelled_only(job.plan)
         distributed.set_threads()
         _quiet()
         _make_deterministic(job.train.deterministic)
@@ -254,6 +260,18 @@ def _undo_empty_step(optimizer: Any) -> None:
     for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
         for weight, master in zip(weights, masters, strict=True):
             master.data.copy_(weight.data)
+
+
+def _refuse_modelled_only(plan: ParallelPlan) -> None:
+    """The rules refuse such plans long before; this keeps one that slipped through from silently running another."""
+    runnable = {"ep": 1, "sp": 1, "cp": 1, "vpp": 1, "schedule": "1f1b", "offload": "none"}
+    broken = [
+        Violation(rule="runnable", message=f"{field} is {getattr(plan, field)}", hint=f"only {value} can be run")
+        for field, value in runnable.items()
+        if getattr(plan, field) != value
+    ]
+    if broken:
+        raise PlanInfeasible(broken)
 
 
 def _recipe(job: JobSpec, grid: Grid) -> Recipe:

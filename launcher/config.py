@@ -87,7 +87,7 @@ def recompose(stored: Path, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: Anything is wrong with it; all problems at once.
     """
-    given, folders = _understand(overrides)
+    given, _ = _understand(overrides)
     try:
         tree = OmegaConf.load(stored)
     except (OSError, yaml.YAMLError) as error:

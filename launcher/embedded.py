@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -48,13 +48,30 @@ def members(mark: str) -> set[int]:
     Those that carry the mark, all of their sessions and all of their descendants: a process that sets its title may
     overwrite its environment.
     """
-    rows = {pid: process.parent_and_session(pid) for pid in process.all_pids() if process.is_running(pid)}
+    rows = _processes()
     found = {pid for pid in rows if _carries(pid, mark)}
-    sessions = {rows[pid][1] for pid in found}
+    # A session belongs to the node if the process that made it does, or is gone.
+    sessions = {session for pid in found if (session := rows[pid][1]) in found or session not in rows} - {0, 1}
     found |= {pid for pid, (_, session) in rows.items() if session in sessions}
-    while more := {pid for pid, (parent, _) in rows.items() if parent in found} - found:
-        found |= more
-    return found - {os.getpid()}
+    return (found | _below(found, rows)) - {os.getpid()}
+
+
+def descendants(pid: int) -> set[int]:
+    """Living processes below ``pid``."""
+    return _below({pid}, _processes())
+
+
+def _processes() -> dict[int, tuple[int, int]]:
+    """Living processes: process id -> parent, session."""
+    return {pid: process.parent_and_session(pid) for pid in process.all_pids() if process.is_running(pid)}
+
+
+def _below(found: set[int], rows: Mapping[int, tuple[int, int]]) -> set[int]:
+    above, below = set(found), set[int]()
+    while more := {pid for pid, (parent, _) in rows.items() if parent in above} - above:
+        above |= more
+        below |= more
+    return below
 
 
 def _carries(pid: int, mark: str) -> bool:

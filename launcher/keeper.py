@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.paths import RunPaths
-from launcher.embedded import NODE_MARK, kill_members, members, node_mark
+from launcher.embedded import NODE_MARK, descendants, node_mark
+from launcher.host import process
 from launcher.host.child import adopt_orphans, die_with_parent
 from launcher.lock import newest_epoch, process_started
 from launcher.run import fold
@@ -255,15 +256,18 @@ class Keeper:
     # --- ending ---------------------------------------------------------------------------------------------------
 
     def _end(self) -> None:
+        """End everything below this process. As the subreaper it is the parent of whatever lost its own."""
         for node in self._nodes:
             if node.child.returncode is None:
                 node.child.send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + STOP_PATIENCE_S
-        while members(node_mark(self._paths.root, "")) and time.monotonic() < deadline:
-            self._reap()
-            time.sleep(_POLL_S)
-        kill_members(node_mark(self._paths.root, ""))
         self._reap()
+        deadline = time.monotonic() + STOP_PATIENCE_S
+        while (left := descendants(os.getpid())) and time.monotonic() < deadline + STOP_PATIENCE_S:
+            if time.monotonic() > deadline or all(node.child.returncode is not None for node in self._nodes):
+                for pid in left:
+                    process.send(pid, signal.SIGKILL)
+            time.sleep(_POLL_S / 2)
+            self._reap()
         if self._temp != Path():
             shutil.rmtree(self._temp, ignore_errors=True)
 

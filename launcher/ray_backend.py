@@ -311,12 +311,13 @@ def ask(actor: Any, method: str, *arguments: Any, timeout_s: float) -> Any:
 def run_everywhere(function: Callable[[], str], *, timeout_s: float) -> dict[str, str]:
     """Run a function on every node that has devices; node address -> what it returned, or why there is no answer."""
     with _cluster_errors():
-        task = ray.remote(function).options(num_cpus=0, max_retries=0)
+        task = ray.remote(function)
         answers = {}
         for node in ray.nodes():
             if node["Alive"] and device_count(node["Resources"]):
                 affinity = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                answers[task.options(scheduling_strategy=affinity).remote()] = node["NodeManagerAddress"]
+                options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": affinity}
+                answers[task.options(**options).remote()] = node["NodeManagerAddress"]
         done, late = ray.wait(list(answers), num_returns=len(answers), timeout=timeout_s)
         words = {answers[ref]: f"it did not answer within {timeout_s:.0f} s" for ref in late}
         for ref in done:

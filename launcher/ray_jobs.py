@@ -110,6 +110,7 @@ def _call(address: str, path: str, body: dict[str, Any] | None = None) -> dict[s
         with urllib.request.urlopen(request, timeout=REQUEST_S) as response:
             document = json.loads(response.read())
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code in (401, 403):
             raise refused() from error
         why = f"{path}: HTTP {error.code} {error.reason}"

@@ -350,6 +350,7 @@ def resume_text(
     plan: str,
     nodes: str,
     changes: Sequence[Change],
+    live: bool = False,
 ) -> str:
     """What a resume will do, as a difference from the last attempt.
 
@@ -364,6 +365,7 @@ def resume_text(
         plan: The plan, "before -> after" where it changes.
         nodes: The nodes, likewise.
         changes: Every changed field.
+        live: The last attempt has no recorded end, so its ranks may still run.
     """
     position = f"step {step + 1}" + (f" of {steps}" if steps else "")
     rows = [
@@ -375,7 +377,8 @@ def resume_text(
     rows += [("plan", plan), ("nodes", nodes)]
     text = "\n".join(f"{key + ':':<9}{value}" for key, value in rows)
     if not changes:
-        return text + "\n\nNothing else changes: the run goes on as it would have."
+        adopted = " Ranks that still live are taken over as they are, with no step lost." if live else ""
+        return text + "\n\nNothing else changes: the run goes on as it would have." + adopted
     cells = [(one.field, brief_value(one.before), brief_value(one.after), one.verdict, one.reason) for one in changes]
     return text + "\n\n" + table(("FIELD", "BEFORE", "AFTER", "", "BECAUSE"), cells)
 

@@ -101,6 +101,7 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
         plan=_arrow(plan_line(before), plan_line(after)),
         nodes=_arrow(_nodes(before), _nodes(after)),
         changes=changes,
+        live=run.attempt is not None and run.attempt.ended is None,
     )
     return ResumePlan(
         name=store.name,

@@ -60,10 +60,9 @@ class TensorSpec:
 
     def local_numel(self, tp: int) -> int:
         """Number of elements that one tensor-parallel rank holds, padding included."""
-        if self.sharded is None:
-            return self.numel
-        rows = self.shape[self.sharded]
-        return self.numel // rows * (padded(rows, tp) // tp)
+        return math.prod(
+            padded(size, tp) // tp if dimension == self.sharded else size for dimension, size in enumerate(self.shape)
+        )
 
 
 def padded(rows: int, tp: int) -> int:

@@ -212,7 +212,7 @@ class HostAgent:
         self._left = self._leaving
 
     def _put_logs_away(self) -> None:
-        if not self._log_folder_stays:
+        if not self._log_folder_stays or not self._logs.has_any:
             self._logs.remove()
 
     # -- the pool --------------------------------------------------------------------------------------------------
@@ -236,9 +236,10 @@ class HostAgent:
     def _on_message(self, peer: Peer, message: Message) -> None:
         try:
             self._obey(peer, message)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            print(f"dropped a peer for a malformed message: {error!r}", file=sys.stderr, flush=True)
-            self._peers.drop(peer, "malformed message")
+        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+            # A malformed order, or one that this node cannot carry out: its controller goes on without the node.
+            print(f"dropped a peer for {message.get('op')!r}: {error!r}", file=sys.stderr, flush=True)
+            self._peers.drop(peer, "the order cannot be carried out")
 
     def _obey(self, peer: Peer, message: Message) -> None:
         op = message["op"]

@@ -6,6 +6,7 @@ the node that fails is copied there.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -33,8 +34,12 @@ class RankLogs:
     def __init__(
         self, paths: RunPaths, node: str, *, parent: str | None = None, max_bytes: int = MAX_LOG_BYTES
     ) -> None:
-        name = "".join(c if c.isalnum() or c in "-_" else "-" for c in f"{paths.root.name}-{node}")
-        self.folder = Path(tempfile.mkdtemp(prefix=f"phalanx-{name[:80]}-", dir=parent))
+        name = "".join(c if c.isalnum() or c in "-_" else "-" for c in f"{paths.root.name}-{node}")[:80]
+        # The place of the run is in the name, so that only earlier agents of this very node and run are swept away.
+        place = hashlib.sha256(f"{paths.root.absolute()}\n{node}".encode()).hexdigest()[:12]
+        prefix = f"phalanx-{name}-{place}-"
+        _sweep(Path(parent or tempfile.gettempdir()), prefix)
+        self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         self._paths = paths
         self._max_bytes = max_bytes
 
@@ -81,9 +86,21 @@ class RankLogs:
             if folder.name.isdigit() and int(folder.name) <= newest - _KEPT_ATTEMPTS:
                 shutil.rmtree(folder, ignore_errors=True)
 
+    @property
+    def has_any(self) -> bool:
+        """Whether a rank has written here."""
+        return any(folder.name.isdigit() for folder in self.folder.iterdir())
+
     def remove(self) -> None:
         """Delete the private folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _sweep(parent: Path, prefix: str) -> None:
+    """Remove what agents that were killed have left; only what is ours, and only folders."""
+    for path in parent.glob(f"{prefix}*"):
+        if not path.is_symlink() and path.is_dir() and path.stat().st_uid == os.getuid():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _open_append(path: Path) -> int:

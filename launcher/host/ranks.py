@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.host import wire
+from launcher.host.child import EXIT_CANNOT_START
 from launcher.host.environment import Environments
 from launcher.host.events import AGENT_KINDS, EventLog
 from launcher.host.logs import RankLogs, tail
@@ -142,23 +143,35 @@ class Ranks:
     def _start(self, rank: Rank, order: Message, variables: dict[str, str]) -> None:
         assert self._pool is not None
         ours = order["kind"] == "pretrain"
-        log, rank.log = self._logs.open(self.attempt, rank.rank)
-        fds = {"log": log}
-        if ours:
-            rank.report, fds["report"] = os.pipe()
-            os.set_blocking(rank.report, False)
-            self._selector.register(rank.report, selectors.EVENT_READ, lambda: self._read(rank))
-        if ours and rank.rank == 0 and self._store is not None:
-            fds["store"] = self._store.detach()
-        environment = self._environments.rank(order.get("env", {}) | variables, ours=ours, mark=self._pool.mark)
+        try:
+            fds = self._descriptors(rank, ours=ours)
+        except OSError as error:
+            self._ended(rank, EXIT_CANNOT_START, None, f"the rank could not be started: {error}")
+            return
         message = {
             "key": rank.key,
             "name": f"phalanx:r{rank.rank}",
-            "env": environment,
+            "env": self._environments.rank(order.get("env", {}) | variables, ours=ours, mark=self._pool.mark),
             "cwd": order.get("cwd") or str(self._logs.folder),
             "argv": None if ours else order["argv"],
         }
         self._pool.spawn(message, fds)
+
+    def _descriptors(self, rank: Rank, *, ours: bool) -> dict[str, int]:
+        """Everything that the rank inherits, by name."""
+        log, rank.log = self._logs.open(self.attempt, rank.rank)
+        fds = {"log": log}
+        if ours:
+            try:
+                rank.report, fds["report"] = os.pipe()
+            except OSError:
+                os.close(log)
+                raise
+            os.set_blocking(rank.report, False)
+            self._selector.register(rank.report, selectors.EVENT_READ, lambda: self._read(rank))
+        if ours and rank.rank == 0 and self._store is not None:
+            fds["store"] = self._store.detach()
+        return fds
 
     def kill(self, attempt: int, grace_s: float, then: Callable[[], None]) -> None:
         """End every rank of an attempt: SIGTERM, after ``grace_s`` SIGKILL; calls ``then`` when none is left."""
@@ -222,7 +235,7 @@ class Ranks:
         """A rank could not be started."""
         rank = self._by_key.get(key)
         if rank is not None:
-            self._ended(rank, 127, None, f"the rank could not be started: {reason}")
+            self._ended(rank, EXIT_CANNOT_START, None, f"the rank could not be started: {reason}")
 
     def on_exited(self, key: str, code: int | None, signum: int | None) -> None:
         """A rank's process is gone."""

@@ -1,7 +1,7 @@
 """Trains two steps per combination of a plan through the engine and writes down what happened.
 
 ``python -m tests.e2e.probe_capabilities`` prints the table; with ``--write`` it rewrites the one in
-``strategies/capabilities.py``. A few minutes on two cores, at most 8 ranks at a time. Refused combinations are tried,
+``strategies/capabilities.py``. Ten minutes on two free cores, at most 8 ranks at a time. Refused combinations are tried,
 too: the reason in the table is DeepSpeed's own.
 """
 
@@ -113,7 +113,7 @@ def write(table: dict[Key, Outcome]) -> None:
     before, _, rest = path.read_text().partition(f"{_MARK}begin\n")
     _, _, after = rest.partition(f"{_MARK}end\n")
     text = capabilities.format_table(table)
-    path.write_text(f'{before}{_MARK}begin\nTABLE = """\n{text}"""\n{_MARK}end\n{after}')
+    path.write_text(f'{before}{_MARK}begin\nTABLE = """\n{text}"""  # noqa: E501\n{_MARK}end\n{after}')
 
 
 def main() -> int:

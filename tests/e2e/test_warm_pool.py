@@ -62,20 +62,23 @@ PROBE = """
 import sys
 import torch
 
-def forbidden(*args, **kwargs):
-    raise SystemExit("the warm-up has asked CUDA for something")
+def forbidden(name):  # one function for each name: torch._dynamo tells functions apart by their identity
+    def refuse(*args, **kwargs):
+        raise SystemExit(f"the warm-up has called {name} of CUDA")
+    return refuse
 
 for name in ("_lazy_init", "init", "current_device", "set_device", "get_device_properties", "get_device_name",
              "get_device_capability", "mem_get_info", "synchronize", "current_stream"):
     assert hasattr(torch.cuda, name), name
-    setattr(torch.cuda, name, forbidden)
+    setattr(torch.cuda, name, forbidden(name))
 for name in ("_cuda_init", "_cuda_getDeviceCount", "_cuda_setDevice", "_cuda_getDevice"):
-    setattr(torch._C, name, forbidden)
+    if hasattr(torch._C, name):  # a build without CUDA has none, and must not seem to have
+        setattr(torch._C, name, forbidden(name))
 
 from jobs.warm import warm
 from launcher.host.pool import unsafe_to_fork
 warm()
-sys.exit(unsafe_to_fork())
+sys.exit(unsafe_to_fork() or 0)
 """
 
 

@@ -177,6 +177,25 @@ def test_every_stage_is_counted_by_itself() -> None:
     assert len({stage["total"] for stage in found}) > 1
 
 
+def test_sizes_of_illegal_plans_are_numbers_too() -> None:
+    """A plan is shown with its sizes even when it breaks rules."""
+    rng = random.Random(0)
+
+    def number() -> int:
+        return rng.choice([1, 2, 3, 5, 8, 16])
+
+    for _ in range(500):
+        sizes: dict[str, Any] = {
+            name: number() for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq")
+        }
+        model = ModelSpec(name="random", flavour=rng.choice(["gpt3", "llama"]), **sizes)
+        stages = rng.choice([None, (1,), (1, 2, 3)])
+        the_plan = plan(model=model, tp=number(), pp=number(), dp=number(), stages=stages, zero_stage=rng.randint(0, 4))
+        found = model_state_bytes(model, the_plan, "bf16")
+        assert len(found) == len(stage_parameters(model, the_plan)) == len(the_plan.stages)
+        assert all(stage["total"] >= 0 for stage in found)
+
+
 def _mixed(tp: int, dp: int) -> ParallelPlan:
     return plan(model=LLAMA2_7B, precision="bf16", tp=tp, dp=dp)
 

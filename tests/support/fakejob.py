@@ -28,6 +28,11 @@ def warm_dies() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def warm_forever() -> None:
+    """A warm-up that does not end."""
+    time.sleep(3600)
+
+
 def warm_starts_a_thread() -> None:
     """A warm-up after which forking is unsafe."""
     threading.Thread(target=threading.Event().wait, daemon=True).start()

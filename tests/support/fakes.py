@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs.spec import CheckpointSpec, DataSpec, JobSpec, TrainSpec
 from launcher.backend import AgentAddress, NodeInfo
-from launcher.gang import Observation
+from launcher.gang import Observation, ObservationKind
 from launcher.request import LaunchRequest, RecoverySpec, TrackingSpec
 from strategies.plan import ParallelPlan
 from strategies.specs import BatchSpec, ClusterSpec, ModelSpec
@@ -36,7 +36,7 @@ class FakeGang:
         self.calls: list[tuple[Any, ...]] = []
         self.environments: list[dict[str, str]] = []
 
-    def say(self, observed: str, node: str, **data: Any) -> None:
+    def say(self, observed: ObservationKind, node: str, **data: Any) -> None:
         """Queue an observation of kind ``observed``; a report's own ``kind`` is part of ``data``."""
         self.queue.append(Observation(kind=observed, node=node, time=self.clock.time(), data=data))
 

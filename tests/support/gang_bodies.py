@@ -10,7 +10,10 @@ import torch
 import torch.distributed as dist
 
 from jobs.distributed import init_process_group, shutdown
-from jobs.spec import RankEnv
+from jobs.engine import Engine
+from jobs.spec import JobSpec, RankEnv
+from strategies.codec import from_json
+from strategies.errors import PlanInfeasible
 
 
 def echo(env: RankEnv, word: str) -> dict[str, Any]:
@@ -38,3 +41,12 @@ def total(env: RankEnv) -> float:
     dist.all_reduce(value)
     shutdown()
     return float(value)
+
+
+def refusal(env: RankEnv, job: dict[str, Any]) -> str:
+    """What the engine says to a plan that it cannot run."""
+    try:
+        Engine.build(from_json(JobSpec, job), env)
+    except PlanInfeasible as error:
+        return str(error)
+    return ""

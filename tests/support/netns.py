@@ -9,10 +9,12 @@ killed owner left is removed by the next one.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,8 @@ from launcher.lock import process_started
 
 _PREFIX = "phxt"
 _HOST = 254
+_numbers = itertools.count()  # names and subnets of the networks of this process differ
+_LISTS = (("netns", "list"), ("-o", "link"))
 
 
 def available() -> bool:
@@ -44,8 +48,9 @@ class Network:
     """
 
     def __init__(self, count: int) -> None:
-        self.name = f"{_PREFIX}{os.getpid()}"
-        subnet = f"10.{100 + os.getpid() % 100}.{os.getpid() // 100 % 250}"
+        number = next(_numbers)
+        self.name = f"{_PREFIX}{os.getpid()}{string.ascii_lowercase[number]}"
+        subnet = f"10.{100 + (os.getpid() + number) % 100}.{os.getpid() // 100 % 250}"
         self.addresses = [f"{subnet}.{index + 1}" for index in range(count)]
         self.host_address = f"{subnet}.{_HOST}"
         self._subnet = subnet
@@ -62,7 +67,7 @@ class Network:
         _ip("addr", "add", f"{self.host_address}/24", "dev", self.name)
         _ip("link", "set", self.name, "up")
         for index, address in enumerate(self.addresses):
-            namespace, outer = self.namespace(index), f"{self.name}v{index}"
+            namespace, outer = self.namespace(index), _cable(self.namespace(index))
             _ip("netns", "add", namespace)
             _ip("link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", namespace)
             _ip("link", "set", outer, "master", self.name, "up")
@@ -123,13 +128,17 @@ class Network:
         """Every process in a namespace."""
         return _pids(self.namespace(index))
 
+    def kill(self, index: int) -> None:
+        """SIGKILL every process in a namespace, as a power cut would."""
+        _kill_all(self.namespace(index))
+
     def cut(self, index: int) -> None:
         """Pull the cable of a namespace."""
-        _ip("link", "set", f"{self.name}v{index}", "down")
+        _ip("link", "set", _cable(self.namespace(index)), "down")
 
     def mend(self, index: int) -> None:
         """Plug it in again."""
-        _ip("link", "set", f"{self.name}v{index}", "up")
+        _ip("link", "set", _cable(self.namespace(index)), "up")
 
 
 @contextlib.contextmanager
@@ -166,12 +175,12 @@ class RayCluster:
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
         return kept | auth | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_worker_prestart": "0"}
 
-    def start(self, *, hide: dict[int, Path] | None = None) -> None:
-        """Start every node and wait until all are up."""
+    def start(self, *, nodes: int) -> None:
+        """Start the first ``nodes`` nodes and wait until all are up."""
         self.start_node(0)
-        for index in range(1, len(self.net.addresses)):
-            self.start_node(index, wait=False, hide=(hide or {}).get(index))
-        for index in range(1, len(self.net.addresses)):
+        for index in range(1, nodes):
+            self.start_node(index, wait=False)
+        for index in range(1, nodes):
             self.wait_up(index)
 
     def start_node(self, index: int, *, wait: bool = True, hide: Path | None = None) -> None:
@@ -207,15 +216,18 @@ class RayCluster:
         shutil.rmtree(self.temp, ignore_errors=True)
 
 
+def listing() -> list[str]:
+    """Namespaces and links that exist, one a line."""
+    shown = (subprocess.run(["ip", *what], capture_output=True, text=True, check=True) for what in _LISTS)
+    return [line for done in shown for line in done.stdout.splitlines()]
+
+
 def sweep() -> None:
     """Remove what owners that no longer live have left."""
-    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True).stdout
-    owners = {int(found) for found in re.findall(rf"{_PREFIX}(\d+)", listed + links)}
-    for owner in owners - {os.getpid()}:
-        if not process_started(owner):
-            name = f"{_PREFIX}{owner}"
-            remove(name, re.findall(rf"{name}n\d+", listed))
+    listed = "\n".join(listing())
+    for name, owner in set(re.findall(rf"({_PREFIX}(\d+)[a-z])", listed)):
+        if not process_started(int(owner)):
+            remove(name, sorted({*re.findall(rf"{name}n\d+", listed)}))
 
 
 def remove(name: str, namespaces: Sequence[str]) -> None:
@@ -223,9 +235,15 @@ def remove(name: str, namespaces: Sequence[str]) -> None:
     for namespace in namespaces:
         _kill_all(namespace)
         # The kernel takes its time over a namespace; the outer end of its cable must not outlive the test.
-        _quiet("ip", "link", "del", namespace.replace("n", "v"))
+        _quiet("ip", "link", "del", _cable(namespace))
         _quiet("ip", "netns", "del", namespace)
     _quiet("ip", "link", "del", name)
+
+
+def _cable(namespace: str) -> str:
+    """The outer end of the link into a namespace."""
+    name, _, index = namespace.rpartition("n")
+    return f"{name}v{index}"
 
 
 def _kill_all(namespace: str, timeout_s: float = 10.0) -> None:

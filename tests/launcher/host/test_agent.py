@@ -6,16 +6,18 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.host import announce, process
+from launcher.host.agent import AgentOptions, HostAgent
 from launcher.host.reader import LogReader
 from launcher.host.wire import read_secret
 from strategies.errors import ClusterError, NotFound
-from tests.support.agents import Agents, Watcher, fake_env
+from tests.support.agents import FAKE, Agents, Watcher, fake_env
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -401,3 +403,60 @@ def test_a_log_is_cut_when_it_grows_too_large(tmp_path: Path) -> None:
     assert len(text) < 600
     assert text.endswith("0299\nafter\n")
     assert (path.parent.parent.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o700, 0o600)
+
+
+def test_a_new_agent_sweeps_the_logs_of_a_killed_one_and_no_others(tmp_path: Path) -> None:
+    from jobs.paths import RunPaths
+    from launcher.host.logs import RankLogs
+
+    run, other = RunPaths(tmp_path / "a" / "run"), RunPaths(tmp_path / "b" / "run")
+    first = RankLogs(run, "n0", parent=str(tmp_path))
+    beside = [RankLogs(run, "n1", parent=str(tmp_path)), RankLogs(other, "n0", parent=str(tmp_path))]
+    second = RankLogs(run, "n0", parent=str(tmp_path))
+    assert not first.folder.exists()
+    assert all(logs.folder.exists() for logs in (second, *beside))
+
+
+def test_kill_9_of_the_agent_while_its_pool_warms_up_leaves_nothing(agents: Agents) -> None:
+    agent = agents.start(warm="tests.support.fakejob:warm_forever")
+    watcher = agents.watch("n0")
+    assert process.wait_until(lambda: len(agents.alive()) == 1, 10.0)
+    watcher.gang.spawn(1, {"n0": [0]}, fake_env(agents.paths, 1, 1))
+    watcher.gang.kill(1)
+    watcher.until_kind("killed", attempt=1)
+    agent.kill()
+    agent.wait()
+    assert agents.none_left()
+
+
+def test_an_agent_in_a_thread_needs_no_signals(agents: Agents, tmp_path: Path) -> None:
+    """As it lives in an actor."""
+    options = AgentOptions(warm=f"{FAKE}:warm", target=f"{FAKE}:main", log_parent=str(tmp_path), grace_s=0.5)
+    agent = HostAgent(run_dir=agents.paths.root, node="t", bind="127.0.0.1", slots=1, options=options)
+    ended: list[str] = []
+    thread = threading.Thread(target=lambda: ended.append(agent.serve()))
+    thread.start()
+    try:
+        watcher = agents.watch("t")
+        watcher.spawn(1, {"t": [0]}, FAKE="daemon,step=1,wait")
+        watcher.report("step")
+    finally:
+        agent.stop("the actor is told to end")
+        thread.join(20)
+    assert ended == ["the actor is told to end"]
+    assert watcher.until_kind("leaving").data["reason"] == "the actor is told to end"
+    assert process.marked(f"{agent.address.incarnation}.") == []
+    assert announce.read_all(agents.paths) == []
+
+
+def test_a_node_that_cannot_write_logs_says_so(agents: Agents) -> None:
+    agents.start()
+    watcher = agents.watch("n0")
+    watcher.until_kind("pool", state="ready")
+    for folder in (agents.paths.root.parent / "logs").iterdir():
+        (folder / "1").write_text("in the way")
+    agents.paths.attempts.write_text("in the way")
+    watcher.gang.spawn(1, {"n0": [0]}, fake_env(agents.paths, 1, 1))
+    ended = watcher.until_kind("exit", rank=0).data
+    assert ended["code"] == 127
+    assert "could not be started" in ended["log_tail"]

@@ -1,0 +1,275 @@
+"""A Ray cluster that phalanx did not start: three machines with addresses of their own, made of network namespaces.
+
+The test's own process is a fourth machine of that network, and no node of the cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.paths import RunPaths
+from launcher import ray_client, supervise
+from launcher.host import process
+from launcher.launch import create
+from launcher.run import EventKind, RunState
+from launcher.ship import survey
+from launcher.store import RunStore, read_json
+from strategies.errors import ClusterError, ResumeRefused, StorageError
+from strategies.specs import ClusterSpec
+from tests.contract.backend_contract import ancestors
+from tests.support import netns
+from tests.support.agents import FAKE, Watcher
+from tests.support.runs import configuration
+
+pytestmark = [
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(not netns.available(), reason="needs root and ip netns"),
+]
+TOKEN, WRONG = "ab" * 32, "cd" * 32
+SCRIPT = """
+import os, sys, time
+steps, pause = int(sys.argv[1]), float(sys.argv[2])
+start = int(os.path.basename(os.environ["PHALANX_RESUME_FROM"]) or 0) if os.environ["PHALANX_RESUME_FROM"] else 0
+for step in range(start + 1, steps + 1):
+    time.sleep(pause)
+    folder = os.path.join(os.environ["PHALANX_CKPT_DIR"], str(step))
+    if os.environ["RANK"] == "0":
+        os.makedirs(folder, exist_ok=True)
+        open(os.path.join(folder, "COMMIT"), "w").close()
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[netns.RayCluster]:
+    """Three nodes of two CPUs that ask for a token, a dashboard on the head, and a machine that has not joined yet."""
+    with netns.network(4) as net:
+        made = netns.RayCluster(net, token=TOKEN, dashboard=True)
+        try:
+            made.start(nodes=3)
+            yield made
+        finally:
+            made.close()
+    assert not [line for line in netns.listing() if net.name in line]
+
+
+@pytest.fixture(autouse=True)
+def token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The user knows the cluster's token, by the environment alone."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+
+
+def make_run(cluster: netns.RayCluster, folder: Path, *arguments: object, address: str = "") -> RunStore:
+    """The run directory of a script job on the cluster, as submit makes it."""
+    project = folder / "project"
+    project.mkdir()
+    (project / "train.py").write_text(SCRIPT)
+    command = shlex.join([sys.executable, "train.py", *map(str, arguments)])
+    words = ["job=script", f"job.command='{command}'", f"job.workdir={project}", "tracking=none"]
+    words += ["cluster=existing", f"cluster.address='{address or cluster.address}'"]
+    words += ["cluster.nodes=3", "cluster.slots_per_node=2", "recovery.lease_s=30"]
+    from launcher import build
+
+    config = configuration(folder / "runs", "run", words)
+    return create(build.build_request(config, words), config, survey(project, limit_mb=1))
+
+
+def wait(condition: Callable[[], bool], patience_s: float, store: RunStore) -> None:
+    """Wait for something to become true of a run."""
+    assert process.wait_until(condition, patience_s), [f"{event.kind} {dict(event.data)}" for event in store.events()]
+
+
+def quiet(cluster: netns.RayCluster) -> bool:
+    """Whether nothing of ours is left on any node."""
+    pids = [pid for index in range(3) for pid in cluster.net.pids(index)]
+    return not any(
+        "Actor" in " ".join(process.command_line(pid)) or process.environment(pid).get("PHALANX_HOST") for pid in pids
+    )
+
+
+def test_nodes_and_slots_are_what_ray_reports(cluster: netns.RayCluster) -> None:
+    for address in (cluster.address, cluster.dashboard_url):
+        found = ray_client.describe(address)
+        assert sorted(node.address for node in found) == cluster.net.addresses[:3]
+        assert {node.slots for node in found} == {2}
+        assert ray_client.measure(address) == (3, 2)
+
+
+@pytest.mark.parametrize("given", [WRONG, ""], ids=["wrong", "none"])
+def test_a_token_that_is_not_the_clusters_is_refused(
+    cluster: netns.RayCluster, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", given)
+    for address in (cluster.address, cluster.dashboard_url):
+        with pytest.raises(ClusterError, match="authentication failed") as refused:
+            ray_client.describe(address)
+        assert "RAY_AUTH_TOKEN" in refused.value.hint
+        assert refused.value.exit_code == 4
+
+
+def test_addresses_where_no_cluster_is_are_explained_shortly(cluster: netns.RayCluster) -> None:
+    head = cluster.net.addresses[0]
+    absent = f"{cluster.net.host_address.rpartition('.')[0]}.99"
+    for address in (
+        "nonsense",
+        f"{head}:1",
+        f"{absent}:6379",
+        f"{head}:8265",
+        f"http://{head}:1",
+        f"http://{cluster.address}",
+    ):
+        started = time.monotonic()
+        with pytest.raises(ClusterError) as failed:
+            ray_client.describe(address)
+        assert time.monotonic() - started < 20.0
+        assert len(str(failed.value).splitlines()) <= 3
+        assert address.removeprefix("http://") in failed.value.what
+        assert failed.value.hint
+
+
+def test_agents_and_ranks_are_where_the_placement_group_put_them(cluster: netns.RayCluster, tmp_path: Path) -> None:
+    from ray.util.placement_group import placement_group_table
+
+    from launcher.ray_backend import RayBackend
+
+    paths = RunPaths(tmp_path / "placed")
+    paths.root.mkdir()
+    paths.secret.write_text("5" * 64)
+    spec = ClusterSpec(name="test", kind="existing", nodes=3, slots_per_node=2, address=cluster.address)
+    options = {"warm": f"{FAKE}:warm", "target": f"{FAKE}:main", "log_parent": str(tmp_path)}
+    backend = RayBackend(paths.root, spec, agent_options=options)
+    try:
+        addresses = {node.node: node.address for node in backend.nodes()}
+        assert sorted(addresses.values()) == cluster.net.addresses[:3]
+        backend.request_agents(3)
+        assert process.wait_until(lambda: len(backend.agents()) == 3, 60.0), backend.why_missing()
+        agents = backend.agents()
+        (table,) = [table for table in placement_group_table().values() if table["state"] == "CREATED"]
+        assert set(table["bundles_to_node_id"].values()) == {agent.node for agent in agents}
+        watcher = Watcher(paths, 1)
+        watcher.gang.connect(agents)
+        for agent in agents:
+            watcher.until(lambda seen, node=agent.node: seen.kind == "agent_up" and seen.node == node)  # type: ignore[misc]
+        placement = {agent.node: [2 * index, 2 * index + 1] for index, agent in enumerate(agents)}
+        pids = watcher.spawn(1, placement, FAKE="step=1,wait")
+        for agent in agents:
+            assert agent.host == addresses[agent.node]
+            there = cluster.net.pids(cluster.net.addresses.index(agent.host))
+            assert agent.pid in there
+            for rank in placement[agent.node]:
+                assert pids[rank] in there
+                assert agent.pid in ancestors(pids[rank])
+        watcher.gang.close()
+    finally:
+        backend.release()
+        backend.close()
+    assert process.wait_until(lambda: quiet(cluster), 10.0)
+
+
+@pytest.mark.parametrize("by", ["head", "dashboard"])
+def test_the_client_can_go_away(cluster: netns.RayCluster, tmp_path: Path, by: str) -> None:
+    """The controller is on the cluster: this process only looks at the run directory."""
+    address = cluster.address if by == "head" else cluster.dashboard_url
+    store = make_run(cluster, tmp_path, 3, 0.2, address=address)
+    assert ray_client.start_controller(store.paths.root, address) == 1
+    (holder,) = [read_json(path) for path in store.paths.controllers.glob("1.json")]
+    assert any(holder["pid"] in cluster.net.pids(index) for index in range(3))
+    wait(lambda: store.run().state.terminal, 90.0, store)
+    assert store.run().state is RunState.SUCCEEDED
+    assert store.run().step == 3
+    assert len(store.run().attempts[0].nodes) == 3
+    assert process.wait_until(lambda: quiet(cluster), 20.0)
+
+
+def test_a_killed_controller_is_restarted_and_adopts_the_gang(cluster: netns.RayCluster, tmp_path: Path) -> None:
+    store = make_run(cluster, tmp_path, 1000, 0.3)
+    ray_client.start_controller(store.paths.root, cluster.address)
+    wait(lambda: (store.paths.checkpoints / "2" / "COMMIT").exists(), 90.0, store)
+    with pytest.raises(ResumeRefused):
+        ray_client.start_controller(store.paths.root, cluster.address)
+    first = read_json(store.paths.controllers / "1.json")
+    os.kill(first["pid"], signal.SIGKILL)
+
+    def adopted() -> bool:
+        started = [event for event in store.events() if event.kind is EventKind.CONTROLLER_STARTED]
+        return len(started) == 2 and bool(started[1].data["adopted"])
+
+    wait(adopted, 60.0, store)
+    assert len(store.run().attempts) == 1
+    supervise.request_cancel(store, by="test")
+    wait(lambda: store.run().state is RunState.CANCELLED, 60.0, store)
+    assert process.wait_until(lambda: quiet(cluster), 20.0)
+    wish: dict[str, list[str]] = {"overrides": [], "changes": []}
+    ray_client.start_controller(store.paths.root, cluster.address, resume=wish)
+    before = len(list(store.paths.checkpoints.iterdir()))
+    wait(lambda: len(list(store.paths.checkpoints.iterdir())) > before, 60.0, store)
+    assert [event.kind for event in store.events()].count(EventKind.RESUME_REQUESTED) == 1
+    assert int(Path(store.run().attempts[1].resume_from).name) > 1
+    supervise.request_cancel(store, by="test")
+    wait(lambda: store.run().state is RunState.CANCELLED, 60.0, store)
+    assert process.wait_until(lambda: quiet(cluster), 20.0)
+
+
+def test_a_cut_cable_is_a_cut_cable(cluster: netns.RayCluster) -> None:
+    """The tool that tests of partitions build on."""
+    target = (cluster.net.addresses[0], 6379)
+    socket.create_connection(target, timeout=2.0).close()
+    cluster.net.cut(0)
+    try:
+        with pytest.raises(OSError, match=r"timed out|No route|unreachable"):
+            socket.create_connection(target, timeout=1.0)
+    finally:
+        cluster.net.mend(0)
+    socket.create_connection(target, timeout=5.0).close()
+
+
+def test_a_run_directory_that_is_not_shared_is_named_with_the_node(cluster: netns.RayCluster, tmp_path: Path) -> None:
+    """Last: the fourth machine joins, without the file system of the others."""
+    store = make_run(cluster, tmp_path, 1, 0.1)
+    cluster.start_node(3, hide=tmp_path)
+    try:
+        with pytest.raises(StorageError, match=f"not shared with the node {cluster.net.addresses[3]}") as failed:
+            ray_client.start_controller(store.paths.root, cluster.address)
+        assert "No such file" in failed.value.why
+        assert "run.dir" in failed.value.hint
+        assert not store.run().attempts
+        assert quiet(cluster)
+    finally:
+        cluster.net.kill(3)
+
+
+def test_a_cluster_without_authentication(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Found as it is, whether or not the user has a token for another one."""
+    from launcher.ray_backend import RayBackend
+
+    paths = RunPaths(tmp_path / "open")
+    paths.root.mkdir()
+    paths.secret.write_text("5" * 64)
+    with netns.network(1) as net:
+        cluster = netns.RayCluster(net)
+        try:
+            cluster.start(nodes=1)
+            assert ray_client.measure(cluster.address) == (1, 2)
+            monkeypatch.delenv("RAY_AUTH_TOKEN")
+            assert ray_client.measure(cluster.address) == (1, 2)
+            spec = ClusterSpec(name="test", kind="existing", nodes=1, slots_per_node=2, address=cluster.address)
+            backend = RayBackend(paths.root, spec, agent_options={"warm": f"{FAKE}:warm", "log_parent": str(tmp_path)})
+            backend.request_agents(2)
+            assert process.wait_until(lambda: len(backend.agents()) == 1, 60.0), backend.why_missing()
+            time.sleep(4.0)
+            assert "the cluster has 1 node with >= 2 free CPUs" in backend.why_missing()
+            backend.release()
+            backend.close()
+        finally:
+            cluster.close()

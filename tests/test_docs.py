@@ -1,0 +1,106 @@
+"""The README is true: its commands run, its tree exists, its exit codes are the code's."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from launcher.run import EventKind
+from launcher.store import RunStore
+from strategies import errors
+from tests.support import cli
+from tests.support.fakes import tiny_request
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+COMMANDS = [shlex.split(line, comments=True) for line in LINES]
+ILLEGAL = "model=gpt_tiny strategy.tp=3"
+
+
+def verbs(*names: str) -> list[list[str]]:
+    return [words for words in COMMANDS if words[0] == "phalanx" and words[1] in names]
+
+
+def title(words: list[str]) -> str:
+    return " ".join(words[1:])
+
+
+def test_every_command_is_tried_here() -> None:
+    known = {"plan", "submit", "status", "logs", "cancel", "resume"}
+    assert {words[1] for words in COMMANDS if words[0] == "phalanx"} == known
+    assert {words[0] for words in COMMANDS} == {"phalanx", "make"}
+
+
+@pytest.mark.parametrize("words", [words for words in COMMANDS if words[0] == "make"], ids=" ".join)
+def test_make_targets_exist(words: list[str]) -> None:
+    assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("words", verbs("plan"), ids=title)
+def test_plan(words: list[str], tmp_path: Path) -> None:
+    done = cli.phalanx(*words[1:], cwd=tmp_path)
+    assert done.code == (3 if ILLEGAL in title(words) else 0), done.err
+    assert done.out
+
+
+@pytest.mark.parametrize("words", verbs("submit"), ids=title)
+def test_submit_as_a_dry_run(words: list[str], tmp_path: Path) -> None:
+    """The main job runs for real elsewhere; the address of the example is nobody's."""
+    (tmp_path / "train.py").write_text("print('hello')\n")
+    words = [re.sub("^run.dir=/shared", f"run.dir={tmp_path}", word) for word in words[1:]]
+    if "cluster=existing" in words:
+        pytest.skip("needs the cluster that it names; tests/e2e/test_existing_cluster.py has one")
+    done = cli.phalanx(*words, "--dry-run", "data=text", cli.corpus(tmp_path), "model.vocab=300", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.document["request"]["run_name"]
+
+
+@pytest.mark.parametrize("words", verbs("status", "logs", "resume", "cancel"), ids=title)
+def test_looking_at_a_run(words: list[str], tmp_path: Path) -> None:
+    request = tiny_request(tmp_path / "runs", name="gpt_tiny-1")
+    run = RunStore.create(request)
+    run.append(
+        EventKind.ATTEMPT_PLANNED,
+        epoch=1,
+        attempt=1,
+        plan=request.job.plan,
+        nodes=["a"],
+        resume_from="",
+        first_step=1,
+        reason="start",
+    )
+    run.append(EventKind.RUN_FAILED, epoch=1, attempt=1, reason="an example")
+    run.paths.attempt(1).mkdir(parents=True)
+    run.paths.rank_log(1, 0).write_text("hello from rank 0\n")
+    if words[1] == "resume":
+        pytest.skip("resumed for real in tests/e2e/test_recovery.py")
+    done = cli.phalanx(*words[1:], cwd=tmp_path)
+    ended_already = words[1] == "cancel"
+    assert done.code == (2 if ended_already else 0), done.err
+    assert done.out or done.err
+    assert "Traceback" not in done.err
+
+
+def test_exit_codes() -> None:
+    section = README.split("## Exit codes")[1].split("##")[0]
+    stated = {int(number) for number in re.findall(r"\b(\d+)\b", section)}
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    assert stated == {0} | {kind.exit_code for kind in kinds if issubclass(kind, errors.PhalanxError)}
+
+
+def test_tree() -> None:
+    section = README.split("## The tree")[1]
+    for folder in re.findall(r"^(\w+)/", section, re.MULTILINE):
+        assert (ROOT / folder).is_dir()
+
+
+def test_help_of_every_verb_has_an_example(tmp_path: Path) -> None:
+    for verb in ("plan", "submit", "resume", "status", "logs", "cancel"):
+        done = cli.phalanx(verb, "--help", cwd=tmp_path)
+        assert done.code == 0
+        assert f"phalanx {verb}" in done.out.split("Example")[1]
