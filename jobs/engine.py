@@ -101,7 +101,7 @@ class Engine:
         accelerator = get_accelerator()
         accelerator.set_device(env.local_rank)
         # Compiled on first use, about a minute, and a rank killed meanwhile leaves a lock that hangs every later start
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # assigned: a look at the original probes ops
         os.environ["LOCAL_RANK"] = str(env.local_rank)  # DeepSpeed reads it in several places
         distributed.init_process_group(env, accelerator.communication_backend_name())
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its topology

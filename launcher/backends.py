@@ -104,7 +104,13 @@ def _ray(store: RunStore, request: LaunchRequest) -> Iterator[Backend]:
 def agent_options(request: LaunchRequest) -> dict[str, Any]:
     """How agents of this run behave: fields of :class:`launcher.host.agent.AgentOptions`."""
     recovery = request.recovery
-    return {"detect_s": recovery.detect_s, "lease_s": recovery.lease_s, "grace_s": recovery.grace_s}
+    options: dict[str, Any] = {
+        "detect_s": recovery.detect_s,
+        "lease_s": recovery.lease_s,
+        "grace_s": recovery.grace_s,
+    }
+    # A script imports what it needs by itself: a pool that has imported torch would be of no use to it.
+    return options if request.job.kind == "pretrain" else options | {"warm": ""}
 
 
 def _need_ray() -> None:

@@ -128,7 +128,8 @@ class _Book:
         at += stall
         if failed_at:
             failed_at = min(max(failed_at, at), until)
-            self._seconds["replay"] += failed_at - at
+            # A script reports no steps, so nobody can tell which part of its time was lost.
+            self._seconds["replay" if self._steps else "productive"] += failed_at - at
             self._seconds["detect"] += until - failed_at
         else:
             self._seconds["finish"] += until - at

@@ -49,7 +49,6 @@ class OptimizerAccess(ABC):
         ds: DeepSpeed's engine, whose parameters carry :class:`ParamMeta` as ``phalanx``.
     """
 
-    extra_steps = 0  # empty steps that DeepSpeed takes at birth and that Adam counts
 
     def __init__(self, ds: Any) -> None:
         self.ds = ds
@@ -101,15 +100,15 @@ class OptimizerAccess(ABC):
         counts = {int(state["step"]) for owner in self.owners() if (state := self.inner.state.get(owner))}
         if len(counts) > 1:
             raise PhalanxError(f"The optimizer has made {sorted(counts)} steps on parts of one rank.")
-        return max(0, counts.pop() - self.extra_steps) if counts else 0
+        return counts.pop() if counts else 0
 
     @steps.setter
     def steps(self, count: int) -> None:
         for owner in self.owners():
-            self.inner.state[owner]["step"] = torch.tensor(float(count + self.extra_steps), dtype=torch.float32)
+            self.inner.state[owner]["step"] = torch.tensor(float(count), dtype=torch.float32)
         for group in self.inner.param_groups:
             if "step" in group:  # fused optimizers count per group
-                group["step"] = count + self.extra_steps
+                group["step"] = count
 
     def _parameters(self) -> Iterator[tuple[torch.nn.Parameter, ParamMeta]]:
         for name, parameter in self.ds.module.named_parameters():
@@ -158,8 +157,6 @@ class Unsharded(OptimizerAccess):
 
 class UnshardedMixed(Unsharded):
     """ZeRO-0 in 16 bits (``FP16_UnfusedOptimizer``): one fp32 master per parameter."""
-
-    extra_steps = 1  # it takes an empty step to allocate its state
 
     def publish(self) -> None:
         """Round the masters."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from jobs.spec import CheckpointSpec, DataSpec, JobSpec, TrainSpec
 from launcher.backend import AgentAddress, NodeInfo
-from launcher.gang import Observation, ObservationKind
+from launcher.observation import Observation, ObservationKind
 from launcher.request import LaunchRequest, RecoverySpec, TrackingSpec
 from strategies.plan import ParallelPlan
 from strategies.specs import BatchSpec, ClusterSpec, ModelSpec
