@@ -171,7 +171,8 @@ class Keeper:
                 env=os.environ | _RAY_SETTINGS | auth | {NODE_MARK: mark},
                 cwd=self._temp,
                 start_new_session=True,
-                preexec_fn=lambda: die_with_parent(signal.SIGKILL, parent),
+                # Not SIGKILL: helpers of a raylet that was killed try for a minute to report that to a dead head.
+                preexec_fn=lambda: die_with_parent(signal.SIGTERM, parent),
             )
         node = _Node(index=index, mark=mark, slots=slots, log=log, child=child, started=process_started(child.pid))
         self._nodes.append(node)

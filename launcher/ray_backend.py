@@ -293,7 +293,7 @@ def create_controller(run_dir: Path, resume: Mapping[str, Any] | None, adopt: bo
     """
     name = f"phalanx-{run_key(run_dir)}-controller"
     with _cluster_errors():
-        wait_gone(lambda: find_actor(name), run_dir.name)
+        wait_gone(lambda: find_actor(name), RunPaths(run_dir))
         actor = _detached(_ControllerActor, name, run_dir, num_cpus=0, max_restarts=-1, max_task_retries=-1)
         return actor.remote(str(run_dir), resume, adopt)
 

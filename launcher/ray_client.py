@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from jobs.paths import RunPaths
 from launcher import ray_jobs
 from launcher.backend import NodeInfo
 from launcher.embedded import NODE_MARK, kill_members
+from launcher.host import process
+from launcher.lock import newest_epoch
 from launcher.store import create_exclusive, dump, write_atomic
 from strategies import errors
 from strategies.errors import ClusterError, PhalanxError, ResumeRefused
@@ -36,6 +38,7 @@ REACH_S = 5.0
 DESCRIBE_S = 12.0
 SUBMIT_S = 120.0
 NODE_START_S = 45.0
+NODE_STOP_S = 8.0
 NONCE_FOLDER = "shared"
 
 _TOKEN_HINT = (
@@ -71,16 +74,12 @@ def describe(address: str) -> list[NodeInfo]:
     Raises:
         ClusterError: Nothing answers there, it is no Ray cluster, or it refuses us; within about 15 s.
     """
-    found = ray_jobs.describe(address) if is_dashboard(address) else _describe_head(address)
+    found = ray_jobs.describe(address) if is_dashboard(address) else describe_all(address)
     return [node for node in found if node.slots]
 
 
-def describe_all(address: str) -> list[str]:
-    """Addresses of all living nodes, those without devices included; like :func:`describe`, for ``IP:PORT`` only."""
-    return [node.address for node in _describe_head(address)]
-
-
-def _describe_head(address: str) -> list[NodeInfo]:
+def describe_all(address: str) -> list[NodeInfo]:
+    """All living nodes, those without devices included; like :func:`describe`, for ``IP:PORT`` only."""
     reach(address)
     answer = _ask_ray(["describe", address], DESCRIBE_S, what=f"The Ray cluster at {address} does not answer.")
     return [NodeInfo(**node) for node in answer["nodes"]]
@@ -191,7 +190,7 @@ def _ask_ray(arguments: list[str], timeout_s: float, *, what: str) -> dict[str, 
     """Call a verb of :mod:`launcher.ray_backend` in a process of its own and return its answer."""
     command = [sys.executable, "-P", "-m", "launcher.ray_backend", *arguments]
     environment = os.environ | auth_environment() | {"PYTHONPATH": python_path(), "RAY_BACKEND_LOG_LEVEL": "fatal"}
-    process = subprocess.Popen(
+    asked = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -201,7 +200,7 @@ def _ask_ray(arguments: list[str], timeout_s: float, *, what: str) -> dict[str, 
         start_new_session=True,
     )
     try:
-        out, complaint = process.communicate(timeout=timeout_s)
+        out, complaint = asked.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired as error:
         raise ClusterError(
             what,
@@ -209,9 +208,9 @@ def _ask_ray(arguments: list[str], timeout_s: float, *, what: str) -> dict[str, 
             hint="Check that cluster.address is the head's IP:PORT (6379 by default), not a port of something else.",
         ) from error
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        if asked.poll() is None:
+            os.killpg(asked.pid, signal.SIGKILL)
+            asked.communicate()
     return answer_in(out.decode(errors="replace"), complaint.decode(errors="replace"), what=what)
 
 
@@ -242,22 +241,24 @@ def python_path() -> str:
 
 
 @contextlib.contextmanager
-def local_node(address: str, nodes: list[str]) -> Iterator[str]:
+def local_node(address: str, nodes: Iterable[NodeInfo]) -> Iterator[str]:
     """The address of a Ray node on this machine: a driver cannot do without one.
 
     When none of the cluster's nodes is here, one without any resources joins for as long as the context lasts.
 
     Args:
         address: ``IP:PORT`` of the head.
-        nodes: Addresses of all living nodes, those without devices included.
+        nodes: All living nodes, those without devices included.
 
     Raises:
         ClusterError: A node did not start.
     """
     here = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
+    ids = {word.removeprefix("--node_id=") for pid in process.all_pids() for word in process.command_line(pid)[1:]}
     for node in nodes:
-        if node in here:
-            yield node
+        # The address alone may be that of a node which has just died, the process alone that of another container.
+        if node.address in here and node.node in ids:
+            yield node.address
             return
     host = address.rpartition(":")[0].strip("[]")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -299,18 +300,28 @@ def _temporary_node(address: str, own: str) -> Iterator[None]:
             time.sleep(0.1)
         yield
     finally:
+        node.terminate()  # it takes its leave of the cluster
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            node.wait(timeout=NODE_STOP_S)
         kill_members(mark)
         node.wait()
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def wait_gone(find: Callable[[], Any], run: str, patience_s: float = 10.0) -> None:
+def wait_gone(find: Callable[[], Any], paths: RunPaths, patience_s: float = 10.0) -> None:
     """Wait until an earlier controller actor of the run has left.
+
+    Args:
+        find: Looks the actor up; None when there is none.
+        paths: The run, which tells whether that controller has given up control: only then it is about to leave.
+        patience_s: How long it may take to leave.
 
     Raises:
         ResumeRefused: It stays.
     """
-    deadline = time.monotonic() + patience_s
+    newest, run = newest_epoch(paths), paths.root.name
+    leaving = not newest or (paths.controllers / f"{newest}.released").exists()
+    deadline = time.monotonic() + (patience_s if leaving else 0.0)
     while find() is not None:
         if time.monotonic() > deadline:
             raise ResumeRefused(

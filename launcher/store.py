@@ -151,7 +151,7 @@ class RunStore:
                 f"There are no runs in {parent.absolute()}.", hint="phalanx submit, or --dir FOLDER to look elsewhere."
             )
         if ref == "latest":
-            newest = max(names, key=lambda name: ((parent / name / "events.jsonl").stat().st_ctime_ns, name))
+            newest = max(names, key=lambda name: (_last_event_time(parent / name / "events.jsonl"), name))
             return cls(parent / newest)
         if ref in names:
             return cls(parent / ref)
@@ -212,6 +212,22 @@ class RunStore:
         if self._seq:
             return self._seq
         return max((event.seq for event in self.events()), default=0)
+
+
+def _last_event_time(path: Path, window_bytes: int = 65536) -> float:
+    """UTC seconds of the newest event of a log; 0 when there is none. Reads the end of the file only."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - window_bytes))
+            lines = file.read().splitlines(keepends=True)
+    except FileNotFoundError:
+        return 0.0
+    for line in reversed([line for line in lines if line.endswith(b"\n")]):
+        try:
+            return float(json.loads(line)["time"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return 0.0
 
 
 def append_line(path: Path, line: bytes) -> None:

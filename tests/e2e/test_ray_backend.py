@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +16,10 @@ from launcher.backend import AgentAddress, Backend
 from launcher.embedded import EmbeddedCluster, members
 from launcher.host import process
 from launcher.ray_backend import RayBackend
-from launcher.ray_placement import SHUN_S, device_count
 from strategies.errors import ClusterError
 from strategies.specs import ClusterSpec
 from tests.contract.backend_contract import BackendContract, Site, ancestors
-from tests.support.agents import FAKE
+from tests.support.agents import FAKE, Watcher
 
 pytestmark = pytest.mark.timeout(180)
 CLUSTER = ClusterSpec(name="test", kind="local", nodes=2, slots_per_node=2, spares=2)
@@ -148,8 +149,27 @@ class TestRayBackend(BackendContract):
         assert "RAY_AUTH_TOKEN" in refused.value.hint
 
 
-def test_devices_are_gpus_where_there_are_any() -> None:
-    assert device_count({"CPU": 96.0, "GPU": 8.0}) == 8
-    assert device_count({"CPU": 2.0}) == 2
-    assert device_count({"memory": 1e9}) == 0
-    assert SHUN_S > 0
+def test_kill_9_of_the_keeper_ends_everything(tmp_path: Path) -> None:
+    """Ray's helpers, the agent, its pool and its ranks: all of it goes, and no other cluster is touched."""
+    paths = RunPaths(tmp_path / "run")
+    paths.root.mkdir()
+    paths.secret.write_text("5" * 64)
+    cluster = EmbeddedCluster.start(paths.root, nodes=1, slots_per_node=2)
+    try:
+        backend = connect(paths, tmp_path)
+        backend.request_agents(1)
+        assert process.wait_until(lambda: len(backend.agents()) == 1, 60.0), backend.why_missing()
+        (agent,) = backend.agents()
+        watcher = Watcher(paths, 1)
+        watcher.gang.connect([agent])
+        watcher.until_kind("agent_up")
+        pids = watcher.spawn(1, {agent.node: [0, 1]}, FAKE="stubborn,step=1,wait")
+        watcher.gang.close()
+        backend.close()
+        before = cluster.processes()
+        assert {agent.pid, *pids.values()} <= before
+        os.kill(cluster.record()["keeper"]["pid"], signal.SIGKILL)
+        assert process.wait_until(lambda: not any(process.is_running(pid) for pid in before), 60.0)
+        assert cluster.processes() == set()
+    finally:
+        cluster.stop()
