@@ -12,6 +12,7 @@ from launcher.lock import identity
 from launcher.recovery import Failure, FailureKind
 from launcher.run import EventKind, RunState
 from launcher.store import read_json
+from strategies.codec import from_json
 
 Welcomes = Mapping[str, Mapping[str, Any]]
 
@@ -26,10 +27,13 @@ def begin(controller: Controller, *, resume: Mapping[str, Any] | None = None, ad
         adopt: A live gang may be taken over as it is (false when the request was changed).
     """
     welcomes, heard = _meet_agents(controller)
+    if controller.run.state.terminal and resume is None:
+        controller.leave()  # its predecessor fell between recording the end and giving everything back
+        return
     attempt = controller.run.attempt
     unfinished = attempt is not None and attempt.ended is None
     if unfinished and adopt and _adoptable(controller, welcomes):
-        _adopt(controller)
+        _adopt(controller, resume or {})
         for seen in heard:
             controller.observe(seen)
         return
@@ -66,14 +70,20 @@ def _meet_agents(controller: Controller) -> tuple[dict[str, Mapping[str, Any]], 
 
 
 def _adoptable(controller: Controller, welcomes: Welcomes) -> bool:
-    """Every node of the newest attempt answers and still holds it."""
+    """Every node of the newest attempt answers and still holds it, and nobody has begun to stop it."""
     attempt = controller.run.attempt
-    if attempt is None or not controller.store.paths.ranks(attempt.number).exists():
+    if attempt is None or controller.run.state not in (RunState.STARTING, RunState.RUNNING):
         return False
-    return all(welcomes.get(node, {}).get("attempt") == attempt.number for node in attempt.nodes)
+    if not controller.store.paths.ranks(attempt.number).exists():
+        return False
+    return all(
+        welcomes.get(node, {}).get("attempt") == attempt.number
+        and not any((rank.get("exited") or {}).get("requested") for rank in welcomes[node].get("ranks", ()))
+        for node in attempt.nodes
+    )
 
 
-def _adopt(controller: Controller) -> None:
+def _adopt(controller: Controller, resume: Mapping[str, Any]) -> None:
     """Take over the live attempt. Its agents replay what they have seen, so nothing is missed."""
     attempt = controller.run.attempt
     assert attempt is not None
@@ -93,7 +103,10 @@ def _adopt(controller: Controller) -> None:
         last_step=max(attempt.last_step, last_metric_step(controller, attempt.number)),
         training=controller.run.state is RunState.RUNNING,
     )
-    controller.record(EventKind.CONTROLLER_STARTED, **identity(), adopted=True)
+    if not controller.state.training:
+        controller.first_step_by = controller.clock.monotonic() + controller.request.recovery.start_timeout_s
+    wish = {"id": resume["id"]} if "id" in resume else {}
+    controller.record(EventKind.CONTROLLER_STARTED, **identity(), adopted=True, **wish)
     controller.enter(Phase.RUN)
 
 
@@ -122,13 +135,23 @@ def _lost_gang(controller: Controller) -> None:
     assert attempt is not None
     now = controller.clock.time()
     last = last_metric_step(controller, attempt.number)
-    failure = Failure(
+    failure = _known_failure(controller, attempt.number) or Failure(
         kind=FailureKind.NODE_LOST, time=now, step=last, detail="the gang was gone when a new controller came"
     )
     controller.record(
         EventKind.FAILURE_DETECTED, attempt=attempt.number, failure=failure, last_step=last, failed_at=now
     )
     controller.conclude(failure)
+
+
+def _known_failure(controller: Controller, attempt: int) -> Failure | None:
+    """What the predecessor had detected when it fell in the middle of recovering from it."""
+    detected = [
+        event
+        for event in controller.store.events()
+        if event.attempt == attempt and event.kind is EventKind.FAILURE_DETECTED
+    ]
+    return from_json(Failure, detected[-1].data["failure"], where="events.jsonl") if detected else None
 
 
 def last_metric_step(controller: Controller, attempt: int) -> int:

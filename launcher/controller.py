@@ -24,6 +24,7 @@ from launcher import progress, recovery
 from launcher.backend import AgentAddress, Backend
 from launcher.gang import Gang, Observation
 from launcher.gang_state import GangState, Note
+from launcher.lineup import line_up
 from launcher.lock import ControllerLock
 from launcher.recovery import Action, Failure, FailureKind
 from launcher.request import LaunchRequest
@@ -36,6 +37,7 @@ from strategies.topology import Topology, place
 STOP_PATIENCE_S = 10.0  # an agent that has not confirmed the end of its ranks by then is taken for lost
 GATHER_NOTICE_S = 3.0  # waiting for nodes shorter than this is not worth a line in the log
 REQUEST_EVERY_S = 1.0
+LATE = (EventKind.CHECKPOINT_COMMITTED, EventKind.POOL_UNSAFE)  # still true of an attempt that is being stopped
 
 
 class Clock(Protocol):
@@ -100,7 +102,7 @@ class Controller:
         self._observer = observer
         self._since = clock.monotonic()  # of the present phase
         self._until = 0.0  # end of the back-off (monotonic)
-        self._first_step_by: float | None = None
+        self.first_step_by: float | None = None
         self._asked = float("-inf")
         self._noticed = False
         self._cancelling = False
@@ -140,8 +142,10 @@ class Controller:
     def record(self, kind: EventKind, *, attempt: int | None = None, **data: Any) -> None:
         """Write one event, durably, before anything that depends on it is done."""
         number = attempt if attempt is not None else (self.state.attempt if self.state else 0)
-        event = self.store.append(kind, epoch=self.lock.epoch, attempt=number, **data)
-        self.run = apply(self.run, event)
+        event = self.store.draft(kind, epoch=self.lock.epoch, attempt=number, **data)
+        after = apply(self.run, event)  # an event that cannot follow is our bug, and must not reach the log
+        self.store.commit(event)
+        self.run = after
         self._observer(event)
 
     def enter(self, phase: Phase) -> None:
@@ -155,13 +159,21 @@ class Controller:
     def observe(self, seen: Observation) -> None:
         """Take in what one agent says, record what is worth it, and start to recover from what is a failure."""
         self.note_agent(seen)
+        if seen.kind == "agent_up":
+            self._end_leftovers(seen)
         if self.state is None:
             return
         for found in self.state.observe(seen):
             if isinstance(found, Failure):
                 self._suspect(found)
-            else:
+            elif self.phase is not Phase.STOP or found.kind in LATE:
                 self._take_note(found)
+
+    def _end_leftovers(self, seen: Observation) -> None:
+        """An agent that answers late may still hold ranks of an attempt that was given up."""
+        attempt = int(seen.data.get("attempt") or 0)
+        if attempt and (self.state is None or attempt != self.state.attempt):
+            self.gang.kill(attempt, grace_s=0.0)
 
     def note_agent(self, seen: Observation) -> None:
         """Keep the list of agents that are up.
@@ -183,7 +195,7 @@ class Controller:
         if note.kind is EventKind.RANKS_SPAWNED:
             self._write_ranks(self.state)
         if note.kind is EventKind.TRAINING_STARTED:
-            self._first_step_by = None
+            self.first_step_by = None
         self.record(note.kind, **note.data)
 
     def _write_ranks(self, state: GangState) -> None:
@@ -207,7 +219,8 @@ class Controller:
             self.gang.connect(self.backend.agents())
         need = self._nodes_needed()
         if len(self.up) >= need:
-            self._start(self._choose(need))
+            before = self.run.attempt.nodes if self.run.attempt else ()
+            self._start(line_up(before, self.up, need))
             return
         waited = now - self._since
         if waited > GATHER_NOTICE_S and not self._noticed and self.run.attempts:
@@ -229,16 +242,6 @@ class Controller:
     def _nodes_needed(self) -> int:
         slots = self.request.cluster.slots_per_node
         return -(-self.request.job.plan.world_size // slots)
-
-    def _choose(self, need: int) -> list[str]:
-        """Nodes in gang order: who was there keeps its place, spares fill the gaps."""
-        before = self.run.attempt.nodes if self.run.attempt else ()
-        free = [node for node in sorted(self.up) if node not in before]
-        kept = [node if node in self.up else None for node in before][:need]
-        kept += [None] * (need - len(kept))
-        late = [node for node in before[need:] if node in self.up]
-        fill = iter([*free, *late])
-        return [node if node is not None else next(fill) for node in kept]
 
     def _start(self, nodes: list[str]) -> None:
         job, paths = self.request.job, self.store.paths
@@ -264,7 +267,7 @@ class Controller:
             reason=self.start_reason,
         )
         self.start_reason = "restart"
-        self._first_step_by = self.clock.monotonic() + self.request.recovery.start_timeout_s
+        self.first_step_by = self.clock.monotonic() + self.request.recovery.start_timeout_s
         self.enter(Phase.RUN)
         try:
             self.gang.spawn(
@@ -307,7 +310,7 @@ class Controller:
             step = progress.resume_point(self.store.paths, script=True).step if script else self.state.last_step
             digest = None if script else final.get("weights_digest")
             self.end(EventKind.RUN_SUCCEEDED, step=step, weights_digest=digest)
-        elif self._first_step_by is not None and self.clock.monotonic() > self._first_step_by:
+        elif self.first_step_by is not None and self.clock.monotonic() > self.first_step_by:
             patience = self.request.recovery.start_timeout_s
             detail = f"no first step within {patience:.0f} s (recovery.start_timeout_s)"
             self._suspect(Failure(kind=FailureKind.START_TIMEOUT, time=self.clock.time(), detail=detail))
@@ -327,7 +330,7 @@ class Controller:
             failed_at=min(fired, default=failure.time),
         )
         self.gang.kill(state.attempt, grace_s=0.0)
-        self._first_step_by = None
+        self.first_step_by = None
         self.enter(Phase.STOP)
 
     def _stop(self) -> None:
@@ -387,6 +390,10 @@ class Controller:
         for record in self._new_faults():
             self.record(EventKind.FAULT_FIRED, fault=record["id"], record=record)
         self.record(kind, **data)
+        self.leave()
+
+    def leave(self) -> None:
+        """Give everything back; there is nothing more to do for this run."""
         self.enter(Phase.END)
         self.gang.shutdown_agents()
         self.backend.release()

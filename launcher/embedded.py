@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ NODE_MARK = "PHALANX_NODE"
 """Environment variable of every process of a node: ``<run>/<index>``, or ``<run>/head``."""
 
 LOG_NAME = "cluster.log"
+TEMP_PREFIX = "phx-"
 _POLL_S = 0.1
 
 
@@ -42,18 +44,30 @@ def node_mark(run_dir: Path, index: int | str) -> str:
     return f"{run_dir.name}-{digest}/{index}"
 
 
-def members(mark: str) -> set[int]:
-    """Living processes of one node (or, with a mark that ends in ``/``, of all nodes of a run).
+def members(mark: str, home: str = "") -> set[int]:
+    """Living processes of one node, or of all nodes of a run.
 
-    Those that carry the mark, all of their sessions and all of their descendants: a process that sets its title may
-    overwrite its environment.
+    Those that carry the mark or stand below the node's folder, their sessions and all of their descendants: a process
+    that sets its title may overwrite its environment.
+
+    Args:
+        mark: From :func:`node_mark`; for all nodes it ends in ``/``.
+        home: Folder of the node, or of all nodes.
     """
     rows = _processes()
-    found = {pid for pid in rows if _carries(pid, mark)}
+    found = {pid for pid in rows if _carries(pid, mark) or (home and _stands_below(pid, home))}
     # A session belongs to the node if the process that made it does, or is gone.
     sessions = {session for pid in found if (session := rows[pid][1]) in found or session not in rows} - {0, 1}
     found |= {pid for pid, (_, session) in rows.items() if session in sessions}
     return (found | _below(found, rows)) - {os.getpid()}
+
+
+def _stands_below(pid: int, home: str) -> bool:
+    try:
+        folder = os.readlink(f"/proc/{pid}/cwd").removesuffix(" (deleted)")
+    except OSError:
+        return False
+    return folder == home or folder.startswith(home + "/")
 
 
 def descendants(pid: int) -> set[int]:
@@ -79,12 +93,12 @@ def _carries(pid: int, mark: str) -> bool:
     return value.startswith(mark) if mark.endswith("/") else value == mark
 
 
-def kill_members(mark: str, *, timeout_s: float = 10.0) -> set[int]:
+def kill_members(mark: str, home: str = "", *, timeout_s: float = 10.0) -> set[int]:
     """SIGKILL every process of a node, again and again until none is left; returns those that would not go."""
     deadline = time.monotonic() + timeout_s
     seen: set[int] = set()
     while True:
-        seen = {pid for pid in seen if process.is_running(pid)} | members(mark)
+        seen = {pid for pid in seen if process.is_running(pid)} | members(mark, home)
         if not seen or time.monotonic() > deadline:
             return seen
         for pid in seen:
@@ -185,11 +199,11 @@ class EmbeddedCluster:
 
     def processes(self) -> set[int]:
         """Living processes of the cluster, without the keeper."""
-        return members(node_mark(self.run_dir, ""))
+        return members(node_mark(self.run_dir, ""), str(self.record().get("temp_dir", "")))
 
     def kill_node(self, index: int) -> None:
         """SIGKILL everything on one node, as a power cut would."""
-        left = kill_members(node_mark(self.run_dir, index))
+        left = kill_members(node_mark(self.run_dir, index), str(Path(self.record()["temp_dir"]) / str(index)))
         if left:
             raise ClusterError(f"Processes {sorted(left)} of node {index} cannot be killed.")
 
@@ -201,9 +215,12 @@ class EmbeddedCluster:
         """
         if self.alive():
             self._end_keeper(int(self.record()["keeper"]["pid"]), timeout_s)
-        left = kill_members(node_mark(self.run_dir, ""))
+        left = kill_members(node_mark(self.run_dir, ""), str(self.record().get("temp_dir", "")))
         if left:
             raise ClusterError(f"Processes {sorted(left)} of the local cluster of '{self.run_dir.name}' will not end.")
+        temp = Path(self.record().get("temp_dir", ""))
+        if temp.name.startswith(TEMP_PREFIX):  # a keeper that was killed has left it
+            shutil.rmtree(temp, ignore_errors=True)
 
     def _end_keeper(self, pid: int, timeout_s: float = 30.0) -> None:
         process.send(pid, signal.SIGTERM)

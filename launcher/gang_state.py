@@ -31,6 +31,7 @@ class GangState:
         resume_from: What the ranks restore.
         spawned: Node -> rank -> process id.
         stopped: Nodes on which no rank of the attempt is left.
+        gone: Nodes that were lost, or that said they were leaving.
         finished: Ranks that exited with code 0.
         errors: ``error`` reports by rank.
         commits: Steps of this attempt whose checkpoint is in the log already.
@@ -46,6 +47,7 @@ class GangState:
     resume_from: str = ""
     spawned: dict[str, dict[int, int]] = field(default_factory=dict)
     stopped: set[str] = field(default_factory=set)
+    gone: set[str] = field(default_factory=set)
     finished: set[int] = field(default_factory=set)
     errors: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     commits: set[int] = field(default_factory=set)
@@ -82,7 +84,7 @@ class GangState:
         if seen.node not in self.placement:
             return []
         if seen.kind in ("agent_lost", "leaving"):
-            return [self._node_gone(seen)]
+            return [] if seen.node in self.gone else [self._node_gone(seen)]
         if int(seen.data.get("attempt", self.attempt)) != self.attempt:
             return []
         handlers: dict[str, Callable[[Observation], list[Note | Failure]]] = {
@@ -96,6 +98,7 @@ class GangState:
         return handler(seen) if handler else []
 
     def _node_gone(self, seen: Observation) -> Failure:
+        self.gone.add(seen.node)
         self.stopped.add(seen.node)
         leaving = seen.kind == "leaving"
         why = str(seen.data.get("why") or seen.data.get("reason") or "")
@@ -130,8 +133,8 @@ class GangState:
         if seen.data.get("code") == 0:
             self.finished.add(rank)
             return []
-        if seen.data.get("requested"):
-            return []  # the controller asked for it
+        if seen.data.get("requested") and seen.data.get("signal"):
+            return []  # the controller asked for it; one that had an exit code of its own fell before
         failure = recovery.classify_exit(seen.data, node=seen.node, when=seen.time, error=self.errors.get(rank))
         return [recovery.at_step(failure, self.last_step + 1)]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.paths import RunPaths
-from launcher.embedded import NODE_MARK, descendants, node_mark
+from launcher.embedded import NODE_MARK, TEMP_PREFIX, descendants, node_mark
 from launcher.host import process
 from launcher.host.child import adopt_orphans, die_with_parent
 from launcher.lock import newest_epoch, process_started
@@ -33,7 +33,6 @@ OBJECT_STORE_BYTES = 80 * 2**20  # Ray refuses less than 75 MiB; nothing of ours
 SOCKET_PATH_BYTES = 75  # of "/<index>/session_<date>_<pid>/sockets/plasma_store" below the temp dir
 STOP_PATIENCE_S = 8.0
 ABANDONED_S = 10.0  # a run that is over and has had no heartbeat for so long needs its cluster no more
-_PREFIX = "phx-"
 _READY = "Ray runtime started"
 _POLL_S = 0.1
 
@@ -58,6 +57,7 @@ class _Node:
     index: int | str
     mark: str
     slots: int
+    home: Path
     log: Path
     child: subprocess.Popen[bytes]
     started: int
@@ -68,6 +68,7 @@ class _Node:
         return {
             "index": self.index,
             "marker": self.mark,
+            "home": str(self.home),
             "slots": self.slots,
             "pid": self.child.pid,
             "started": self.started,
@@ -159,6 +160,8 @@ class Keeper:
 
     def _launch(self, index: int | str, slots: int) -> _Node:
         mark = node_mark(self._paths.root, index)
+        home = self._temp / str(index)  # where it stands identifies a process that has overwritten its environment
+        home.mkdir()
         log = self._temp / f"node-{index}.log"
         auth = {"RAY_AUTH_TOKEN_PATH": str(self._temp / "token")}
         parent = os.getpid()
@@ -169,12 +172,13 @@ class Keeper:
                 stdout=out,
                 stderr=out,
                 env=os.environ | _RAY_SETTINGS | auth | {NODE_MARK: mark},
-                cwd=self._temp,
+                cwd=home,
                 start_new_session=True,
-                # Not SIGKILL: helpers of a raylet that was killed try for a minute to report that to a dead head.
-                preexec_fn=lambda: die_with_parent(signal.SIGTERM, parent),
+                # SIGTERM would be kinder, but a raylet takes half a minute over it when its head has gone first.
+                preexec_fn=lambda: die_with_parent(signal.SIGKILL, parent),
             )
-        node = _Node(index=index, mark=mark, slots=slots, log=log, child=child, started=process_started(child.pid))
+        started = process_started(child.pid)
+        node = _Node(index=index, mark=mark, slots=slots, home=home, log=log, child=child, started=started)
         self._nodes.append(node)
         return node
 
@@ -296,9 +300,9 @@ def _make_temp_dir() -> Path:
         ClusterError: No folder for temporary files has a short enough path.
     """
     for base in dict.fromkeys([tempfile.gettempdir(), "/tmp"]):
-        if len(base) + len(_PREFIX) + 9 + SOCKET_PATH_BYTES <= 107 and os.access(base, os.W_OK):
+        if len(base) + len(TEMP_PREFIX) + 9 + SOCKET_PATH_BYTES <= 107 and os.access(base, os.W_OK):
             _sweep(Path(base))
-            return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
+            return Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=base))
     raise ClusterError(
         f"The path of the folder for temporary files, {tempfile.gettempdir()}, is too long for Unix sockets.",
         hint="Set TMPDIR to a folder with a short path, for example TMPDIR=/tmp.",
@@ -306,7 +310,7 @@ def _make_temp_dir() -> Path:
 
 
 def _sweep(base: Path) -> None:
-    for owner in base.glob(f"{_PREFIX}*/owner"):
+    for owner in base.glob(f"{TEMP_PREFIX}*/owner"):
         try:
             pid, started = owner.read_text().split()
             mine = owner.stat().st_uid == os.getuid()

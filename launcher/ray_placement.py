@@ -176,7 +176,7 @@ class AgentPlacement:
             if bundle not in coming:
                 self._ray.unreserve(bundle.group)
         usable = [bundle for bundle in bundles if bundle.node in nodes and not self._is_shunned(bundle.node)]
-        free = [node for node in self._free(nodes.values(), bundles) if not self._is_shunned(node.node)]
+        free = self._free(nodes.values(), bundles)
         for node in free[: max(0, self._wanted - len(usable) - len(coming))]:
             self._reserve(f"more-{node.node[:12]}-{int(now * 1000):x}", [self._bundle([node], 1)])
         return self._ray.bundles(self._prefix)

@@ -74,7 +74,8 @@ _PEER_GONE = re.compile(
     re.IGNORECASE,
 )
 _COMMUNICATION = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")
-_ADDRESS = re.compile(r"0x[0-9a-f]+|pid[= ]\d+|:\d{4,5}\b", re.IGNORECASE)
+# What differs between two attempts that meet the same error: addresses, ports, process ids, names that carry the token.
+_ADDRESS = re.compile(r"0x[0-9a-f]+|pid[= ]\d+|:\d{4,5}\b|e\d{4}-a\d{4}|attempts/\d+|attempt \d+", re.IGNORECASE)
 
 
 def classify_exit(data: Mapping[str, Any], *, node: str, when: float, error: Mapping[str, Any] | None) -> Failure:

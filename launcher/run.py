@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -181,10 +182,17 @@ def apply(run: Run, event: RunEvent) -> Run:
 
 
 def fold(events: Iterable[RunEvent]) -> Run:
-    """The run that these events, in order, describe."""
+    """The run that these events, in order, describe.
+
+    What a controller wrote after a later one had taken over does not count, nor does an event that its state forbids:
+    a log must stay readable whatever happened to those who wrote it.
+    """
     run = Run()
     for event in events:
-        run = apply(run, event)
+        if 0 < event.epoch < run.epoch:
+            continue
+        with contextlib.suppress(IllegalEvent):
+            run = apply(run, event)
     return run
 
 

@@ -185,8 +185,19 @@ class RunStore:
         Raises:
             StorageError: The log cannot be written.
         """
-        self._seq = max(self._seq, self._last_seq()) + 1
-        event = RunEvent(seq=self._seq, time=time.time(), epoch=epoch, attempt=attempt, kind=kind, data=to_json(data))
+        return self.commit(self.draft(kind, epoch=epoch, attempt=attempt, **data))
+
+    def draft(self, kind: EventKind, *, epoch: int = 0, attempt: int = 0, **data: Any) -> RunEvent:
+        """The event that would be next; nothing is written."""
+        number = max(self._seq, self._last_seq()) + 1
+        return RunEvent(seq=number, time=time.time(), epoch=epoch, attempt=attempt, kind=kind, data=to_json(data))
+
+    def commit(self, event: RunEvent) -> RunEvent:
+        """Append a drafted event, durably.
+
+        Raises:
+            StorageError: The log cannot be written.
+        """
         line = json.dumps(to_json(event)).encode() + b"\n"
         try:
             append_line(self.paths.events, line)
@@ -194,6 +205,7 @@ class RunStore:
             raise StorageError(
                 f"Cannot append to {self.paths.events}.", why=str(error), hint="Free space, then phalanx resume."
             ) from error
+        self._seq = event.seq
         return event
 
     def events(self) -> list[RunEvent]:
@@ -235,6 +247,8 @@ def append_line(path: Path, line: bytes) -> None:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         size = os.fstat(fd).st_size
+        if not size:
+            sync_folder(path.parent)
         if size and os.pread(fd, 1, size - 1) != b"\n":
             line = b"\n" + line
         written = os.write(fd, line)

@@ -226,7 +226,7 @@ def test_successor_adopts_the_live_gang(tmp_path: Path) -> None:
     stage.lock.release()
     stage.renew()
 
-    class LiveGang(FakeGang):
+    class OneLiveGang(FakeGang):
         def connect(self, addresses: Any) -> None:
             if not self.calls:
                 self.calls.append(("connect", "all"))
@@ -237,7 +237,7 @@ def test_successor_adopts_the_live_gang(tmp_path: Path) -> None:
                 self.say("report", "a", kind="training", rank=0, attempt=1, step=1)
                 self.say("report", "a", kind="checkpoint", rank=0, attempt=1, step=10, path="q")
 
-    stage.gang = LiveGang(stage.clock)
+    stage.gang = OneLiveGang(stage.clock)
     stage.controller.gang = cast(Gang, stage.gang)
     before = len(stage.store.events())
     adoption.begin(stage.controller)
@@ -273,3 +273,151 @@ def test_finished_without_a_controller_is_success(tmp_path: Path) -> None:
     stage.turn()
     assert stage.state() is RunState.SUCCEEDED
     assert stage.store.run().weights_digest == "d"
+
+
+def log_reads_on(stage: Stage) -> bool:
+    """The log still folds to what the controller believes."""
+    return stage.store.run() == stage.controller.run
+
+
+def test_training_that_is_reported_after_the_failure_is_no_progress(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.turn(2)
+    for node, ranks in {"a": [0, 1], "b": [2, 3]}.items():
+        stage.gang.say("spawned", node, attempt=1, ranks=[{"rank": r, "pid": r} for r in ranks])
+    stage.gang.say("exit", "b", rank=3, attempt=1, code=None, signal=9, log_tail="")
+    stage.report("a", "training", 1, rank=0, step=1)
+    stage.turn()
+    assert stage.state() is RunState.RECOVERING
+    assert EventKind.TRAINING_STARTED not in stage.kinds()
+    stage.gang.say("killed", "a", attempt=1)
+    stage.gang.say("killed", "b", attempt=1)
+    stage.start()
+    assert stage.state() is RunState.RUNNING
+    assert log_reads_on(stage)
+
+
+class LiveGang(FakeGang):
+    """Agents that hold attempt 1; ``exited`` is what they say of each rank."""
+
+    exited: Any = None
+
+    def connect(self, addresses: Any) -> None:
+        if not self.calls:
+            self.calls.append(("connect", "all"))
+            for node in "ab":
+                self.say("agent_up", node, attempt=1, ranks=[{"rank": 0, "pid": 1, "exited": self.exited}])
+            self.say("agent_up", "c", attempt=0, ranks=[])
+
+    def kill(self, attempt: int, grace_s: float = 0.0) -> None:
+        super().kill(attempt, grace_s)
+        for node in "ab":
+            self.say("killed", node, attempt=attempt)
+
+
+def succeed(stage: Stage, gang: LiveGang) -> None:
+    """A new controller for the run, over a gang of which it knows nothing."""
+    stage.lock.release()
+    stage.renew()
+    stage.gang = gang
+    stage.controller.gang = cast(Gang, gang)
+
+
+def test_a_gang_that_is_being_stopped_is_not_adopted(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+    stage.gang.say("exit", "b", rank=3, attempt=1, code=None, signal=9, log_tail="")
+    stage.turn()
+    assert stage.state() is RunState.RECOVERING
+    succeed(stage, LiveGang(stage.clock))
+    adoption.begin(stage.controller)
+    assert ("kill", 1, 0.0) in stage.gang.calls
+    stage.start()
+    run = stage.store.run()
+    assert (run.state, len(run.attempts)) == (RunState.RUNNING, 2)
+    assert run.attempts[0].cause == "rank 3 on b was ended by signal 9"
+
+
+def test_a_gang_that_was_told_to_end_is_not_adopted(tmp_path: Path) -> None:
+    """The predecessor fell after it had sent the order and before it had recorded why."""
+    stage = Stage(tmp_path)
+    stage.start()
+    gang = LiveGang(stage.clock)
+    gang.exited = {"code": None, "signal": 9, "requested": True}
+    succeed(stage, gang)
+    adoption.begin(stage.controller)
+    stage.start()
+    assert len(stage.store.run().attempts) == 2
+
+
+def test_a_successor_after_the_end_gives_everything_back_and_leaves(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+    stage.controller.record(EventKind.RUN_FAILED, reason="x")
+    succeed(stage, LiveGang(stage.clock))
+    before = stage.kinds()
+    adoption.begin(stage.controller)
+    assert stage.controller.phase is Phase.END
+    assert stage.backend.released == 1
+    assert stage.kinds() == before
+
+
+def test_an_adopted_gang_that_never_begins_is_restarted(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, start_timeout_s=60.0)
+    stage.turn(2)
+    for node, ranks in {"a": [0, 1], "b": [2, 3]}.items():
+        stage.gang.say("spawned", node, attempt=1, ranks=[{"rank": r, "pid": r} for r in ranks])
+    stage.turn()
+    succeed(stage, LiveGang(stage.clock))
+    adoption.begin(stage.controller)
+    assert stage.controller.phase is Phase.RUN
+    stage.clock.now += 61
+    stage.turn()
+    assert stage.state() is RunState.RECOVERING
+
+
+def test_who_had_an_exit_code_of_its_own_fell_before_the_order(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+    stage.gang.say(
+        "exit",
+        "b",
+        rank=2,
+        attempt=1,
+        code=1,
+        signal=None,
+        log_tail="Traceback (most recent call last)\nE: closed by peer",
+    )
+    stage.turn()
+    tail = "Traceback (most recent call last)\n  x\nValueError: mine"
+    stage.gang.say("exit", "a", rank=1, attempt=1, code=1, signal=None, requested=True, log_tail=tail)
+    stage.gang.say("killed", "a", attempt=1)
+    stage.gang.say("killed", "b", attempt=1)
+    stage.turn()
+    assert "ValueError: mine" in str(stage.store.run().attempts[0].cause)
+
+
+def test_an_agent_that_comes_late_gives_up_the_ranks_of_an_old_attempt(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+    stage.gang.say("agent_up", "z", attempt=7, ranks=[{"rank": 0, "pid": 1, "exited": None}])
+    stage.turn()
+    assert ("kill", 7, 0.0) in stage.gang.calls
+
+
+def test_a_node_that_said_goodbye_was_not_lost(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+    stage.gang.say("leaving", "b", reason="SIGTERM")
+    stage.gang.say("agent_lost", "b", why="closed")
+    stage.gang.say("killed", "a", attempt=1)
+    stage.turn(2)
+    assert stage.store.run().attempts[0].cause == "node b is leaving: SIGTERM"
+
+
+def test_the_same_error_under_another_token_is_the_same(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    for attempt in (1, 2):
+        stage.start()
+        fail_with(stage, attempt, f"no space left: checkpoints/step-00000005/e0001-a000{attempt}/shard", 5)
+    assert "same error at the same step 2 times" in stage.store.run().reason

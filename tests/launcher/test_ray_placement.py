@@ -241,14 +241,18 @@ def test_never_more_agents_than_wanted(ray: FakeRay, clock: Time) -> None:
     """A bundle of the gang finds a new place after a spare has stood in: its agent would be one too many."""
     placed = placement(ray, clock, nodes=3)
     placed.request_agents(3)
-    lost = placed.agents()[1]
-    del ray.capacity[lost.node]
-    placed.forget(lost)
+    placed.forget(placed.agents()[1])
     placed.request_agents(3)
-    ray.capacity |= {"7": {"CPU": 2.0}, "8": {"CPU": 2.0}}
-    clock.now += 60.0
+    assert where(placed) == ["0", "2", "3"]
+    del ray.capacity["1"]
+    ray.capacity["7"] = {"CPU": 2.0}
+    clock.now += SHUN_S
     placed.request_agents(3)
-    assert len(where(placed)) == 3
+    assert "7" in {bundle.node for bundle in ray.bundles("")}
+    assert where(placed) == ["0", "2", "3"]
+    placed.forget(placed.agents()[0])
+    placed.request_agents(3)
+    assert where(placed) == ["2", "3", "7"]
 
 
 def test_an_agent_that_ends_at_once_is_not_started_over_and_over(ray: FakeRay, clock: Time) -> None:

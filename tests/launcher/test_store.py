@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.run import EventKind, IllegalEvent, RunState, fold
+from launcher.run import EventKind, IllegalEvent, RunState, apply
 from launcher.store import RunStore, append_line, create_exclusive, read_lines
 from strategies.errors import ConfigError, NotFound
 from tests.support.fakes import tiny_request
@@ -61,9 +61,17 @@ def test_find(tmp_path: Path) -> None:
 def test_success_is_final(tmp_path: Path) -> None:
     store = RunStore.create(tiny_request(tmp_path))
     store.append(EventKind.RUN_SUCCEEDED, step=1)
-    store.append(EventKind.RESUME_REQUESTED)
+    event = store.append(EventKind.RESUME_REQUESTED)
     with pytest.raises(IllegalEvent, match="not allowed in state 'succeeded'"):
-        fold(store.events())
+        apply(store.run(), event)
+    assert store.run().state is RunState.SUCCEEDED
+
+
+def test_what_a_fenced_controller_wrote_does_not_count(tmp_path: Path) -> None:
+    store = RunStore.create(tiny_request(tmp_path))
+    store.append(EventKind.CONTROLLER_STARTED, epoch=2)
+    store.append(EventKind.RUN_FAILED, epoch=1, reason="the zombie's opinion")
+    assert store.run().state is RunState.QUEUED
 
 
 def test_damaged_line_is_left_out(tmp_path: Path) -> None:
