@@ -9,6 +9,15 @@ export DS_BUILD_OPS := 0
 export DS_ACCELERATOR ?= cpu
 export OMP_NUM_THREADS ?= 1
 
+# Debian ships venv apart from Python. Root gets it installed, anybody else is told.
+define VENV_HELP
+if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	echo "installing python3-venv, which this Python lacks" && apt-get update -qq && apt-get install -qq -y python3-venv \
+	&& $(PYTHON) -m venv --clear $(VENV); \
+else \
+	echo "This Python cannot make virtual environments. Install its venv package (Debian: apt-get install python3-venv), then try again." >&2; exit 1; fi
+endef
+
 .PHONY: demo test test-full bench lint setup clean
 
 setup: $(STAMP)
@@ -17,7 +26,7 @@ setup: $(STAMP)
 # torch and setuptools at build time, hence no build isolation.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "phalanx needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || $(VENV_HELP)
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja py-cpuinfo
 	$(BIN)/python -m pip install -q -c constraints.txt torch numpy
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation deepspeed

@@ -129,6 +129,7 @@ def create(request: LaunchRequest, config: Config, shipment: Shipment | None) ->
     """
     store = RunStore.create(request)
     try:
+        ending.take_ballast(store)
         write_config(store, config, request.overrides)
         write_atomic(store.paths.env, dump(environment()))
         ship_code(store.paths.code)

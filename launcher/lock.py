@@ -18,7 +18,7 @@ from typing import Any
 
 from jobs.paths import RunPaths
 from launcher.store import create_exclusive
-from strategies.errors import ResumeRefused
+from strategies.errors import ResumeRefused, StorageError
 
 BEAT_S = 1.0
 SILENCE_S = 8.0  # a holder on another machine that does not beat for so long is dead
@@ -50,6 +50,7 @@ class ControllerLock:
 
         Raises:
             ResumeRefused: Another controller is alive; nothing was written.
+            StorageError: The record cannot be written; nobody has won.
         """
         while True:
             newest = newest_epoch(paths)
@@ -80,8 +81,9 @@ class ControllerLock:
         return (self._paths.controllers / f"{self.epoch + 1}.json").exists()
 
     def release(self) -> None:
-        """Let the next controller in without waiting."""
-        create_exclusive(self._paths.controllers / f"{self.epoch}.released", b"{}")
+        """Let the next controller in without waiting. On a full disk it waits until this process is seen to be gone."""
+        with contextlib.suppress(StorageError):
+            create_exclusive(self._paths.controllers / f"{self.epoch}.released", b"{}")
 
 
 def newest_epoch(paths: RunPaths) -> int:

@@ -350,7 +350,7 @@ def resume_text(
     plan: str,
     nodes: str,
     changes: Sequence[Change],
-    live: bool = False,
+    live: int | None = None,
 ) -> str:
     """What a resume will do, as a difference from the last attempt.
 
@@ -365,7 +365,7 @@ def resume_text(
         plan: The plan, "before -> after" where it changes.
         nodes: The nodes, likewise.
         changes: Every changed field.
-        live: The last attempt has no recorded end, so its ranks may still run.
+        live: Last step of a gang that may still run (the last attempt has no recorded end); None for none.
     """
     position = f"step {step + 1}" + (f" of {steps}" if steps else "")
     rows = [
@@ -377,10 +377,17 @@ def resume_text(
     rows += [("plan", plan), ("nodes", nodes)]
     text = "\n".join(f"{key + ':':<9}{value}" for key, value in rows)
     if not changes:
-        adopted = " Ranks that still live are taken over as they are, with no step lost." if live else ""
+        adopted = " Ranks that still live are taken over as they are, with no step lost." if live is not None else ""
         return text + "\n\nNothing else changes: the run goes on as it would have." + adopted
     cells = [(one.field, brief_value(one.before), brief_value(one.after), one.verdict, one.reason) for one in changes]
-    return text + "\n\n" + table(("FIELD", "BEFORE", "AFTER", "", "BECAUSE"), cells)
+    text += "\n\n" + table(("FIELD", "BEFORE", "AFTER", "", "BECAUSE"), cells)
+    if live is None:
+        return text
+    lost = f"the {plural(live - step, 'step')} since the last checkpoint are lost" if live > step else "no step is lost"
+    return text + (
+        f"\n\nRanks that still live (at step {live}) will be ended for these changes: {lost}. "
+        "Without any change they would be taken over as they are."
+    )
 
 
 def brief_value(value: Any) -> str:

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from jobs.paths import RunPaths
-from launcher import build, launch, progress, render
+from launcher import build, launch, progress, proposal, render
 from launcher.config import recompose
-from launcher.describe import plan_line
+from launcher.describe import last_metric, plan_line
 from launcher.follow import Screen
 from launcher.lock import controlled
 from launcher.request import LaunchRequest
 from launcher.resume_diff import Change, compare
 from launcher.run import Run, RunState
 from launcher.schema import Config
-from launcher.ship import Shipment, changed_files, ship_project
+from launcher.ship import Shipment, changed_files
 from launcher.store import RunStore
 from strategies.codec import to_json
 from strategies.errors import ResumeRefused
@@ -60,10 +60,6 @@ class ResumePlan:
                 hint="Leave them out, or phalanx submit a new run.",
             )
 
-    def wish(self) -> dict[str, Any]:
-        """What the log records of it."""
-        return {"overrides": list(self.overrides), "changes": to_json(list(self.changes))}
-
 
 def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None]) -> ResumePlan:
     """Work out a resume.
@@ -101,7 +97,7 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
         plan=_arrow(plan_line(before), plan_line(after)),
         nodes=_arrow(_nodes(before), _nodes(after)),
         changes=changes,
-        live=run.attempt is not None and run.attempt.ended is None,
+        live=_live_steps(store, run),
     )
     return ResumePlan(
         name=store.name,
@@ -114,17 +110,21 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
     )
 
 
-def write(store: RunStore, planned: ResumePlan) -> None:
-    """Bring the run directory to the new request. An earlier request stays beside it.
+def propose(store: RunStore, planned: ResumePlan) -> dict[str, Any]:
+    """Lay the new request aside; whoever wins control of the run puts it in place.
+
+    Returns:
+        The wish to continue, for :func:`launcher.launch.run`.
 
     Raises:
         StorageError: It cannot be written.
     """
-    if planned.shipment is not None:
-        ship_project(planned.shipment, Path(planned.request.job.workdir))
-    if planned.changes:
-        store.write_request(planned.request)
-        launch.write_config(store, planned.config, planned.request.overrides)
+    wish: dict[str, Any] = {"overrides": list(planned.overrides), "changes": to_json(list(planned.changes))}
+    if not planned.changes:
+        return wish
+    config, overrides = launch.config_files(planned.config, planned.request.overrides)
+    digest = proposal.propose(store, planned.request, config=config, overrides=overrides, shipment=planned.shipment)
+    return wish | {"request": digest}
 
 
 def _check_free(store: RunStore, run: Run) -> None:
@@ -138,6 +138,13 @@ def _check_free(store: RunStore, run: Run) -> None:
             f"'{store.name}' has a live controller: it needs no resume.",
             hint=f"phalanx logs {store.name} -f follows it, phalanx cancel {store.name} ends it.",
         )
+
+
+def _live_steps(store: RunStore, run: Run) -> int | None:
+    """Last step of a gang that may still live; None when the last attempt has ended."""
+    if run.attempt is None or run.attempt.ended is not None or run.state.terminal:
+        return None
+    return max(run.attempt.last_step, int(last_metric(store.paths.metrics).get("step", 0)))
 
 
 def _with_data(config: Config, before: LaunchRequest, after: LaunchRequest) -> LaunchRequest:

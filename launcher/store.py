@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,10 +35,9 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         os.replace(aside, path)
         sync_folder(path.parent)
     except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise StorageError(
-            f"Cannot write {path}.", why=str(error), hint="Free space or mend the folder's permissions, then resume."
-        ) from error
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise _refused(path, error) from error
 
 
 def create_exclusive(path: Path, data: bytes) -> bool:
@@ -44,21 +45,32 @@ def create_exclusive(path: Path, data: bytes) -> bool:
 
     Returns:
         Whether this call created the file.
+
+    Raises:
+        StorageError: The file system refuses; nothing is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
-    with open(aside, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
     try:
-        os.link(aside, path)
-    except FileExistsError:
-        return False
-    finally:
-        aside.unlink()
-    sync_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(aside, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(aside, path)
+        except FileExistsError:
+            return False
+        finally:
+            aside.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise _refused(path, error) from error
     return True
+
+
+def _refused(path: Path, error: OSError) -> StorageError:
+    hint = "Free space or mend the folder's permissions, then try again: what was written before is intact."
+    return StorageError(f"Cannot write {path}.", why=error.strerror or str(error), hint=hint)
 
 
 def sync_folder(folder: Path) -> None:
@@ -113,9 +125,13 @@ class RunStore:
                 f"Cannot create the run directory {root}.", why=str(error), hint="Choose another run.dir."
             ) from error
         store = cls(root)
-        store.write_request(request)
-        write_atomic(store.paths.secret, os.urandom(32).hex().encode(), mode=0o600)
-        store.append(EventKind.RUN_SUBMITTED, request=request.digest)
+        try:
+            store.write_request(request)
+            write_atomic(store.paths.secret, os.urandom(32).hex().encode(), mode=0o600)
+            store.append(EventKind.RUN_SUBMITTED, request=request.digest)
+        except BaseException:
+            shutil.rmtree(root, ignore_errors=True)
+            raise
         return store
 
     @classmethod

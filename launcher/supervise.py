@@ -21,6 +21,7 @@ from launcher.lock import ControllerLock
 from launcher.request import LaunchRequest
 from launcher.run import RunEvent, RunState
 from launcher.store import RunStore, create_exclusive
+from strategies.errors import StorageError
 
 TRACKER_PATIENCE_S = 30.0
 
@@ -79,15 +80,7 @@ def _tracker(paths: RunPaths, request: LaunchRequest) -> Iterator[None]:
     if request.tracking.kind == "none":
         yield
         return
-    root = str(Path(__file__).resolve().parents[1])
-    with open(paths.root / "tracking.log", "ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "jobs.tracking", str(paths.root)],
-            env={**os.environ, "PYTHONPATH": root},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
+    process = _start_tracker(paths)
     try:
         yield
     finally:
@@ -99,6 +92,23 @@ def _tracker(paths: RunPaths, request: LaunchRequest) -> Iterator[None]:
                 process.wait(timeout=5.0)
             process.kill()
             process.wait()
+
+
+def _start_tracker(paths: RunPaths) -> subprocess.Popen[bytes]:
+    root = str(Path(__file__).resolve().parents[1])
+    try:
+        with open(paths.root / "tracking.log", "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", "jobs.tracking", str(paths.root)],
+                env={**os.environ, "PYTHONPATH": root},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+    except OSError as error:
+        raise StorageError(
+            f"The experiment tracker cannot be started in {paths.root}.", why=str(error), hint="Or use tracking=none."
+        ) from error
 
 
 class NoCluster:

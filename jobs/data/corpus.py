@@ -14,6 +14,7 @@ from strategies.errors import ConfigError, StorageError
 
 PIECE_BYTES = 1 << 20
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
+GENERATED = frozenset({"encodings", "pydoc_data"})  # of the standard library: tables that a program wrote
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +89,7 @@ def scan(data: DataSpec, progress: Callable[[float], None] = lambda fraction: No
 def _find(data: DataSpec) -> tuple[str, Path, list[Path]]:
     if data.kind == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        return f"of Python's standard library in {root}", root, _walk(root, suffix=".py")
+        return f"of Python's standard library in {root}", root, _walk(root, suffix=".py", skipped=SKIPPED_FOLDERS | GENERATED)
     if not data.path:
         raise ConfigError("data=text needs a path.", hint="Add data.path=FILE_OR_DIR.")
     root = Path(data.path).expanduser().absolute()
@@ -97,13 +98,13 @@ def _find(data: DataSpec) -> tuple[str, Path, list[Path]]:
     return str(root), root, _walk(root) if root.is_dir() else [root]
 
 
-def _walk(root: Path, suffix: str = "") -> list[Path]:
+def _walk(root: Path, suffix: str = "", skipped: frozenset[str] = SKIPPED_FOLDERS) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise _unreadable(Path(error.filename or root), error.strerror or str(error))
 
     found = []
     for folder, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("."))
+        folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("."))
         found += [Path(folder, name) for name in names if name.endswith(suffix) and not name.startswith(".")]
     return sorted((path for path in found if path.is_file()), key=lambda path: path.relative_to(root).parts)
 

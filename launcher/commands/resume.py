@@ -52,8 +52,10 @@ def command(
         return
     _ask(planned, yes)
     with launch.closing(screen()) as shown:
-        resume_plan.write(store, planned)
-        outcome = launch.run(store, shown, resume=planned.wish(), adopt=not planned.changes, detach=detach)
+        wish = resume_plan.propose(store, planned)
+        outcome = launch.run(
+            store, shown, request=planned.request, resume=wish, adopt=not planned.changes, detach=detach
+        )
     ctx.exit(finish(store, planned.config, outcome, as_json=as_json, folder=folder or ""))
 
 

@@ -1,0 +1,125 @@
+"""A resume before anybody has the right to make it: the new request lies aside until a controller has won the lock.
+
+::
+
+    control/proposals/<digest>/     request.json, config.yaml, overrides.yaml and, of a script whose project has
+                                    changed, the folder user-N, as the run directory will have them
+
+The client proposes; whoever wins the lock promotes, be it this process or a detached controller. A resume that is
+refused has changed nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launcher.ending import take_ballast
+from launcher.request import LaunchRequest
+from launcher.ship import Shipment, ship_project
+from launcher.store import RunStore, dump, read_json, write_atomic
+from launcher.supervise import withdraw_cancel
+from strategies.codec import from_json
+from strategies.errors import StorageError
+
+_DIGITS = 12
+_REQUEST, _CONFIG, _OVERRIDES = "request.json", "config.yaml", "overrides.yaml"
+
+
+def propose(
+    store: RunStore, request: LaunchRequest, *, config: bytes, overrides: bytes, shipment: Shipment | None = None
+) -> str:
+    """Lay a new request aside.
+
+    Args:
+        store: The run.
+        request: The new request.
+        config: The resolved configuration, as a file.
+        overrides: What the user typed, as a file.
+        shipment: A script's project to copy to the request's ``workdir``.
+
+    Returns:
+        Digest of the request, for :func:`promote`.
+
+    Raises:
+        StorageError: It cannot be written; nothing is left of it.
+    """
+    folder = _folder(store, request.digest)
+    try:
+        if shipment is not None and not (folder / Path(request.job.workdir).name).exists():
+            ship_project(shipment, folder / Path(request.job.workdir).name)
+        write_atomic(folder / _CONFIG, config)
+        write_atomic(folder / _OVERRIDES, overrides)
+        write_atomic(folder / _REQUEST, dump(request))
+    except BaseException:
+        discard(store, request.digest)
+        raise
+    return request.digest
+
+
+def load(store: RunStore, digest: str) -> LaunchRequest:
+    """A proposed request.
+
+    Raises:
+        StorageError: It is not there, or damaged.
+    """
+    path = _folder(store, digest) / _REQUEST
+    return from_json(LaunchRequest, read_json(path), where=str(path))
+
+
+def promote(store: RunStore, digest: str) -> None:
+    """Make a proposal the run's request. Only for who has won the lock; doing it again does nothing.
+
+    The request is replaced last: until then the run is what it was.
+
+    Raises:
+        StorageError: The proposal is gone, or the run directory cannot be written.
+    """
+    folder = _folder(store, digest)
+    if not folder.is_dir() and store.request().digest == digest:
+        return  # an earlier incarnation of this controller has done it
+    request = load(store, digest)
+    try:
+        for project in folder.glob("user*"):
+            os.replace(project, store.paths.root / project.name)
+        for name, target in ((_CONFIG, store.paths.config), (_OVERRIDES, store.paths.overrides)):
+            write_atomic(target, (folder / name).read_bytes())
+    except OSError as error:
+        why, hint = error.strerror or str(error), "Mend the run directory, then resume again."
+        raise StorageError(f"The new request of '{store.name}' cannot be put in place.", why=why, hint=hint) from error
+    store.write_request(request)
+    discard(store, digest)
+
+
+def accept(store: RunStore, wish: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Carry out what a person's resume changes in the run directory. Only for who has won the lock.
+
+    Args:
+        store: The run.
+        wish: The wish to continue; under ``request`` the digest of a proposal, if the request changes.
+
+    Returns:
+        The wish as the log is to record it.
+
+    Raises:
+        StorageError: The run directory cannot be written.
+    """
+    if wish is None:
+        return None
+    if wish.get("request"):
+        promote(store, str(wish["request"]))
+    withdraw_cancel(store)
+    take_ballast(store)
+    return {key: value for key, value in wish.items() if key != "request"}
+
+
+def discard(store: RunStore, digest: str) -> None:
+    """Forget a proposal."""
+    shutil.rmtree(_folder(store, digest), ignore_errors=True)
+
+
+def _folder(store: RunStore, digest: str) -> Path:
+    return store.paths.control / "proposals" / digest[:_DIGITS]
