@@ -27,6 +27,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "phalanx needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || $(VENV_HELP)
+	@echo "set-up, once, about two minutes: build tools, torch, deepspeed, everything else"
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja py-cpuinfo
 	$(BIN)/python -m pip install -q -c constraints.txt torch numpy
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation deepspeed

@@ -8,7 +8,7 @@
         overrides.yaml          what the user typed
         plan.json               the plan
         ds_config.json          DeepSpeed's configuration
-        env.json                versions and the (redacted) environment of the submission
+        env.json                versions and the (redacted) environment of the submission (mode 0600)
         events.jsonl            append-only, fsynced: every decision
         metrics.jsonl           one line per optimizer step
         cluster.json            how to reach the cluster that runs it
@@ -25,6 +25,8 @@
         checkpoints/            see jobs.checkpoint
         faults/ID.json          proof that an injected fault fired (create-exclusive)
         control/cancel.json     a request to cancel (create-exclusive)
+        control/proposals/      requests of resumes that have not won control (yet)
+        control/ballast         room for the end of the log on a full disk
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ tracker may have lost what it logged last, so offline the W&B file itself says h
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jobs.paths import RunPaths
+from jobs.tail import Tail
 from strategies.errors import ConfigError, PhalanxError, StorageError
 
 POLL_S = 0.5
@@ -174,31 +174,6 @@ def _read_state(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return {"step": 0, "segment": "", "before": 0} | state if isinstance(state, dict) and state.get("id") else None
-
-
-class Tail:
-    """The complete lines that are added to a growing file of JSON lines."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-
-    def read(self) -> list[dict[str, Any]]:
-        """Lines since the last call; damaged ones are left out."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        complete = data[: data.rfind(b"\n") + 1]
-        self._offset += len(complete)
-        found = []
-        for line in complete.splitlines():
-            with contextlib.suppress(ValueError):
-                value = json.loads(line)
-                found += [value] if isinstance(value, dict) else []
-        return found
 
 
 class Watch:

@@ -12,7 +12,7 @@ from launcher.lock import identity
 from launcher.recovery import Failure, FailureKind
 from launcher.run import EventKind, RunState
 from launcher.store import read_json
-from strategies.codec import from_json
+from strategies.codec import from_json, to_json
 
 Welcomes = Mapping[str, Mapping[str, Any]]
 
@@ -74,8 +74,11 @@ def _adoptable(controller: Controller, welcomes: Welcomes) -> bool:
     attempt = controller.run.attempt
     if attempt is None or controller.run.state not in (RunState.STARTING, RunState.RUNNING):
         return False
-    if not controller.store.paths.ranks(attempt.number).exists():
+    paths = controller.store.paths
+    if not paths.ranks(attempt.number).exists():
         return False
+    if read_json(paths.job(attempt.number)) != to_json(controller.request.job):
+        return False  # a resume had changed the request when its controller fell
     return all(
         welcomes.get(node, {}).get("attempt") == attempt.number
         and not any((rank.get("exited") or {}).get("requested") for rank in welcomes[node].get("ranks", ()))

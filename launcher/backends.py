@@ -79,6 +79,7 @@ def _embedded(store: RunStore, request: LaunchRequest, say: Say, progress: Say) 
         store.paths.root,
         nodes=nodes,
         slots_per_node=spec.slots_per_node,
+        enough=spec.nodes,
         keep_s=2 * request.recovery.lease_s,
         progress=lambda done, total: progress(f"starting Ray: {done} of {total} nodes are up"),
     )

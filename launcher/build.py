@@ -147,13 +147,18 @@ def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
         data=DataSpec(kind=config.data.kind, path=config.data.path or "", vocab=0),
         checkpoint=config.checkpoint,
         deepspeed={} if script else _deepspeed(sketch.plan, train),
-        faults=_faults(config, sketch),
+        faults=resolved_faults(config, sketch),
         command=config.job.command or "" if script else "",
         workdir=str(run_dir / "user") if script else "",
     )
 
 
-def _faults(config: Config, sketch: Outline) -> tuple[str, ...]:
+def resolved_faults(config: Config, sketch: Outline) -> tuple[str, ...]:
+    """The faults to inject, without ``random``.
+
+    Raises:
+        ConfigError: They do not fit the run.
+    """
     if not config.faults:
         return ()
     from jobs.faults import resolve

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from launcher.schema import GROUPS, MAXIMUM, MINIMUM, Config
 from launcher.typed import Problem, decode, field_types, is_text, leaf_types
 from strategies.codec import to_json
-from strategies.errors import ConfigError, did_you_mean
+from strategies.errors import ConfigError, StorageError, did_you_mean
 
 SEARCHPATH = "hydra.searchpath"
 
@@ -86,15 +86,17 @@ def recompose(stored: Path, overrides: Sequence[str]) -> Config:
 
     Raises:
         ConfigError: Anything is wrong with it; all problems at once.
+        StorageError: The stored configuration is missing or damaged.
     """
     given, _ = _understand(overrides)
     try:
         tree = OmegaConf.load(stored)
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"Cannot read the stored configuration {stored}.", why=str(error)) from error
+        why, hint = " ".join(str(error).split()), "Bring the file back from a copy, then resume again."
+        raise StorageError(f"Cannot read the stored configuration {stored}.", why=why, hint=hint) from error
     picked = [one for one in given if one.group]
     if not isinstance(tree, DictConfig):
-        raise ConfigError(f"{stored} is not a configuration.")
+        raise StorageError(f"{stored} is not a configuration.", hint="Bring the file back from a copy.")
     if any(one.key == "experiment" for one in picked):
         raise ConfigError(
             "An experiment cannot be changed on resume: it is a whole run.", hint="phalanx submit experiment=..."
@@ -351,6 +353,9 @@ def _contradictions(config: Config) -> list[Problem]:
         found.append(
             Problem(key="faults", message="are injected by our own worker, not into scripts", hint="Use faults=[].")
         )
+    if config.checkpoint.memory_every:
+        what = "checkpoints in memory are not there yet; those on disk are set by checkpoint.every"
+        found.append(Problem(key="checkpoint.memory_every", message=what, hint="Use checkpoint.memory_every=0."))
     if config.cluster.kind != "existing":
         found += [
             Problem(key=f"cluster.{key}", message="must be given for a cluster that phalanx starts")

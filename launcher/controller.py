@@ -14,6 +14,7 @@ directory, so it may be killed between any two instructions: its successor folds
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import shlex
 from collections.abc import Callable
@@ -30,13 +31,13 @@ from launcher.recovery import Action, Failure, FailureKind
 from launcher.request import LaunchRequest
 from launcher.run import EventKind, Run, RunEvent, RunState, apply
 from launcher.store import RunStore, dump, write_atomic
-from strategies.codec import to_json
 from strategies.errors import ClusterError
-from strategies.topology import Topology, place
+from strategies.topology import nodes_needed, place
 
 STOP_PATIENCE_S = 10.0  # an agent that has not confirmed the end of its ranks by then is taken for lost
 GATHER_NOTICE_S = 3.0  # waiting for nodes shorter than this is not worth a line in the log
 REQUEST_EVERY_S = 1.0
+SPARE_EVERY_S = 5.0  # while the gang runs
 LATE = (EventKind.CHECKPOINT_COMMITTED, EventKind.POOL_UNSAFE)  # still true of an attempt that is being stopped
 
 
@@ -193,31 +194,20 @@ class Controller:
     def _take_note(self, note: Note) -> None:
         assert self.state is not None
         if note.kind is EventKind.RANKS_SPAWNED:
-            self._write_ranks(self.state)
+            rows = self.state.rank_table(self.request.job.plan)
+            write_atomic(self.store.paths.ranks(self.state.attempt), dump(rows))
         if note.kind is EventKind.TRAINING_STARTED:
             self.first_step_by = None
         self.record(note.kind, **note.data)
-
-    def _write_ranks(self, state: GangState) -> None:
-        topology = Topology(self.request.job.plan)
-        rows = [
-            {"rank": rank, "node": node, "pid": pid, "coordinates": to_json(topology.coordinates(rank))}
-            for node, pids in state.spawned.items()
-            for rank, pid in pids.items()
-        ]
-        write_atomic(self.store.paths.ranks(state.attempt), dump(sorted(rows, key=lambda row: row["rank"])))
 
     # --- gathering nodes and starting ranks -----------------------------------------------------------------------
 
     def _gather(self) -> None:
         if self._already_complete():
             return
-        cluster, now = self.request.cluster, self.clock.monotonic()
-        if now - self._asked >= REQUEST_EVERY_S:
-            self._asked = now
-            self.backend.request_agents(cluster.nodes + cluster.spares)
-            self.gang.connect(self.backend.agents())
-        need = self._nodes_needed()
+        self._call_up()
+        now = self.clock.monotonic()
+        need = nodes_needed(self.request.job.plan, self.request.cluster.slots_per_node)
         if len(self.up) >= need:
             before = self.run.attempt.nodes if self.run.attempt else ()
             self._start(line_up(before, self.up, need))
@@ -231,6 +221,15 @@ class Controller:
             have, why = len(self.up), self.backend.why_missing()
             self.end(EventKind.RUN_FAILED, reason=f"only {have} of {need} nodes came within {waited:.0f} s: {why}")
 
+    def _call_up(self) -> None:
+        """Ask for the nodes and spares that are missing, and connect to those that came."""
+        wanted, now = self.request.cluster.nodes + self.request.cluster.spares, self.clock.monotonic()
+        every_s = REQUEST_EVERY_S if self.phase is Phase.GATHER else SPARE_EVERY_S
+        if len(self.up) < wanted and now - self._asked >= every_s:
+            self._asked = now
+            self.backend.request_agents(wanted)
+            self.gang.connect(self.backend.agents())
+
     def _already_complete(self) -> bool:
         """The ranks may have finished while no controller looked."""
         final = progress.final_record(self.store.paths)
@@ -239,13 +238,12 @@ class Controller:
         self.end(EventKind.RUN_SUCCEEDED, step=final["step"], weights_digest=final.get("weights_digest"))
         return True
 
-    def _nodes_needed(self) -> int:
-        slots = self.request.cluster.slots_per_node
-        return -(-self.request.job.plan.world_size // slots)
-
     def _start(self, nodes: list[str]) -> None:
         job, paths = self.request.job, self.store.paths
         script = job.kind == "script"
+        for path, reason in progress.damaged(paths, script=script):
+            if path not in self.run.rejected:
+                self.record(EventKind.CHECKPOINT_REJECTED, path=path, reason=reason)
         point = progress.resume_point(paths, script=script, rejected=self.run.rejected)
         number = len(self.run.attempts) + 1
         placed = place(job.plan, nodes, self.request.cluster.slots_per_node)
@@ -304,6 +302,8 @@ class Controller:
 
     def _watch(self) -> None:
         assert self.state is not None
+        with contextlib.suppress(ClusterError):  # a gang that trains needs nothing of the cluster; its spares can wait
+            self._call_up()
         if self.state.all_finished:
             final = progress.final_record(self.store.paths)
             script = self.request.job.kind == "script"

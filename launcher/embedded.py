@@ -132,16 +132,20 @@ class EmbeddedCluster:
         *,
         nodes: int,
         slots_per_node: int,
+        enough: int | None = None,
         keep_s: float = 120.0,
         progress: Callable[[int, int], None] = lambda done, total: None,
         timeout_s: float = 240.0,
     ) -> Self:
-        """Start a cluster, or return the one of the same shape that serves the run already.
+        """Start a cluster, or return the one that serves the run already, if it is of the right size.
+
+        A node that was lost is not missed as long as enough are left: a gang may live on them.
 
         Args:
             run_dir: An existing run directory.
             nodes: Nodes with slots, spares included.
             slots_per_node: CPUs that each node offers.
+            enough: Nodes that the gang needs; all of them if not given.
             keep_s: Without a controller and without a step for so long, the cluster ends itself.
             progress: Called with (nodes that are up, nodes to come up); the head counts as one.
             timeout_s: Patience.
@@ -150,7 +154,7 @@ class EmbeddedCluster:
             ClusterError: It did not come up; nothing is left of it.
         """
         found = cls.find(run_dir)
-        if found is not None and found._shape() == [slots_per_node] * nodes:
+        if found is not None and found._serves(nodes if enough is None else enough, slots_per_node):
             return found
         cluster = cls(run_dir)
         cluster.stop()
@@ -228,10 +232,13 @@ class EmbeddedCluster:
             process.send(pid, signal.SIGKILL)
             process.wait_until(lambda: not process.is_running(pid), 5.0)
 
-    def _shape(self) -> list[int]:
-        """Slots of each node that is still there."""
-        nodes = [node for node in self.record().get("nodes", []) if node["index"] != "head"]
-        return [int(node["slots"]) for node in nodes if process_started(int(node["pid"])) == int(node["started"])]
+    def _serves(self, nodes: int, slots: int) -> bool:
+        """Whether the head lives and enough nodes with it, all of the right size."""
+        living = [
+            node for node in self.record().get("nodes", []) if process_started(int(node["pid"])) == int(node["started"])
+        ]
+        sizes = [int(node["slots"]) for node in living if node["index"] != "head"]
+        return len(sizes) < len(living) and len(sizes) >= nodes and set(sizes) == {slots}
 
     def _wait_ready(
         self, keeper: subprocess.Popen[bytes], total: int, progress: Callable[[int, int], None], timeout_s: float

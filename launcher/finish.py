@@ -9,7 +9,8 @@ import click
 
 from launcher import progress, render
 from launcher.describe import describe
-from launcher.launch import Outcome, unproven
+from launcher.launch import Outcome
+from launcher.proof import unproven
 from launcher.run import RunState
 from launcher.schema import Config
 from launcher.store import RunStore
@@ -53,7 +54,7 @@ def judge(store: RunStore, config: Config, outcome: Outcome) -> PhalanxError | N
             why=run.reason,
             hint=f"phalanx logs {store.name} shows the ranks' output; phalanx resume {store.name} goes on.",
         )
-    missing = unproven(store.request(), store.events(), progress.fault_records(store.paths))
+    missing = unproven(store.request().job.faults, store.events(), progress.fault_records(store.paths))
     if config.experiment.require_faults and missing:
         return RunFailed(
             f"'{store.name}' finished, but the record does not show that these faults happened: {', '.join(missing)}.",

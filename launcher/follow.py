@@ -6,13 +6,12 @@ the run directory is seen. On a terminal the progress line stays at the bottom; 
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
+from jobs.tail import Tail
 from launcher.lock import newest_epoch
 from launcher.render import event_line, progress_line, seconds
 from launcher.run import EventKind, Run, RunEvent, RunState, apply
@@ -24,40 +23,6 @@ PLAIN_EVERY_S = 5.0
 POLL_S = 0.25
 SILENT_NOTICE_S = 20.0
 SILENT_LIMIT_S = 120.0
-
-
-class Tail:
-    """New whole lines of a growing file, each once.
-
-    Args:
-        path: The file; it may appear later.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-
-    def lines(self) -> Iterator[bytes]:
-        """Lines that were completed since the last call, without their end."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                data = file.read()
-        except OSError:
-            return
-        whole, newline, _ = data.rpartition(b"\n")
-        self._offset += len(whole) + len(newline)
-        yield from whole.split(b"\n") if newline else ()
-
-    def objects(self) -> Iterator[dict[str, Any]]:
-        """The lines that are JSON objects."""
-        for line in self.lines():
-            try:
-                value = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(value, dict):
-                yield value
 
 
 class Screen:
@@ -160,7 +125,7 @@ class Display:
             if text:
                 self._screen.say(f"[{seconds(max(0.0, event.time - self._since)):>9}] {text}")
             return
-        self._metric = [self._metric, *self._metrics.objects()][-1]
+        self._metric = [self._metric, *self._metrics.read()][-1]
         if not self.run.state.terminal:
             self._screen.progress(self.line())
 
@@ -208,7 +173,7 @@ def follow(
     tail = Tail(store.paths.events)
     pulse = _Pulse(store, clock)
     while True:
-        for line in tail.objects():
+        for line in tail.read():
             event = from_json(RunEvent, line, where="events.jsonl")
             if event.seq > after:
                 display(event)

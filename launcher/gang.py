@@ -100,7 +100,6 @@ class Gang:
         self._lost: set[str] = set()
         self._order: _Order | None = None
         self._listened_at = self._beat_at = clock()
-        self._tail_id = 0
 
     # -- connections -----------------------------------------------------------------------------------------------
 
@@ -250,8 +249,6 @@ class Gang:
             link.step = max(link.step, int(message["step"]))
         elif op == "refused":
             self._fenced(link, message)
-        elif op == "tail":
-            self._inbox.add("tail", link.address.node, message)
         elif op == "event":
             self._hear_event(link, message["event"])
 
@@ -341,23 +338,6 @@ class Gang:
         for link in [link for link in self.links.values() if link.up]:
             self._send(link, {"op": "shutdown"})
             link.leaving = True
-
-    def tail(self, node: str, attempt: int, rank: int, offset: int, limit: int) -> int:
-        """Ask for a piece of a rank's log; a negative offset counts from the end.
-
-        Returns:
-            The ``id`` that the ``tail`` observation will carry, with ``data``, ``offset``, ``next`` and ``size``.
-
-        Raises:
-            ClusterError: The node has no living agent.
-        """
-        link = self.links.get(node)
-        if link is None or not link.up:
-            raise ClusterError(f"No living agent on {node}.", hint="Its logs can be read when the node is back.")
-        self._tail_id += 1
-        place = {"attempt": attempt, "rank": rank, "offset": offset, "limit": limit}
-        self._send(link, {"op": "tail", "id": self._tail_id} | place)
-        return self._tail_id
 
     def close(self) -> None:
         """Drop every connection; agents and ranks go on, and can be adopted."""

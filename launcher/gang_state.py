@@ -10,6 +10,9 @@ from launcher import recovery
 from launcher.gang import Observation
 from launcher.recovery import Failure, FailureKind
 from launcher.run import EventKind
+from strategies.codec import to_json
+from strategies.plan import ParallelPlan
+from strategies.topology import Topology
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +78,16 @@ class GangState:
     def all_stopped(self) -> bool:
         """No node has a rank of this attempt any more."""
         return self.stopped >= set(self.placement)
+
+    def rank_table(self, plan: ParallelPlan) -> list[dict[str, Any]]:
+        """Where every rank runs: rank, node, process id and coordinates, in the order of the ranks."""
+        topology = Topology(plan)
+        rows = [
+            {"rank": rank, "node": node, "pid": pid, "coordinates": to_json(topology.coordinates(rank))}
+            for node, pids in self.spawned.items()
+            for rank, pid in pids.items()
+        ]
+        return sorted(rows, key=lambda row: int(row["rank"]))
 
     def observe(self, seen: Observation) -> list[Note | Failure]:
         """Take in what one agent says; returns what to record and what to suspect.

@@ -17,37 +17,29 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from jobs.spec import DataSpec
-from launcher import backends, build, supervise
+from launcher import backends, build, ending, proposal, supervise
 from launcher.config import to_yaml
 from launcher.controller import Fenced
 from launcher.follow import Display, Screen, follow
 from launcher.lock import ControllerLock, newest_epoch
+from launcher.redaction import environment
 from launcher.request import LaunchRequest
-from launcher.run import EventKind, RunEvent, RunState
+from launcher.run import EventKind, RunState
 from launcher.schema import Config
-from launcher.ship import Shipment, ship_code, ship_project, survey
+from launcher.ship import Shipment, renew_code, same_code, ship_code, ship_project, survey
 from launcher.store import RunStore, dump, write_atomic
 from strategies.errors import ClusterError, PhalanxError, ResumeRefused, StorageError
 from strategies.specs import ClusterSpec
-
-_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
-_PACKAGES = ("phalanx", "torch", "deepspeed", "ray", "numpy", "safetensors", "tokenizers", "wandb", "hydra-core")
-
-
-CANCEL_PATIENCE_S = 60.0
 
 
 class Interrupted(BaseException):
@@ -131,7 +123,7 @@ def create(request: LaunchRequest, config: Config, shipment: Shipment | None) ->
     try:
         ending.take_ballast(store)
         write_config(store, config, request.overrides)
-        write_atomic(store.paths.env, dump(environment()))
+        write_atomic(store.paths.env, dump(environment()), mode=0o600)
         ship_code(store.paths.code)
         if shipment is not None:
             ship_project(shipment, Path(request.job.workdir))
@@ -143,31 +135,15 @@ def create(request: LaunchRequest, config: Config, shipment: Shipment | None) ->
 
 def write_config(store: RunStore, config: Config, overrides: Sequence[str]) -> None:
     """Store the resolved configuration and what the user typed."""
-    write_atomic(store.paths.config, to_yaml(config).encode())
+    resolved, typed = config_files(config, overrides)
+    write_atomic(store.paths.config, resolved)
+    write_atomic(store.paths.overrides, typed)
+
+
+def config_files(config: Config, overrides: Sequence[str]) -> tuple[bytes, bytes]:
+    """Content of ``config.yaml`` and ``overrides.yaml``."""
     lines = "".join(f"- {dump(word).decode()}" for word in overrides) or "[]\n"
-    write_atomic(store.paths.overrides, lines.encode())
-
-
-def environment() -> dict[str, Any]:
-    """Versions and environment of this process, secrets redacted."""
-    versions = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": versions,
-        "environment": redacted(os.environ),
-    }
-
-
-def redacted(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables, the values of secret ones hidden."""
-    return {
-        name: "<redacted>" if any(word in name.upper() for word in _SECRET) else value
-        for name, value in sorted(environ.items())
-    }
+    return to_yaml(config).encode(), lines.encode()
 
 
 # ---- running ----------------------------------------------------------------------------------------------------
@@ -177,37 +153,58 @@ def run(
     store: RunStore,
     screen: Screen,
     *,
+    request: LaunchRequest | None = None,
     resume: Mapping[str, Any] | None = None,
     adopt: bool = True,
     detach: bool = False,
 ) -> Outcome:
-    """Run until the end, here or on the cluster.
+    """Run until the end, here or on the cluster. Nothing of the run changes before control of it is won.
 
     Args:
         store: A filled run directory.
         screen: Where to show progress.
-        resume: A person's wish to continue; None at the first submit.
+        request: What the run will be (the proposal of a resume); None for what it is.
+        resume: A person's wish to continue (:func:`launcher.proposal.accept`); None at the first submit.
         adopt: A live gang may be taken over as it is.
         detach: Do not watch a run that is controlled elsewhere.
 
     Raises:
         ClusterError: The cluster cannot be reached or started.
         ResumeRefused: Another controller owns the run.
+        StorageError: The run directory cannot be written.
     """
-    request = store.request()
+    request = request or store.request()
     steps = request.job.train.steps if request.job.kind == "pretrain" else None
     display = Display(store, steps=steps, onto=screen)
-    if request.cluster.kind != "existing":
-        return Outcome(state=_control(store, request, display, resume, adopt))
+    try:
+        if request.cluster.kind != "existing":
+            return Outcome(state=_control(store, request, display, resume, adopt))
+        return _control_there(store, request, display, resume, adopt, detach)
+    except ResumeRefused:
+        if resume and resume.get("request"):
+            proposal.discard(store, str(resume["request"]))
+        raise
+
+
+def _control_there(
+    store: RunStore,
+    request: LaunchRequest,
+    display: Display,
+    resume: Mapping[str, Any] | None,
+    adopt: bool,
+    detach: bool,
+) -> Outcome:
     after = len(store.events())
     if resume is not None:
-        supervise.withdraw_cancel(store)
-    screen.say(f"starting a controller on the cluster at {request.cluster.address}")
+        _renew_code(store, display)
+    display.say(f"starting a controller on the cluster at {request.cluster.address}")
     try:
         backends.start_controller(store, request, resume=resume, adopt=adopt)
     except PhalanxError as error:
-        if not newest_epoch(store.paths) and not store.run().state.terminal:  # nobody has ever controlled it
-            store.append(EventKind.RUN_FAILED, reason=error.what)
+        refused = isinstance(error, ResumeRefused)  # it is another's
+        if not refused and not newest_epoch(store.paths) and not store.run().state.terminal:
+            with contextlib.suppress(StorageError):
+                store.append(EventKind.RUN_FAILED, reason=error.what)
         raise
     if detach:
         return Outcome(state=store.run().state, detached=True)
@@ -220,31 +217,36 @@ def _control(
     lock = ControllerLock.acquire(store.paths)
     signals = _Signals(store, display)
     try:
-        with signals, _stdout_kept(), backends.opened(store, request, display.say, display.hint) as backend:
-            signals.orderly()
+        with signals, _stdout_kept():
             if resume is not None:
-                supervise.withdraw_cancel(store)
-            return supervise.control(store, backend, lock, resume=resume, adopt=adopt, observer=display)
-    except Interrupted:
+                _renew_code(store, display)
+                resume = proposal.accept(store, resume)
+            with backends.opened(store, request, display.say, display.hint) as backend:
+                signals.orderly()
+                return supervise.control(store, backend, lock, resume=resume, adopt=adopt, observer=display)
+    except Interrupted as why:
         display.say("stopped")
-        _conclude(store, lock, EventKind.RUN_CANCELLED, "interrupted twice" if signals.count > 1 else "interrupted")
+        ending.conclude(store, lock, EventKind.RUN_CANCELLED, str(why))
         return RunState.CANCELLED
     except Fenced as error:
         raise ResumeRefused(
             f"Another controller has taken over '{store.name}'.", hint=f"Follow it: phalanx logs {store.name} -f"
         ) from error
-    except ClusterError as error:
-        _conclude(store, lock, EventKind.RUN_FAILED, error.what)
+    except (ClusterError, StorageError) as error:
+        with contextlib.suppress(StorageError):  # the error itself says more than that it cannot be recorded
+            ending.conclude(store, lock, EventKind.RUN_FAILED, ending.in_a_line(error))
         raise
     finally:
-        with contextlib.suppress(OSError):
-            lock.release()
+        lock.release()
 
 
-def _conclude(store: RunStore, lock: ControllerLock, kind: EventKind, reason: str) -> None:
-    """Record an end that the controller did not live to see."""
-    if not lock.lost() and not store.run().state.terminal:
-        store.append(kind, epoch=lock.epoch, reason=reason)
+def _renew_code(store: RunStore, display: Display) -> None:
+    """Bring the run's copy of our packages to this version, unless processes may still run from it."""
+    if store.run().state.terminal or not store.paths.code.exists():
+        if renew_code(store.paths.code):
+            display.say("the run's copy of phalanx was another version: it was renewed")
+    elif not same_code(store.paths.code):
+        display.say("the run goes on with its own copy of phalanx, which is another version than this one")
 
 
 class _Signals:
@@ -272,8 +274,11 @@ class _Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
         if self.count > 1 or not self._orderly:
-            raise Interrupted
-        supervise.request_cancel(self._store, by=f"{signal.Signals(number).name} at the client")
+            raise Interrupted("interrupted twice" if self.count > 1 else "interrupted")
+        try:
+            supervise.request_cancel(self._store, by=f"{signal.Signals(number).name} at the client")
+        except StorageError as error:  # it cannot be asked for: end the gang from here
+            raise Interrupted(f"interrupted; {ending.in_a_line(error)}") from error
         self._display.say("cancelling cleanly; once more to hurry")
 
 
@@ -295,57 +300,7 @@ def _watch(store: RunStore, display: Display, after: int) -> Outcome:
             signal.signal(number, handler)
 
 
-def cancel_orphan(store: RunStore) -> RunState:
-    """End a run that nobody controls: become its controller for as long as that takes.
-
-    Raises:
-        ResumeRefused: Somebody controls it after all.
-    """
-    request = store.request()
-    if request.cluster.kind == "existing":
-        with contextlib.suppress(ClusterError):
-            backends.start_controller(store, request)
-            return _await_end(store, request)
-    lock = ControllerLock.acquire(store.paths)
-    try:
-        with backends.left_over(store, request) as backend:
-            return supervise.control(store, backend, lock)
-    finally:
-        with contextlib.suppress(OSError):
-            lock.release()
-
-
-def _await_end(store: RunStore, request: LaunchRequest) -> RunState:
-    """Until a controller elsewhere has ended the run.
-
-    Raises:
-        ClusterError: It takes too long.
-    """
-    deadline = time.monotonic() + CANCEL_PATIENCE_S + request.recovery.grace_s
-    while time.monotonic() < deadline:
-        state = store.run().state
-        if state.terminal:
-            return state
-        time.sleep(0.2)
-    raise ClusterError(f"'{store.name}' has not ended yet.", hint=f"Look again: phalanx status {store.name}")
-
-
 # ---- the end ----------------------------------------------------------------------------------------------------
-
-
-def unproven(request: LaunchRequest, events: Sequence[RunEvent], records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Injected faults of which the record does not show that they happened and were noticed.
-
-    A fault is proven by the injector's record, made before it acted, and a failure that the controller detected at or
-    after that moment.
-    """
-    failures = [event.time for event in events if event.kind is EventKind.FAILURE_DETECTED]
-    fired = {str(record["fault"]): float(record["time"]) for record in records}
-    return [
-        fault
-        for fault in request.job.faults
-        if fault not in fired or not any(when >= fired[fault] for when in failures)
-    ]
 
 
 @contextlib.contextmanager
@@ -382,12 +337,16 @@ def check_parent(folder: Path) -> None:
     Raises:
         StorageError: It cannot.
     """
+    probe = folder / f".probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"x")
-        probe.unlink()
+        try:
+            probe.write_bytes(b"x")
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(
-            f"Run directories cannot be made in {folder}.", why=str(error), hint="Choose another run.dir=DIR."
+            f"Run directories cannot be made in {folder}.",
+            why=error.strerror or str(error),
+            hint="Choose another run.dir=DIR.",
         ) from error

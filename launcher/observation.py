@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-ObservationKind = Literal[
-    "agent_up", "agent_lost", "report", "exit", "killed", "spawned", "leaving", "pool", "fenced", "tail"
-]
+ObservationKind = Literal["agent_up", "agent_lost", "report", "exit", "killed", "spawned", "leaving", "pool", "fenced"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,8 +19,7 @@ class Observation:
             (``why``), ``report`` (a rank's report with ``rank`` and ``attempt``; its kind is ``data["kind"]``),
             ``exit`` (``rank``, ``attempt``, ``pid``, ``code``, ``signal``, ``requested``: we had it killed,
             ``log_tail``), ``spawned`` (``attempt``, ``ranks``), ``killed`` (``attempt``), ``leaving`` (``reason``),
-            ``pool`` (``state``, ``reason``), ``fenced`` (``epoch``: who owns the agent now), ``tail`` (answer to
-            :meth:`Gang.tail`).
+            ``pool`` (``state``, ``reason``), ``fenced`` (``epoch``: who owns the agent now).
         node: The node.
         time: When it happened, UTC seconds: by the agent's clock if the agent said it, else by ours.
         data: The facts.

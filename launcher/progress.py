@@ -29,6 +29,13 @@ def resume_point(paths: RunPaths, *, script: bool, rejected: frozenset[str] = fr
     return _script_point(paths, rejected) if script else _manifest_point(paths, rejected)
 
 
+def damaged(paths: RunPaths, *, script: bool) -> list[tuple[str, str]]:
+    """Checkpoints that were committed but whose manifest cannot be used any more, each with the reason."""
+    if script:
+        return []
+    return [(str(path), reason) for path, reason in checkpoint.damaged(paths.checkpoints)]
+
+
 def _manifest_point(paths: RunPaths, rejected: frozenset[str]) -> ResumePoint:
     for entry in checkpoint.list_checkpoints(paths.checkpoints):
         if str(entry.path) not in rejected:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import socket
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs.paths import RunPaths
-from launcher.backend import AgentAddress
 from launcher.host import announce, wire
-from launcher.host.wire import Message, Stream
-from launcher.lock import newest_epoch
-from strategies.errors import NotFound
+from launcher.host.logs import read_piece
+from launcher.host.reader import LogReader
+from strategies.errors import ClusterError, NotFound, StorageError
 
 TIMEOUT_S = 3.0
 PIECE_BYTES = 1 << 16
@@ -26,11 +23,13 @@ class Piece:
 
     Attributes:
         text: The part.
+        begin: Offset at which it begins, in bytes; less than was asked for when the log has been cut meanwhile.
         next: Offset of what follows, in bytes.
         source: Where it comes from, for people.
     """
 
     text: str
+    begin: int
     next: int
     source: str
 
@@ -58,7 +57,7 @@ def read_all(paths: RunPaths, attempt: int, rank: int) -> Piece | None:
         if piece.next <= offset:
             break
         offset = piece.next
-    return Piece(text="".join(texts), next=offset, source=source) if source is not None else None
+    return Piece(text="".join(texts), begin=0, next=offset, source=source) if source is not None else None
 
 
 def existing(paths: RunPaths) -> list[tuple[int, int]]:
@@ -83,12 +82,10 @@ def missing(paths: RunPaths, name: str, attempt: int, rank: int) -> NotFound:
 
 def _from_file(path: Path, offset: int) -> Piece | None:
     try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read(PIECE_BYTES)
+        data, begin, _ = read_piece(path, offset, PIECE_BYTES)
     except OSError:
         return None
-    return Piece(text=data.decode(errors="replace"), next=offset + len(data), source=str(path))
+    return Piece(text=data.decode(errors="replace"), begin=begin, next=begin + len(data), source=str(path))
 
 
 def _from_agent(paths: RunPaths, attempt: int, rank: int, offset: int) -> Piece | None:
@@ -96,11 +93,12 @@ def _from_agent(paths: RunPaths, attempt: int, rank: int, offset: int) -> Piece 
     address = announce.read(announce.path_of(paths, node)) if node else None
     if address is None:
         return None
-    request = {"op": "tail", "id": 1, "attempt": attempt, "rank": rank, "offset": offset, "limit": PIECE_BYTES}
-    answer = _ask(address, wire.read_secret(paths.secret), newest_epoch(paths), request)
-    if answer is None or answer.get("error"):
+    try:
+        with LogReader(address, wire.read_secret(paths.secret), timeout_s=TIMEOUT_S) as reader:
+            found = reader.read(attempt, rank, offset, PIECE_BYTES)
+    except (ClusterError, NotFound, StorageError):
         return None
-    return Piece(text=str(answer["data"]), next=int(answer["next"]), source=f"node {address.node}")
+    return Piece(text=found.text, begin=found.offset, next=found.next, source=f"node {address.node}")
 
 
 def _node_of(paths: RunPaths, attempt: int, rank: int) -> str | None:
@@ -109,39 +107,6 @@ def _node_of(paths: RunPaths, attempt: int, rank: int) -> str | None:
     except (OSError, ValueError):
         return None
     return next((str(row["node"]) for row in rows if row["rank"] == rank), None)
-
-
-def _ask(address: AgentAddress, secret: bytes, epoch: int, request: Message) -> Message | None:
-    """One question to an agent, as a reader; None when it does not answer in time."""
-    try:
-        sock = socket.create_connection((address.host, address.port), timeout=TIMEOUT_S)
-    except OSError:
-        return None
-    stream = Stream(sock)
-    sock.setblocking(True)
-    sock.settimeout(0.2)
-    try:
-        return _converse(stream, address.incarnation, secret, epoch, request)
-    finally:
-        stream.close("done")
-
-
-def _converse(stream: Stream, incarnation: str, secret: bytes, epoch: int, request: Message) -> Message | None:
-    mine, nonce, deadline = wire.new_nonce(), "", time.monotonic() + TIMEOUT_S
-    while not stream.closed and time.monotonic() < deadline:
-        for message in stream.receive():
-            match message.get("op"):
-                case "challenge":
-                    nonce = str(message["nonce"])
-                    proof = wire.client_proof(secret, "reader", incarnation, nonce, mine, epoch)
-                    stream.send({"op": "hello", "role": "reader", "epoch": epoch, "nonce": mine, "proof": proof})
-                case "welcome":
-                    if not wire.same(message.get("proof"), wire.agent_proof(secret, incarnation, nonce, mine)):
-                        return None
-                    stream.send(request)
-                case "tail":
-                    return message
-    return None
 
 
 def newest_attempt(run: Any) -> int:

@@ -21,14 +21,18 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from jobs.paths import RunPaths
 from launcher.backends import agent_options as options_of
-from launcher.ray_actors import AgentHost, ControllerHost
-from launcher.ray_client import as_remote, auth_environment, describe_all, local_node, reach, refused, wait_gone
+from launcher.ray_actors import AgentHost, ControllerHost, die, on_termination
+from launcher.ray_client import as_remote, cluster_record, describe_all, reach, wait_gone
+from launcher.ray_errors import auth_environment, no_head, refused, unknown_ray, unwell
+from launcher.ray_node import VISITOR, local_node
 from launcher.ray_placement import AgentPlacement, Bundle, RayNode, Resources, device_count, run_key
 from launcher.store import RunStore
 from strategies.errors import ClusterError
 from strategies.specs import ClusterSpec
 
 NAMESPACE = "phalanx"
+STEADY = {"num_cpus": 0, "label_selector": {VISITOR[0]: f"!{VISITOR[1]}"}}
+"""Options of an actor that needs nothing: Ray would put it anywhere, a client's node included, which soon leaves."""
 
 
 class RayBackend(AgentPlacement):
@@ -59,6 +63,7 @@ class _AgentActor(AgentHost):
 
     def __init__(self, run_dir: str, node: str, bind: str, slots: int, options: Mapping[str, Any]) -> None:
         super().__init__(run_dir, node, bind, slots, options, leave=leave_for_good)
+        on_termination(self.stop)
 
 
 class _Cluster:
@@ -136,10 +141,8 @@ class _Cluster:
                 actor.stop.remote(reason)
 
     def kill(self, name: str) -> None:
-        with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
-            actor = find_actor(name)
-            if actor is not None:
-                ray.kill(actor, no_restart=True)
+        with contextlib.suppress(ray.exceptions.RayError, RuntimeError, ValueError):
+            kill(ray.get_actor(name, namespace=NAMESPACE))
 
 
 def _group_of(table: Mapping[str, Any]) -> PlacementGroup:
@@ -156,10 +159,14 @@ def _detached(kind: type, name: str, run_dir: Path, **options: Any) -> Any:
 
 def find_actor(name: str) -> Any:
     """Handle of a named actor that is not dead, or None."""
-    try:
+    with contextlib.suppress(ValueError):
         return ray.get_actor(name, namespace=NAMESPACE)
-    except ValueError:
-        return None
+
+
+def kill(actor: Any) -> None:
+    """Kill an actor for good, as far as the cluster can be reached."""
+    with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
+        ray.kill(actor, no_restart=True)
 
 
 def leave_for_good() -> None:
@@ -178,7 +185,7 @@ def connected(run_dir: Path, address: str) -> Iterator[None]:
     Raises:
         ClusterError: The cluster cannot be reached, or refuses us.
     """
-    record = _record(run_dir)
+    record = cluster_record(run_dir)
     embedded = record.get("kind") == "local"
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment(auth_environment(record.get("token_path"))))
@@ -243,7 +250,14 @@ def _environment(auth: Mapping[str, str]) -> Iterator[None]:
 
 def _pin_loopback() -> None:
     """Ray replaces 127.0.0.1 by the address of the machine's network; an embedded cluster must not be seen there."""
-    ray._private.services.get_node_ip_address = lambda address=None: "127.0.0.1"
+    _replace(ray._private.services, "get_node_ip_address", lambda address=None: "127.0.0.1")
+
+
+def _replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
+    """Put ours in the place of a private function of Ray's; a ClusterError if this version has none of that name."""
+    if not callable(getattr(owner, name, None)):
+        raise unknown_ray(ray.__version__, f"{owner.__name__}.{name}")
+    setattr(owner, name, function)
 
 
 @contextlib.contextmanager
@@ -253,21 +267,7 @@ def _cluster_errors() -> Iterator[None]:
     except ray.exceptions.AuthenticationError as error:
         raise refused() from error
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, TimeoutError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ClusterError(
-            "The Ray cluster does not answer as it should.",
-            why=lines[0],
-            hint="Check that the cluster is up (ray status), then: phalanx resume.",
-        ) from error
-
-
-def _record(run_dir: Path) -> dict[str, Any]:
-    """What ``cluster.json`` says; empty when there is none."""
-    try:
-        value = json.loads(RunPaths(run_dir).cluster.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        raise unwell(error) from error
 
 
 # --- the controller on a cluster ----------------------------------------------------------------------------------
@@ -276,8 +276,9 @@ def _record(run_dir: Path) -> dict[str, Any]:
 class _ControllerActor(ControllerHost):
     """The controller of a run as an actor."""
 
-    def __init__(self, run_dir: str, resume: Mapping[str, Any] | None, adopt: bool) -> None:
-        super().__init__(run_dir, _backend_of, leave_for_good, resume=resume, adopt=adopt)
+    def __init__(self, run_dir: str, resume: Mapping[str, Any] | None, adopt: bool, order: str) -> None:
+        on_termination(die)
+        super().__init__(run_dir, _backend_of, leave_for_good, order=order, resume=resume, adopt=adopt)
 
 
 def _backend_of(store: RunStore) -> RayBackend:
@@ -285,7 +286,7 @@ def _backend_of(store: RunStore) -> RayBackend:
     return RayBackend(store.paths.root, request.cluster, agent_options=options_of(request))
 
 
-def create_controller(run_dir: Path, resume: Mapping[str, Any] | None, adopt: bool) -> Any:
+def create_controller(run_dir: Path, resume: Mapping[str, Any] | None, adopt: bool, order: str) -> Any:
     """Create the detached controller actor of a run, which Ray restarts on another node when its own is lost.
 
     Raises:
@@ -294,8 +295,8 @@ def create_controller(run_dir: Path, resume: Mapping[str, Any] | None, adopt: bo
     name = f"phalanx-{run_key(run_dir)}-controller"
     with _cluster_errors():
         wait_gone(lambda: find_actor(name), RunPaths(run_dir))
-        actor = _detached(_ControllerActor, name, run_dir, num_cpus=0, max_restarts=-1, max_task_retries=-1)
-        return actor.remote(str(run_dir), resume, adopt)
+        actor = _detached(_ControllerActor, name, run_dir, max_restarts=-1, max_task_retries=-1, **STEADY)
+        return actor.remote(str(run_dir), resume, adopt, order)
 
 
 def ask(actor: Any, method: str, *arguments: Any, timeout_s: float) -> Any:
@@ -328,9 +329,6 @@ def run_everywhere(function: Callable[[], str], *, timeout_s: float) -> dict[str
         return words
 
 
-# --- processes of their own ---------------------------------------------------------------------------------------
-
-
 def gcs_nodes(address: str) -> list[dict[str, Any]]:
     """Living nodes of a cluster, asked of its head without becoming a driver: works from any machine."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
@@ -340,11 +338,7 @@ def gcs_nodes(address: str) -> list[dict[str, Any]]:
     except ray.exceptions.AuthenticationError as error:
         raise refused() from error
     except (ray.exceptions.RayError, ConnectionError, RuntimeError) as error:
-        raise ClusterError(
-            f"No Ray head answers at {address}.",
-            why=str(error).strip().splitlines()[0],
-            hint="Check that cluster.address is the head's IP:PORT (6379 by default), and that the cluster is up.",
-        ) from error
+        raise no_head(address, error) from error
     else:
         return [
             {
@@ -367,9 +361,9 @@ def start_node(*arguments: str) -> None:
     from ray.scripts import scripts
 
     _pin_loopback()
-    scripts.get_ray_client_dependency_error = lambda: "not wanted"
-    utils.get_dashboard_dependency_error = lambda: "not wanted"
-    node.Node.start_api_server = lambda self, **options: None
+    _replace(scripts, "get_ray_client_dependency_error", lambda: "not wanted")
+    _replace(utils, "get_dashboard_dependency_error", lambda: "not wanted")
+    _replace(node.Node, "start_api_server", lambda self, **options: None)
     sys.argv = ["ray", "start", *arguments]
     scripts.main()
 
@@ -378,13 +372,18 @@ def main() -> None:
     """Entry point: ``start ARGS...``, ``describe ADDRESS``, ``submit RUN_DIR ORDER``; the last two answer in JSON."""
     verb, *rest = sys.argv[1:]
     if verb == "start":
-        start_node(*rest)
+        try:
+            start_node(*rest)
+        except ClusterError as error:
+            sys.exit(" ".join(str(error).split()))
     try:
         if verb == "describe":
             answer: dict[str, Any] = {"nodes": gcs_nodes(rest[0])}
         else:
             from launcher.ray_submit import submit
 
+            # Whoever asked has lost patience: what has been begun must be taken back.
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
             answer = submit(Path(rest[0]), rest[1])
     except Exception as error:
         answer = {"error": as_remote(error)}

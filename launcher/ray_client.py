@@ -9,55 +9,30 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import launcher
 from jobs.paths import RunPaths
-from launcher import ray_jobs
+from launcher import ray_jobs, ray_order
 from launcher.backend import NodeInfo
-from launcher.embedded import NODE_MARK, kill_members
-from launcher.host import process
 from launcher.lock import newest_epoch
-from launcher.store import create_exclusive, dump, write_atomic
+from launcher.ray_errors import auth_environment
+from launcher.ray_node import VISIT, visit
+from launcher.store import dump, read_json, write_atomic
 from strategies import errors
-from strategies.errors import ClusterError, PhalanxError, ResumeRefused
+from strategies.errors import ClusterError, PhalanxError, ResumeRefused, StorageError
 
 REACH_S = 5.0
 DESCRIBE_S = 12.0
 SUBMIT_S = 120.0
-NODE_START_S = 45.0
-NODE_STOP_S = 8.0
-NONCE_FOLDER = "shared"
-
-_TOKEN_HINT = (
-    "Give the cluster's token: RAY_AUTH_TOKEN=..., RAY_AUTH_TOKEN_PATH=FILE, or the file ~/.ray/auth_token; "
-    "it must be the one that the cluster was started with."
-)
-
-
-def auth_environment(token_path: str | None = None) -> dict[str, str]:
-    """The variables that make Ray's authentication mode explicit; left to itself, Ray guesses, and waits 20 s.
-
-    Args:
-        token_path: File with the token of a cluster of ours; None looks where Ray looks.
-    """
-    if token_path:
-        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token_path}
-    default = Path.home() / ".ray" / "auth_token"
-    known = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or default.is_file()
-    return {"RAY_AUTH_MODE": "token" if known else "disabled"}
+LET_GO_S = 12.0  # for a process that is asked to end: it may have to withdraw an actor and a node
 
 
 def is_dashboard(address: str) -> bool:
@@ -122,18 +97,28 @@ def start_controller(
     """
     paths = RunPaths(run_dir.resolve())
     write_atomic(paths.cluster, dump({"version": 1, "kind": "existing", "state": "ready", "address": address}))
-    nonce = secrets.token_hex(8)
-    create_exclusive(paths.control / NONCE_FOLDER / nonce, nonce.encode())
-    wish = None if resume is None else {"id": nonce, **resume}
-    order = json.dumps({"address": address, "nonce": nonce, "resume": wish, "adopt": adopt})
-    if is_dashboard(address):
-        answer = ray_jobs.run_entrypoint(address, paths, order, timeout_s=SUBMIT_S)
-    else:
-        describe(address)  # quick and short errors first
-        answer = _ask_ray(
-            ["submit", str(paths.root), order], SUBMIT_S, what=f"The cluster at {address} does not answer."
-        )
+    order, told = ray_order.place(paths, address, resume=resume, adopt=adopt)
+    before = newest_epoch(paths)
+    try:
+        if is_dashboard(address):
+            answer = ray_jobs.run_entrypoint(address, paths, told, timeout_s=SUBMIT_S)
+        else:
+            describe(address)  # quick and short errors first
+            what = f"The cluster at {address} does not answer."
+            answer = _ask_ray(["submit", str(paths.root), told], SUBMIT_S, what=what)
+    except BaseException as error:
+        # Ray may still start what we asked for, at any time: from here on it must not begin to control.
+        if not _withdrawn(paths, order) and isinstance(error, ClusterError) and newest_epoch(paths) > before:
+            return newest_epoch(paths)  # only its answer was lost
+        raise
     return int(answer["epoch"])
+
+
+def _withdrawn(paths: RunPaths, order: str) -> bool:
+    try:
+        return ray_order.withdraw(paths, order)
+    except StorageError:
+        return True
 
 
 def raise_remote(error: Mapping[str, str]) -> None:
@@ -153,14 +138,13 @@ def as_remote(error: BaseException) -> dict[str, str]:
     return {"kind": "PhalanxError", "what": f"{type(error).__name__}: {error}", "why": "", "hint": ""}
 
 
-def refused() -> ClusterError:
-    """The cluster wants a token that we do not have."""
-    given = auth_environment()["RAY_AUTH_MODE"] == "token"
-    return ClusterError(
-        "The Ray cluster refuses us: authentication failed.",
-        why="the token is not the cluster's" if given else "it asks for a token and none was found",
-        hint=_TOKEN_HINT,
-    )
+def cluster_record(run_dir: Path) -> dict[str, Any]:
+    """What ``cluster.json`` of a run says; empty when there is none."""
+    try:
+        value = read_json(RunPaths(run_dir).cluster)
+    except StorageError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def reach(address: str) -> None:
@@ -190,28 +174,44 @@ def _ask_ray(arguments: list[str], timeout_s: float, *, what: str) -> dict[str, 
     """Call a verb of :mod:`launcher.ray_backend` in a process of its own and return its answer."""
     command = [sys.executable, "-P", "-m", "launcher.ray_backend", *arguments]
     environment = os.environ | auth_environment() | {"PYTHONPATH": python_path(), "RAY_BACKEND_LOG_LEVEL": "fatal"}
-    asked = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment,
-        cwd=tempfile.gettempdir(),
-        start_new_session=True,
-    )
+    with visit() as variables:
+        asked = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment | variables,
+            cwd=variables[VISIT],
+            start_new_session=True,
+        )
+        try:
+            out, complaint = asked.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise ClusterError(
+                what,
+                why=f"a port is open there, but no Ray head answered within {timeout_s:.0f} s",
+                hint="Check that cluster.address is the head's IP:PORT (6379 by default), not a port of another kind.",
+            ) from error
+        finally:
+            _let_go(asked)
+    return answer_in(out.decode(errors="replace"), complaint.decode(errors="replace"), what=what)
+
+
+def _let_go(asked: subprocess.Popen[bytes]) -> None:
+    """End a process that has not ended by itself: it may take back what it has begun, but not take long."""
     try:
-        out, complaint = asked.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired as error:
-        raise ClusterError(
-            what,
-            why=f"a port is open there, but no Ray head answered within {timeout_s:.0f} s",
-            hint="Check that cluster.address is the head's IP:PORT (6379 by default), not a port of something else.",
-        ) from error
-    finally:
+        if asked.poll() is None:
+            asked.terminate()
+            asked.communicate(timeout=LET_GO_S)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:  # also when the user presses Ctrl-C once more
         if asked.poll() is None:
             os.killpg(asked.pid, signal.SIGKILL)
-            asked.communicate()
-    return answer_in(out.decode(errors="replace"), complaint.decode(errors="replace"), what=what)
+            asked.wait()
+        for pipe in (asked.stdout, asked.stderr):  # what it has started may hold the other ends
+            if pipe is not None:
+                pipe.close()
 
 
 def answer_in(output: str, complaint: str = "", *, what: str) -> dict[str, Any]:
@@ -238,74 +238,6 @@ def python_path() -> str:
     root = str(Path(str(launcher.__file__)).resolve().parents[1])
     kept = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", root)]
     return os.pathsep.join([root, *kept])
-
-
-@contextlib.contextmanager
-def local_node(address: str, nodes: Iterable[NodeInfo]) -> Iterator[str]:
-    """The address of a Ray node on this machine: a driver cannot do without one.
-
-    When none of the cluster's nodes is here, one without any resources joins for as long as the context lasts.
-
-    Args:
-        address: ``IP:PORT`` of the head.
-        nodes: All living nodes, those without devices included.
-
-    Raises:
-        ClusterError: A node did not start.
-    """
-    here = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
-    ids = {word.removeprefix("--node_id=") for pid in process.all_pids() for word in process.command_line(pid)[1:]}
-    for node in nodes:
-        # The address alone may be that of a node which has just died, the process alone that of another container.
-        if node.address in here and node.node in ids:
-            yield node.address
-            return
-    host = address.rpartition(":")[0].strip("[]")
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # sends nothing; the kernel picks the address that the cluster sees us by
-        own = str(probe.getsockname()[0])
-    with _temporary_node(address, own):
-        yield own
-
-
-@contextlib.contextmanager
-def _temporary_node(address: str, own: str) -> Iterator[None]:
-    mark = f"phalanx-client-{os.getpid()}-{secrets.token_hex(4)}"
-    base = "/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()
-    temp = Path(tempfile.mkdtemp(prefix="phx-", dir=base))
-    log = temp / "log"
-    options = ["--block", "--num-cpus=0", "--num-gpus=0", f"--address={address}", f"--node-ip-address={own}"]
-    options += ["--disable-usage-stats", "--include-log-monitor=false", "--object-store-memory=83886080"]
-    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", *options, f"--temp-dir={temp}"]
-    try:
-        with open(log, "wb") as out:
-            node = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                cwd=temp,
-                env=os.environ | auth_environment() | {NODE_MARK: mark},
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + NODE_START_S
-        while b"Ray runtime started" not in log.read_bytes():
-            if node.poll() is not None or time.monotonic() > deadline:
-                last = log.read_text(errors="replace").strip().splitlines()[-1:]
-                raise ClusterError(
-                    "This machine is not a node of the Ray cluster, and could not join it for the moment.",
-                    why="".join(last),
-                    hint="Submit from a node of the cluster, or by its dashboard: cluster.address=http://HOST:8265",
-                )
-            time.sleep(0.1)
-        yield
-    finally:
-        node.terminate()  # it takes its leave of the cluster
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            node.wait(timeout=NODE_STOP_S)
-        kill_members(mark)
-        node.wait()
-        shutil.rmtree(temp, ignore_errors=True)
 
 
 def wait_gone(find: Callable[[], Any], paths: RunPaths, patience_s: float = 10.0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 from jobs.paths import RunPaths
 from launcher.backend import NodeInfo
+from launcher.ray_errors import refused
 from strategies.errors import ClusterError, StorageError
 
 REQUEST_S = 10.0
@@ -58,11 +60,24 @@ def run_entrypoint(address: str, paths: RunPaths, order: str, *, timeout_s: floa
         "metadata": {"phalanx_run": paths.root.name},
     }
     job = str(_call(address, "/api/jobs/", body)["submission_id"])
+    try:
+        info = _await_end(address, job, timeout_s)
+    except BaseException:
+        with contextlib.suppress(ClusterError):
+            _call(address, f"/api/jobs/{job}/stop", {})
+        raise
+    if info.get("driver_exit_code") == NOT_SHARED:
+        raise not_shared(paths.root, "the node that runs jobs", "it does not exist there")
+    logs = str(_call(address, f"/api/jobs/{job}/logs").get("logs", ""))
+    return answer_in(logs, what=f"The controller could not be started by the job {job}.")
+
+
+def _await_end(address: str, job: str, timeout_s: float) -> dict[str, Any]:
     deadline = time.monotonic() + timeout_s
     while True:
         info = _call(address, f"/api/jobs/{job}")
         if info.get("status") in ("SUCCEEDED", "FAILED", "STOPPED"):
-            break
+            return info
         if time.monotonic() > deadline:
             raise ClusterError(
                 f"The job {job} that starts the controller did not end within {timeout_s:.0f} s.",
@@ -70,10 +85,6 @@ def run_entrypoint(address: str, paths: RunPaths, order: str, *, timeout_s: floa
                 hint=f"See {address}, or: ray job logs {job}",
             )
         time.sleep(0.3)
-    if info.get("driver_exit_code") == NOT_SHARED:
-        raise not_shared(paths.root, "the node that runs jobs", "it does not exist there")
-    logs = str(_call(address, f"/api/jobs/{job}/logs").get("logs", ""))
-    return answer_in(logs, what=f"The controller could not be started by the job {job}.")
 
 
 def not_shared(root: Path, node: str, why: str) -> StorageError:
@@ -98,8 +109,6 @@ def _entrypoint(paths: RunPaths, order: str) -> str:
 
 
 def _call(address: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    from launcher.ray_client import refused
-
     headers = {"Content-Type": "application/json"}
     secret = _token()
     if secret:

@@ -6,13 +6,14 @@ Runs as a process of its own on the client's machine, or as the entrypoint of a 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jobs.paths import RunPaths
-from launcher import ray_backend
-from launcher.ray_client import NONCE_FOLDER, is_dashboard, raise_remote
+from launcher import ray_backend, ray_order
+from launcher.lock import newest_epoch
+from launcher.ray_client import is_dashboard, raise_remote
 from launcher.ray_jobs import not_shared
 from strategies.errors import ClusterError
 
@@ -32,13 +33,27 @@ def submit(run_dir: Path, order: str) -> dict[str, Any]:
     address = "" if is_dashboard(what["address"]) else what["address"]
     with ray_backend.connected(run_dir, address):
         check_shared(run_dir, what["nonce"])
-        actor = ray_backend.create_controller(run_dir, what["resume"], what["adopt"])
+        return _start(run_dir, what)
+
+
+def _start(run_dir: Path, what: Mapping[str, Any]) -> dict[str, Any]:
+    """Create the controller and wait for its word; one that does not give it is not left behind."""
+    paths = RunPaths(run_dir)
+    before = newest_epoch(paths)
+    actor = ray_backend.create_controller(run_dir, what["resume"], what["adopt"], what["nonce"])
+    try:
         outcome = ray_backend.ask(actor, "outcome", CONTROL_S, timeout_s=CONTROL_S + 30.0)
-    if outcome is None:
-        raise ClusterError(
-            f"The controller of '{run_dir.name}' did not win control within {CONTROL_S:.0f} s.",
-            hint=f"phalanx status {run_dir.name}",
-        )
+        if outcome is None:
+            raise ClusterError(
+                f"The controller of '{run_dir.name}' did not win control within {CONTROL_S:.0f} s.",
+                hint=f"phalanx status {run_dir.name}",
+            )
+    except BaseException as error:  # a signal of the client's comes as SystemExit
+        if ray_order.withdraw(paths, what["nonce"]):
+            ray_backend.kill(actor)
+        elif isinstance(error, ClusterError) and newest_epoch(paths) > before:
+            return {"epoch": newest_epoch(paths)}  # it controls; only its answer was lost
+        raise
     if "kind" in outcome:
         raise_remote(outcome)
     return dict(outcome)
@@ -50,7 +65,7 @@ def check_shared(run_dir: Path, nonce: str) -> None:
     Raises:
         StorageError: A node does not; named with its address.
     """
-    root = RunPaths(run_dir).control / NONCE_FOLDER
+    root = RunPaths(run_dir).control / ray_order.FOLDER
     answers = ray_backend.run_everywhere(_probe_of(str(root), nonce), timeout_s=SHARED_S)
     for address, complaint in sorted(answers.items()):
         if complaint:

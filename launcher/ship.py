@@ -1,7 +1,10 @@
 """Copies code into the run directory: our packages to ``code``, a script's project to ``user``.
 
-Ranks import from these copies only, so that editing the sources, or another version of phalanx on a node, cannot change
-a run on its way. The two never share a path: a user's folder named ``jobs`` shadows nothing and is shadowed by nothing.
+What runs on a cluster imports our packages from the run's copy, so that neither editing the sources nor another version
+of phalanx on a node changes a run on its way. A resume renews the copy when the run has ended and the client's version
+is another; as long as ranks or agents may live, they keep what they started from. (``cluster=process`` runs from
+where phalanx is installed.) The two copies never share a path: a user's folder named ``jobs`` shadows nothing and is
+shadowed by nothing.
 """
 
 from __future__ import annotations
@@ -59,12 +62,49 @@ def ship_code(target: Path) -> None:
     """
     if target.exists():
         return
-    source = Path(__file__).resolve().parents[1]
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     with _storage_errors(target):
-        for package in PACKAGES:
-            shutil.copytree(source / package, aside / package, ignore=shutil.ignore_patterns("__pycache__"))
+        _copy_packages(aside)
         os.replace(aside, target)
+
+
+def renew_code(target: Path) -> bool:
+    """Put this version of our packages in the place of an earlier copy; returns whether that was necessary.
+
+    Raises:
+        StorageError: The run directory cannot be written.
+    """
+    if same_code(target):
+        return False
+    aside, before = (target.with_name(f".{target.name}.{word}.{os.getpid()}") for word in ("new", "old"))
+    with _storage_errors(target):
+        try:
+            _copy_packages(aside)
+            if target.exists():
+                os.replace(target, before)
+            os.replace(aside, target)
+        finally:
+            for left in (aside, before):
+                shutil.rmtree(left, ignore_errors=True)
+    return True
+
+
+def same_code(copy: Path) -> bool:
+    """Whether a copy of our packages is file by file what this process runs from."""
+    source = Path(__file__).resolve().parents[1]
+    ours, theirs = _package_files(source), _package_files(copy)
+    return ours == theirs and all(filecmp.cmp(source / file, copy / file, shallow=False) for file in ours)
+
+
+def _package_files(root: Path) -> set[Path]:
+    found = (path for package in PACKAGES for path in (root / package).rglob("*") if path.is_file())
+    return {path.relative_to(root) for path in found if path.parent.name != "__pycache__"}
+
+
+def _copy_packages(target: Path) -> None:
+    source = Path(__file__).resolve().parents[1]
+    for package in PACKAGES:
+        shutil.copytree(source / package, target / package, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def survey(root: Path, *, limit_mb: int) -> Shipment:
@@ -78,7 +118,9 @@ def survey(root: Path, *, limit_mb: int) -> Shipment:
         ConfigError: The folder is missing or the project is too large; the largest parts are named.
     """
     if not root.is_dir():
-        raise ConfigError(f"job.workdir: {root} is not a folder.")
+        raise ConfigError(
+            f"job.workdir: {root} is not a folder.", hint="Give the folder of the script: job.workdir=DIR."
+        )
     files: list[Path] = []
     sizes: dict[str, int] = {}
     for path in _walk(root):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jobs.checkpoint.layout import sync_dir
 from jobs.paths import RunPaths
 from launcher.request import LaunchRequest
 from launcher.run import EventKind, Run, RunEvent, fold
@@ -33,7 +34,7 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-        sync_folder(path.parent)
+        sync_dir(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
@@ -62,7 +63,7 @@ def create_exclusive(path: Path, data: bytes) -> bool:
             return False
         finally:
             aside.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        sync_dir(path.parent)
     except OSError as error:
         raise _refused(path, error) from error
     return True
@@ -71,15 +72,6 @@ def create_exclusive(path: Path, data: bytes) -> bool:
 def _refused(path: Path, error: OSError) -> StorageError:
     hint = "Free space or mend the folder's permissions, then try again: what was written before is intact."
     return StorageError(f"Cannot write {path}.", why=error.strerror or str(error), hint=hint)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names that were created or replaced in ``folder`` durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def dump(value: Any) -> bytes:
@@ -264,7 +256,7 @@ def append_line(path: Path, line: bytes) -> None:
     try:
         size = os.fstat(fd).st_size
         if not size:
-            sync_folder(path.parent)
+            sync_dir(path.parent)
         if size and os.pread(fd, 1, size - 1) != b"\n":
             line = b"\n" + line
         written = os.write(fd, line)

@@ -141,6 +141,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         ``"Did you mean 'tp'? Known: ..."``, with the suggestion left out when nothing is near.
     """
     names = sorted(set(known))
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.55)
+    cutoff = 0.55 if len(word) > 3 else 0.5  # one letter of two may be wrong: tq for tp
+    near = difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
     suggestion = f"Did you mean '{near[0]}'? " if near else ""
     return f"{suggestion}Known: {', '.join(names)}."

@@ -96,8 +96,8 @@ def largest_plan(
 ) -> ParallelPlan | None:
     """The plan next to ``plan`` that uses the most slots of a smaller cluster.
 
-    Keeps tp and pp and gives up replicas, as long as one replica fits; else also gives up pipeline stages and shards.
-    Sequence parallelism, schedule, ZeRO stage and micro-batch stay as they are.
+    Keeps tp and pp and gives up replicas, as long as one replica fits; else it gives up pipeline stages and shards, and
+    replicas may take the slots that they leave. Sequence parallelism, schedule, ZeRO stage and micro-batch stay.
 
     Returns:
         None if not even one replica on one rank fits.
@@ -107,7 +107,8 @@ def largest_plan(
         return None
 
     def fitted(tp: int, pp: int) -> ParallelPlan | None:
-        dp = min(plan.dp, cluster.slots // (tp * pp * others), batch.global_batch // plan.micro_batch)
+        wanted = plan.dp if (tp, pp) == (plan.tp, plan.pp) else plan.world_size // (tp * pp * others)
+        dp = min(wanted, cluster.slots // (tp * pp * others), batch.global_batch // plan.micro_batch)
         if dp < 1:
             return None
         stages = plan.stages if pp == plan.pp else split_layers(model.layers, pp)

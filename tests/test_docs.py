@@ -94,9 +94,16 @@ def test_exit_codes() -> None:
 
 
 def test_tree() -> None:
-    section = README.split("## The tree")[1]
-    for folder in re.findall(r"^(\w+)/", section, re.MULTILINE):
-        assert (ROOT / folder).is_dir()
+    section = README.split("## The tree")[1].split("```")[1]
+    folder, named = ROOT, 0
+    for line in section.strip().splitlines():
+        words = line.split("  ")[0] if not line.startswith(" ") else line.strip().split("  ")[0]
+        for word in words.split():
+            path = ROOT / word if not line.startswith(" ") else folder / word
+            assert path.exists(), f"{word} of the README's tree does not exist"
+            named += 1
+            folder = path if not line.startswith(" ") else folder
+    assert named > 30
 
 
 def test_help_of_every_verb_has_an_example(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ On disk::
 
 What is called from outside (all other names are internal)::
 
-    jobs.checkpoint.manifest   newest, list_checkpoints, read_manifest, verify, Checkpoint      pure, no numpy
+    jobs.checkpoint.manifest   newest, list_checkpoints, damaged, verify, Checkpoint            pure, no numpy
     jobs.checkpoint.retention  prune                                                            pure, no numpy
     jobs.checkpoint.reader     Reader                                                           numpy
     jobs.checkpoint.digest     weights_digest                                                   numpy
@@ -24,7 +24,7 @@ Only the fp32 masters are stored: 16-bit weights are their rounding, and are mad
 """
 
 from jobs.checkpoint.errors import CheckpointConflict, CorruptCheckpoint
-from jobs.checkpoint.manifest import Checkpoint, Manifest, list_checkpoints, newest, read_manifest, verify
+from jobs.checkpoint.manifest import Checkpoint, Manifest, damaged, list_checkpoints, newest, read_manifest, verify
 from jobs.checkpoint.retention import prune
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "CheckpointConflict",
     "CorruptCheckpoint",
     "Manifest",
+    "damaged",
     "list_checkpoints",
     "newest",
     "prune",

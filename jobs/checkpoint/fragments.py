@@ -49,7 +49,6 @@ class OptimizerAccess(ABC):
         ds: DeepSpeed's engine, whose parameters carry :class:`ParamMeta` as ``phalanx``.
     """
 
-
     def __init__(self, ds: Any) -> None:
         self.ds = ds
         self.outer = ds.optimizer

@@ -142,6 +142,21 @@ def list_checkpoints(root: str | Path) -> list[Checkpoint]:
     return found
 
 
+def damaged(root: str | Path) -> list[tuple[Path, str]]:
+    """Manifests below ``root`` that :func:`list_checkpoints` leaves out, best first, each with the reason.
+
+    Raises:
+        StorageError: The folder cannot be listed, or a manifest cannot be read.
+    """
+    found = []
+    for place in _best_first(Path(root)):
+        try:
+            read_manifest(place.manifest)
+        except CorruptCheckpoint as error:
+            found.append((place.manifest, error.reason))
+    return found
+
+
 def newest(root: str | Path, exclude: Collection[str | Path] = frozenset()) -> Path | None:
     """The checkpoint to restore: the highest step, and of that step the highest token.
 

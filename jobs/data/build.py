@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.checkpoint.layout import sync_dir
 from jobs.data import tokenizer as bpe
 from jobs.data.corpus import Corpus, Document, pieces, scan
 from jobs.data.store import (
@@ -186,7 +187,7 @@ def _publish(aside: Path, folder: Path) -> None:
         with (aside / name).open("rb") as file:
             os.fsync(file.fileno())
     aside.chmod(0o755)
-    _sync_folder(aside)
+    sync_dir(aside)
     try:
         os.rename(aside, folder)
     except OSError:
@@ -198,15 +199,7 @@ def _publish(aside: Path, folder: Path) -> None:
         os.rename(aside, folder)
         shutil.rmtree(ruin, ignore_errors=True)
     (folder / _LOCK).unlink(missing_ok=True)
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_dir(folder.parent)
 
 
 @contextlib.contextmanager

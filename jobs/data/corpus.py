@@ -89,7 +89,11 @@ def scan(data: DataSpec, progress: Callable[[float], None] = lambda fraction: No
 def _find(data: DataSpec) -> tuple[str, Path, list[Path]]:
     if data.kind == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        return f"of Python's standard library in {root}", root, _walk(root, suffix=".py", skipped=SKIPPED_FOLDERS | GENERATED)
+        return (
+            f"of Python's standard library in {root}",
+            root,
+            _walk(root, suffix=".py", skipped=SKIPPED_FOLDERS | GENERATED),
+        )
     if not data.path:
         raise ConfigError("data=text needs a path.", hint="Add data.path=FILE_OR_DIR.")
     root = Path(data.path).expanduser().absolute()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,7 +27,7 @@ from jobs.paths import RunPaths
 from jobs.report import Reporter
 from jobs.sample import generate
 from jobs.spec import JobSpec, RankEnv
-from strategies.errors import ResumeRefused
+from strategies.errors import ResumeRefused, StorageError
 from strategies.schedule import BatchChange, SampleSchedule
 
 if TYPE_CHECKING:
@@ -171,12 +172,25 @@ class Pretrain:
         if self._metrics is not None:
             self._metrics.sync()
             self._metrics.close()
-            if self._job.train.sample_tokens > 0:
-                replace_file(self._paths.sample, generate(self._job, manifest, self._store) + "\n")
             final = {"step": step, "weights_digest": digest, "checkpoint": str(manifest)}
             replace_file(self._paths.root / "final.json", json.dumps(final) + "\n")
+            if self._job.train.sample_tokens > 0:
+                self._sample(manifest)
         dist.barrier()
         self._reporter.send("done", step=step)
+
+    def _sample(self, manifest: Path) -> None:
+        """Text for people to look at. The run is done: whatever fails here is told in its place and fails nothing."""
+        try:
+            text = generate(self._job, manifest, self._store)
+        except Exception as error:
+            print(f"warning: no sample could be generated: {type(error).__name__}: {error}", flush=True)
+            traceback.print_exc()
+            text = f"(no sample could be generated: {type(error).__name__}: {error})"
+        try:
+            replace_file(self._paths.sample, text + "\n")
+        except StorageError as error:
+            print(f"warning: {error}", flush=True)
 
 
 def refuse_another_run(restored: RestoredState, job: JobSpec) -> None:

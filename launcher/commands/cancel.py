@@ -30,7 +30,7 @@ def command(as_json: bool, folder: str | None, words: tuple[str, ...]) -> None:
 
     Works when its controller is dead, too. A run that has ended already is left as it is.
     """
-    from launcher import launch, supervise
+    from launcher import orphan, supervise
     from launcher.describe import describe
     from launcher.lock import controlled
     from launcher.run import RunState
@@ -43,7 +43,7 @@ def command(as_json: bool, folder: str | None, words: tuple[str, ...]) -> None:
         raise ConfigError(f"'{store.name}' has ended already: {state.value}.")
     if not state.terminal:
         supervise.request_cancel(store, by="phalanx cancel")
-        state = _wait(store) if controlled(store.paths) else launch.cancel_orphan(store)
+        state = _wait(store) if controlled(store.paths) else orphan.cancel(store)
     say(f"{store.name}: {state.value}")
     if as_json:
         print_json(describe(store, time.time()))
@@ -51,7 +51,7 @@ def command(as_json: bool, folder: str | None, words: tuple[str, ...]) -> None:
 
 def _wait(store: RunStore) -> RunState:
     """Until the controller has done it; one that dies meanwhile is replaced."""
-    from launcher import launch
+    from launcher import orphan
     from launcher.lock import controlled
     from strategies.errors import ClusterError
 
@@ -61,7 +61,7 @@ def _wait(store: RunStore) -> RunState:
         if state.terminal:
             return state
         if not controlled(store.paths):
-            return launch.cancel_orphan(store)
+            return orphan.cancel(store)
         time.sleep(POLL_S)
     raise ClusterError(
         f"The controller of '{store.name}' lives but has not cancelled it yet.",

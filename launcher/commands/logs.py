@@ -73,9 +73,13 @@ def _follow(store: RunStore, rank: int, attempt: int | None) -> None:
             if number and number != shown:
                 say(f"--- {store.name}: attempt {number}, rank {rank} ---")
                 shown, offset = number, 0
-            while number and (piece := rank_logs.read(store.paths, number, rank, offset)) is not None and piece.text:
+            while number and (piece := rank_logs.read(store.paths, number, rank, offset)) is not None:
+                if piece.begin < offset:
+                    say("--- the log has grown too large and was cut: lines may be missing here ---")
                 click.echo(piece.text, nl=False)
                 offset = piece.next
+                if not piece.text:
+                    break
             if over:
                 say(f"--- {store.name}: {run.state.value} ---")
                 return

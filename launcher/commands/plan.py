@@ -41,6 +41,8 @@ def command(ctx: click.Context, as_json: bool, deepspeed: bool, connect: bool, o
 
         cluster = measured(config)
     sketch = build.outline(config, cluster)
+    if not sketch.violations:
+        build.resolved_faults(config, sketch)  # submit would refuse what does not fit
     document = plan_document(config, sketch)
     if as_json:
         print_json(document)

@@ -1,8 +1,8 @@
 """Trains two steps per combination of a plan through the engine and writes down what happened.
 
 ``python -m tests.e2e.probe_capabilities`` prints the table; with ``--write`` it rewrites the one in
-``strategies/capabilities.py``. Ten minutes on two free cores, at most 8 ranks at a time. Refused combinations are tried,
-too: the reason in the table is DeepSpeed's own.
+``strategies/capabilities.py``. Ten minutes on two free cores, at most 8 ranks at a time. Refused combinations are
+tried, too: the reason in the table is DeepSpeed's own.
 """
 
 from __future__ import annotations

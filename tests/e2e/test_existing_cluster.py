@@ -10,6 +10,7 @@ import shlex
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,15 +71,22 @@ def token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
 
 
-def make_run(cluster: netns.RayCluster, folder: Path, *arguments: object, address: str = "") -> RunStore:
-    """The run directory of a script job on the cluster, as submit makes it."""
+def make_run(
+    cluster: netns.RayCluster, folder: Path, *arguments: object, address: str = "", size: tuple[int, int] = (3, 0)
+) -> RunStore:
+    """The run directory of a script job on the cluster, as submit makes it; ``size`` is nodes and spares."""
     project = folder / "project"
     project.mkdir()
     (project / "train.py").write_text(SCRIPT)
     command = shlex.join([sys.executable, "train.py", *map(str, arguments)])
     words = ["job=script", f"job.command='{command}'", f"job.workdir={project}", "tracking=none"]
     words += ["cluster=existing", f"cluster.address='{address or cluster.address}'"]
-    words += ["cluster.nodes=3", "cluster.slots_per_node=2", "recovery.lease_s=30"]
+    words += [
+        f"cluster.nodes={size[0]}",
+        f"cluster.spares={size[1]}",
+        "cluster.slots_per_node=2",
+        "recovery.lease_s=30",
+    ]
     from launcher import build
 
     config = configuration(folder / "runs", "run", words)
@@ -90,12 +98,24 @@ def wait(condition: Callable[[], bool], patience_s: float, store: RunStore) -> N
     assert process.wait_until(condition, patience_s), [f"{event.kind} {dict(event.data)}" for event in store.events()]
 
 
+def ours(cluster: netns.RayCluster, nodes: int = 3) -> list[int]:
+    """Processes of ours on the nodes."""
+    pids = [pid for index in range(nodes) for pid in cluster.net.pids(index)]
+    return [
+        pid
+        for pid in pids
+        if "Actor" in " ".join(process.command_line(pid)) or process.environment(pid).get("PHALANX_HOST")
+    ]
+
+
+def words_of(pid: int) -> list[str]:
+    """What a process was started with, options of Ray's helpers in one spelling."""
+    return [word.replace("node_ip_address", "node-ip-address") for word in process.command_line(pid)]
+
+
 def quiet(cluster: netns.RayCluster) -> bool:
     """Whether nothing of ours is left on any node."""
-    pids = [pid for index in range(3) for pid in cluster.net.pids(index)]
-    return not any(
-        "Actor" in " ".join(process.command_line(pid)) or process.environment(pid).get("PHALANX_HOST") for pid in pids
-    )
+    return not ours(cluster)
 
 
 def test_nodes_and_slots_are_what_ray_reports(cluster: netns.RayCluster) -> None:
@@ -192,21 +212,51 @@ def test_the_client_can_go_away(cluster: netns.RayCluster, tmp_path: Path, by: s
     assert process.wait_until(lambda: quiet(cluster), 20.0)
 
 
-def test_a_killed_controller_is_restarted_and_adopts_the_gang(cluster: netns.RayCluster, tmp_path: Path) -> None:
+def test_actors_that_need_nothing_do_not_go_to_a_clients_node(cluster: netns.RayCluster, tmp_path: Path) -> None:
+    """Such a node leaves within seconds, and whoever is on it dies."""
+    import ray
+
+    from launcher import ray_backend
+
+    with ray_backend.connected(tmp_path, cluster.address):
+        labels = {node["NodeManagerAddress"]: node["Labels"] for node in ray.nodes() if node["Alive"]}
+        assert {address: "phalanx-visitor" in kinds for address, kinds in labels.items()} == dict.fromkeys(
+            cluster.net.addresses[:3], False
+        ) | {cluster.net.host_address: True}
+
+        class Anywhere:
+            def where(self) -> str:
+                return str(ray.util.get_node_ip_address())
+
+        actors = [ray.remote(Anywhere).options(**ray_backend.STEADY).remote() for _ in range(6)]
+        where = ray.get([actor.where.remote() for actor in actors], timeout=60.0)
+        assert set(where) <= set(cluster.net.addresses[:3])
+        for actor in actors:
+            ray_backend.kill(actor)
+
+
+def wait_adopted(store: RunStore, times: int) -> None:
+    """Wait until so many controllers have adopted the gang."""
+
+    def adopted() -> bool:
+        started = [event for event in store.events() if event.kind is EventKind.CONTROLLER_STARTED]
+        return [bool(event.data["adopted"]) for event in started] == [False] + [True] * times
+
+    wait(adopted, 60.0, store)
+
+
+def test_a_killed_or_interrupted_controller_is_restarted_and_adopts_the_gang(
+    cluster: netns.RayCluster, tmp_path: Path
+) -> None:
     store = make_run(cluster, tmp_path, 1000, 0.3)
     ray_client.start_controller(store.paths.root, cluster.address)
     wait(lambda: (store.paths.checkpoints / "2" / "COMMIT").exists(), 90.0, store)
     with pytest.raises(ResumeRefused):
         ray_client.start_controller(store.paths.root, cluster.address)
-    first = read_json(store.paths.controllers / "1.json")
-    os.kill(first["pid"], signal.SIGKILL)
-
-    def adopted() -> bool:
-        started = [event for event in store.events() if event.kind is EventKind.CONTROLLER_STARTED]
-        return len(started) == 2 and bool(started[1].data["adopted"])
-
-    wait(adopted, 60.0, store)
-    assert len(store.run().attempts) == 1
+    for times, number in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGINT), start=1):
+        os.kill(read_json(store.paths.controllers / f"{times}.json")["pid"], number)
+        wait_adopted(store, times)
+    assert (len(store.run().attempts), store.run().steps_lost) == (1, 0)
     supervise.request_cancel(store, by="test")
     wait(lambda: store.run().state is RunState.CANCELLED, 60.0, store)
     assert process.wait_until(lambda: quiet(cluster), 20.0)
@@ -219,6 +269,77 @@ def test_a_killed_controller_is_restarted_and_adopts_the_gang(cluster: netns.Ray
     supervise.request_cancel(store, by="test")
     wait(lambda: store.run().state is RunState.CANCELLED, 60.0, store)
     assert process.wait_until(lambda: quiet(cluster), 20.0)
+
+
+def test_sigterm_at_an_agent_gives_its_node_up_and_the_spare_takes_over(
+    cluster: netns.RayCluster, tmp_path: Path
+) -> None:
+    store = make_run(cluster, tmp_path, 1000, 0.3, size=(2, 1))
+    ray_client.start_controller(store.paths.root, cluster.address)
+    wait(lambda: (store.paths.checkpoints / "2" / "COMMIT").exists(), 90.0, store)
+    rows = read_json(store.paths.ranks(1))
+    first = store.run().attempts[0].nodes
+    agent = read_json(store.paths.agents / f"{first[1]}.json")["pid"]
+    os.kill(agent, signal.SIGTERM)
+    wait(lambda: len(store.run().attempts) == 2 and store.run().state is RunState.RUNNING, 60.0, store)
+    assert not any(process.is_running(row["pid"]) for row in rows)
+    assert not process.is_running(agent)
+    second = store.run().attempts[1].nodes
+    assert second[0] == first[0]
+    assert second[1] not in first
+    failures = [event.data["failure"] for event in store.events() if event.kind is EventKind.FAILURE_DETECTED]
+    assert [(failure["kind"], failure["node"]) for failure in failures] == [("preempted", first[1])]
+    assert "SIGTERM" in failures[0]["detail"]
+    supervise.request_cancel(store, by="test")
+    wait(lambda: store.run().state is RunState.CANCELLED, 60.0, store)
+    assert process.wait_until(lambda: quiet(cluster), 20.0)
+
+
+def test_an_orphan_is_cancelled_by_the_address_of_a_dashboard(cluster: netns.RayCluster, tmp_path: Path) -> None:
+    """Its controller is gone for good, its ranks are not; this machine can reach nothing but the dashboard's port."""
+    from launcher import orphan, ray_backend
+    from launcher.ray_placement import run_key
+
+    store = make_run(cluster, tmp_path, 1000, 0.3, address=cluster.dashboard_url, size=(2, 0))
+    ray_client.start_controller(store.paths.root, cluster.dashboard_url)
+    wait(lambda: (store.paths.checkpoints / "2" / "COMMIT").exists(), 90.0, store)
+    with ray_backend.connected(tmp_path, cluster.address):
+        ray_backend.kill(ray_backend.find_actor(f"phalanx-{run_key(store.paths.root)}-controller"))
+    pid = read_json(store.paths.controllers / "1.json")["pid"]
+    assert process.wait_until(lambda: not process.is_running(pid), 20.0)
+    supervise.request_cancel(store, by="test")
+    assert orphan.cancel(store) is RunState.CANCELLED
+    assert len(store.run().attempts) == 1
+    assert process.wait_until(lambda: quiet(cluster), 20.0)
+
+
+def test_a_controller_that_starts_too_slowly_is_taken_back(cluster: netns.RayCluster, tmp_path: Path) -> None:
+    """The client goes and is told that nothing came of it, so nothing may, then or later."""
+    store = make_run(cluster, tmp_path, 1000, 0.3, size=(2, 0))
+    code, late = store.paths.code / "launcher" / "ray_backend.py", tmp_path / "late"
+    slow = f"open({str(late)!r}, 'w').write(str(os.getpid())); __import__('time').sleep(1000)"
+    code.write_text(code.read_text().replace("on_termination(die)", slow))
+    over = threading.Event()
+
+    def interrupt() -> None:
+        came = process.wait_until(lambda: over.is_set() or (late.exists() and bool(late.read_text())), 60.0)
+        if came and not over.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ray_client.start_controller(store.paths.root, cluster.address)
+    finally:
+        over.set()
+        thread.join()
+    pid = int(late.read_text())
+    assert process.wait_until(lambda: not process.is_running(pid), 20.0), "the actor has been killed"
+    assert not list(store.paths.controllers.glob("*.json"))
+    assert quiet(cluster)
+    visitors = [pid for pid in process.all_pids() if f"--node-ip-address={cluster.net.host_address}" in words_of(pid)]
+    assert not visitors, "no node is left on this machine"
 
 
 def test_a_cut_cable_is_a_cut_cable(cluster: netns.RayCluster) -> None:
@@ -271,5 +392,10 @@ def test_a_cluster_without_authentication(monkeypatch: pytest.MonkeyPatch, tmp_p
             assert "the cluster has 1 node with >= 2 free CPUs" in backend.why_missing()
             backend.release()
             backend.close()
+            store = make_run(cluster, tmp_path, 3, 0.2, size=(1, 0))
+            assert ray_client.start_controller(store.paths.root, cluster.address) == 1
+            wait(lambda: store.run().state.terminal, 90.0, store)
+            assert (store.run().state, store.run().step) == (RunState.SUCCEEDED, 3)
+            assert process.wait_until(lambda: not ours(cluster, 1), 20.0)
         finally:
             cluster.close()

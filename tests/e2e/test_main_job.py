@@ -118,6 +118,32 @@ def test_a_live_gang_on_ray_is_adopted(folder: Path, undisturbed_60: RunStore) -
     cli.assert_nothing_left(root)
 
 
+def test_a_gang_that_took_the_spare_is_adopted_on_what_is_left(folder: Path, undisturbed_60: RunStore) -> None:
+    """One of three nodes is dead for good: the cluster is smaller than it was, and still the gang's."""
+    words = submit(folder, "fewer", *EMBEDDED, *LONG, 'faults=["node_kill@node=1,step=8"]')
+    process = cli.start(*words, cwd=folder)
+    root = folder / "runs" / "fewer"
+    run = RunStore(root)
+
+    def goes_on() -> bool:
+        lines = list(run.metrics()) if root.exists() else []
+        return any(int(line["attempt"]) == 2 and int(line["step"]) >= 12 for line in lines)
+
+    cli.wait_for(goes_on, "step 12 of the second attempt")
+    process.kill()
+    cli.end(process)
+    keeper, before = read_json(root / "cluster.json")["keeper"], run.run()
+    resumed = cli.phalanx("resume", "fewer", "--dir", str(root.parent), "--yes", cwd=folder)
+    assert resumed.code == 0, resumed.err
+    assert read_json(root / "cluster.json")["keeper"] == keeper
+    started = [event.data["adopted"] for event in run.events() if event.kind is EventKind.CONTROLLER_STARTED]
+    assert started == [False, True]
+    after = run.run()
+    assert (len(after.attempts), after.steps_lost) == (2, before.steps_lost)
+    assert_same(run, undisturbed_60)
+    cli.assert_nothing_left(root)
+
+
 # --- somebody else's cluster --------------------------------------------------------------------------------------
 
 TORCH_SCRIPT = """
@@ -174,8 +200,12 @@ def test_the_same_on_somebody_elses_cluster(cluster: netns.RayCluster, folder: P
     run = cli.store(folder, "existing")
     assert_same(run, undisturbed)
     assert len(run.run().attempts) == 2
-    inside = [pid for index in range(3) for pid in cluster.net.pids(index)]
-    assert not [pid for pid, _ in cli.processes_of(run.paths.root) if pid in inside]
+
+    def gone() -> bool:  # the client need not wait until the controller has given everything back
+        inside = {pid for index in range(3) for pid in cluster.net.pids(index)}
+        return not [pid for pid, _ in cli.processes_of(run.paths.root) if pid in inside]
+
+    cli.wait_for(gone, "nothing of the run is left on the cluster", 30.0)
 
 
 @needs_namespaces

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from jobs.checkpoint import CorruptCheckpoint
 from jobs.checkpoint.manifest import Manifest, TrainerState
 from jobs.checkpoint.restore import RestoredState
+from jobs.paths import RunPaths
 from jobs.spec import DataSpec, JobSpec
-from jobs.stages.pretrain import continued, refuse_another_run, replace_file
+from jobs.stages import pretrain
+from jobs.stages.pretrain import Pretrain, continued, refuse_another_run, replace_file
 from jobs.worker import exit_code
 from strategies.errors import ConfigError, ResumeRefused, StorageError
 from strategies.schedule import BatchChange, SampleSchedule, Skip
@@ -87,6 +91,42 @@ def test_files_are_replaced_at_once(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["final.json"]
     with pytest.raises(StorageError, match="write the result"):
         replace_file(tmp_path / "nowhere" / "final.json", "x")
+
+
+class Record(list[str]):
+    """Stands for a reporter and for the metrics."""
+
+    def send(self, kind: str, **unused: object) -> None:
+        self.append(kind)
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    close = sync
+
+
+@pytest.mark.parametrize("broken", ["generate", "replace_file"])
+def test_a_sample_that_fails_does_not_fail_a_finished_run(
+    broken: str, job: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*unused: object) -> str:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(pretrain, "generate", fail if broken == "generate" else lambda *unused: "text")
+    monkeypatch.setattr(pretrain, "gang_weights_digest", lambda manifest: "d" * 64)
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    if broken == "replace_file":
+        (tmp_path / "sample.txt").mkdir()
+    loop, reports = object.__new__(Pretrain), Record()
+    loop._job = dataclasses.replace(job, train=dataclasses.replace(job.train, sample_tokens=4))
+    loop._counter, loop._paths, loop._store = SimpleNamespace(step=0), RunPaths(tmp_path), None  # type: ignore[assignment]
+    loop._metrics = loop._reporter = reports  # type: ignore[assignment]
+    loop._finish(6, tmp_path / "manifest")
+    assert reports == ["done"]
+    assert json.loads((tmp_path / "final.json").read_text())["weights_digest"] == "d" * 64
+    assert "warning" in capsys.readouterr().out
+    if broken == "generate":
+        assert "out of memory" in (tmp_path / "sample.txt").read_text()
 
 
 def test_exit_codes() -> None:

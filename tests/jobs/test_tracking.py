@@ -16,7 +16,7 @@ import pytest
 
 from jobs.paths import RunPaths
 from jobs.proctree import descendants, kill_trees, processes
-from jobs.tracking import Tail, follow, logged_steps, make_tracker
+from jobs.tracking import follow, logged_steps, make_tracker
 from strategies.errors import StorageError
 
 pytestmark = pytest.mark.timeout(120)
@@ -242,18 +242,6 @@ def test_the_last_event_decides(
     recorder = Recorder()
     follow(paths, recorder, Patience(3))  # type: ignore[arg-type]
     assert (recorder.steps, recorder.ending) == ([1, 2], ending)
-
-
-def test_tail_waits_for_whole_lines_and_passes_over_damage(tmp_path: Path) -> None:
-    path = tmp_path / "lines"
-    tail = Tail(path)
-    assert tail.read() == []
-    path.write_bytes(b'{"a": 1}\n{"b"')
-    assert tail.read() == [{"a": 1}]
-    with path.open("ab") as file:
-        file.write(b': 2}\n{"torn\n\xff\n[1]\n{"c": 3}\n')
-    assert tail.read() == [{"b": 2}, {"c": 3}]
-    assert tail.read() == []
 
 
 def test_tracking_needs_no_torch() -> None:

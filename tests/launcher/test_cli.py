@@ -287,3 +287,13 @@ def test_folders_of_the_user_do_not_shadow_ours(tmp_path: Path) -> None:
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('shadowed')\n")
     done = phalanx("plan", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_bad_input_of_plan_is_explained(invoke: Invoke) -> None:
+    """What submit would refuse is refused by plan, and one letter of two may be wrong."""
+    code, out, err = invoke("plan", 'faults=["rank_kil@rank=3,step=12"]')
+    assert (code, out) == (2, "")
+    assert "Did you mean 'rank_kill'?" in err
+    code, out, err = invoke("plan", "strategy.tq=2")
+    assert (code, out) == (2, "")
+    assert "Did you mean 'tp'?" in err

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import launch
+from launcher import launch, proposal
 from launcher.cli import main
 from launcher.lock import ControllerLock
 from launcher.run import EventKind, RunState
@@ -128,6 +128,23 @@ def test_logs_from_the_run_directory(tmp_path: Path, invoke: Invoke) -> None:
     assert invoke("logs", "demo", "-f", "--json", *where)[0] == 2
 
 
+def test_following_goes_on_after_a_log_was_cut(tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = failed_run(tmp_path)
+    log, whole = store.paths.rank_log(1, 0), store.paths.events.read_bytes()
+    store.paths.events.write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))  # it still runs
+    log.write_text("old and long\n" * 10)
+    story = iter(["cut\n", "cut\nnew\n"])
+
+    def pause(seconds: float) -> None:
+        text = next(story, None)
+        log.write_text(text) if text is not None else store.paths.events.write_bytes(whole)
+
+    monkeypatch.setattr("launcher.commands.logs.time.sleep", pause)
+    code, out, err = invoke("logs", "demo", "-f", "--dir", str(tmp_path))
+    assert (code, out) == (0, "old and long\n" * 10 + "new\n")
+    assert "was cut" in err
+
+
 def test_logs_before_any_rank(tmp_path: Path, invoke: Invoke) -> None:
     make_run(tmp_path)
     assert invoke("logs", "demo", "--dir", str(tmp_path))[0] == 5
@@ -172,6 +189,20 @@ def test_resume_is_refused_with_reasons(tmp_path: Path, invoke: Invoke) -> None:
     assert store.paths.events.read_bytes() == before
 
 
+@pytest.mark.parametrize("content", ["{", "- a list", None])
+def test_resume_of_a_damaged_run_directory(tmp_path: Path, invoke: Invoke, content: str | None) -> None:
+    store = failed_run(tmp_path)
+    if content is None:
+        store.paths.config.unlink()
+    else:
+        store.paths.config.write_text(content)
+    code, out, err = invoke("resume", "demo", "--yes", "--dir", str(tmp_path))
+    assert (code, out) == (7, "")
+    assert "config.yaml" in err
+    assert "next:" in err
+    assert all(line.startswith(("error:", "  why:", "  next:")) for line in err.splitlines())
+
+
 def test_resume_shows_the_difference_and_never_asks_without_a_terminal(tmp_path: Path, invoke: Invoke) -> None:
     store = failed_run(tmp_path)
     code, out, err = invoke("resume", "demo", "train.lr=0.5", "--dir", str(tmp_path))
@@ -190,6 +221,7 @@ def test_resume_takes_the_same_path_as_submit(tmp_path: Path, invoke: Invoke, mo
 
     def run(given: object, screen: object, **options: object) -> launch.Outcome:
         seen.update(options)
+        proposal.accept(store, options["resume"])  # type: ignore[arg-type]
         put(store, 100.0, EventKind.RESUME_REQUESTED, epoch=2, request=store.request().digest)
         put(store, 101.0, EventKind.RUN_FAILED, epoch=2, reason="as planned")
         return launch.Outcome(state=RunState.FAILED)

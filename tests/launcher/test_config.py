@@ -133,6 +133,7 @@ def test_faults_survive_a_shell_that_eats_quotes() -> None:
         (["cluster=existing"], "cluster.address: missing"),
         (["job=script"], "job.command: missing"),
         (["job=script", "job.command=x", "faults=[rank_kill@rank=0,step=1]"], "not into scripts"),
+        (["checkpoint.memory_every=5"], "checkpoints in memory are not there yet"),
     ],
 )
 def test_contradictions(words: list[str], part: str) -> None:
@@ -169,7 +170,7 @@ def test_request_is_a_pure_function_of_the_configuration(tmp_path: Path) -> None
     one, two = build.build_request(config, ["a"]), build.build_request(config, ["a"])
     assert one == two
     assert one.digest == two.digest
-    assert one.job.plan.describe() == "TP2 x PP2 x DP2 ZeRO-1, micro-batch 2 x 2"
+    assert one.job.plan.describe() == "TP2 x PP2 x DP2 ZeRO-1, micro-batch 2 x 4"
     assert "random" not in one.job.faults[0]
     assert one.run_dir == str(tmp_path / "runs" / "q")
 

@@ -421,3 +421,27 @@ def test_the_same_error_under_another_token_is_the_same(tmp_path: Path) -> None:
         stage.start()
         fail_with(stage, attempt, f"no space left: checkpoints/step-00000005/e0001-a000{attempt}/shard", 5)
     assert "same error at the same step 2 times" in stage.store.run().reason
+
+
+def test_a_spare_that_comes_while_the_gang_runs_is_made_ready(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, nodes=("a", "b"))
+    stage.start()
+    stage.backend.alive["c"] = "c-0"
+    stage.clock.now += 5.0
+    stage.turn(2)
+    assert ("connect", "c-0") in stage.gang.calls
+    assert "c" in stage.controller.up
+
+
+def test_a_manifest_that_cannot_be_read_is_named_in_the_log(tmp_path: Path) -> None:
+    request = tiny_request(tmp_path)
+    folder = Path(request.run_dir) / "checkpoints" / "step-00000005"
+    stage = Stage(tmp_path)
+    folder.mkdir(parents=True)
+    manifest = folder / "e0001-a0001.manifest.json"
+    manifest.write_text("{}")
+    stage.start()
+    (rejected,) = [event for event in stage.store.events() if event.kind is EventKind.CHECKPOINT_REJECTED]
+    assert rejected.data["path"] == str(manifest)
+    assert rejected.data["reason"]
+    assert stage.store.run().attempts[0].first_step == 1

@@ -94,14 +94,29 @@ def test_a_killed_node_disturbs_nobody_and_stays_dead(run_dir: Path) -> None:
     assert cluster.alive()
 
 
-def test_start_again_returns_the_same_cluster_unless_its_shape_is_wrong(run_dir: Path) -> None:
-    first = start(run_dir)
+def test_start_again_returns_the_same_cluster_unless_too_little_of_it_is_left(run_dir: Path) -> None:
+    first = start(run_dir, nodes=3)
     processes = first.processes()
-    assert start(run_dir).processes() == processes
+    assert start(run_dir, nodes=3).processes() == processes
     first.kill_node(0)
-    again = start(run_dir)
-    assert len(again.processes()) == 6
+    left = first.processes()
+    assert FakeCluster.start(run_dir, nodes=3, slots_per_node=2, enough=2).processes() == left, "a gang may live on it"
+    again = start(run_dir, nodes=3)
+    assert len(again.processes()) == 8
     assert not any(process.is_running(pid) for pid in processes)
+
+
+def test_start_again_replaces_a_cluster_of_other_slots_or_without_a_head(run_dir: Path) -> None:
+    first = start(run_dir)
+    before = first.processes()
+    second = FakeCluster.start(run_dir, nodes=2, slots_per_node=1, enough=1)
+    assert not second.processes() & before
+    before = second.processes()
+    head = next(node["pid"] for node in second.record()["nodes"] if node["index"] == "head")
+    os.kill(head, signal.SIGKILL)
+    assert process.wait_until(lambda: not process.is_running(head), 5.0)
+    third = FakeCluster.start(run_dir, nodes=2, slots_per_node=1, enough=1)
+    assert not third.processes() & before
 
 
 def test_the_cluster_outlives_kill_9_of_its_client(run_dir: Path) -> None:

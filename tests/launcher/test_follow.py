@@ -7,25 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.follow import SILENT_LIMIT_S, SILENT_NOTICE_S, Display, LiveScreen, Screen, Tail, follow, screen
+from launcher.follow import SILENT_LIMIT_S, SILENT_NOTICE_S, Display, LiveScreen, Screen, follow, screen
 from launcher.run import EventKind, RunState
 from strategies.errors import ClusterError
 from tests.support.runs import T0, add_steps, begin_attempt, make_run, put, recovered_run
-
-
-def test_tail_gives_whole_lines_once(tmp_path: Path) -> None:
-    path = tmp_path / "log"
-    tail = Tail(path)
-    assert list(tail.lines()) == []
-    path.write_bytes(b"one\ntw")
-    assert list(tail.lines()) == [b"one"]
-    assert list(tail.lines()) == []
-    with path.open("ab") as file:
-        file.write(b"o\n\n{bad}\n")
-    assert list(tail.lines()) == [b"two", b"", b"{bad}"]
-    with path.open("ab") as file:
-        file.write(b'{"a": 1}\n[]\nx\n')
-    assert list(tail.objects()) == [{"a": 1}]
 
 
 def test_plain_screen_prints_progress_now_and_then() -> None:

@@ -18,18 +18,11 @@ from launcher import backends, build, finish, launch, supervise
 from launcher.config import compose, recompose
 from launcher.describe import describe
 from launcher.follow import Screen
+from launcher.proof import unproven
 from launcher.run import EventKind, RunState
 from launcher.store import RunStore
 from strategies.errors import ClusterError, ConfigError, PhalanxError, StorageError
 from tests.support.runs import T0, configuration, failed_run, make_run, recovered_run
-
-
-def test_secrets_are_redacted() -> None:
-    shown = launch.redacted(
-        {"WANDB_API_KEY": "s3cret", "ray_auth_token": "s3cret", "DB_PASSWORD": "s3cret", "HOME": "/h"}
-    )
-    assert "s3cret" not in str(shown)
-    assert shown["HOME"] == "/h"
 
 
 def test_run_directory_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,6 +36,7 @@ def test_run_directory_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert recompose(store.paths.config, []) == config
     assert store.paths.overrides.read_text() == '- "train.lr=1e-3"\n- "x: [y"\n'
     assert "s3cret" not in store.paths.env.read_text()
+    assert stat.S_IMODE(store.paths.env.stat().st_mode) == 0o600
     assert (store.paths.root / "user" / "train.py").exists()
     assert (store.paths.code / "jobs" / "worker.py").exists()
     with pytest.raises(ConfigError, match="exists"):
@@ -63,14 +57,13 @@ def test_nothing_is_left_of_a_run_that_could_not_be_filled(tmp_path: Path, monke
 
 def test_faults_must_be_proven(tmp_path: Path) -> None:
     store = recovered_run(tmp_path)
-    records = describe(store, T0)["faults"]
-    assert launch.unproven(store.request(), store.events(), records) == []
-    fault = store.request().job.faults[0]
-    assert launch.unproven(store.request(), store.events(), []) == [fault]
+    records, faults = describe(store, T0)["faults"], store.request().job.faults
+    assert unproven(faults, store.events(), records) == []
+    assert unproven(faults, store.events(), []) == list(faults)
     unnoticed = [event for event in store.events() if event.kind is not EventKind.FAILURE_DETECTED]
-    assert launch.unproven(store.request(), unnoticed, records) == [fault]
+    assert unproven(faults, unnoticed, records) == list(faults)
     late = [record | {"time": T0 + 1000} for record in records]
-    assert launch.unproven(store.request(), store.events(), late) == [fault]
+    assert unproven(faults, store.events(), late) == list(faults)
 
 
 def test_verdicts(tmp_path: Path) -> None:
@@ -79,10 +72,10 @@ def test_verdicts(tmp_path: Path) -> None:
 
     good = recovered_run(tmp_path, "good")
     assert judged(good, RunState.SUCCEEDED) is None
-    (good.paths.faults / "node_kill.json").unlink()
-    unproven = judged(good, RunState.SUCCEEDED)
-    assert unproven is not None
-    assert unproven.exit_code == 100
+    next(good.paths.faults.glob("*.json")).unlink()
+    silent = judged(good, RunState.SUCCEEDED)
+    assert silent is not None
+    assert silent.exit_code == 100
     bad = judged(failed_run(tmp_path, "bad"), RunState.FAILED)
     assert bad is not None
     assert (bad.exit_code, bad.why) == (100, "all 0 restarts are used")
@@ -149,6 +142,36 @@ def test_second_signal_hurries_and_the_log_has_an_end(process_run: RunStore, mon
     assert process_run.run().state is RunState.CANCELLED
     assert process_run.run().reason == "interrupted twice"
     assert list(process_run.paths.controllers.glob("*.released"))
+
+
+def refuse_writes(path: Path, data: bytes) -> bool:
+    raise StorageError(f"Cannot write {path}.", why="No space left on device")
+
+
+def test_signal_on_a_full_disk_still_ends_the_run(process_run: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request to cancel cannot be written: the gang is ended from here, and no error escapes from the handler."""
+
+    def control(*unused: Any, **more: Any) -> RunState:
+        monkeypatch.setattr(supervise, "create_exclusive", refuse_writes)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("not reached")
+
+    stub(monkeypatch, control)
+    assert run(process_run)[0].state is RunState.CANCELLED
+    assert "No space left on device" in process_run.run().reason
+
+
+def test_storage_that_fails_under_the_controller_ends_the_run(
+    process_run: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def control(*unused: Any, **more: Any) -> RunState:
+        raise StorageError("Cannot append.", why="No space left on device")
+
+    stub(monkeypatch, control)
+    with pytest.raises(StorageError):
+        run(process_run)
+    assert process_run.run().state is RunState.FAILED
+    assert process_run.run().reason == "Cannot append: No space left on device"
 
 
 def test_cluster_that_does_not_start_ends_the_run(process_run: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from jobs.paths import RunPaths
-from launcher import ray_client, ray_jobs
+from launcher import ray_client, ray_errors, ray_jobs, ray_node, ray_order
 from launcher.backend import NodeInfo
+from launcher.host import process
 from launcher.lock import ControllerLock
 from strategies.errors import ClusterError, PhalanxError, ResumeRefused, StorageError
 
@@ -24,11 +32,11 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_the_authentication_mode_is_always_explicit(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ray_client.auth_environment() == {"RAY_AUTH_MODE": "disabled"}
-    assert ray_client.auth_environment("/t") == {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/t"}
+    assert ray_errors.auth_environment() == {"RAY_AUTH_MODE": "disabled"}
+    assert ray_errors.auth_environment("/t") == {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/t"}
     (home / ".ray").mkdir()
     (home / ".ray" / "auth_token").write_text("from the file\n")
-    assert ray_client.auth_environment() == {"RAY_AUTH_MODE": "token"}
+    assert ray_errors.auth_environment() == {"RAY_AUTH_MODE": "token"}
     assert ray_jobs._token() == "from the file"
     (home / "named").write_text("from a path")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(home / "named"))
@@ -106,3 +114,104 @@ def test_a_live_controller_is_refused_at_once_and_a_leaving_one_is_waited_for(tm
     answers = iter(["actor", "actor", None])
     ray_client.wait_gone(lambda: next(answers), paths, patience_s=3600.0)
     assert next(answers, "asked until it was gone") == "asked until it was gone"
+
+
+ASKED = """#!/bin/sh
+# Stands in for a process that has a Ray node started and gets no answer: its node is in a session of its own.
+trap '' TERM
+echo "$PHALANX_VISIT" > "$SEEN"
+mkdir "$PHALANX_VISIT/node"
+(cd "$PHALANX_VISIT/node" && PHALANX_NODE= setsid sleep 600.25 &)
+setsid sleep 600.25 &
+touch "$SEEN.up"
+sleep 600.25
+"""
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("how", ["time-out", "Ctrl-C"])
+def test_nothing_is_left_of_a_process_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Neither it, nor the node that it had on this machine, nor their folder."""
+    script, seen = tmp_path / "asked", tmp_path / "seen"
+    script.write_text(ASKED)
+    script.chmod(0o755)
+    monkeypatch.setenv("SEEN", str(seen))
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(ray_client, "LET_GO_S", 0.2)
+    if how == "Ctrl-C":
+
+        def interrupt() -> None:
+            process.wait_until(lambda: (tmp_path / "seen.up").exists(), 20.0)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
+    patience = 60.0 if how == "Ctrl-C" else 2.0
+    with pytest.raises(KeyboardInterrupt if how == "Ctrl-C" else ClusterError):
+        ray_client._ask_ray(["submit"], patience, what="It does not answer.")
+    assert (tmp_path / "seen.up").exists()
+    assert not Path(seen.read_text().strip()).exists()
+    assert not [pid for pid in process.all_pids() if process.command_line(pid) == ["sleep", "600.25"]]
+
+
+def test_a_node_that_cannot_even_be_started_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tempfile.mkdtemp(prefix="phx-")
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda **how: made)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no such python"))
+    with pytest.raises(FileNotFoundError, match="no such python"), ray_node._temporary_node("10.0.0.1:1", "10.0.0.2"):
+        pass
+    assert not Path(made).exists()
+
+
+def fails(*arguments: object, **options: object) -> dict[str, object]:
+    raise ClusterError("It does not answer.")
+
+
+def test_a_client_that_fails_withdraws_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_client, "describe", lambda address: [])
+    monkeypatch.setattr(ray_client, "_ask_ray", fails)
+    with pytest.raises(ClusterError, match="does not answer"):
+        ray_client.start_controller(tmp_path, "10.0.0.1:1")
+    (order,) = [path.name for path in (tmp_path / "control" / ray_order.FOLDER).iterdir() if not path.suffix]
+    assert not ray_order.take(RunPaths(tmp_path), order)
+
+
+def test_a_controller_whose_answer_was_lost_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def controls(arguments: list[str], *more: object, **options: object) -> dict[str, object]:
+        ControllerLock.acquire(RunPaths(tmp_path))
+        assert ray_order.take(RunPaths(tmp_path), json.loads(arguments[2])["nonce"])
+        return fails()
+
+    monkeypatch.setattr(ray_client, "describe", lambda address: [])
+    monkeypatch.setattr(ray_client, "_ask_ray", controls)
+    assert ray_client.start_controller(tmp_path, "10.0.0.1:1") == 1
+
+
+def test_a_job_that_does_not_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def call(address: str, path: str, body: dict[str, object] | None = None) -> dict[str, object]:
+        calls.append(path)
+        return {"submission_id": "job", "status": "PENDING"}
+
+    monkeypatch.setattr(ray_jobs, "_call", call)
+    with pytest.raises(ClusterError, match="did not end within 0 s"):
+        ray_jobs.run_entrypoint("http://a:1", RunPaths(tmp_path), "{}", timeout_s=0.0)
+    assert calls == ["/api/jobs/", "/api/jobs/job", "/api/jobs/job/stop"]
+
+
+def test_the_versions_of_ray_are_those_of_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert ray_errors.RAY in project["optional-dependencies"]["ray"]
+
+
+def test_a_ray_that_cannot_be_bound_to_this_machine_is_refused() -> None:
+    import math
+
+    from launcher import ray_backend
+
+    with pytest.raises(ClusterError, match=f"Ray {metadata.version('ray')} cannot be bound") as failed:
+        ray_backend._replace(math, "no_such_function", lambda: None)
+    assert "math.no_such_function" in failed.value.why
+    assert "ray[default]" in failed.value.hint

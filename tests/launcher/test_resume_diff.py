@@ -78,3 +78,19 @@ def test_text(tmp_path: Path) -> None:
         changes=compare(before, after, step=10),
     )
     assert_golden("resume.txt", text)
+
+
+@pytest.mark.parametrize(
+    ("words", "live", "said"),
+    [
+        (["recovery.max_restarts=9"], 14, "will be ended for these changes: the 4 steps since the last checkpoint"),
+        (["recovery.max_restarts=9"], 10, "will be ended for these changes: no step is lost"),
+        ([], 14, "are taken over as they are"),
+    ],
+)
+def test_text_says_what_becomes_of_a_live_gang(tmp_path: Path, words: list[str], live: int, said: str) -> None:
+    changes = compare(request(tmp_path), request(tmp_path, *words), step=10)
+    common = {"name": "demo", "state": "running, orphaned", "attempt": 2, "step": 10, "steps": 100, "sample": 80}
+    more = {"source": "x", "plan": "DP8", "nodes": "4 nodes x 2 slots", "changes": changes}
+    assert said in render.resume_text(**common, **more, live=live)  # type: ignore[arg-type]
+    assert "still live" not in render.resume_text(**common, **more)  # type: ignore[arg-type]

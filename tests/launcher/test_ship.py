@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.ship import changed_files, ship_code, ship_project, survey
+from launcher.ship import changed_files, renew_code, same_code, ship_code, ship_project, survey
 from strategies.errors import ConfigError, StorageError
 
 
@@ -71,6 +71,21 @@ def test_our_code_runs_from_its_copy(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout.split() == [str(tmp_path / "code" / "conf"), "gpt_tiny"]
+
+
+def test_another_version_of_our_code_is_renewed(tmp_path: Path) -> None:
+    code = tmp_path / "code"
+    assert renew_code(code)
+    assert not renew_code(code)
+    (code / "jobs" / "__pycache__").mkdir()
+    (code / "jobs" / "__pycache__" / "worker.cpython-311.pyc").write_bytes(b"")
+    assert same_code(code)  # what Python leaves there is no other version
+    (code / "jobs" / "worker.py").write_text("older")
+    (code / "launcher" / "gone.py").write_text("no longer there")
+    assert renew_code(code)
+    assert same_code(code)
+    assert not (code / "launcher" / "gone.py").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["code"]
 
 
 def test_unwritable_target_is_a_storage_error(tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
 from launcher.run import EventKind, IllegalEvent, RunState, apply
 from launcher.store import RunStore, append_line, create_exclusive, read_lines
-from strategies.errors import ConfigError, NotFound
+from strategies.errors import ConfigError, NotFound, StorageError
 from tests.support.fakes import tiny_request
 
 
@@ -35,6 +37,21 @@ def test_torn_line_is_no_event_and_does_not_swallow_the_next(tmp_path: Path) -> 
     again.append(EventKind.RUN_FAILED, reason="x")
     assert [event.seq for event in again.events()] == [1, 2]
     assert again.run().state is RunState.FAILED
+
+
+def test_a_full_disk_is_a_storage_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="Cannot write") as caught:
+        create_exclusive(tmp_path / "controllers" / "1.json", b"{}")
+    assert caught.value.why == "No space left on device"
+    assert "Free space" in caught.value.hint
+    assert not list((tmp_path / "controllers").iterdir())
+    with pytest.raises(StorageError):
+        RunStore.create(tiny_request(tmp_path))
+    assert not Path(tiny_request(tmp_path).run_dir).exists()
 
 
 def test_only_one_creates(tmp_path: Path) -> None:

@@ -106,6 +106,9 @@ def test_then_stages_and_shards() -> None:
 
 def test_nothing_fits_an_empty_cluster() -> None:
     assert largest_plan(model=TINY, plan=plan(), batch=BATCH, cluster=replace(FOUR_BY_TWO, nodes=0)) is None
+    wide = largest_plan(model=TINY, plan=plan(tp=64), batch=BATCH, cluster=FOUR_BY_TWO)
+    assert wide is not None
+    assert wide.world_size == 8  # replicas take the slots that shards leave
 
 
 @pytest.mark.parametrize("seed", range(150))

@@ -69,12 +69,13 @@ def add_steps(store: RunStore, attempt: int, first: int, last: int, at: float) -
 
 def fail(store: RunStore, at: float) -> None:
     """The injected fault of :data:`WORDS`, and what follows from it."""
-    record = {"id": "node_kill", "fault": "node_kill@node=2,step=13", "time": T0 + at, "step": 13}
+    name = "node_kill.node-2.step-13"
+    record = {"id": name, "fault": "node_kill@node=2,step=13", "time": T0 + at, "step": 13, "attempt": 1}
     store.paths.faults.mkdir(exist_ok=True)
-    (store.paths.faults / "node_kill.json").write_text(json.dumps(record))
-    failure = {"kind": "node_lost", "detail": "node c was lost: the connection was closed"}
+    (store.paths.faults / f"{name}.json").write_text(json.dumps(record))
+    failure = {"kind": "node_lost", "node": "c", "detail": "node c was lost: the connection was closed"}
     put(store, at + 1, EventKind.FAILURE_DETECTED, attempt=1, failure=failure, last_step=12, failed_at=T0 + at)
-    put(store, at + 1.5, EventKind.FAULT_FIRED, attempt=1, fault="node_kill", record=record)
+    put(store, at + 1.5, EventKind.FAULT_FIRED, attempt=1, fault=name, record=record)
     put(store, at + 1.5, EventKind.GANG_STOPPED, attempt=1, cause=failure["detail"], failure="node_lost", signature="")
     put(store, at + 1.5, EventKind.DECISION, attempt=1, action="restart", reason=failure["detail"], delay_s=0.0)
 

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from jobs.checkpoint import (
     CheckpointConflict,
     CorruptCheckpoint,
+    damaged,
     list_checkpoints,
     newest,
     read_manifest,
@@ -75,6 +76,17 @@ def test_a_manifest_whose_content_was_changed_is_skipped(tmp_path: Path) -> None
     changed.write_text(json.dumps(document))
     assert verify(changed) == ["the manifest does not match its own digest"]
     assert newest(tmp_path) == older
+
+
+def test_what_is_left_out_can_be_named(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 1)
+    torn, moved = write_checkpoint(tmp_path, 2), write_checkpoint(tmp_path, 3)
+    assert damaged(tmp_path) == []
+    torn.write_bytes(torn.read_bytes()[:50])
+    moved = moved.rename(moved.with_name("e0001-a0002.manifest.json"))
+    assert [path for path, _ in damaged(tmp_path)] == [moved, torn]
+    assert ["name says" in damaged(tmp_path)[0][1], "cannot be understood" in damaged(tmp_path)[1][1]] == [True, True]
+    assert damaged(tmp_path / "none") == []
 
 
 def test_a_manifest_that_was_moved_is_skipped(tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""A disk that fills up: before a run, while it starts and while it trains. Nothing that was committed is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs import checkpoint
+from launcher.run import RunState
+from launcher.store import RunStore
+from tests.support import cli
+from tests.support.fulldisk import fill, needs_root, small_disk
+
+pytestmark = [needs_root, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "24m") as path:
+        yield path
+
+
+def words(folder: Path, disk: Path, *more: str) -> tuple[str, ...]:
+    """A submit whose run directory, and nothing else, is on the small disk."""
+    return (*cli.tiny(folder, "demo", f"run.dir={disk / 'runs'}"), f"data.cache={folder / 'data'}", *more)
+
+
+def assert_short(done: cli.Result, code: int) -> None:
+    assert done.code == code, done.err
+    assert "Traceback" not in done.err + done.out
+    assert "Internal error" not in done.err
+    assert "next:" in done.err
+
+
+def test_a_disk_that_is_full_from_the_beginning(folder: Path, disk: Path) -> None:
+    (disk / "runs").mkdir()
+    fill(disk)
+    assert_short(cli.phalanx(*words(folder, disk), cwd=folder), 7)
+    assert [path.name for path in (disk / "runs").iterdir()] == []
+
+
+def test_a_disk_too_small_for_the_run_directory(folder: Path) -> None:
+    with small_disk(folder / "disk", "256k") as disk:
+        assert_short(cli.phalanx(*words(folder, disk), cwd=folder), 7)
+        assert [path.name for path in (disk / "runs").iterdir()] == []
+
+
+def test_verbs_on_a_full_disk(folder: Path, disk: Path) -> None:
+    """Reading goes on; what must write says so and changes nothing."""
+    done = cli.phalanx(
+        *words(folder, disk, 'faults=["rank_exit@rank=1,step=5"]', "recovery.max_restarts=0"), cwd=folder
+    )
+    assert done.code == 100, done.err
+    filler = fill(disk)
+    where = ("--dir", str(disk / "runs"))
+    assert cli.phalanx("status", "demo", *where, cwd=folder).code == 0
+    assert cli.phalanx("logs", "demo", *where, cwd=folder).code == 0
+    before = (disk / "runs" / "demo" / "events.jsonl").read_bytes()
+    assert_short(cli.phalanx("resume", "demo", "--yes", *where, cwd=folder), 7)
+    assert_short(cli.phalanx("resume", "demo", "train.lr=0.01", "--yes", *where, cwd=folder), 7)
+    assert (disk / "runs" / "demo" / "events.jsonl").read_bytes() == before
+    filler.unlink()
+    done = cli.phalanx("resume", "demo", "--yes", *where, cwd=folder)
+    assert done.code == 0, done.err
+
+
+def test_a_disk_that_fills_while_the_run_trains(folder: Path, disk: Path) -> None:
+    """It ends failed with the reason; resumed after space was freed, it has the very weights of a quiet run."""
+    quiet = cli.phalanx(*cli.tiny(folder, "quiet", "train.steps=60"), cwd=folder)
+    assert quiet.code == 0, quiet.err
+    process = cli.start(*words(folder, disk, "train.steps=60"), cwd=folder)
+    root = disk / "runs" / "demo"
+    cli.wait_for(lambda: max(cli.curve(RunStore(root)), default=0) >= 4, "step 4")
+    filler = fill(disk)
+    done = cli.end(process)
+    assert_short(done, done.code)
+    assert done.code in (7, 100)
+    run = RunStore(root)
+    cli.assert_nothing_left(root)
+    assert run.run().state is RunState.FAILED
+    assert "No space left on device" in run.run().reason
+    saved = checkpoint.list_checkpoints(run.paths.checkpoints)
+    assert saved
+    assert all(checkpoint.verify(entry.path, deep=True) == [] for entry in saved)
+    filler.unlink()
+    done = cli.phalanx("resume", "demo", "--yes", "--dir", str(root.parent), cwd=folder)
+    assert done.code == 0, done.err
+    assert run.run().attempts[-1].first_step > 1
+    assert cli.curve(run) == cli.curve(cli.store(folder, "quiet"))
+    assert run.run().weights_digest == cli.store(folder, "quiet").run().weights_digest is not None
+
+
+def test_a_signal_while_the_disk_is_full(folder: Path, disk: Path) -> None:
+    """The request to cancel has no room: the gang is ended all the same."""
+    process = cli.start(*words(folder, disk, "train.steps=100000", "checkpoint.every=100000"), cwd=folder)
+    root = disk / "runs" / "demo"
+    cli.wait_for(lambda: max(cli.curve(RunStore(root)), default=0) >= 2, "step 2")
+    fill(disk)
+    os.kill(process.pid, signal.SIGTERM)
+    done = cli.end(process)
+    assert done.code in (7, 100, 103), done.err
+    assert "Traceback" not in done.err
+    cli.assert_nothing_left(root)
+    assert RunStore(root).run().state in (RunState.CANCELLED, RunState.FAILED)

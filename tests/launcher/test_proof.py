@@ -1,0 +1,79 @@
+"""Faults are proven by a failure of their own: of the right kind, at the right place, in the attempt they fired in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from jobs.faults import named
+from launcher.proof import unproven
+from launcher.run import EventKind, RunEvent
+
+RANK, NODE = "rank_kill@rank=3,step=5", "node_kill@node=1,step=8"
+
+
+def event(kind: EventKind, at: float, attempt: int, **data: Any) -> RunEvent:
+    return RunEvent(seq=1, time=at, epoch=1, attempt=attempt, kind=kind, data=data)
+
+
+def fall(attempt: int, at: float, kind: str, *, rank: int = -1, node: str = "", cause: str = "") -> list[RunEvent]:
+    """An attempt on the nodes a and b that ends."""
+    failure = {"kind": kind, "rank": rank, "node": node}
+    return [
+        event(EventKind.ATTEMPT_PLANNED, at - 9, attempt, nodes=["a", "b"]),
+        event(EventKind.FAILURE_DETECTED, at, attempt, failure=failure),
+        event(EventKind.GANG_STOPPED, at + 1, attempt, cause=cause, failure=kind),
+    ]
+
+
+def fired(fault: str, at: float, attempt: int, number: int = 0) -> dict[str, Any]:
+    name = named([fault] * (number + 1))[number][0]
+    return {"id": name, "fault": fault, "time": at, "attempt": attempt}
+
+
+def test_each_fault_has_its_failure() -> None:
+    log = [*fall(1, 10, "rank_killed", rank=3, node="b"), *fall(2, 20, "node_lost", node="b")]
+    assert unproven([RANK, NODE], log, [fired(RANK, 9, 1), fired(NODE, 19, 2)]) == []
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"kind": "rank_error", "rank": 3},  # another kind
+        {"kind": "rank_killed", "rank": 2},  # another rank
+        {"kind": "secondary", "rank": 3},
+        {"kind": "node_lost", "node": "b"},
+    ],
+)
+def test_any_failure_will_not_do(what: dict[str, Any]) -> None:
+    assert unproven([RANK], fall(1, 10, **what), [fired(RANK, 9, 1)]) == [RANK]
+
+
+def test_a_failure_of_another_node_or_attempt_will_not_do() -> None:
+    assert unproven([NODE], fall(1, 10, "node_lost", node="a"), [fired(NODE, 9, 1)]) == [NODE]
+    assert unproven([NODE], fall(2, 10, "node_lost", node="b"), [fired(NODE, 9, 1)]) == [NODE]
+    assert unproven([NODE], fall(1, 10, "node_lost", node="b"), [fired(NODE, 99, 1)]) == [NODE]
+
+
+def test_the_cause_found_afterwards_counts() -> None:
+    """The first to be seen was a peer that lost its connection."""
+    log = fall(1, 10, "secondary", rank=0, node="a")
+    log[2] = event(EventKind.GANG_STOPPED, 11, 1, cause="node b was lost: closed", failure="node_lost")
+    assert unproven([NODE], log, [fired(NODE, 9, 1)]) == []
+    log[2] = event(EventKind.GANG_STOPPED, 11, 1, cause="rank 3 on b was ended by signal 9", failure="rank_killed")
+    assert unproven([RANK], log, [fired(RANK, 9, 1)]) == []
+    assert unproven(["rank_kill@rank=33,step=5"], log, [fired("rank_kill@rank=33,step=5", 9, 1)]) != []
+
+
+def test_one_failure_does_not_prove_two_faults() -> None:
+    """The second says that it fired in the second attempt, and that attempt did not fall."""
+    log = fall(1, 10, "rank_killed", rank=3)
+    twice = [fired(RANK, 9, 1), fired(RANK, 19, 2, number=1)]
+    assert unproven([RANK, RANK], log, twice) == [RANK]
+
+
+def test_faults_that_fell_a_gang_together_share_its_failure() -> None:
+    log = fall(1, 10, "node_lost", node="b")
+    assert unproven([RANK, NODE], log, [fired(RANK, 9.0, 1), fired(NODE, 9.1, 1)]) == []
+    assert unproven([RANK, NODE], log, [fired(RANK, 9.0, 1)]) == [RANK, NODE]
