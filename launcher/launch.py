@@ -20,6 +20,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -292,12 +293,23 @@ def _watch(store: RunStore, display: Display, after: int) -> Outcome:
 
     previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        return Outcome(state=follow(store, display, after=after))
+        state = follow(store, display, after=after)
+        _await_release(store)
+        return Outcome(state=state)
     except _Detach:
         return Outcome(state=store.run().state, detached=True)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _await_release(store: RunStore, patience_s: float = 20.0) -> None:
+    """The end is recorded before everything is given back: who sees us exit may rely on both."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        if (store.paths.controllers / f"{newest_epoch(store.paths)}.released").exists():
+            return
+        time.sleep(0.1)
 
 
 # ---- the end ----------------------------------------------------------------------------------------------------

@@ -131,6 +131,7 @@ def test_script_fails_once_and_recovers(phalanx: Client) -> None:
     assert phalanx("resume", "demo", "--yes")[0] == 6
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_at_the_client_cancels_cleanly(phalanx: Client, number: signal.Signals) -> None:
     client = phalanx.start(*SUBMIT, "job.command=python train.py wait")
@@ -161,6 +162,7 @@ def test_cancel_from_elsewhere_then_resume(phalanx: Client) -> None:
     until(lambda: not phalanx.leftovers(), 10.0)
 
 
+@pytest.mark.full
 def test_killed_client_leaves_a_gang_that_resume_adopts(phalanx: Client) -> None:
     client = phalanx.start(*SUBMIT, "job.command=python train.py wait", "recovery.lease_s=100")
     until(lambda: "training_started" in phalanx.events())

@@ -197,7 +197,7 @@ def test_agents_and_ranks_are_where_the_placement_group_put_them(cluster: netns.
     assert process.wait_until(lambda: quiet(cluster), 10.0)
 
 
-@pytest.mark.parametrize("by", ["head", "dashboard"])
+@pytest.mark.parametrize("by", [pytest.param("head", marks=pytest.mark.full), "dashboard"])
 def test_the_client_can_go_away(cluster: netns.RayCluster, tmp_path: Path, by: str) -> None:
     """The controller is on the cluster: this process only looks at the run directory."""
     address = cluster.address if by == "head" else cluster.dashboard_url
@@ -295,6 +295,7 @@ def test_sigterm_at_an_agent_gives_its_node_up_and_the_spare_takes_over(
     assert process.wait_until(lambda: quiet(cluster), 20.0)
 
 
+@pytest.mark.full
 def test_an_orphan_is_cancelled_by_the_address_of_a_dashboard(cluster: netns.RayCluster, tmp_path: Path) -> None:
     """Its controller is gone for good, its ranks are not; this machine can reach nothing but the dashboard's port."""
     from launcher import orphan, ray_backend
@@ -313,6 +314,7 @@ def test_an_orphan_is_cancelled_by_the_address_of_a_dashboard(cluster: netns.Ray
     assert process.wait_until(lambda: quiet(cluster), 20.0)
 
 
+@pytest.mark.full
 def test_a_controller_that_starts_too_slowly_is_taken_back(cluster: netns.RayCluster, tmp_path: Path) -> None:
     """The client goes and is told that nothing came of it, so nothing may, then or later."""
     store = make_run(cluster, tmp_path, 1000, 0.3, size=(2, 0))
@@ -342,6 +344,7 @@ def test_a_controller_that_starts_too_slowly_is_taken_back(cluster: netns.RayClu
     assert not visitors, "no node is left on this machine"
 
 
+@pytest.mark.full
 def test_a_cut_cable_is_a_cut_cable(cluster: netns.RayCluster) -> None:
     """The tool that tests of partitions build on."""
     target = (cluster.net.addresses[0], 6379)
