@@ -102,6 +102,7 @@ def test_the_whole_ray_cluster_gone_then_resume(folder: Path, undisturbed_60: Ru
     cli.assert_nothing_left(root)
 
 
+@pytest.mark.full  # the next test adopts one, too, after worse
 def test_a_live_gang_on_ray_is_adopted(folder: Path, undisturbed_60: RunStore) -> None:
     process = cli.start(*submit(folder, "orphan", *EMBEDDED, *LONG), cwd=folder)
     root = folder / "runs" / "orphan"

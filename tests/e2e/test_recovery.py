@@ -59,7 +59,12 @@ FAULTS = {
 }
 
 
-COVERED = {"rank_exit", "node_kill", "before_the_first_checkpoint"}  # by the others, or with real Ray nodes
+COVERED = {
+    "rank_exit",
+    "node_kill",
+    "before_the_first_checkpoint",
+    "during_checkpoint",
+}  # by the others, or with real Ray nodes
 
 
 @pytest.mark.parametrize(
@@ -159,6 +164,7 @@ def test_second_controller_is_refused(folder: Path) -> None:
     cli.assert_nothing_left(run.paths.root)
 
 
+@pytest.mark.full  # tests/e2e/test_main_job.py does it to a whole Ray cluster
 def test_everything_gone_then_resume(folder: Path, undisturbed_60: RunStore) -> None:
     process, run = started(folder, "ruins", 8)
     process.kill()
