@@ -307,7 +307,8 @@ def _await_release(store: RunStore, patience_s: float = 20.0) -> None:
     """The end is recorded before everything is given back: who sees us exit may rely on both."""
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
-        if (store.paths.controllers / f"{newest_epoch(store.paths)}.released").exists():
+        epoch = newest_epoch(store.paths)
+        if not epoch or (store.paths.controllers / f"{epoch}.released").exists():
             return
         time.sleep(0.1)
 
