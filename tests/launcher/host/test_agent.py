@@ -107,7 +107,7 @@ def test_kill_of_an_attempt_that_is_not_there_is_answered(agents: Agents) -> Non
     agents.start()
     watcher = agents.watch("n0")
     watcher.gang.kill(7)
-    watcher.until_kind("killed", attempt=7)
+    assert watcher.until_kind("killed", attempt=7).node == "n0"
 
 
 def test_a_newer_attempt_clears_the_older_and_an_older_one_is_ignored(agents: Agents) -> None:
