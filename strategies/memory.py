@@ -29,7 +29,7 @@ from strategies.deepspeed_config import PERSISTENCE_THRESHOLD
 from strategies.plan import GradDtype, ParallelPlan
 from strategies.specs import ModelSpec, Precision
 
-DTYPE_BYTES: dict[Precision | GradDtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+DTYPE_BYTES: dict[Precision | GradDtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
 """Bytes of one number."""
 
 _MOMENTS_BYTES = 8

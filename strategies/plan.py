@@ -35,6 +35,7 @@ class ParallelPlan:
         recompute: Activation checkpointing.
         offload: What lives in host memory.
         flash: Fused attention that never stores the score matrix.
+        sequence_parallel: Megatron's: norms and residuals are split over the tensor-parallel ranks, along the sequence.
         version: Version of this document.
     """
 
@@ -54,6 +55,7 @@ class ParallelPlan:
     recompute: Recompute = "none"
     offload: Offload = "none"
     flash: bool = True
+    sequence_parallel: bool = False
     version: int = PLAN_VERSION
 
     @property

@@ -53,7 +53,7 @@ def resolve_plan(
     if zero_stage is None:
         zero_stage = 1 if pp > 1 or precision != "fp32" else 0
     if grad_dtype is None:
-        grad_dtype = precision if zero_stage == 0 else "fp32"
+        grad_dtype = precision if zero_stage == 0 and precision != "fp8" else "fp32"
     if grad_accum is None:
         grad_accum = accumulation(max(1, batch.global_batch), max(1, micro_batch), max(1, dp))
     return ParallelPlan(

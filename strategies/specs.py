@@ -5,8 +5,53 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from strategies.hardware import Hardware
+
 Flavour = Literal["gpt3", "llama"]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
+"""Arithmetic of forward and backward; ``fp8`` multiplies in fp8 and keeps weights and activations in bf16."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoeSpec:
+    """Mixture-of-experts feed-forward blocks. Every expert has the form of the model's dense feed-forward block.
+
+    Attributes:
+        experts: Routed experts per block.
+        top_k: Experts that each token visits.
+        ffn: Inner width of one expert.
+        dense_layers: Leading transformer blocks that keep the dense feed-forward block.
+        shared_ffn: Inner width of the experts that every token visits, all together; 0 for none.
+        router_bias: The router adds one number per expert.
+        imbalance: Load of the busiest expert over the average load, in planning.
+    """
+
+    experts: int
+    top_k: int
+    ffn: int
+    dense_layers: int = 0
+    shared_ffn: int = 0
+    router_bias: bool = False
+    imbalance: float = 1.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2): queries, keys and values pass through narrow latents.
+
+    Attributes:
+        q_rank: Width of the query latent; 0 projects queries directly.
+        kv_rank: Width of the key/value latent.
+        nope_width: Width of a head's part without positions.
+        rope_width: Width of a head's rotary part; all heads share one rotary key.
+        value_width: Width of a head's value.
+    """
+
+    q_rank: int
+    kv_rank: int
+    nope_width: int
+    rope_width: int
+    value_width: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +73,12 @@ class ModelSpec:
         norm_eps: Epsilon of the norms.
         init_std: Standard deviation of the initial weights.
         rope_theta: Base of the rotary frequencies (``llama`` only).
+        gated: The feed-forward block has a gate (SwiGLU, GeGLU); None means that of the flavour.
+        head_width: Width of one head; 0 means ``hidden / heads``.
+        position_rows: Learned positions; None means ``seq`` for ``gpt3`` and none for ``llama``.
+        embed_norm: A norm follows the token embedding (BLOOM).
+        moe: Experts instead of dense feed-forward blocks.
+        latent: Latent attention instead of plain heads.
     """
 
     name: str
@@ -43,11 +94,28 @@ class ModelSpec:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     rope_theta: float = 10000.0
+    gated: bool | None = None
+    head_width: int = 0
+    position_rows: int | None = None
+    embed_norm: bool = False
+    moe: MoeSpec | None = None
+    latent: LatentAttention | None = None
 
     @property
     def head_dim(self) -> int:
         """Width of one head."""
-        return self.hidden // self.heads
+        return self.head_width or self.hidden // self.heads
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether the feed-forward block has a gate."""
+        return self.flavour == "llama" if self.gated is None else self.gated
+
+    @property
+    def learned_positions(self) -> int:
+        """Number of learned positions."""
+        default = self.seq if self.flavour == "gpt3" else 0
+        return default if self.position_rows is None else self.position_rows
 
     @property
     def block_parameters(self) -> int:
@@ -89,8 +157,9 @@ class ClusterSpec:
         slots_per_node: Number of devices (ranks) per node.
         spares: Number of further nodes kept warm.
         address: ``IP:PORT`` of the Ray head or ``http(s)://host:8265`` of its dashboard (``existing`` only).
-        device: Name of the device kind, for people.
+        device: Name of the device kind (``A100-80GB``): the key of its calibration.
         device_memory_bytes: Memory per device; 0 when unknown.
+        hardware: Speeds, prices and failure rates; None when unknown: then there is no time, cost or finish date.
     """
 
     name: str
@@ -101,6 +170,7 @@ class ClusterSpec:
     address: str = ""
     device: str = "cpu"
     device_memory_bytes: int = 0
+    hardware: Hardware | None = None
 
     @property
     def slots(self) -> int:

@@ -1,0 +1,67 @@
+"""What an estimate is about: one model, one batch, one machine, one arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from strategies.errors import ConfigError
+from strategies.hardware import Hardware
+from strategies.specs import BatchSpec, ClusterSpec, ModelSpec, Precision
+
+Framework = Literal["megatron", "mcore", "fsdp"]
+"""Families of training code that differ in kernels and overlap, and so in their calibration.
+
+``megatron``: Megatron-LM and Megatron-DeepSpeed, the relatives of what phalanx runs. ``mcore``: Megatron-Core with
+Transformer Engine. ``fsdp``: PyTorch's fully sharded data parallelism.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """The fixed part of an estimate; the plan is what varies.
+
+    Attributes:
+        model: The model.
+        batch: The work of one step.
+        cluster: The machine.
+        precision: Arithmetic of forward and backward.
+        framework: Family of the training code.
+        tokens: Tokens of the whole run; 0 when unknown: then there is no finish date.
+    """
+
+    model: ModelSpec
+    batch: BatchSpec
+    cluster: ClusterSpec
+    precision: Precision
+    framework: Framework = "megatron"
+    tokens: float = 0.0
+
+    @property
+    def hardware(self) -> Hardware:
+        """The hardware of the cluster. Raises ConfigError when it is not known."""
+        if self.cluster.hardware is None:
+            raise ConfigError(
+                f"The cluster '{self.cluster.name}' says nothing about its hardware, so there is no time to predict.",
+                hint="phalanx cluster probe measures it; cluster=a100_80 and others come with figures",
+            )
+        return self.cluster.hardware
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Term:
+    """One line of arithmetic, for people who want to check a number.
+
+    Attributes:
+        kind: What the number is: a kind of time or of memory.
+        value: The number.
+        unit: ``s`` or ``bytes``.
+        formula: The arithmetic in words.
+        numbers: The same with its numbers.
+    """
+
+    kind: str
+    value: float
+    unit: str
+    formula: str
+    numbers: str
