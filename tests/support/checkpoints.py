@@ -16,6 +16,7 @@ from jobs.checkpoint.layout import Place, Token
 from jobs.checkpoint.manifest import Manifest, ShardRecord, TrainerState, commit
 from jobs.checkpoint.shardfile import BLOCK_ELEMENTS, ELEMENT_BYTES, KINDS, Slice, write_shard
 from jobs.checkpoint.slices import copy_runs, overlap, whole
+from strategies.specs import ModelSpec
 from tests.support.jobspecs import GPT, make_plan
 
 Array = npt.NDArray[np.float32]
@@ -35,13 +36,16 @@ def cut(piece: Slice, tensor: Array) -> Array:
     return out
 
 
-def write_shards(place: Place, ranks: Sequence[Sequence[Slice]], seed: int = 0) -> list[ShardRecord]:
-    """One shard per rank, uncommitted."""
+def write_shards(
+    place: Place, ranks: Sequence[Sequence[Slice]], seed: int = 0, *, scale: float = 1.0
+) -> list[ShardRecord]:
+    """One shard per rank, uncommitted; ``scale`` is the deviation of the values."""
     place.shard_dir.mkdir(parents=True)
     records = []
     for rank, pieces in enumerate(ranks):
         views = [
-            (piece, {kind: cut(piece, values(piece.shape, kind, seed)).data for kind in KINDS}) for piece in pieces
+            (piece, {kind: (cut(piece, values(piece.shape, kind, seed)) * np.float32(scale)).data for kind in KINDS})
+            for piece in pieces
         ]
         size, digest = write_shard(place.shard(rank), views, {"rank": rank})
         elements = sum(piece.elements for piece in pieces)
@@ -49,7 +53,9 @@ def write_shards(place: Place, ranks: Sequence[Sequence[Slice]], seed: int = 0) 
     return records
 
 
-def manifest_of(place: Place, records: Sequence[ShardRecord], tensors: Mapping[str, tuple[int, ...]]) -> Manifest:
+def manifest_of(
+    place: Place, records: Sequence[ShardRecord], tensors: Mapping[str, tuple[int, ...]], model: ModelSpec = GPT
+) -> Manifest:
     """A manifest, uncommitted."""
     return Manifest(
         run_id="test",
@@ -58,7 +64,7 @@ def manifest_of(place: Place, records: Sequence[ShardRecord], tensors: Mapping[s
         attempt=place.token.attempt,
         time=1.5,
         plan=make_plan(GPT, 8),
-        model=GPT,
+        model=model,
         tensors=tensors,
         shards=tuple(records),
         trainer=TrainerState(optimizer_steps=place.step, learning_rates=(0.1,), counters={}, loss_scaler={}),
@@ -67,13 +73,20 @@ def manifest_of(place: Place, records: Sequence[ShardRecord], tensors: Mapping[s
 
 
 def write_checkpoint(
-    root: Path, step: int = 1, token: tuple[int, int] = (1, 1), ranks: Sequence[Sequence[Slice]] | None = None
+    root: Path,
+    step: int = 1,
+    token: tuple[int, int] = (1, 1),
+    ranks: Sequence[Sequence[Slice]] | None = None,
+    *,
+    model: ModelSpec = GPT,
+    scale: float = 1.0,
 ) -> Path:
     """A committed checkpoint; by default of one tensor in two shards. Returns its manifest."""
     place = Place(root, step, Token(*token))
     ranks = ranks or [[whole("w", (30, 10), 0, 120)], [whole("w", (30, 10), 120, 300)]]
-    records = write_shards(place, ranks)
-    return commit(root, manifest_of(place, records, {piece.name: piece.shape for part in ranks for piece in part}))
+    records = write_shards(place, ranks, scale=scale)
+    tensors = {piece.name: piece.shape for part in ranks for piece in part}
+    return commit(root, manifest_of(place, records, tensors, model))
 
 
 def flip_bit(path: Path, at: int) -> None:

@@ -1,0 +1,31 @@
+"""The checkpoints of a run as text. Pure strings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from launcher.render import size, table
+
+
+def checkpoints_text(document: Mapping[str, Any], now: float) -> str:
+    """A table of what is committed, newest first, and a line for every manifest that cannot be used.
+
+    Args:
+        document: What ``checkpoint ls --json`` prints.
+        now: UTC seconds.
+    """
+    rows = [
+        (row["step"], _age(now - row["time"]), size(row["bytes"]), f"e{row['epoch']} a{row['attempt']}", row["plan"])
+        for row in document["checkpoints"]
+    ]
+    text = table(("STEP", "AGE", "SIZE", "WRITTEN BY", "PLAN"), rows, right=(0, 1, 2)) if rows else ""
+    broken = [f"damaged: {one['path']}: {one['reason']}" for one in document["damaged"]]
+    return "\n".join([*([text] if text else []), *broken])
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"

@@ -1,0 +1,100 @@
+"""Checkpoints as Hugging Face folders: transformers' own models give the same logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs.checkpoint.export import export
+from jobs.checkpoint.slices import whole
+from jobs.distributed import Grid
+from jobs.models.gpt import Decoder, Recipe
+from jobs.sample import load
+from strategies.errors import ConfigError
+from strategies.specs import ModelSpec
+from tests.support.checkpoints import flip_bit, write_checkpoint
+from tests.support.jobspecs import GPT, LLAMA, make_job
+
+MODELS = {
+    "gpt": GPT,
+    "gpt-untied": dataclasses.replace(GPT, tied=False, norm_eps=1e-3),
+    "llama": dataclasses.replace(LLAMA, rope_theta=500.0),
+    "llama-tied": dataclasses.replace(LLAMA, tied=True),
+}
+
+
+def checkpoint(root: Path, model: ModelSpec) -> Path:
+    """A checkpoint of random weights, dealt to two shards."""
+    decoder = Decoder(Recipe.of(model, Grid(), seed=0))
+    pieces = {p.phalanx.name: whole(p.phalanx.name, p.phalanx.shape) for p in decoder.parameters()}  # type: ignore[attr-defined]
+    ordered = list(pieces.values())
+    return write_checkpoint(root, ranks=[ordered[::2], ordered[1::2]], model=model, scale=0.3)
+
+
+def theirs(folder: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        return model.eval()
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_transformers_gives_the_same_logits(tmp_path: Path, name: str) -> None:
+    model = MODELS[name]
+    manifest = checkpoint(tmp_path / "checkpoints", model)
+    done = export(manifest, tmp_path / "hf", file_bytes=40_000)
+    assert done.files > 1
+    tokens = torch.randint(0, model.vocab, (2, model.seq), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = load(make_job(model), manifest)(tokens)[..., : model.vocab]
+        other = theirs(done.path)
+        assert sum(p.numel() for p in other.parameters()) == model.parameters
+        logits = other(tokens).logits
+    assert ours.std() > 0.1
+    assert torch.allclose(ours, logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_narrow_types_are_rounded_as_torch_rounds(tmp_path: Path, dtype: Any, kind: torch.dtype) -> None:
+    manifest = checkpoint(tmp_path / "checkpoints", GPT)
+    wide = theirs(export(manifest, tmp_path / "wide").path).state_dict()
+    narrow = theirs(export(manifest, tmp_path / "narrow", dtype=dtype).path).state_dict()
+    for name, tensor in wide.items():
+        assert narrow[name].dtype == kind
+        assert torch.equal(narrow[name], tensor.to(kind)), name
+
+
+def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    manifest = checkpoint(tmp_path / "checkpoints", LLAMA)
+    done = export(manifest, tmp_path / "hf", progress=lambda now, total: seen.append((now, total)))
+    assert seen[-1] == (done.bytes, done.bytes)
+    assert [now for now, _ in seen] == sorted(now for now, _ in seen)
+    assert done.bytes == 4 * LLAMA.parameters
+    assert json.loads((done.path / "config.json").read_text())["num_key_value_heads"] == LLAMA.kv_heads
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path) -> None:
+    manifest = checkpoint(tmp_path / "checkpoints", GPT)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ConfigError, match="exists already"):
+        export(manifest, tmp_path / "there")
+    shard = next((tmp_path / "checkpoints").rglob("shard-00001.safetensors"))
+    flip_bit(shard, 8 + int.from_bytes(shard.read_bytes()[:8], "little"))  # the first master weight
+    with pytest.raises(Exception, match=r"digest|damaged"):
+        export(manifest, tmp_path / "hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "there"]
+
+
+def test_what_transformers_cannot_express_is_refused(tmp_path: Path) -> None:
+    model = dataclasses.replace(GPT, kv_heads=2)
+    with pytest.raises(ConfigError, match="grouped key/value heads"):
+        export(checkpoint(tmp_path, model), tmp_path / "hf")

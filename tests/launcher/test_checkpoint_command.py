@@ -1,0 +1,96 @@
+"""``phalanx checkpoint``: lists, verifies and exports from the run directory alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs.checkpoint.slices import whole
+from launcher.cli import main
+from tests.support.checkpoints import flip_bit, write_checkpoint
+from tests.support.runs import make_run
+
+Invoke = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def invoke(capsys: pytest.CaptureFixture[str]) -> Invoke:
+    def call(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["checkpoint", *words])
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with the checkpoints of steps 4 and 8, and a manifest of step 12 that was cut short."""
+    store = make_run(tmp_path, "one")
+    for step in (4, 8):
+        write_checkpoint(store.paths.checkpoints, step=step)
+    cut = write_checkpoint(store.paths.checkpoints, step=12)
+    cut.write_bytes(cut.read_bytes()[:-20])
+    return store.paths.root
+
+
+def test_ls_is_newest_first_and_names_what_is_damaged(tmp_path: Path, run: Path, invoke: Invoke) -> None:
+    code, out, _ = invoke("ls", "one", "-C", str(tmp_path), "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert [row["step"] for row in document["checkpoints"]] == [8, 4]
+    assert [Path(row["path"]).parent.name for row in document["damaged"]] == ["step-00000012"]
+    code, out, _ = invoke("ls", str(run))
+    assert code == 0
+    assert out.splitlines()[1].split()[0] == "8"
+    assert "damaged:" in out
+
+
+def test_verify_reads_every_byte(tmp_path: Path, run: Path, invoke: Invoke) -> None:
+    assert invoke("verify", str(run), "--step", "8")[:2] == (0, "step 8: whole\n")
+    shard = next((run / "checkpoints" / "step-00000008").rglob("shard-00001.safetensors"))
+    flip_bit(shard, -5)
+    code, out, _ = invoke("verify", str(run), "--step", "8")
+    assert code == 7
+    assert "shard-00001" in out
+    code, out, _ = invoke("verify", "one", "-C", str(tmp_path), "--all", "--json")
+    document = json.loads(out)
+    assert (code, document["whole"]) == (7, False)
+    assert [bool(row["problems"]) for row in document["checkpoints"]] == [True, False, True]
+
+
+def test_a_step_that_is_not_there(run: Path, invoke: Invoke) -> None:
+    code, _, err = invoke("verify", str(run), "--step", "5")
+    assert code == 5
+    assert "It has the steps 8, 4." in err
+    code, _, err = invoke("verify", str(run), "--step", "5", "--all")
+    assert code == 2
+
+
+def test_export_of_what_is_no_model_names_the_reason(tmp_path: Path, run: Path, invoke: Invoke) -> None:
+    (tmp_path / "there").mkdir()
+    code, _, err = invoke("export", str(run), "--to", str(tmp_path / "there"))
+    assert code == 2
+    assert "exists already" in err
+
+
+def test_export_writes_a_folder(tmp_path: Path, invoke: Invoke) -> None:
+    from jobs.distributed import Grid
+    from jobs.models.gpt import Decoder, Recipe
+    from tests.support.jobspecs import GPT
+
+    store = make_run(tmp_path, "two")
+    decoder = Decoder(Recipe.of(GPT, Grid(), seed=0))
+    pieces = {p.phalanx.name: whole(p.phalanx.name, p.phalanx.shape) for p in decoder.parameters()}  # type: ignore[attr-defined]
+    write_checkpoint(store.paths.checkpoints, step=3, ranks=[list(pieces.values())])
+    code, out, _ = invoke(
+        "export", "two", "-C", str(tmp_path), "--to", str(tmp_path / "hf"), "--dtype", "bf16", "--json"
+    )
+    document = json.loads(out)
+    assert code == 0
+    assert (document["step"], document["bytes"]) == (3, 2 * GPT.parameters)
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["config.json", "model.safetensors"]
