@@ -4,6 +4,9 @@
 ``rank_kill``  ``rank``          SIGKILL of the rank
 ``rank_exit``  ``rank``          the rank exits with code 17, without a word
 ``rank_error`` ``rank``          the rank raises :class:`InjectedFault`
+``rank_stop``  ``rank``          SIGSTOP of the rank
+``rank_spin``  ``rank``          the rank holds the interpreter's lock for ever
+``rank_deadlock`` ``rank``       the rank waits for a message that nobody sends
 ``node_kill``  ``node``          SIGKILL of everything on the node: the raylet above the rank, the host agent, all below
 ``agent_kill`` ``node``          SIGKILL of the host agent alone
 =============  ================  ====================================================================================
@@ -15,6 +18,7 @@ default; ``restore`` takes no step: it is the first restore of the run). ``rank`
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -24,7 +28,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NoReturn, get_args
 
 from jobs.checkpoint.layout import sync_dir, write_durably
 from jobs.paths import RunPaths
@@ -33,10 +37,13 @@ from jobs.report import Reporter
 from jobs.spec import RankEnv
 from strategies.errors import ConfigError, StorageError, did_you_mean
 
-Kind = Literal["rank_kill", "rank_exit", "rank_error", "node_kill", "agent_kill"]
+Kind = Literal[
+    "rank_kill", "rank_exit", "rank_error", "rank_stop", "rank_spin", "rank_deadlock", "node_kill", "agent_kill"
+]
 Phase = Literal["step_begin", "step_end", "checkpoint", "shards_written", "restore"]
 RANDOM = "random"
 RANK_EXIT_CODE = 17
+_UNUSED_TAG = 7919
 AGENT_PID = "PHALANX_AGENT_PID"
 _TARGET: dict[str, str] = {kind: "rank" if kind.startswith("rank") else "node" for kind in get_args(Kind)}
 _SAVING = ("checkpoint", "shards_written")
@@ -269,6 +276,12 @@ class FaultInjector:
                 raise InjectedFault(f"injected fault: {fault}")
             case "rank_exit":
                 os._exit(RANK_EXIT_CODE)
+            case "rank_stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "rank_spin":
+                _hold_the_interpreter()
+            case "rank_deadlock":
+                _wait_for_nobody(self._env)
             case "agent_kill":
                 os.kill(roots[0], signal.SIGKILL)
             case "rank_kill":
@@ -341,6 +354,20 @@ def _link(aside: Path, path: Path) -> bool:
         aside.unlink()
     sync_dir(path.parent)
     return True
+
+
+def _hold_the_interpreter() -> NoReturn:
+    """Sleep in C without giving the lock back: no Python code of this process runs any more."""
+    library = ctypes.PyDLL(None)
+    while True:
+        library.sleep(3600)
+
+
+def _wait_for_nobody(env: RankEnv) -> None:
+    import torch
+    import torch.distributed as dist
+
+    dist.recv(torch.zeros(1), src=(env.rank + 1) % env.world_size, tag=_UNUSED_TAG)
 
 
 def _wait_for_death() -> None:

@@ -21,6 +21,7 @@
         agents/NODE.json        where to reach the agent of a node
         attempts/N/job.json     the JobSpec of attempt N
         attempts/N/ranks.json   rank -> node, pid, coordinates
+        attempts/N/hang.json    where every rank stood when the gang made no progress
         attempts/N/rank-R.log   logs of rank 0 and of the first failing rank; the others stay on their node
         checkpoints/            see jobs.checkpoint
         faults/ID.json          proof that an injected fault fired (create-exclusive)
@@ -75,6 +76,10 @@ class RunPaths:
     def ranks(self, number: int) -> Path:
         """Where the ranks of attempt ``number`` run."""
         return self.attempt(number) / "ranks.json"
+
+    def hang(self, number: int) -> Path:
+        """Where the ranks of attempt ``number`` stood when it hung."""
+        return self.attempt(number) / "hang.json"
 
     def rank_log(self, number: int, rank: int) -> Path:
         """Log of one rank of attempt ``number``, where it was brought to the run directory."""

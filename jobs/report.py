@@ -5,7 +5,8 @@ Kinds, with their fields beside ``kind`` and ``time`` (UTC seconds):
 ``started``     the process runs our code: ``pid``
 ``restored``    state is in place: ``step`` (next step to run), ``seconds``
 ``training``    every rank is ready and the first step begins: ``step``
-``step``        an optimizer step is done: ``step`` (sent by every rank)
+``step``        an optimizer step is done: ``step``, and what comes ``next``: ``step``, ``save`` or ``finish`` (sent by
+                every rank; again, with the same ``step``, when a checkpoint is saved)
 ``checkpoint``  a checkpoint is committed (sent by rank 0): ``step``, ``path``, ``bytes``, ``stall_s``
 ``rejected``    a checkpoint failed verification: ``path``, ``reason``
 ``fault``       an injected fault fires now: ``fault``

@@ -106,6 +106,8 @@ def _adopt(controller: Controller, resume: Mapping[str, Any]) -> None:
         last_step=max(attempt.last_step, last_metric_step(controller, attempt.number)),
         training=controller.run.state is RunState.RUNNING,
     )
+    if controller.state.training and not controller.state.script:
+        controller.hangs.begin(controller.state.world_size, controller.clock.monotonic())
     if not controller.state.training:
         controller.first_step_by = controller.clock.monotonic() + controller.request.recovery.start_timeout_s
     wish = {"id": resume["id"]} if "id" in resume else {}

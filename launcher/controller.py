@@ -20,11 +20,11 @@ import shlex
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from jobs.spec import RankEnv
 from launcher import progress, recovery
 from launcher.backend import AgentAddress, Backend
 from launcher.gang import Gang, Observation
-from launcher.gang_state import GangState, Note
+from launcher.gang_state import GangState, Note, environment_of
+from launcher.hang_watch import HangWatch
 from launcher.lineup import line_up
 from launcher.lock import ControllerLock
 from launcher.recovery import Action, Failure, FailureKind
@@ -100,6 +100,11 @@ class Controller:
         self.state: GangState | None = None
         self.up: dict[str, AgentAddress] = {}
         self.start_reason = "start"
+        self.hangs = HangWatch(
+            request.job.plan,
+            first_s=request.recovery.start_timeout_s,
+            save_s=request.recovery.save_timeout_s,
+        )
         self._observer = observer
         self._since = clock.monotonic()  # of the present phase
         self._until = 0.0  # end of the back-off (monotonic)
@@ -164,6 +169,7 @@ class Controller:
             self._end_leftovers(seen)
         if self.state is None:
             return
+        self.hangs.note(seen, self.clock.monotonic())
         for found in self.state.observe(seen):
             if isinstance(found, Failure):
                 self._suspect(found)
@@ -198,6 +204,8 @@ class Controller:
             write_atomic(self.store.paths.ranks(self.state.attempt), dump(rows))
         if note.kind is EventKind.TRAINING_STARTED:
             self.first_step_by = None
+            if not self.state.script:  # a script reports no steps
+                self.hangs.begin(self.state.world_size, self.clock.monotonic())
         self.record(note.kind, **note.data)
 
     # --- gathering nodes and starting ranks -----------------------------------------------------------------------
@@ -271,32 +279,13 @@ class Controller:
             self.gang.spawn(
                 number,
                 self.state.placement,
-                self._environment,
+                environment_of(self.request, self.state, self.lock.epoch),
                 kind=job.kind,
                 argv=shlex.split(job.command),
                 cwd=job.workdir or str(paths.root),
             )
         except ClusterError as error:  # a node fell between being counted and being used
             self._suspect(Failure(kind=FailureKind.NODE_LOST, time=self.clock.time(), detail=error.what))
-
-    def _environment(
-        self, rank: int, node_rank: int, local_rank: int, local_world_size: int, address: str, port: int
-    ) -> dict[str, str]:
-        assert self.state is not None
-        return RankEnv(
-            rank=rank,
-            local_rank=local_rank,
-            world_size=self.state.world_size,
-            local_world_size=local_world_size,
-            node_rank=node_rank,
-            master_addr=address,
-            master_port=port,
-            run_id=self.request.run_name,
-            run_dir=str(self.store.paths.root),
-            epoch=self.lock.epoch,
-            attempt=self.state.attempt,
-            resume_from=self.state.resume_from,
-        ).variables()
 
     # --- running and failing --------------------------------------------------------------------------------------
 
@@ -314,6 +303,16 @@ class Controller:
             patience = self.request.recovery.start_timeout_s
             detail = f"no first step within {patience:.0f} s (recovery.start_timeout_s)"
             self._suspect(Failure(kind=FailureKind.START_TIMEOUT, time=self.clock.time(), detail=detail))
+        else:
+            self._watch_for_hangs(self.state)
+
+    def _watch_for_hangs(self, state: GangState) -> None:
+        now, wall = self.clock.monotonic(), self.clock.time()
+        hang = self.hangs.look(self.gang, state.attempt, state.world_size, now=now, wall=wall)
+        if hang is not None:
+            standings = {str(rank): at for rank, at in self.hangs.standings(state.world_size).items()}
+            write_atomic(self.store.paths.hang(state.attempt), dump({"culprit": hang, "ranks": standings}))
+            self._suspect(hang)
 
     def _suspect(self, failure: Failure) -> None:
         """Take in one piece of evidence; the first stops the gang, later ones only explain."""
@@ -331,6 +330,7 @@ class Controller:
         )
         self.gang.kill(state.attempt, grace_s=0.0)
         self.first_step_by = None
+        self.hangs.end()
         self.enter(Phase.STOP)
 
     def _stop(self) -> None:

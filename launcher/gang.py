@@ -332,6 +332,11 @@ class Gang:
         for link in [link for link in self.links.values() if link.up]:
             self._send(link, {"op": "kill", "attempt": attempt, "grace_s": grace_s})
 
+    def dump(self, attempt: int) -> None:
+        """Ask every node where the ranks of an attempt stand; each rank answers with ``stack``."""
+        for link in [link for link in self.links.values() if link.up]:
+            self._send(link, {"op": "dump", "attempt": attempt})
+
     def shutdown_agents(self) -> None:
         """Tell every agent to end its ranks and itself; the links vanish without ``agent_lost``."""
         self._order = None

@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs.spec import RankEnv
 from launcher import recovery
-from launcher.gang import Observation
+from launcher.gang import EnvOf, Observation
 from launcher.recovery import Failure, FailureKind
+from launcher.request import LaunchRequest
 from launcher.run import EventKind
 from strategies.codec import to_json
 from strategies.plan import ParallelPlan
@@ -183,3 +185,27 @@ class GangState:
             return []
         self.training = True
         return [Note(kind=EventKind.TRAINING_STARTED, data={"step": step})]
+
+
+def environment_of(request: LaunchRequest, state: GangState, epoch: int) -> EnvOf:
+    """What makes the variables of each rank of an attempt, once the rendezvous is known."""
+
+    def variables(
+        rank: int, node_rank: int, local_rank: int, local_world_size: int, address: str, port: int
+    ) -> dict[str, str]:
+        return RankEnv(
+            rank=rank,
+            local_rank=local_rank,
+            world_size=state.world_size,
+            local_world_size=local_world_size,
+            node_rank=node_rank,
+            master_addr=address,
+            master_port=port,
+            run_id=request.run_name,
+            run_dir=request.run_dir,
+            epoch=epoch,
+            attempt=state.attempt,
+            resume_from=state.resume_from,
+        ).variables()
+
+    return variables

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-ObservationKind = Literal["agent_up", "agent_lost", "report", "exit", "killed", "spawned", "leaving", "pool", "fenced"]
+ObservationKind = Literal[
+    "agent_up", "agent_lost", "report", "exit", "killed", "spawned", "leaving", "pool", "stack", "fenced"
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,7 +21,8 @@ class Observation:
             (``why``), ``report`` (a rank's report with ``rank`` and ``attempt``; its kind is ``data["kind"]``),
             ``exit`` (``rank``, ``attempt``, ``pid``, ``code``, ``signal``, ``requested``: we had it killed,
             ``log_tail``), ``spawned`` (``attempt``, ``ranks``), ``killed`` (``attempt``), ``leaving`` (``reason``),
-            ``pool`` (``state``, ``reason``), ``fenced`` (``epoch``: who owns the agent now).
+            ``pool`` (``state``, ``reason``), ``stack`` (``rank``, ``attempt``, ``state``, ``stack``: where a rank
+            stands, see :mod:`launcher.host.stacks`), ``fenced`` (``epoch``: who owns the agent now).
         node: The node.
         time: When it happened, UTC seconds: by the agent's clock if the agent said it, else by ours.
         data: The facts.

@@ -21,6 +21,9 @@ _LOOKS_LIKE: dict[str, frozenset[FailureKind]] = {
     "rank_kill": frozenset({FailureKind.RANK_KILLED}),
     "rank_exit": frozenset({FailureKind.RANK_EXIT}),
     "rank_error": frozenset({FailureKind.RANK_ERROR}),
+    "rank_stop": frozenset({FailureKind.HANG}),
+    "rank_spin": frozenset({FailureKind.HANG}),
+    "rank_deadlock": frozenset({FailureKind.HANG}),
     "node_kill": frozenset({FailureKind.NODE_LOST, FailureKind.PREEMPTED}),
     "agent_kill": frozenset({FailureKind.NODE_LOST, FailureKind.PREEMPTED}),
 }

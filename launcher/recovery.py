@@ -19,6 +19,7 @@ class FailureKind(enum.StrEnum):
     CORRUPT_CHECKPOINT = "corrupt_checkpoint"
     NODE_LOST = "node_lost"
     PREEMPTED = "preempted"
+    HANG = "hang"
     RANK_KILLED = "rank_killed"
     RANK_ERROR = "rank_error"
     RANK_EXIT = "rank_exit"

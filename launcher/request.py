@@ -21,6 +21,7 @@ class RecoverySpec:
         same_error_limit: The same traceback at the same step this many times ends the run.
         wait_for_nodes_s: How long to wait for a missing node when no spare is left.
         start_timeout_s: From placing the ranks to their first step.
+        save_timeout_s: A checkpoint that takes longer is taken for stuck.
         detect_s: An agent that is silent for so long is lost.
         lease_s: Without controller and without progress for so long, an agent kills its ranks and leaves.
         grace_s: From SIGTERM to SIGKILL when ranks are stopped on purpose.
@@ -32,6 +33,7 @@ class RecoverySpec:
     same_error_limit: int = 2
     wait_for_nodes_s: float = 300.0
     start_timeout_s: float = 300.0
+    save_timeout_s: float = 1800.0
     detect_s: float = 5.0
     lease_s: float = 60.0
     grace_s: float = 5.0

@@ -273,7 +273,7 @@ MINIMUM: dict[str, float] = {
     "recovery.max_restarts": 0,
     "recovery.same_error_limit": 1,
     **{f"recovery.{key}": 0 for key in ("wait_for_nodes_s", "grace_s", "backoff_s", "backoff_max_s")},
-    **{f"recovery.{key}": 0.1 for key in ("start_timeout_s", "detect_s", "lease_s")},
+    **{f"recovery.{key}": 0.1 for key in ("start_timeout_s", "save_timeout_s", "detect_s", "lease_s")},
     "fault_seed": 0,
 }
 MAXIMUM: dict[str, float] = {"strategy.zero_stage": 3, "train.beta1": 1, "train.beta2": 1}

@@ -85,9 +85,11 @@ class Pretrain:
         if done < steps:
             self._reporter.send("training", step=done + 1)
         for step in range(done + 1, steps + 1):
-            self._step(step)
-            if step == steps or (self._job.checkpoint.every and step % self._job.checkpoint.every == 0):
+            due = step == steps or bool(self._job.checkpoint.every and step % self._job.checkpoint.every == 0)
+            self._step(step, then="save" if due else "step")
+            if due:
                 manifest = self._save(step)
+                self._reporter.send("step", step=step, next="finish" if step == steps else "step")
         self._finish(max(done, steps), manifest)
 
     def _restore(self, manifest: Path) -> int:
@@ -100,14 +102,14 @@ class Pretrain:
         self._reporter.send("restored", step=restored.step + 1, seconds=time.perf_counter() - begin)
         return restored.step
 
-    def _step(self, step: int) -> None:
+    def _step(self, step: int, *, then: str) -> None:
         self._counter.step = step
         self._hooks.step_begin(step)
         begin = time.perf_counter()
         result = self._engine.train_step(step, self._batches(step))
         if self._metrics is not None:
             self._metrics.append(self._line(step, result, time.perf_counter() - begin))
-        self._reporter.send("step", step=step)
+        self._reporter.send("step", step=step, next=then)
         self._hooks.step_end(step)
 
     def _line(self, step: int, result: StepResult, seconds: float) -> dict[str, Any]:

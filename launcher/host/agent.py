@@ -31,6 +31,7 @@ from launcher.host.logs import MAX_LOG_BYTES, RankLogs, piece_of
 from launcher.host.peers import Identity, Peer, Peers
 from launcher.host.pool_link import PoolEvents, PoolLink
 from launcher.host.ranks import Ranks, check_order
+from launcher.host.stacks import Stacks
 from launcher.host.wire import Message
 from strategies.errors import PhalanxError
 
@@ -159,6 +160,7 @@ class HostAgent:
         )
         cleanup.callback(self._pool.close)
         self._ranks.attach(self._pool)
+        self._stacks = Stacks()
         self._peers = Peers(
             listener=self._listener,
             selector=self._selector,
@@ -178,15 +180,15 @@ class HostAgent:
     def _timeout(self) -> float:
         now = time.monotonic()
         deadlines = [self._beat_at, now + 0.5 if self._peers.has_strangers else self._beat_at]
-        killing = self._ranks.next_deadline()
-        if killing is not None:
-            deadlines.append(killing)
+        deadlines += [at for at in (self._ranks.next_deadline(), self._stacks.due) if at is not None]
         return max(0.0, min(deadlines) - now)
 
     def _tick(self) -> None:
         now = time.monotonic()
         self._ranks.tick(now)
         self._peers.tick(now)
+        for answer in self._stacks.collect(now):
+            self._events.append({"kind": "stack", "attempt": self._ranks.attempt} | answer)
         if self._asked_to_stop:
             self._leave(self._asked_to_stop, self._options.grace_s)
         if now >= self._beat_at:
@@ -253,6 +255,7 @@ class HostAgent:
             "beat": lambda: None,
             "reserve": lambda: self._ranks.reserve(self.address.host, int(message["attempt"])),
             "spawn": lambda: self._spawn(peer, message),
+            "dump": lambda: self._dump(int(message["attempt"])),
             "kill": lambda: self._kill(int(message["attempt"]), float(message.get("grace_s", 0.0))),
             "shutdown": self._shut_down,
         }
@@ -262,6 +265,11 @@ class HostAgent:
         check_order(message)
         if message["epoch"] == peer.epoch and not self._leaving:
             self._ranks.spawn(message)
+
+    def _dump(self, attempt: int) -> None:
+        """Ask our own ranks where they stand; a script would die of the signal."""
+        if attempt == self._ranks.attempt and self._ranks.kind == "pretrain":
+            self._stacks.ask(self._ranks.running(), time.monotonic())
 
     def _kill(self, attempt: int, grace_s: float) -> None:
         self._ranks.kill(attempt, grace_s, lambda: self._events.append({"kind": "killed", "attempt": attempt}))

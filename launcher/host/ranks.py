@@ -92,6 +92,7 @@ class Ranks:
         self._published = False
         self._on_empty: list[Callable[[], None]] = []
         self.attempt = 0
+        self.kind = ""
         self.epoch = 0
         self.step = 0
         self.progress_at = time.monotonic()
@@ -119,6 +120,7 @@ class Ranks:
             return
         self._events.begin_attempt()
         self.attempt, self.epoch, self.step = order["attempt"], order["epoch"], 0
+        self.kind = order["kind"]
         self.progress_at = time.monotonic()
         self._by_key.clear()
         self._stopping, self._published = False, False
@@ -195,6 +197,10 @@ class Ranks:
 
     def _living(self) -> list[Rank]:
         return [rank for rank in self._by_key.values() if rank.status is None]
+
+    def running(self) -> list[tuple[int, int, Path]]:
+        """(rank, process id, log) of every rank that runs."""
+        return [(rank.rank, rank.pid, rank.log) for rank in self._living() if rank.pid]
 
     @property
     def alive(self) -> bool:

@@ -247,3 +247,23 @@ def test_the_oracle_sees_one_other_seed(folder: Path, undisturbed: RunStore) -> 
     assert cli.curve(run)[1] != cli.curve(undisturbed)[1]
     with pytest.raises((AssertionError, PhalanxError)):
         assert_same(run, undisturbed)
+
+
+HANGS = ["rank_stop@rank=2,step=9", "rank_spin@rank=1,step=9,phase=step_end", "rank_deadlock@rank=3,step=9"]
+
+
+@pytest.mark.parametrize("fault", HANGS)
+def test_the_rank_that_hangs_is_named(fault: str, folder: Path, undisturbed: RunStore) -> None:
+    """The gang stands still; the record says who held it up, and every rank's stack is kept."""
+    rank, name = int(fault.partition("rank=")[2].partition(",")[0]), fault.partition("@")[0]
+    done = cli.phalanx(*cli.tiny(folder, name, f"faults={json.dumps([fault])}"), cwd=folder)
+    assert done.code == 0, done.err
+    run = cli.store(folder, name)
+    (detected,) = [event for event in run.events() if event.kind is EventKind.FAILURE_DETECTED]
+    failure = detected.data["failure"]
+    assert (failure["kind"], failure["rank"]) == ("hang", rank)
+    standings = json.loads(run.paths.hang(1).read_text())["ranks"]
+    assert len(standings) == 4
+    assert all("jobs/stages/pretrain.py" in standings[str(other)]["stack"] for other in range(4) if other != rank)
+    assert_same(run, undisturbed)
+    cli.assert_nothing_left(run.paths.root)

@@ -70,6 +70,9 @@ class FakeGang:
     def kill(self, attempt: int, grace_s: float = 0.0) -> None:
         self.calls.append(("kill", attempt, grace_s))
 
+    def dump(self, attempt: int) -> None:
+        self.calls.append(("dump", attempt))
+
     def drop(self, node: str, why: str) -> None:
         self.calls.append(("drop", node))
 

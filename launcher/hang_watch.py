@@ -1,0 +1,174 @@
+"""When has a gang stopped making progress? Learns how long steps take, asks where ranks stand, names the culprit."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from launcher.hang import Standing, culprit
+from launcher.observation import Observation
+from launcher.recovery import Failure, FailureKind
+from strategies.plan import ParallelPlan
+from strategies.topology import Topology
+
+FACTOR = 3.0  # a hang is a step that takes so many times the 99th percentile ...
+MARGIN_S = 5.0  # ... and so much longer
+LEARNED_STEPS = 5  # before that many steps were seen, the patience of the start holds
+ANSWERS_S = 3.0  # ranks that have not said by then where they stand will not
+_REMEMBERED = 1000
+
+
+class StepClock:
+    """How long steps take, and how long nothing has happened.
+
+    Args:
+        world_size: Number of ranks.
+        start: When the first step began (monotonic seconds).
+    """
+
+    def __init__(self, world_size: int, start: float) -> None:
+        self._world = world_size
+        self._last = self._since = start
+        self._gaps: deque[float] = deque(maxlen=_REMEMBERED)
+        self._reached: Counter[int] = Counter()
+        self._next: dict[int, str] = {}
+        self.steps: dict[int, int] = {}
+        self._p99: float | None = None
+
+    def note(self, rank: int, step: int, doing: str, now: float) -> None:
+        """A rank has completed ``step`` and goes on with ``doing``: ``step``, ``save`` or ``finish``."""
+        saved = self._next.get(rank) == "save" and doing == "step"
+        self._last, self._next[rank] = now, doing
+        if saved:
+            self._since = now  # what saving took is not the time of a step
+        if step <= self.steps.get(rank, 0):
+            return
+        self.steps[rank] = step
+        self._reached[step] += 1
+        if self._reached[step] == self._world:
+            del self._reached[step]
+            self._gaps.append(now - self._since)
+            self._since, self._p99 = now, None
+
+    @property
+    def busy(self) -> str:
+        """What some rank does beside training: ``save``, ``finish`` or "" for nothing."""
+        doings = set(self._next.values())
+        return next((word for word in ("save", "finish") if word in doings), "")
+
+    def limit_s(self, first_s: float) -> float:
+        """How long nothing may happen before it is asked why; ``first_s`` while too few steps were seen."""
+        if len(self._gaps) < LEARNED_STEPS:
+            return first_s
+        if self._p99 is None:
+            ordered = sorted(self._gaps)
+            self._p99 = ordered[math.ceil(0.99 * len(ordered)) - 1]
+        return FACTOR * self._p99 + MARGIN_S
+
+    def silent_s(self, now: float) -> float:
+        """Seconds since anything was heard."""
+        return now - self._last
+
+
+class Gang(Protocol):
+    """What is needed of :class:`launcher.gang.Gang`."""
+
+    def dump(self, attempt: int) -> None:
+        """Ask every node where its ranks stand."""
+
+
+class HangWatch:
+    """Watches one attempt after the other.
+
+    Args:
+        plan: Names the culprit's coordinates.
+        first_s: Patience with the first steps.
+        save_s: Patience with a checkpoint.
+    """
+
+    def __init__(self, plan: ParallelPlan, *, first_s: float, save_s: float) -> None:
+        self._topology = Topology(plan)
+        self._first_s = first_s
+        self._save_s = save_s
+        self._clock: StepClock | None = None
+        self._asked: float | None = None
+        self._excused = -math.inf
+        self._answers: dict[int, Mapping[str, Any]] = {}
+        self._nodes: dict[int, str] = {}
+
+    def begin(self, world_size: int, now: float) -> None:
+        """The first step of an attempt begins."""
+        self._clock = StepClock(world_size, now)
+        self._asked, self._excused, self._answers, self._nodes = None, -math.inf, {}, {}
+
+    def end(self) -> None:
+        """The attempt ends."""
+        self._clock = None
+
+    def note(self, seen: Observation, now: float) -> None:
+        """Take in what an agent says."""
+        if self._clock is None:
+            return
+        data = seen.data
+        if seen.kind == "report" and data.get("kind") == "step":
+            self._nodes[int(data["rank"])] = seen.node
+            self._clock.note(int(data["rank"]), int(data["step"]), str(data.get("next", "step")), now)
+            self._asked = None  # it goes on
+        elif seen.kind == "stack":
+            self._nodes[int(data["rank"])] = seen.node
+            self._answers[int(data["rank"])] = data
+
+    def look(self, gang: Gang, attempt: int, world_size: int, *, now: float, wall: float) -> Failure | None:
+        """Ask, wait for the answers, and say who it is. None while all is well or answers are missing."""
+        clock = self._clock
+        if clock is None:
+            return None
+        silent_s = clock.silent_s(now)
+        if self._asked is None:
+            limit_s = clock.limit_s(self._first_s)
+            if silent_s > limit_s and now - self._excused > limit_s:
+                self._asked, self._answers = now, {}
+                gang.dump(attempt)
+            return None
+        if len(self._answers) < world_size and now - self._asked <= ANSWERS_S:
+            return None
+        storing = any(at.stores for at in self.standings(world_size).values())
+        if clock.busy and storing and silent_s <= self._save_s:  # slow storage is no hang yet
+            self._asked, self._excused = None, now
+            return None
+        return self._judge(world_size, silent_s, wall - silent_s)
+
+    def _judge(self, world_size: int, silent_s: float, when: float) -> Failure:
+        standings = self.standings(world_size)
+        rank, why = culprit(standings)
+        busy = self._clock.busy if self._clock else ""
+        what = {"save": "while saving a checkpoint", "finish": "after the last step"}.get(busy, "in a step")
+        step = min((at.step for at in standings.values()), default=0) + 1
+        named = f"{self._name(rank)} {why}" if rank >= 0 else why
+        return Failure(
+            kind=FailureKind.HANG,
+            time=when,
+            node=self._nodes.get(rank, ""),
+            rank=rank,
+            step=step,
+            detail=f"no progress for {silent_s:.1f} s {what} (step {step}): {named}",
+        )
+
+    def _name(self, rank: int) -> str:
+        at = self._topology.coordinates(rank)
+        node = f" on {self._nodes[rank]}" if rank in self._nodes else ""
+        return f"rank {rank}{node} (pipe {at.pipe}, data {at.data}, model {at.model})"
+
+    def standings(self, world_size: int) -> dict[int, Standing]:
+        """Where every rank stands; one that has not answered has no stack."""
+        steps = self._clock.steps if self._clock else {}
+        return {
+            rank: Standing(
+                step=steps.get(rank, 0),
+                state=str(self._answers.get(rank, {}).get("state", "?")),
+                stack=str(self._answers.get(rank, {}).get("stack", "")),
+            )
+            for rank in range(world_size)
+        }

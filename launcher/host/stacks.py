@@ -1,0 +1,103 @@
+"""Where do the ranks of this node stand? Asked when the gang makes no progress; answered without their help.
+
+SIGUSR1 makes a rank of ours write the stacks of its threads to its log: from a C handler, so that one that holds the
+interpreter's lock answers, too. One that is stopped cannot; the kernel's word for its state says so.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.host.logs import read_piece
+
+ANSWER_S = 0.5
+_MAX_TEXT = 12000  # a hundred frames, which is all that faulthandler writes
+_MAX_DUMP_BYTES = 128 << 10
+_OURS = "jobs/worker.py"
+_INSTALLED = re.compile(r'File "[^"]*/site-packages/')
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """A rank that was asked.
+
+    Attributes:
+        rank: Global rank.
+        pid: Its process.
+        log: Where it writes.
+        offset: Size of the log before it was asked.
+    """
+
+    rank: int
+    pid: int
+    log: Path
+    offset: int
+
+
+class Stacks:
+    """Asks the ranks of a node where they stand, and collects the answers a little later."""
+
+    def __init__(self) -> None:
+        self._open: list[Question] = []
+        self._due: float | None = None
+
+    @property
+    def due(self) -> float | None:
+        """When :meth:`collect` has something to do (monotonic seconds)."""
+        return self._due
+
+    def ask(self, ranks: Iterable[tuple[int, int, Path]], now: float) -> None:
+        """Ask ranks, given as (rank, process id, log)."""
+        self._open = []
+        for rank, pid, log in ranks:
+            try:
+                offset = log.stat().st_size
+                os.kill(pid, signal.SIGUSR1)
+            except OSError:
+                continue
+            self._open.append(Question(rank=rank, pid=pid, log=log, offset=offset))
+        self._due = now + ANSWER_S
+
+    def collect(self, now: float) -> list[dict[str, Any]]:
+        """The answers, once they are due: ``rank``, ``state`` (the kernel's letter) and ``stack`` (may be empty)."""
+        if self._due is None or now < self._due:
+            return []
+        asked, self._open, self._due = self._open, [], None
+        return [
+            {"rank": one.rank, "state": state_of(one.pid), "stack": main_stack(_written(one))[:_MAX_TEXT]}
+            for one in asked
+        ]
+
+
+def state_of(pid: int) -> str:
+    """The kernel's letter for a process: R running, S sleeping, D in the disk or a driver, T stopped; "" when gone."""
+    try:
+        line = Path("/proc", str(pid), "stat").read_text(errors="replace")
+    except OSError:
+        return ""
+    return line[line.rindex(")") + 2 :][:1]
+
+
+def _written(one: Question) -> str:
+    try:
+        return read_piece(one.log, one.offset, _MAX_DUMP_BYTES)[0].decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def main_stack(text: str) -> str:
+    """The stack of the thread that trains, innermost frame first, out of what the rank wrote."""
+    sections: list[list[str]] = []
+    for line in text.splitlines():
+        if line.startswith(("Thread 0x", "Current thread 0x")):
+            sections.append([])
+        elif sections and line.startswith("  File "):
+            sections[-1].append(_INSTALLED.sub('File "', line.strip()))
+    ours = [section for section in sections if any(_OURS in line for line in section)]
+    return "\n".join((ours or sections or [[]])[-1])

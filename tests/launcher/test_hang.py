@@ -1,0 +1,219 @@
+"""Who holds the gang up, and when is it held up: judged from stacks and step reports, without any process."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import pytest
+
+from launcher.hang import Standing, culprit
+from launcher.hang_watch import FACTOR, MARGIN_S, HangWatch, StepClock
+from launcher.host.stacks import main_stack
+from launcher.observation import Observation
+from launcher.recovery import FailureKind
+from strategies.plan import ParallelPlan
+
+PLAN = ParallelPlan(tp=2, pp=2, zero_stage=1, stages=(1, 1), micro_batch=1, grad_accum=2)
+LOOP = ["worker.py:main", "pretrain.py:run", "pretrain.py:_step"]
+
+
+def stack(*inner: str) -> str:
+    """A stack, innermost frame first, below the training loop's frames: ``file:function`` words, outermost first."""
+    frames = [*LOOP, *inner]
+    return "\n".join(f'File "/x/{w.partition(":")[0]}", line 7 in {w.partition(":")[2]}' for w in reversed(frames))
+
+
+TRAINING = "engine.py:train_step"
+ALL_REDUCE = stack(TRAINING, "linear.py:forward", "torch/distributed/distributed_c10d.py:all_reduce")
+RECEIVE = stack(TRAINING, "deepspeed/runtime/pipe/p2p.py:recv", "torch/distributed/distributed_c10d.py:recv")
+NOBODY = stack("faults.py:_wait_for_nobody", "torch/distributed/distributed_c10d.py:recv")
+SPIN = stack("faults.py:_hold_the_interpreter")
+COMPUTE = stack(TRAINING, "gpt.py:forward")
+
+
+@pytest.mark.parametrize(
+    ("odd", "why"),
+    [
+        (Standing(step=4, state="T"), "stopped by a signal"),
+        (Standing(step=4, state="D", stack=ALL_REDUCE), "stuck in the kernel"),
+        (Standing(step=4, state="S"), "does not say where it stands"),
+        (Standing(step=4, state="S", stack=SPIN), "_hold_the_interpreter (faults.py)"),
+        (Standing(step=4, state="R", stack=COMPUTE), "does not communicate"),
+        (Standing(step=3, state="S", stack=RECEIVE), "has completed step 3 only"),
+        (Standing(step=4, state="S", stack=NOBODY), "waits in another place"),
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_the_one_that_is_different_is_named(odd: Standing, why: str, rank: int) -> None:
+    others = {0: ALL_REDUCE, 1: ALL_REDUCE, 2: RECEIVE, 3: RECEIVE}
+    standings = {one: Standing(step=4, state="S", stack=text) for one, text in others.items()} | {rank: odd}
+    found, reason = culprit(standings)
+    assert found == rank
+    assert why in reason
+
+
+def test_nobody_is_accused_without_evidence() -> None:
+    standings = {rank: Standing(step=4, state="S", stack=ALL_REDUCE) for rank in range(4)}
+    assert culprit(standings)[0] == -1
+    standings |= {rank: Standing(step=4, state="S", stack=RECEIVE) for rank in (2, 3)}
+    assert culprit(standings)[0] == -1
+    assert culprit({rank: Standing(step=4, state="S") for rank in range(4)})[0] == -1
+
+
+def test_the_training_thread_is_found_among_others() -> None:
+    text = """noise
+Thread 0x01 (most recent call first):
+  File "/x/threading.py", line 1 in wait
+Current thread 0x02 (most recent call first):
+  File "/x/torch/distributed/distributed_c10d.py", line 2 in recv
+  File "/x/jobs/worker.py", line 3 in main
+
+more noise"""
+    frames = main_stack(text).splitlines()
+    assert [line.rsplit(" ", 1)[1] for line in frames] == ["recv", "main"]
+    assert main_stack("nothing") == ""
+
+
+# --- when ---------------------------------------------------------------------------------------------------------
+
+
+def train(clock: StepClock, now: float, seconds: float, step: int, *, then: str = "step", world: int = 2) -> float:
+    for rank in range(world):
+        clock.note(rank, step, then, now + seconds)
+    return now + seconds
+
+
+def test_patience_follows_the_steps_that_were_seen() -> None:
+    clock, now = StepClock(2, 100.0), 100.0
+    assert clock.limit_s(300) == 300
+    for step in range(1, 101):
+        now = train(clock, now, 2.0 if step == 50 else 1.0, step)
+    assert clock.limit_s(300) == pytest.approx(FACTOR * 1.0 + MARGIN_S)
+    assert clock.silent_s(now + 3) == pytest.approx(3)
+
+
+def test_a_save_is_no_step() -> None:
+    clock, now = StepClock(2, 0.0), 0.0
+    for step in range(1, 21):
+        now = train(clock, now, 1.0, step)
+    now = train(clock, now, 1.0, 21, then="save")
+    assert clock.busy == "save"
+    now += 500.0
+    for rank in range(2):
+        clock.note(rank, 21, "step", now)
+    assert clock.busy == ""
+    now = train(clock, now, 1.0, 22)
+    assert clock.limit_s(300) == pytest.approx(FACTOR * 1.0 + MARGIN_S)
+
+
+def test_ten_thousand_quiet_steps_raise_no_alarm() -> None:
+    draw = random.Random(0)
+    clock, now = StepClock(1, 0.0), 0.0
+    for step in range(1, 10_001):
+        seconds = draw.lognormvariate(0.0, 0.15)
+        assert seconds < clock.limit_s(300)
+        now = train(clock, now, seconds, step, world=1)
+
+
+WRITE = stack("jobs/checkpoint/save.py:_write_part", "jobs/checkpoint/shardfile.py:write_shard")
+AGREE = stack("jobs/checkpoint/save.py:persist", "jobs/checkpoint/gang.py:agree", "torch/distributed/c10d.py:gather")
+
+
+class AskedGang:
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def dump(self, attempt: int) -> None:
+        self.asked.append(attempt)
+
+
+def say(watch: HangWatch, seen: str, rank: int, now: float, **data: object) -> None:
+    fields: Mapping[str, object] = {"rank": rank, "attempt": 1, **data}
+    node = f"node-{rank // 2}"
+    watch.note(Observation(kind=seen, node=node, time=now, data=dict(fields)), now)  # type: ignore[arg-type]
+
+
+def quiet(watch: HangWatch, steps: int) -> float:
+    watch.begin(4, 0.0)
+    for step in range(1, steps + 1):
+        for rank in range(4):
+            say(watch, "report", rank, float(step), kind="step", step=step, next="step")
+    return float(steps)
+
+
+def test_a_hang_is_asked_about_and_then_named() -> None:
+    watch, gang = HangWatch(PLAN, first_s=300, save_s=900), AskedGang()
+    now = quiet(watch, 10)
+    limit = FACTOR * 1.0 + MARGIN_S
+    assert watch.look(gang, 1, 4, now=now + limit - 0.1, wall=5000.0) is None
+    assert gang.asked == []
+    now += limit + 0.1
+    assert watch.look(gang, 1, 4, now=now, wall=5000.0) is None
+    assert gang.asked == [1]
+    for rank in (0, 1, 2):
+        say(watch, "stack", rank, now, state="S", stack=ALL_REDUCE)
+    assert watch.look(gang, 1, 4, now=now + 1, wall=5000.0) is None
+    say(watch, "stack", 3, now, state="T", stack="")
+    found = watch.look(gang, 1, 4, now=now + 1, wall=5000.0)
+    assert found is not None
+    assert (found.kind, found.rank, found.node, found.step) == (FailureKind.HANG, 3, "node-1", 11)
+    assert "rank 3 on node-1 (pipe 1, data 0, model 1) is stopped by a signal" in found.detail
+    assert found.time == pytest.approx(5000.0 - limit - 1.1)
+
+
+def test_a_step_that_comes_after_all_ends_the_alarm() -> None:
+    watch, gang = HangWatch(PLAN, first_s=300, save_s=900), AskedGang()
+    now = quiet(watch, 10) + 20
+    watch.look(gang, 1, 4, now=now, wall=0.0)
+    say(watch, "report", 0, now, kind="step", step=11, next="step")
+    assert watch.look(gang, 1, 4, now=now + 4, wall=0.0) is None
+    assert gang.asked == [1]
+
+
+def test_a_rank_that_never_answers_is_not_waited_for() -> None:
+    watch, gang = HangWatch(PLAN, first_s=300, save_s=900), AskedGang()
+    now = quiet(watch, 10) + 20
+    watch.look(gang, 1, 4, now=now, wall=0.0)
+    for rank in (0, 2, 3):
+        say(watch, "stack", rank, now, state="S", stack=RECEIVE)
+    found = watch.look(gang, 1, 4, now=now + 3.1, wall=0.0)
+    assert found is not None
+    assert (found.rank, found.node) == (1, "node-0")
+
+
+def saving(watch: HangWatch) -> float:
+    now = quiet(watch, 10) + 1.0
+    for rank in range(4):
+        say(watch, "report", rank, now, kind="step", step=11, next="save")
+    return now
+
+
+def answers(watch: HangWatch, now: float, odd: str) -> None:
+    for rank in range(4):
+        say(watch, "stack", rank, now, state="S", stack=odd if rank == 2 else AGREE)
+
+
+def test_slow_storage_has_a_patience_of_its_own() -> None:
+    watch, gang = HangWatch(PLAN, first_s=300, save_s=900), AskedGang()
+    start = now = saving(watch)
+    while now - start < 900:
+        now += 20
+        assert watch.look(gang, 1, 4, now=now, wall=0.0) is None
+        answers(watch, now, WRITE)
+        found = watch.look(gang, 1, 4, now=now + 1, wall=0.0)
+        assert (found is None) == (now + 1 - start <= 900)
+    assert len(gang.asked) == 45
+    assert found is not None
+    assert found.rank == 2
+    assert "while saving a checkpoint" in found.detail
+
+
+def test_a_rank_that_does_not_come_to_the_save_hangs() -> None:
+    watch, gang = HangWatch(PLAN, first_s=300, save_s=900), AskedGang()
+    now = saving(watch) + 20
+    watch.look(gang, 1, 4, now=now, wall=0.0)
+    answers(watch, now, SPIN)
+    found = watch.look(gang, 1, 4, now=now + 1, wall=0.0)
+    assert found is not None
+    assert found.rank == 2
