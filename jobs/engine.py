@@ -62,11 +62,13 @@ class StepResult:
         loss: Mean cross entropy over the real tokens of the global batch, before the update.
         grad_norm: Global gradient norm before clipping; inf when the gradients are not finite.
         lr: Learning rate of this update.
+        overflow: The update was left out because the fp16 loss scale was too large; that is normal.
     """
 
     loss: float
     grad_norm: float
     lr: float
+    overflow: bool = False
 
 
 class Engine:
@@ -115,6 +117,12 @@ class Engine:
         return torch.device(self.ds.device)
 
     @property
+    def module(self) -> nn.Module:
+        """This rank's part of the model."""
+        module: nn.Module = self.ds.module
+        return module
+
+    @property
     def needs_data(self) -> bool:
         """Whether this rank looks at the batches it is given (the first stage embeds, the last has the loss)."""
         return self.grid.first_stage or self.grid.last_stage
@@ -151,7 +159,7 @@ class Engine:
         self.set_position(step - 1)
         lr = float(self.ds.get_lr()[0])
         loss = self._train_pipelined(batches) if self.plan.pp > 1 else self._train_unpipelined(batches)
-        return StepResult(loss=loss, grad_norm=self._grad_norm(), lr=lr)
+        return StepResult(loss=loss, grad_norm=self._grad_norm(), lr=lr, overflow=self._overflow())
 
     def set_position(self, step: int) -> None:
         """Make DeepSpeed's counters and the learning rate those of an engine that has done ``step`` steps."""
@@ -183,6 +191,10 @@ class Engine:
         norm = self.ds.get_global_grad_norm() if self._own_norm is None else self._own_norm
         value = float(norm)
         return value if math.isfinite(value) and value >= 0 else math.inf  # DeepSpeed says -1 for not finite
+
+    def _overflow(self) -> bool:
+        # DeepSpeed sets the flag without fp16, too; there is no loss scale then that could be to blame
+        return bool(self.ds.fp16_enabled() and getattr(self.ds.optimizer, "overflow", False))
 
     def _clip(self) -> None:
         limit = self.ds.gradient_clipping() or math.inf

@@ -7,18 +7,20 @@
 ``rank_stop``  ``rank``          SIGSTOP of the rank
 ``rank_spin``  ``rank``          the rank holds the interpreter's lock for ever
 ``rank_deadlock`` ``rank``       the rank waits for a message that nobody sends
+``nan_grad``   ``rank``          a gradient of the rank is NaN in that step
+``loss_spike`` ``rank``          what the rank's layers put out is 100 times too large in that step; ranks of the last
+                                 pipeline stage only, for there the loss is made
 ``node_kill``  ``node``          SIGKILL of everything on the node: the raylet above the rank, the host agent, all below
 ``agent_kill`` ``node``          SIGKILL of the host agent alone
 =============  ================  ====================================================================================
 
 Every kind takes ``step`` and ``phase=step_begin|step_end|checkpoint|shards_written|restore`` (``step_begin`` by
-default; ``restore`` takes no step: it is the first restore of the run). ``rank``, ``node`` and ``step`` may be
-``random``; :func:`resolve` replaces them by a pure function of a seed.
+default; ``restore`` takes no step: it is the first restore of the run; ``nan_grad`` and ``loss_spike`` take no
+phase). ``rank``, ``node`` and ``step`` may be ``random``; :func:`resolve` replaces them by a pure function of a seed.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -28,9 +30,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 from jobs.checkpoint.layout import sync_dir, write_durably
+from jobs.fault_acts import Removable, hold_the_interpreter, spoil, wait_for_death, wait_for_nobody
+from jobs.numerics import LEAST_SEEN
 from jobs.paths import RunPaths
 from jobs.proctree import ancestors, descendants, kill_own_trees
 from jobs.report import Reporter
@@ -38,14 +42,23 @@ from jobs.spec import RankEnv
 from strategies.errors import ConfigError, StorageError, did_you_mean
 
 Kind = Literal[
-    "rank_kill", "rank_exit", "rank_error", "rank_stop", "rank_spin", "rank_deadlock", "node_kill", "agent_kill"
+    "rank_kill",
+    "rank_exit",
+    "rank_error",
+    "rank_stop",
+    "rank_spin",
+    "rank_deadlock",
+    "nan_grad",
+    "loss_spike",
+    "node_kill",
+    "agent_kill",
 ]
 Phase = Literal["step_begin", "step_end", "checkpoint", "shards_written", "restore"]
 RANDOM = "random"
 RANK_EXIT_CODE = 17
-_UNUSED_TAG = 7919
 AGENT_PID = "PHALANX_AGENT_PID"
-_TARGET: dict[str, str] = {kind: "rank" if kind.startswith("rank") else "node" for kind in get_args(Kind)}
+_TARGET: dict[str, str] = {kind: "node" if kind in ("node_kill", "agent_kill") else "rank" for kind in get_args(Kind)}
+NUMERIC = ("nan_grad", "loss_spike")
 _SAVING = ("checkpoint", "shards_written")
 
 
@@ -121,6 +134,8 @@ def _parse(text: str, problems: list[str]) -> Fault | None:
     phase = values.get("phase", "step_begin")
     if phase not in get_args(Phase):
         problems.append(f"{text!r}: unknown phase {phase!r}. {did_you_mean(phase, get_args(Phase))}")
+    if kind in NUMERIC and "phase" in values:
+        problems.append(f"{text!r}: {kind} takes no phase; it spoils the whole step.")
     if phase == "restore" and "step" in values:
         problems.append(f"{text!r}: phase=restore takes no step; it is the first restore of the run.")
     target = _number(text, scope, values, 0, problems)
@@ -145,7 +160,7 @@ def _number(text: str, key: str, values: dict[str, str], least: int, problems: l
 
 
 def resolve(
-    texts: Sequence[str], *, seed: int, steps: int, checkpoint_every: int, nodes: int, world_size: int
+    texts: Sequence[str], *, seed: int, steps: int, checkpoint_every: int, nodes: int, world_size: int, pp: int = 1
 ) -> tuple[str, ...]:
     """Check faults against a run and replace ``random``.
 
@@ -158,6 +173,7 @@ def resolve(
         checkpoint_every: Steps between checkpoints; 0 leaves only the one after the last step.
         nodes: Nodes of the gang, without spares.
         world_size: Ranks of the gang.
+        pp: Pipeline stages.
 
     Returns:
         The faults in their canonical form, without ``random``.
@@ -170,13 +186,17 @@ def resolve(
     resolved = []
     for number, fault in enumerate(parse(texts)):
         size = world_size if fault.scope == "rank" else nodes
+        first = world_size - world_size // pp if fault.kind == "loss_spike" else 0  # stages are the outermost axis
         draw = f"{seed}|{number}|{fault}"
         if fault.target is None:
-            fault = replace(fault, target=_draw(f"{draw}|target", range(size)))
-        elif fault.target >= size:
-            problems.append(f"{str(fault)!r}: there are {fault.scope}s 0 to {size - 1}.")
+            fault = replace(fault, target=_draw(f"{draw}|target", range(first, size)))
+        elif not first <= fault.target < size:
+            there = "in the last stage are" if first else "there are"
+            problems.append(f"{str(fault)!r}: {there} {fault.scope}s {first} to {size - 1}.")
         if fault.step is None:
             fault = replace(fault, step=_random_step(fault, f"{draw}|step", steps, saved, problems))
+        elif fault.kind == "loss_spike" and fault.step <= LEAST_SEEN:
+            problems.append(f"{str(fault)!r}: nothing is called a spike before {LEAST_SEEN} losses were seen.")
         elif fault.step > steps:
             problems.append(f"{str(fault)!r}: the run has {steps} steps.")
         elif fault.phase in _SAVING and fault.step not in saved:
@@ -199,11 +219,13 @@ def _random_step(fault: Fault, draw: str, steps: int, saved: list[int], problems
         choice = saved[1:]
     else:
         # step first+1 would lose nothing that was done since the commit
+        first = max(first, LEAST_SEEN) if fault.kind == "loss_spike" else first
         choice = list(range(first + 2, steps + 1)) or list(range(first + 1, steps + 1))
     if choice:
         return _draw(draw, choice)
+    what = f"the first {LEAST_SEEN} losses and the first commit" if fault.kind == "loss_spike" else "the first commit"
     problems.append(
-        f"{str(fault)!r}: a random step lies after the first commit, which is made after step {first} of {steps}; "
+        f"{str(fault)!r}: a random step lies after {what}, which is made after step {first} of {steps}; "
         f"set checkpoint.every to {max(1, steps // 2)} or less, or more train.steps."
     )
     return 0
@@ -233,6 +255,8 @@ class FaultInjector:
         self._env = env
         self._reporter = reporter
         self._folder = RunPaths(env.run_dir).faults
+        self._model: Any = None
+        self._spoiled: list[Removable] = []
         self._mine = [(name, fault) for name, fault in named(texts) if self._concerns(fault)]
 
     def _concerns(self, fault: Fault) -> bool:
@@ -240,12 +264,18 @@ class FaultInjector:
             return fault.target == self._env.rank
         return fault.target == self._env.node_rank and self._env.local_rank == 0
 
+    def model_ready(self, module: Any) -> None:
+        """See :class:`jobs.hooks.Hooks`."""
+        self._model = module
+
     def step_begin(self, step: int) -> None:
         """See :class:`jobs.hooks.Hooks`."""
         self._reached("step_begin", step)
 
     def step_end(self, step: int) -> None:
         """See :class:`jobs.hooks.Hooks`."""
+        while self._spoiled:
+            self._spoiled.pop().remove()
         self._reached("step_end", step)
 
     def checkpoint_begin(self, step: int) -> None:
@@ -264,6 +294,8 @@ class FaultInjector:
         for name, fault in self._mine:
             if (fault.phase, fault.step) == (phase, step) and not (self._folder / f"{name}.json").exists():
                 self._fire(name, fault, step)
+                if fault.kind in NUMERIC:
+                    return  # one blow-up at a time: an equal fault is for the next attempt
 
     def _fire(self, name: str, fault: Fault, step: int) -> None:
         roots = self._roots(fault)
@@ -279,17 +311,19 @@ class FaultInjector:
             case "rank_stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
             case "rank_spin":
-                _hold_the_interpreter()
+                hold_the_interpreter()
             case "rank_deadlock":
-                _wait_for_nobody(self._env)
+                wait_for_nobody(self._env)
+            case "nan_grad" | "loss_spike":
+                self._spoiled.append(spoil(fault.kind, self._model))
             case "agent_kill":
                 os.kill(roots[0], signal.SIGKILL)
             case "rank_kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-                _wait_for_death()
+                wait_for_death()
             case "node_kill":
                 kill_own_trees([*roots, os.getpid()])
-                _wait_for_death()
+                wait_for_death()
 
     def _roots(self, fault: Fault) -> list[int]:
         """Tops of the process trees that the fault kills, beside this process."""
@@ -354,22 +388,3 @@ def _link(aside: Path, path: Path) -> bool:
         aside.unlink()
     sync_dir(path.parent)
     return True
-
-
-def _hold_the_interpreter() -> NoReturn:
-    """Sleep in C without giving the lock back: no Python code of this process runs any more."""
-    library = ctypes.PyDLL(None)
-    while True:
-        library.sleep(3600)
-
-
-def _wait_for_nobody(env: RankEnv) -> None:
-    import torch
-    import torch.distributed as dist
-
-    dist.recv(torch.zeros(1), src=(env.rank + 1) % env.world_size, tag=_UNUSED_TAG)
-
-
-def _wait_for_death() -> None:
-    while True:
-        signal.pause()

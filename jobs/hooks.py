@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Hooks(Protocol):
     """What the loop calls. ``step`` counts from 1: step ``n`` is the n-th optimizer step of the run."""
+
+    def model_ready(self, module: Any) -> None:
+        """Once, before anything else: ``module`` is this rank's part of the model, a torch module."""
 
     def step_begin(self, step: int) -> None:
         """Before step ``step`` reads its samples."""
@@ -26,6 +29,8 @@ class Hooks(Protocol):
 
 class NoHooks:
     """Does nothing, everywhere."""
+
+    def model_ready(self, module: Any) -> None: ...
 
     def step_begin(self, step: int) -> None: ...
 

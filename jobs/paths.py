@@ -21,6 +21,7 @@
         agents/NODE.json        where to reach the agent of a node
         attempts/N/job.json     the JobSpec of attempt N
         attempts/N/ranks.json   rank -> node, pid, coordinates
+        attempts/N/leave.json   a request to the ranks: leave after your next checkpoint
         attempts/N/hang.json    where every rank stood when the gang made no progress
         attempts/N/rank-R.log   logs of rank 0 and of the first failing rank; the others stay on their node
         checkpoints/            see jobs.checkpoint
@@ -76,6 +77,10 @@ class RunPaths:
     def ranks(self, number: int) -> Path:
         """Where the ranks of attempt ``number`` run."""
         return self.attempt(number) / "ranks.json"
+
+    def leave(self, number: int) -> Path:
+        """The ranks of attempt ``number`` leave after their next checkpoint once this exists."""
+        return self.attempt(number) / "leave.json"
 
     def hang(self, number: int) -> Path:
         """Where the ranks of attempt ``number`` stood when it hung."""

@@ -9,9 +9,11 @@ Kinds, with their fields beside ``kind`` and ``time`` (UTC seconds):
                 every rank; again, with the same ``step``, when a checkpoint is saved)
 ``checkpoint``  a checkpoint is committed (sent by rank 0): ``step``, ``path``, ``bytes``, ``stall_s``
 ``rejected``    a checkpoint failed verification: ``path``, ``reason``
+``blow_up``     the numbers of a step cannot be right, nothing of it is kept: ``step``, ``why``, and of how many
+                ``samples`` it was made
 ``fault``       an injected fault fires now: ``fault``
 ``error``       an exception ends the rank: ``type``, ``message``, ``traceback``, ``step``, ``exit_code``
-``done``        the rank has finished its job: ``step``
+``done``        the rank has finished its job, or leaves as it was asked to: ``step``
 
 Pure: no torch, no ray. A report is at most :data:`MAX_LINE_BYTES`, so that a write to the pipe is atomic.
 """

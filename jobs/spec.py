@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from strategies.deepspeed_config import deepspeed_config
 from strategies.plan import ParallelPlan
+from strategies.schedule import Skip
 from strategies.specs import BatchSpec, ModelSpec, Precision
 
 
@@ -32,6 +34,8 @@ class TrainSpec:
         eps: Adam, epsilon.
         weight_decay: AdamW decay, on every parameter.
         deterministic: Refuse kernels whose result depends on scheduling (matters on CUDA).
+        spike_sigmas: A loss this many standard deviations above its running median is a blow-up
+            (:mod:`jobs.numerics`); 0: only what is not finite.
         sample_tokens: Tokens of text generated from the final weights; 0 for none.
         sample_prompt: What the generated text continues.
     """
@@ -48,6 +52,7 @@ class TrainSpec:
     eps: float = 1e-8
     weight_decay: float = 0.1
     deterministic: bool = True
+    spike_sigmas: float = 10.0
     sample_tokens: int = 0
     sample_prompt: str = "def "
 
@@ -100,6 +105,7 @@ class JobSpec:
         data: The samples.
         checkpoint: The checkpoint policy.
         deepspeed: DeepSpeed's config dictionary.
+        skips: All samples that the run passes over; what a checkpoint records of them must agree.
         faults: Faults to inject, in the grammar of :mod:`jobs.faults`, all resolved (no ``random``).
         command: Command line of a ``script`` job.
         workdir: Folder in which a ``script`` job starts.
@@ -115,10 +121,37 @@ class JobSpec:
     data: DataSpec
     checkpoint: CheckpointSpec
     deepspeed: Mapping[str, Any]
+    skips: tuple[Skip, ...] = ()
     faults: tuple[str, ...] = ()
     command: str = ""
     workdir: str = ""
     version: int = 1
+
+    def skipping(self, skips: tuple[Skip, ...]) -> JobSpec:
+        """The same job, passing over more samples."""
+        return replace(self, skips=(*self.skips, *skips))
+
+    def under(self, plan: ParallelPlan) -> JobSpec:
+        """The same job under another plan, with the DeepSpeed configuration that goes with it."""
+        if plan == self.plan:
+            return self
+        return replace(self, plan=plan, deepspeed=engine_config(plan, self.train) if self.kind == "pretrain" else {})
+
+
+def engine_config(plan: ParallelPlan, train: TrainSpec) -> dict[str, Any]:
+    """DeepSpeed's configuration of a recipe under a plan."""
+    return deepspeed_config(
+        plan=plan,
+        precision=train.precision,
+        clip=train.clip,
+        lr=train.lr,
+        betas=(train.beta1, train.beta2),
+        eps=train.eps,
+        weight_decay=train.weight_decay,
+        warmup_steps=train.warmup_steps,
+        steps=train.steps,
+        min_lr=train.min_lr,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

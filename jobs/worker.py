@@ -1,8 +1,9 @@
 """One rank: read the job, build the engine, run the stage, and say how it ended.
 
 Exit codes: 0 done; 1 an unexpected error; :data:`CORRUPT_EXIT_CODE` the checkpoint to restore is damaged (restart from
-an older one); any other error of :mod:`strategies.errors` its own number (7 for storage). SIGTERM ends a rank at once,
-as a shell sees it with 128 + 15: there is nothing to save that the newest checkpoint does not hold.
+an older one); :data:`BLOW_UP_EXIT_CODE` training has blown up (restart from before it, without the samples that did
+it); any other error of :mod:`strategies.errors` its own number (7 for storage). SIGTERM ends a rank at once, as a shell
+sees it with 128 + 15: there is nothing to save that the newest checkpoint does not hold.
 
 torch and deepspeed are imported only once the process can report and be stopped; in a warm pool they are there already.
 """
@@ -20,12 +21,14 @@ from typing import NoReturn
 
 from jobs.checkpoint.errors import CorruptCheckpoint
 from jobs.faults import FaultInjector
+from jobs.numerics import BlowUp
 from jobs.report import Reporter
 from jobs.spec import JobSpec, RankEnv
 from strategies.codec import from_json
 from strategies.errors import ConfigError, PhalanxError, StorageError
 
 CORRUPT_EXIT_CODE = 76
+BLOW_UP_EXIT_CODE = 77
 
 
 class StepCounter:
@@ -91,6 +94,8 @@ def _fail(error: Exception, reporter: Reporter, step: int) -> NoReturn:
     code = exit_code(error)
     if isinstance(error, CorruptCheckpoint):
         reporter.send("rejected", path=error.path, reason=error.reason)
+    if isinstance(error, BlowUp):
+        reporter.send("blow_up", step=error.step, why=error.why, samples=error.samples)
     reporter.send(
         "error",
         type=type(error).__name__,
@@ -109,6 +114,8 @@ def exit_code(error: Exception) -> int:
     """Exit code of a rank that ends with ``error``."""
     if isinstance(error, CorruptCheckpoint):
         return CORRUPT_EXIT_CODE
+    if isinstance(error, BlowUp):
+        return BLOW_UP_EXIT_CODE
     return error.exit_code if isinstance(error, PhalanxError) else 1
 
 

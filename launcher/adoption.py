@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher.controller import STOP_PATIENCE_S, Controller, Phase
+from launcher.controller import LEFT, STOP_PATIENCE_S, Controller, Phase
 from launcher.gang import Observation
 from launcher.gang_state import GangState
 from launcher.lock import identity
 from launcher.recovery import Failure, FailureKind
 from launcher.run import EventKind, RunState
+from launcher.sizing import plan_of, wanted_of
 from launcher.store import read_json
 from strategies.codec import from_json, to_json
 
@@ -43,8 +44,8 @@ def begin(controller: Controller, *, resume: Mapping[str, Any] | None = None, ad
         controller.record(EventKind.RESUME_REQUESTED, request=controller.request.digest, **resume)
         controller.start_reason = "resume"
         return
-    if controller.run.attempts:
-        controller.start_reason = "restart"
+    if attempt is not None:
+        controller.start_reason = "grow" if attempt.cause == LEFT else "restart"
     if unfinished:
         _lost_gang(controller)
 
@@ -77,7 +78,10 @@ def _adoptable(controller: Controller, welcomes: Welcomes) -> bool:
     paths = controller.store.paths
     if not paths.ranks(attempt.number).exists():
         return False
-    if read_json(paths.job(attempt.number)) != to_json(controller.request.job):
+    plan, job = plan_of(attempt), controller.request.job
+    if plan is None or wanted_of(attempt) != job.plan:
+        return False
+    if read_json(paths.job(attempt.number)) != to_json(job.under(plan).skipping(controller.run.skips)):
         return False  # a resume had changed the request when its controller fell
     return all(
         welcomes.get(node, {}).get("attempt") == attempt.number
@@ -90,6 +94,8 @@ def _adopt(controller: Controller, resume: Mapping[str, Any]) -> None:
     """Take over the live attempt. Its agents replay what they have seen, so nothing is missed."""
     attempt = controller.run.attempt
     assert attempt is not None
+    plan = plan_of(attempt)
+    assert plan is not None
     spawned: dict[str, dict[int, int]] = {node: {} for node in attempt.nodes}
     for entry in read_json(controller.store.paths.ranks(attempt.number)):
         spawned[entry["node"]][entry["rank"]] = entry["pid"]
@@ -97,6 +103,7 @@ def _adopt(controller: Controller, resume: Mapping[str, Any]) -> None:
     mine = [event for event in log if event.attempt == attempt.number]
     controller.state = GangState(
         attempt=attempt.number,
+        plan=plan,
         placement={node: sorted(ranks) for node, ranks in spawned.items()},
         script=controller.request.job.kind == "script",
         resume_from=attempt.resume_from,
@@ -105,9 +112,10 @@ def _adopt(controller: Controller, resume: Mapping[str, Any]) -> None:
         first_step=attempt.first_step,
         last_step=max(attempt.last_step, last_metric_step(controller, attempt.number)),
         training=controller.run.state is RunState.RUNNING,
+        leaving=controller.store.paths.leave(attempt.number).exists(),
     )
     if controller.state.training and not controller.state.script:
-        controller.hangs.begin(controller.state.world_size, controller.clock.monotonic())
+        controller.hangs.begin(plan, controller.clock.monotonic())
     if not controller.state.training:
         controller.first_step_by = controller.clock.monotonic() + controller.request.recovery.start_timeout_s
     wish = {"id": resume["id"]} if "id" in resume else {}

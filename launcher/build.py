@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jobs.spec import DataSpec, JobSpec, TrainSpec
+from jobs.spec import DataSpec, JobSpec, TrainSpec, engine_config
 from launcher.request import LaunchRequest
 from launcher.schema import Config
 from strategies import rules
-from strategies.deepspeed_config import deepspeed_config
 from strategies.errors import ConfigError, PlanInfeasible, Violation
 from strategies.plan import ParallelPlan
 from strategies.resolve import resolve_plan
+from strategies.schedule import SampleSchedule
 from strategies.specs import BatchSpec, ClusterSpec, ModelSpec
 
 
@@ -137,6 +137,7 @@ def build_request(config: Config, overrides: Sequence[str], cluster: ClusterSpec
 def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
     script = config.job.kind == "script"
     train = train_spec(config)
+    SampleSchedule(global_batch=config.train.global_batch, skips=config.train.skips)  # says what is wrong with them
     return JobSpec(
         run_id=str(config.run.name),
         kind=config.job.kind,
@@ -146,7 +147,8 @@ def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
         train=train,
         data=DataSpec(kind=config.data.kind, path=config.data.path or "", vocab=0),
         checkpoint=config.checkpoint,
-        deepspeed={} if script else _deepspeed(sketch.plan, train),
+        deepspeed={} if script else engine_config(sketch.plan, train),
+        skips=config.train.skips,
         faults=resolved_faults(config, sketch),
         command=config.job.command or "" if script else "",
         workdir=str(run_dir / "user") if script else "",
@@ -170,27 +172,13 @@ def resolved_faults(config: Config, sketch: Outline) -> tuple[str, ...]:
         checkpoint_every=config.checkpoint.every,
         nodes=-(-sketch.plan.world_size // sketch.cluster.slots_per_node),
         world_size=sketch.plan.world_size,
-    )
-
-
-def _deepspeed(plan: ParallelPlan, train: TrainSpec) -> dict[str, object]:
-    return deepspeed_config(
-        plan=plan,
-        precision=train.precision,
-        clip=train.clip,
-        lr=train.lr,
-        betas=(train.beta1, train.beta2),
-        eps=train.eps,
-        weight_decay=train.weight_decay,
-        warmup_steps=train.warmup_steps,
-        steps=train.steps,
-        min_lr=train.min_lr,
+        pp=sketch.plan.pp,
     )
 
 
 def outline_deepspeed(config: Config, plan: ParallelPlan) -> dict[str, object]:
     """DeepSpeed's configuration of a plan, for people who want to look at it."""
-    return _deepspeed(plan, train_spec(config)) if config.job.kind == "pretrain" else {}
+    return engine_config(plan, train_spec(config)) if config.job.kind == "pretrain" else {}
 
 
 def model_spec(config: Config) -> ModelSpec:
@@ -204,7 +192,7 @@ def train_spec(config: Config) -> TrainSpec:
     """The recipe, derived rates filled in."""
     train = config.train
     values = {field.name: getattr(train, field.name) for field in dataclasses.fields(train)}
-    del values["global_batch"]
+    del values["global_batch"], values["skips"]
     return TrainSpec(**values | {"min_lr": train.lr / 10 if train.min_lr is None else train.min_lr})
 
 

@@ -10,45 +10,39 @@ directory, so it may be killed between any two instructions: its successor folds
        ^                       | failure, cancel
        |                       v
     BACKOFF <--restart------ STOP --give up, cancelled--> END
+
+How large the next gang is, is the business of :mod:`launcher.sizing`: with too few nodes GATHER waits, and then goes on
+with a smaller plan; once they are back, the ranks are asked to leave at a checkpoint (RUN, STOP, GATHER).
 """
 
 from __future__ import annotations
 
 import contextlib
 import enum
-import shlex
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from launcher import progress, recovery
 from launcher.backend import AgentAddress, Backend
+from launcher.clock import Clock
 from launcher.gang import Gang, Observation
-from launcher.gang_state import GangState, Note, environment_of
+from launcher.gang_state import GangState, Note, spawn
 from launcher.hang_watch import HangWatch
-from launcher.lineup import line_up
+from launcher.lineup import form
 from launcher.lock import ControllerLock
+from launcher.muster import Muster
 from launcher.recovery import Action, Failure, FailureKind
 from launcher.request import LaunchRequest
 from launcher.run import EventKind, Run, RunEvent, RunState, apply
+from launcher.sizing import Sizing
 from launcher.store import RunStore, dump, write_atomic
 from strategies.errors import ClusterError
-from strategies.topology import nodes_needed, place
+from strategies.plan import ParallelPlan
 
 STOP_PATIENCE_S = 10.0  # an agent that has not confirmed the end of its ranks by then is taken for lost
 GATHER_NOTICE_S = 3.0  # waiting for nodes shorter than this is not worth a line in the log
-REQUEST_EVERY_S = 1.0
-SPARE_EVERY_S = 5.0  # while the gang runs
+LEFT = "it left at a checkpoint, for a larger plan"
 LATE = (EventKind.CHECKPOINT_COMMITTED, EventKind.POOL_UNSAFE)  # still true of an attempt that is being stopped
-
-
-class Clock(Protocol):
-    """Where the controller takes its time from; the module :mod:`time` fits."""
-
-    def time(self) -> float:
-        """UTC seconds."""
-
-    def monotonic(self) -> float:
-        """Seconds that never jump."""
 
 
 class Phase(enum.Enum):
@@ -98,10 +92,10 @@ class Controller:
         self.run: Run = store.run()
         self.phase = Phase.GATHER
         self.state: GangState | None = None
-        self.up: dict[str, AgentAddress] = {}
         self.start_reason = "start"
+        self.muster = Muster(backend, request.cluster, clock)
+        self.sizing = Sizing(request)
         self.hangs = HangWatch(
-            request.job.plan,
             first_s=request.recovery.start_timeout_s,
             save_s=request.recovery.save_timeout_s,
         )
@@ -109,9 +103,13 @@ class Controller:
         self._since = clock.monotonic()  # of the present phase
         self._until = 0.0  # end of the back-off (monotonic)
         self.first_step_by: float | None = None
-        self._asked = float("-inf")
         self._noticed = False
         self._cancelling = False
+
+    @property
+    def up(self) -> dict[str, AgentAddress]:
+        """The nodes that can be used now."""
+        return self.muster.up
 
     def follow(self) -> RunState:
         """Turn until the run has ended.
@@ -190,22 +188,16 @@ class Controller:
         """
         if seen.kind == "fenced":
             raise Fenced
-        if seen.kind == "agent_up":
-            self.up.update({agent.node: agent for agent in self.backend.agents() if agent.node == seen.node})
-        elif seen.kind in ("agent_lost", "leaving"):
-            lost = self.up.pop(seen.node, None)
-            if lost is not None:
-                self.backend.forget(lost)
+        self.muster.note(seen)
 
     def _take_note(self, note: Note) -> None:
         assert self.state is not None
         if note.kind is EventKind.RANKS_SPAWNED:
-            rows = self.state.rank_table(self.request.job.plan)
-            write_atomic(self.store.paths.ranks(self.state.attempt), dump(rows))
+            write_atomic(self.store.paths.ranks(self.state.attempt), dump(self.state.rank_table()))
         if note.kind is EventKind.TRAINING_STARTED:
             self.first_step_by = None
             if not self.state.script:  # a script reports no steps
-                self.hangs.begin(self.state.world_size, self.clock.monotonic())
+                self.hangs.begin(self.state.plan, self.clock.monotonic())
         self.record(note.kind, **note.data)
 
     # --- gathering nodes and starting ranks -----------------------------------------------------------------------
@@ -213,30 +205,19 @@ class Controller:
     def _gather(self) -> None:
         if self._already_complete():
             return
-        self._call_up()
-        now = self.clock.monotonic()
-        need = nodes_needed(self.request.job.plan, self.request.cluster.slots_per_node)
-        if len(self.up) >= need:
-            before = self.run.attempt.nodes if self.run.attempt else ()
-            self._start(line_up(before, self.up, need))
-            return
-        waited = now - self._since
-        if waited > GATHER_NOTICE_S and not self._noticed and self.run.attempts:
+        self.muster.call_up(self.gang, urgent=True)
+        waited, why = self.clock.monotonic() - self._since, self.backend.why_missing
+        resumed = self.start_reason == "resume"
+        answer = self.sizing.choose(self.run, up=len(self.up), waited_s=waited, resumed=resumed, why=why)
+        if answer.plan is not None:
+            if answer.decision is not None:
+                self.record(EventKind.DECISION, **answer.decision.fields)
+            self._start(answer.plan)
+        elif answer.decision is not None:
+            self.end(EventKind.RUN_FAILED, reason=answer.decision.reason)
+        elif waited > GATHER_NOTICE_S and not self._noticed and self.run.attempts:
             self._noticed = True
-            why = self.backend.why_missing()
-            self.record(EventKind.WAITING_FOR_NODES, have=len(self.up), need=need, why=why)
-        if waited > self.request.recovery.wait_for_nodes_s:
-            have, why = len(self.up), self.backend.why_missing()
-            self.end(EventKind.RUN_FAILED, reason=f"only {have} of {need} nodes came within {waited:.0f} s: {why}")
-
-    def _call_up(self) -> None:
-        """Ask for the nodes and spares that are missing, and connect to those that came."""
-        wanted, now = self.request.cluster.nodes + self.request.cluster.spares, self.clock.monotonic()
-        every_s = REQUEST_EVERY_S if self.phase is Phase.GATHER else SPARE_EVERY_S
-        if len(self.up) < wanted and now - self._asked >= every_s:
-            self._asked = now
-            self.backend.request_agents(wanted)
-            self.gang.connect(self.backend.agents())
+            self.record(EventKind.WAITING_FOR_NODES, have=len(self.up), need=self.sizing.need, why=why())
 
     def _already_complete(self) -> bool:
         """The ranks may have finished while no controller looked."""
@@ -246,27 +227,19 @@ class Controller:
         self.end(EventKind.RUN_SUCCEEDED, step=final["step"], weights_digest=final.get("weights_digest"))
         return True
 
-    def _start(self, nodes: list[str]) -> None:
-        job, paths = self.request.job, self.store.paths
-        script = job.kind == "script"
+    def _start(self, plan: ParallelPlan) -> None:
+        wanted, paths = self.request.job, self.store.paths
+        job, script = wanted.under(plan).skipping(self.run.skips), wanted.kind == "script"
         for path, reason in progress.damaged(paths, script=script):
             if path not in self.run.rejected:
                 self.record(EventKind.CHECKPOINT_REJECTED, path=path, reason=reason)
         point = progress.resume_point(paths, script=script, rejected=self.run.rejected)
-        number = len(self.run.attempts) + 1
-        placed = place(job.plan, nodes, self.request.cluster.slots_per_node)
-        self.state = GangState(
-            attempt=number,
-            placement={entry.node: entry.ranks for entry in placed.assignments},
-            script=script,
-            resume_from=point.path,
-            first_step=point.step + 1,
-            last_step=point.step,
-        )
-        write_atomic(paths.job(number), dump(job))
+        self.state = form(self.run, plan, self.up, self.request.cluster, point=point, script=script)
+        write_atomic(paths.job(self.state.attempt), dump(job))
         self.record(
             EventKind.ATTEMPT_PLANNED,
-            plan=job.plan,
+            plan=plan,
+            wanted=None if plan == wanted.plan else wanted.plan,
             nodes=list(self.state.placement),
             resume_from=point.path,
             first_step=point.step + 1,
@@ -276,14 +249,7 @@ class Controller:
         self.first_step_by = self.clock.monotonic() + self.request.recovery.start_timeout_s
         self.enter(Phase.RUN)
         try:
-            self.gang.spawn(
-                number,
-                self.state.placement,
-                environment_of(self.request, self.state, self.lock.epoch),
-                kind=job.kind,
-                argv=shlex.split(job.command),
-                cwd=job.workdir or str(paths.root),
-            )
+            spawn(self.gang, self.request, self.state, self.lock.epoch)
         except ClusterError as error:  # a node fell between being counted and being used
             self._suspect(Failure(kind=FailureKind.NODE_LOST, time=self.clock.time(), detail=error.what))
 
@@ -292,19 +258,42 @@ class Controller:
     def _watch(self) -> None:
         assert self.state is not None
         with contextlib.suppress(ClusterError):  # a gang that trains needs nothing of the cluster; its spares can wait
-            self._call_up()
+            self.muster.call_up(self.gang, urgent=False)
         if self.state.all_finished:
-            final = progress.final_record(self.store.paths)
-            script = self.request.job.kind == "script"
-            step = progress.resume_point(self.store.paths, script=True).step if script else self.state.last_step
-            digest = None if script else final.get("weights_digest")
-            self.end(EventKind.RUN_SUCCEEDED, step=step, weights_digest=digest)
+            self._finish(self.state)
         elif self.first_step_by is not None and self.clock.monotonic() > self.first_step_by:
             patience = self.request.recovery.start_timeout_s
             detail = f"no first step within {patience:.0f} s (recovery.start_timeout_s)"
             self._suspect(Failure(kind=FailureKind.START_TIMEOUT, time=self.clock.time(), detail=detail))
         else:
             self._watch_for_hangs(self.state)
+            self._watch_for_nodes(self.state)
+
+    def _finish(self, state: GangState) -> None:
+        """Every rank has exited well: the run is done, or they have left as they were asked to."""
+        script = state.script
+        if not script and state.last_step < self.request.job.train.steps:
+            self.gang.kill(state.attempt, grace_s=0.0)
+            self.hangs.end()
+            self.enter(Phase.STOP)
+            return
+        step = progress.resume_point(self.store.paths, script=True).step if script else state.last_step
+        digest = None if script else progress.final_record(self.store.paths).get("weights_digest")
+        self.end(EventKind.RUN_SUCCEEDED, step=step, weights_digest=digest)
+
+    def _watch_for_nodes(self, state: GangState) -> None:
+        """A larger plan fits: ask the ranks to leave at their next checkpoint; not any more: let them stay."""
+        growth = self.sizing.growth(state.plan, self.muster.warm(state.placement)) if state.training else None
+        if (growth is not None) is state.leaving or self.phase is not Phase.RUN:
+            return
+        leave = self.store.paths.leave(state.attempt)
+        if growth is None:
+            with contextlib.suppress(OSError):  # they may leave all the same, and go on as they were
+                leave.unlink()
+        else:
+            self.record(EventKind.DECISION, **growth.fields)
+            write_atomic(leave, dump({"reason": growth.reason}))
+        state.leaving = growth is not None
 
     def _watch_for_hangs(self, state: GangState) -> None:
         now, wall = self.clock.monotonic(), self.clock.time()
@@ -346,8 +335,16 @@ class Controller:
             state.stopped |= set(state.placement)
         if self._cancelling:
             self.end(EventKind.RUN_CANCELLED, reason="cancelled on request")
+        elif state.all_finished:
+            self._regroup(state)
         else:
             self.conclude(recovery.culprit(state.evidence))
+
+    def _regroup(self, state: GangState) -> None:
+        """The ranks have left at a checkpoint, for a larger plan: that is no failure, and nothing is lost."""
+        self.record(EventKind.GANG_STOPPED, cause=LEFT, failure="", signature="", last_step=state.last_step)
+        self.state, self.start_reason = None, "grow"
+        self.enter(Phase.GATHER)
 
     def conclude(self, failure: Failure) -> None:
         """The attempt is over: name the cause, decide, and do what was decided."""
@@ -359,7 +356,7 @@ class Controller:
             EventKind.GANG_STOPPED, cause=failure.detail, failure=failure.kind.value, signature=failure.signature
         )
         decision = recovery.decide(self.run, failure, self.request.recovery)
-        self.record(EventKind.DECISION, action=decision.action.value, reason=decision.reason, delay_s=decision.delay_s)
+        self.record(EventKind.DECISION, **decision.fields)
         self.state = None
         if decision.action is Action.GIVE_UP:
             self.end(EventKind.RUN_FAILED, reason=decision.reason)

@@ -10,11 +10,12 @@ from typing import Any
 
 from jobs.checkpoint import list_checkpoints
 from jobs.paths import RunPaths
-from launcher import progress
+from launcher import progress, skips
 from launcher.ledger import ledger
 from launcher.lock import holder_alive, newest_epoch
 from launcher.request import LaunchRequest
 from launcher.run import Attempt, EventKind, Run, RunEvent, RunState
+from launcher.sizing import plan_of
 from launcher.store import RunStore
 from strategies.codec import to_json
 
@@ -59,6 +60,7 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "restarts": run.restarts,
         "recoveries": recoveries(events),
         "checkpoint": _checkpoint(store.paths, script=request.job.kind == "script"),
+        "skips": skips.skipped(request.job, run),
         "faults": progress.fault_records(store.paths),
         "ledger": books,
         "weights_digest": run.weights_digest,
@@ -81,7 +83,7 @@ def brief(store: RunStore) -> dict[str, Any]:
             "steps_lost": run.steps_lost,
             "loss": last.get("loss"),
             "submitted": run.submitted,
-            "plan": plan_line(request),
+            "plan": plan_line(request, run),
             "reason": run.reason,
         }
     except Exception as error:  # a run directory that someone damaged must not hide the others
@@ -103,9 +105,17 @@ def recoveries(events: Sequence[RunEvent]) -> list[float]:
     return found
 
 
-def plan_line(request: LaunchRequest) -> str:
-    """The plan in one line; of a script it says only how many ranks there are."""
+def plan_line(request: LaunchRequest, run: Run | None = None) -> str:
+    """The plan in one line; of a script it says only how many ranks there are.
+
+    Args:
+        request: The plan that is asked for.
+        run: Its newest attempt may have a smaller one.
+    """
     plan = request.job.plan
+    if run is not None and run.attempt is not None and run.attempt.wanted is not None:
+        smaller = plan_of(run.attempt)
+        return f"{smaller.describe() if smaller else 'a smaller plan'} (nodes are missing)"
     return plan.describe() if request.job.kind == "pretrain" else f"script on {plan.world_size} ranks"
 
 
@@ -145,6 +155,7 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
         "first_step": attempt.first_step,
         "last_step": attempt.last_step,
         "reason": attempt.reason,
+        "wanted": to_json(attempt.wanted),
         "resume_from": attempt.resume_from,
     }
 

@@ -13,7 +13,8 @@ from typing import Any, TextIO
 
 from jobs.tail import Tail
 from launcher.lock import newest_epoch
-from launcher.render import event_line, progress_line, seconds
+from launcher.render import seconds
+from launcher.render_events import event_line, progress_line
 from launcher.run import EventKind, Run, RunEvent, RunState, apply
 from launcher.store import RunStore
 from strategies.codec import from_json

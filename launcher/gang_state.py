@@ -1,14 +1,18 @@
-"""What the controller knows of the gang of one attempt, and what follows from what its agents say. Pure, no I/O."""
+"""What the controller knows of the gang of one attempt, and what follows from what its agents say.
+
+No I/O but for :func:`spawn`.
+"""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jobs.spec import RankEnv
 from launcher import recovery
-from launcher.gang import EnvOf, Observation
+from launcher.gang import EnvOf, Gang, Observation
 from launcher.recovery import Failure, FailureKind
 from launcher.request import LaunchRequest
 from launcher.run import EventKind
@@ -31,6 +35,7 @@ class GangState:
 
     Attributes:
         attempt: Number of the attempt.
+        plan: Its plan; smaller than the request's where nodes were missing.
         placement: Node -> global ranks on it, in gang order.
         script: The ranks are a user's script, which sends no reports.
         resume_from: What the ranks restore.
@@ -44,9 +49,11 @@ class GangState:
         first_step: First step that the attempt runs.
         last_step: Highest step that a rank has reported.
         training: The first step has begun.
+        leaving: The ranks were asked to leave at their next checkpoint.
     """
 
     attempt: int
+    plan: ParallelPlan
     placement: Mapping[str, Sequence[int]]
     script: bool = False
     resume_from: str = ""
@@ -60,6 +67,7 @@ class GangState:
     first_step: int = 1
     last_step: int = 0
     training: bool = False
+    leaving: bool = False
 
     @property
     def world_size(self) -> int:
@@ -81,9 +89,9 @@ class GangState:
         """No node has a rank of this attempt any more."""
         return self.stopped >= set(self.placement)
 
-    def rank_table(self, plan: ParallelPlan) -> list[dict[str, Any]]:
+    def rank_table(self) -> list[dict[str, Any]]:
         """Where every rank runs: rank, node, process id and coordinates, in the order of the ranks."""
-        topology = Topology(plan)
+        topology = Topology(self.plan)
         rows = [
             {"rank": rank, "node": node, "pid": pid, "coordinates": to_json(topology.coordinates(rank))}
             for node, pids in self.spawned.items()
@@ -166,6 +174,10 @@ class GangState:
             return [Note(kind=EventKind.CHECKPOINT_COMMITTED, data=fields)]
         elif kind == "error":
             self.errors[rank] = data
+        elif kind == "blow_up":
+            step, detail = int(data["step"]), f"training blew up at step {data['step']}: {data.get('why', '')}"
+            found = Failure(kind=FailureKind.NUMERIC, time=seen.time, node=seen.node, rank=rank, step=step)
+            return [replace(found, detail=detail, samples=int(data["samples"]))]
         elif kind == "rejected":
             detail = f"checkpoint {data['path']} is damaged: {data.get('reason', '')}"
             return [
@@ -187,7 +199,24 @@ class GangState:
         return [Note(kind=EventKind.TRAINING_STARTED, data={"step": step})]
 
 
-def environment_of(request: LaunchRequest, state: GangState, epoch: int) -> EnvOf:
+def spawn(gang: Gang, request: LaunchRequest, state: GangState, epoch: int) -> None:
+    """Start the ranks of an attempt.
+
+    Raises:
+        ClusterError: One of its nodes is gone.
+    """
+    job = request.job
+    gang.spawn(
+        state.attempt,
+        state.placement,
+        _environment_of(request, state, epoch),
+        kind=job.kind,
+        argv=shlex.split(job.command),
+        cwd=job.workdir or request.run_dir,
+    )
+
+
+def _environment_of(request: LaunchRequest, state: GangState, epoch: int) -> EnvOf:
     """What makes the variables of each rank of an attempt, once the rendezvous is known."""
 
     def variables(

@@ -83,13 +83,12 @@ class HangWatch:
     """Watches one attempt after the other.
 
     Args:
-        plan: Names the culprit's coordinates.
         first_s: Patience with the first steps.
         save_s: Patience with a checkpoint.
     """
 
-    def __init__(self, plan: ParallelPlan, *, first_s: float, save_s: float) -> None:
-        self._topology = Topology(plan)
+    def __init__(self, *, first_s: float, save_s: float) -> None:
+        self._topology: Topology | None = None
         self._first_s = first_s
         self._save_s = save_s
         self._clock: StepClock | None = None
@@ -98,9 +97,10 @@ class HangWatch:
         self._answers: dict[int, Mapping[str, Any]] = {}
         self._nodes: dict[int, str] = {}
 
-    def begin(self, world_size: int, now: float) -> None:
-        """The first step of an attempt begins."""
-        self._clock = StepClock(world_size, now)
+    def begin(self, plan: ParallelPlan, now: float) -> None:
+        """The first step of an attempt begins; its plan names the coordinates of a culprit."""
+        self._topology = Topology(plan)
+        self._clock = StepClock(plan.world_size, now)
         self._asked, self._excused, self._answers, self._nodes = None, -math.inf, {}, {}
 
     def end(self) -> None:
@@ -157,6 +157,7 @@ class HangWatch:
         )
 
     def _name(self, rank: int) -> str:
+        assert self._topology is not None
         at = self._topology.coordinates(rank)
         node = f" on {self._nodes[rank]}" if rank in self._nodes else ""
         return f"rank {rank}{node} (pipe {at.pipe}, data {at.data}, model {at.model})"

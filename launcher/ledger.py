@@ -5,7 +5,8 @@ start              from submit (or a person's resume) until ranks exist and have
 productive         optimizer steps that count
 checkpoint_stall   steps waiting for a checkpoint to be copied and written
 detect             from the failure (or the last sign of life) until the controller knew
-decide             from knowing until every old rank is gone and the decision is recorded
+decide             from knowing until every old rank is gone and the decision is recorded; and, when ranks leave on
+                   purpose at a checkpoint, until they are gone
 place              from the decision until the new ranks exist
 restore            from the new ranks' existence until their first step begins
 replay             work that was lost and done again
@@ -79,8 +80,9 @@ class _Book:
         target = self._target(event)
         if target is None:
             return
+        left = event.kind is EventKind.GANG_STOPPED
         failed_at = float(event.data.get("failed_at") or 0.0) if event.kind is EventKind.FAILURE_DETECTED else 0.0
-        self._charge(event.time, failed_at=failed_at)
+        self._charge(event.time, failed_at=failed_at, tail="decide" if left else "finish")
         self._class = target
         self._training = event.attempt if target == "productive" else 0
         self._ended = event.kind in _ENDS
@@ -88,10 +90,14 @@ class _Book:
     def _target(self, event: RunEvent) -> str | None:
         kind, data = event.kind, event.data
         if kind is EventKind.ATTEMPT_PLANNED:
-            self._restart = data.get("reason") == "restart"
+            self._restart = data.get("reason") in ("restart", "grow")
             return "place" if self._restart else "start"
         if kind is EventKind.RANKS_SPAWNED:
             return "restore" if self._restart or data.get("resume_from") else "start"
+        if kind is EventKind.GANG_STOPPED:
+            return None if data.get("failure", "?") else "place"  # with no failure there is nothing to decide
+        if kind is EventKind.DECISION and data.get("action") == "grow":
+            return None  # the ranks go on until their next checkpoint
         if kind is EventKind.DECISION:
             return "wait" if float(data.get("delay_s", 0.0)) > 0 else "place"
         return {
@@ -104,16 +110,16 @@ class _Book:
             EventKind.RUN_CANCELLED: "wait",
         }.get(kind)
 
-    def _charge(self, until: float, *, failed_at: float = 0.0) -> None:
+    def _charge(self, until: float, *, failed_at: float = 0.0, tail: str = "finish") -> None:
         since = self._since if self._since is not None else until
         until = max(until, since)  # a clock that was set back must not make negative seconds
         if self._training:
-            self._charge_steps(since, until, failed_at)
+            self._charge_steps(since, until, failed_at, tail)
         else:
             self._seconds[self._class] += until - since
         self._since = until
 
-    def _charge_steps(self, since: float, until: float, failed_at: float) -> None:
+    def _charge_steps(self, since: float, until: float, failed_at: float, tail: str) -> None:
         at = since
         for time, step in self._steps.get(self._training, ()):
             if not at <= time <= until:
@@ -132,7 +138,7 @@ class _Book:
             self._seconds["replay" if self._steps else "productive"] += failed_at - at
             self._seconds["detect"] += until - failed_at
         else:
-            self._seconds["finish"] += until - at
+            self._seconds[tail] += until - at
 
     def _stall(self, start: float, end: float) -> float:
         """Stall seconds of the checkpoints that were committed in this interval."""

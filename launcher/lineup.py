@@ -1,8 +1,15 @@
-"""Which nodes form the gang, and in which order. Pure."""
+"""Which nodes form the gang, in which order, and with which ranks. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+
+from launcher.gang_state import GangState
+from launcher.progress import ResumePoint
+from launcher.run import Run
+from strategies.plan import ParallelPlan
+from strategies.specs import ClusterSpec
+from strategies.topology import nodes_needed, place
 
 
 def line_up(before: Sequence[str], up: Collection[str], need: int) -> list[str]:
@@ -21,3 +28,30 @@ def line_up(before: Sequence[str], up: Collection[str], need: int) -> list[str]:
     late = [node for node in before[need:] if node in up]
     fill = iter([*fresh, *late])
     return [node if node is not None else next(fill) for node in kept]
+
+
+def form(
+    run: Run, plan: ParallelPlan, up: Collection[str], cluster: ClusterSpec, *, point: ResumePoint, script: bool
+) -> GangState:
+    """The gang of a new attempt, before any of its ranks exists.
+
+    Args:
+        run: The attempts so far.
+        plan: Its plan.
+        up: Nodes that can be used now, enough for the plan.
+        cluster: How many ranks a node carries.
+        point: Where it begins.
+        script: The ranks are a user's script.
+    """
+    before = run.attempt.nodes if run.attempt else ()
+    nodes = line_up(before, up, nodes_needed(plan, cluster.slots_per_node))
+    placed = place(plan, nodes, cluster.slots_per_node)
+    return GangState(
+        attempt=len(run.attempts) + 1,
+        plan=plan,
+        placement={entry.node: entry.ranks for entry in placed.assignments},
+        script=script,
+        resume_from=point.path,
+        first_step=point.step + 1,
+        last_step=point.step,
+    )

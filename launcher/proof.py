@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.faults import Fault, named
+from jobs.faults import NUMERIC, Fault, named
 from launcher.recovery import FailureKind
 from launcher.run import EventKind, RunEvent
 
@@ -24,6 +24,8 @@ _LOOKS_LIKE: dict[str, frozenset[FailureKind]] = {
     "rank_stop": frozenset({FailureKind.HANG}),
     "rank_spin": frozenset({FailureKind.HANG}),
     "rank_deadlock": frozenset({FailureKind.HANG}),
+    "nan_grad": frozenset({FailureKind.NUMERIC}),
+    "loss_spike": frozenset({FailureKind.NUMERIC}),
     "node_kill": frozenset({FailureKind.NODE_LOST, FailureKind.PREEMPTED}),
     "agent_kill": frozenset({FailureKind.NODE_LOST, FailureKind.PREEMPTED}),
 }
@@ -54,6 +56,8 @@ class _Fall:
         return self.nodes[fault.target] if fault.target < len(self.nodes) else ""
 
     def _is_place(self, fault: Fault) -> bool:
+        if fault.kind in NUMERIC:  # the loss and the norm are everybody's: only the step is known
+            return self.failure.get("step") == fault.step
         if fault.scope == "rank":
             return self.failure.get("rank") == fault.target
         return bool(self._node_of(fault)) and self.failure.get("node") == self._node_of(fault)
@@ -61,6 +65,8 @@ class _Fall:
     def _names_place(self, fault: Fault) -> bool:
         """The cause is recorded as a sentence."""
         place = f"rank {fault.target}" if fault.scope == "rank" else f"node {self._node_of(fault)}"
+        if fault.kind in NUMERIC:
+            place = f"step {fault.step}"
         return re.search(rf"\b{re.escape(place)}(?![\w.-])", self.cause) is not None
 
 

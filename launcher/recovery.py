@@ -11,12 +11,14 @@ from typing import Any
 
 from launcher.request import RecoverySpec
 from launcher.run import Run
+from strategies.schedule import Skip
 
 
 class FailureKind(enum.StrEnum):
     """What went wrong; the member order is the order of suspicion (see :func:`culprit`)."""
 
     CORRUPT_CHECKPOINT = "corrupt_checkpoint"
+    NUMERIC = "numeric"  # training has blown up: a NaN, or a spike of the loss
     NODE_LOST = "node_lost"
     PREEMPTED = "preempted"
     HANG = "hang"
@@ -40,6 +42,7 @@ class Failure:
         detail: One sentence for people.
         signature: Equal for equal deterministic errors at the same step; "" when it may be chance.
         path: The checkpoint (``corrupt_checkpoint`` only).
+        samples: How many samples the step was made of (``numeric`` only).
     """
 
     kind: FailureKind
@@ -50,22 +53,31 @@ class Failure:
     detail: str = ""
     signature: str = ""
     path: str = ""
+    samples: int = 0
 
 
 class Action(enum.StrEnum):
     """What the controller does next."""
 
     RESTART = "restart"
+    SHRINK = "shrink"
+    GROW = "grow"
     GIVE_UP = "give_up"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """A decision with its reason."""
+    """A decision with its reason, and the samples to leave out from now on, if any."""
 
     action: Action
     reason: str
     delay_s: float = 0.0
+    skip: Skip | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What the event log keeps of it."""
+        return {"action": self.action.value, "reason": self.reason, "delay_s": self.delay_s, "skip": self.skip}
 
 
 # What torch, gloo, NCCL and DeepSpeed say when the other end of a connection went away.
@@ -157,6 +169,13 @@ def decide(run: Run, failure: Failure, spec: RecoverySpec) -> Decision:
             action=Action.GIVE_UP,
             reason=f"the same error at the same step {run.signatures.count(failure.signature)} times: {failure.detail}",
         )
+    skip = _skip_for(failure)
+    if skip is not None and any(earlier.step == skip.step for earlier in run.skips):
+        return Decision(
+            action=Action.GIVE_UP,
+            reason=f"{failure.detail}, again with other samples: it is not the data. A lower learning rate (train.lr) "
+            "may help; train.spike_sigmas=0 takes spikes as they come",
+        )
     if run.restarts >= spec.max_restarts:
         return Decision(
             action=Action.GIVE_UP,
@@ -165,7 +184,14 @@ def decide(run: Run, failure: Failure, spec: RecoverySpec) -> Decision:
     delay = 0.0
     if run.idle_restarts:
         delay = min(spec.backoff_max_s, spec.backoff_s * 2 ** (run.idle_restarts - 1))
-    return Decision(action=Action.RESTART, reason=failure.detail, delay_s=delay)
+    return Decision(action=Action.RESTART, reason=failure.detail, delay_s=delay, skip=skip)
+
+
+def _skip_for(failure: Failure) -> Skip | None:
+    """The samples of the step that blew up; they are passed over once the run is back before it."""
+    if failure.kind is not FailureKind.NUMERIC:
+        return None
+    return Skip(step=failure.step, samples=failure.samples)
 
 
 def at_step(failure: Failure, step: int) -> Failure:

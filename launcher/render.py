@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from launcher import skips
 from launcher.ledger import CLASSES
 from launcher.resume_diff import Change
-from launcher.run import EventKind, RunEvent
 from strategies.codec import from_json
 from strategies.errors import ConfigError
 from strategies.plan import ParallelPlan
@@ -108,113 +108,6 @@ def plan_words(plan: Mapping[str, Any]) -> str:
         return "a plan of another version"
 
 
-# ---- events -----------------------------------------------------------------------------------------------------
-
-
-def event_line(event: RunEvent) -> str | None:
-    """One event as a sentence; None for those that people need not see one by one."""
-    sentence = _SENTENCES.get(event.kind)
-    text = sentence(event) if sentence else None
-    return shorten_ids(text) if text else None
-
-
-def _attempt_planned(event: RunEvent) -> str:
-    data = event.data
-    nodes = [node_name(str(node)) for node in data.get("nodes", [])]
-    step = int(data.get("first_step", 1))
-    source = f"from the checkpoint of step {step - 1}" if data.get("resume_from") else f"from step {step}"
-    where = f"{plural(len(nodes), 'node')} ({', '.join(nodes[:8])}{', ...' if len(nodes) > 8 else ''})"
-    return f"attempt {event.attempt} on {where}, {source}: {plan_words(data.get('plan', {}))}"
-
-
-def _controller_started(event: RunEvent) -> str | None:
-    if event.data.get("adopted"):
-        return f"controller {event.epoch} took over; the ranks never stopped"
-    return f"controller {event.epoch} takes over" if event.epoch > 1 else None
-
-
-def _decision(event: RunEvent) -> str:
-    data = event.data
-    if data.get("action") == "give_up":
-        return f"giving up: {data.get('reason')}"
-    delay = float(data.get("delay_s") or 0.0)
-    return "recovering: " + (f"new ranks in {delay:.1f} s" if delay else "placing new ranks")
-
-
-def _detail(data: Mapping[str, Any]) -> str:
-    failure = data.get("failure", {})
-    return str(failure.get("detail", "unknown") if isinstance(failure, Mapping) else failure)
-
-
-def _fault(data: Mapping[str, Any]) -> str:
-    record = data.get("record", {})
-    return str(record.get("fault") or data.get("fault")) if isinstance(record, Mapping) else str(data.get("fault"))
-
-
-def _waiting(event: RunEvent) -> str:
-    data = event.data
-    why = data.get("why") or "no reason known"
-    return f"waiting for nodes: {data.get('have')} of {data.get('need')} are here; {why}"
-
-
-def _pool_unsafe(event: RunEvent) -> str:
-    node = node_name(str(event.data.get("node")))
-    return f"node {node} starts its ranks afresh, which is slower: {event.data.get('reason')}"
-
-
-_SENTENCES: dict[EventKind, Callable[[RunEvent], str | None]] = {
-    EventKind.ATTEMPT_PLANNED: _attempt_planned,
-    EventKind.CONTROLLER_STARTED: _controller_started,
-    EventKind.FAILURE_DETECTED: lambda e: f"failure: {_detail(e.data)} (last step {e.data.get('last_step', '?')})",
-    EventKind.FAULT_FIRED: lambda e: f"the injected fault was: {_fault(e.data)}",
-    EventKind.DECISION: _decision,
-    EventKind.CHECKPOINT_REJECTED: lambda e: f"checkpoint refused: {e.data.get('reason') or e.data.get('path')}",
-    EventKind.WAITING_FOR_NODES: _waiting,
-    EventKind.POOL_UNSAFE: _pool_unsafe,
-    EventKind.RANKS_SPAWNED: lambda e: f"{plural(int(e.data.get('ranks', 0)), 'rank')} running, loading",
-    EventKind.TRAINING_STARTED: lambda e: f"training from step {e.data.get('step')}",
-    EventKind.RESUME_REQUESTED: lambda e: "resumed by a person; the budget of restarts is renewed",
-    EventKind.CANCEL_REQUESTED: lambda e: "cancelling: the ranks are asked to stop",
-    EventKind.RUN_SUCCEEDED: lambda e: f"succeeded at step {e.data.get('step')}",
-    EventKind.RUN_FAILED: lambda e: f"failed: {e.data.get('reason')}",
-    EventKind.RUN_CANCELLED: lambda e: "cancelled",
-}
-
-
-def progress_line(
-    *,
-    state: str,
-    attempt: int,
-    steps: int | None,
-    metric: Mapping[str, Any],
-    checkpoint: int,
-    elapsed_s: float,
-    bar: int = 0,
-) -> str:
-    """One line that says how far a run is.
-
-    Args:
-        state: State of the run.
-        attempt: Number of the newest attempt.
-        steps: Steps of the whole run; None when unknown (scripts).
-        metric: The newest line of metrics.jsonl; empty before the first step.
-        checkpoint: Step of the newest committed checkpoint; 0 for none.
-        elapsed_s: Seconds since the submit.
-        bar: Width of a progress bar; 0 for none.
-    """
-    parts = [f"{state:<10}", seconds(elapsed_s)]
-    if steps:
-        done = int(metric.get("step", 0))
-        filled = round(bar * min(1.0, done / steps))
-        parts.append((f"[{'=' * filled}{' ' * (bar - filled)}] " if bar else "") + f"step {done}/{steps}")
-    if metric:
-        parts += [f"loss {metric['loss']:.4f}", f"{metric.get('tokens_per_s', 0.0):.0f} tokens/s"]
-    parts.append(f"attempt {attempt}" if attempt else "no ranks yet")
-    if checkpoint:
-        parts.append(f"checkpoint {checkpoint}")
-    return "  ".join(parts)
-
-
 # ---- runs -------------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +151,7 @@ def run_text(run: Mapping[str, Any]) -> str:
     if run["checkpoint"]:
         head.append(("checkpoint", f"step {run['checkpoint']['step']}: {run['checkpoint']['path']}"))
     head.append(("steps lost", str(run["steps_lost"])))
+    head += skips.head(run["skips"])
     if run["weights_digest"]:
         head.append(("weights", str(run["weights_digest"])))
     head.append(("directory", run["dir"]))

@@ -19,7 +19,11 @@ class RecoverySpec:
     Attributes:
         max_restarts: Restarts (all kinds together) before the run fails; a person's resume renews them.
         same_error_limit: The same traceback at the same step this many times ends the run.
-        wait_for_nodes_s: How long to wait for a missing node when no spare is left.
+        wait_for_nodes_s: How long to wait for a missing node when no spare is left and no smaller plan may be used.
+        shrink: Go on with a smaller plan when nodes are missing; scripts never do.
+        shrink_after_s: How long to wait before that; null means as long as waiting is cheaper than one more restart.
+        grow: Go back to the larger plan, at a checkpoint, when its nodes are there again.
+        min_nodes: With fewer nodes it waits; null means whatever is legal.
         start_timeout_s: From placing the ranks to their first step.
         save_timeout_s: A checkpoint that takes longer is taken for stuck.
         detect_s: An agent that is silent for so long is lost.
@@ -32,6 +36,10 @@ class RecoverySpec:
     max_restarts: int = 16
     same_error_limit: int = 2
     wait_for_nodes_s: float = 300.0
+    shrink: bool = True
+    shrink_after_s: float | None = 60.0
+    grow: bool = True
+    min_nodes: int | None = None
     start_timeout_s: float = 300.0
     save_timeout_s: float = 1800.0
     detect_s: float = 5.0

@@ -7,7 +7,7 @@ are others. *Refused* would make another run out of this one: other weights, oth
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from launcher.request import LaunchRequest
@@ -51,6 +51,7 @@ _RULES: tuple[tuple[str, Verdict | None, str], ...] = (
     ("batch", "refused", "the position in the data is counted in batches of the old size"),
     ("train.seed", "refused", "the seed fixes the initial weights and the order of samples"),
     ("train.sample", "safe", "only the text generated at the end"),
+    ("train.spike_sigmas", "safe", "what is taken for a blow-up does not change the numbers"),
     ("train.steps", "changes the run", "the learning rate decays over the whole run"),
     ("train.precision", "changes the run", "other rounding from the next step on"),
     ("train", "changes the run", "another recipe from the next step on"),
@@ -60,6 +61,7 @@ _RULES: tuple[tuple[str, Verdict | None, str], ...] = (
     ("data", "refused", "other text would be other samples under the same numbers"),
     ("plan", "changes the run", "the same losses, but only to rounding: no longer bit-identical"),
     ("checkpoint", "safe", "when checkpoints are made does not change the numbers"),
+    ("skips", "changes the run", "other samples at the steps to come"),
     ("faults", "safe", "recovery is exact"),
     ("command", "changes the run", "the script decides"),
     ("workdir", "changes the run", "the project has changed since the last attempt"),
@@ -96,7 +98,14 @@ def compare(before: LaunchRequest, after: LaunchRequest, *, step: int) -> list[C
                 reason=reason,
             )
         )
-    return changes
+    return [_judge_skips(change, before, after, step) if change.field == "skips" else change for change in changes]
+
+
+def _judge_skips(change: Change, before: LaunchRequest, after: LaunchRequest, step: int) -> Change:
+    old, new = ([skip for skip in job.skips if skip.step <= step] for job in (before.job, after.job))
+    if old == new:
+        return change
+    return replace(change, verdict="refused", reason=f"the samples up to step {step} have been dealt out already")
 
 
 def _fields(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.paths import RunPaths
+from jobs.spec import JobSpec
 from launcher import build, launch, progress, proposal, render
 from launcher.config import recompose
 from launcher.describe import last_metric, plan_line
@@ -21,6 +22,7 @@ from launcher.ship import Shipment, changed_files
 from launcher.store import RunStore
 from strategies.codec import to_json
 from strategies.errors import ResumeRefused
+from strategies.schedule import SampleSchedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,9 +94,9 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
         attempt=len(run.attempts) + 1,
         step=point.step,
         steps=None if script else after.job.train.steps,
-        sample=None if script else point.step * after.job.batch.global_batch,
+        sample=None if script else next_sample(after.job.skipping(run.skips), point.step),
         source=point.path,
-        plan=_arrow(plan_line(before), plan_line(after)),
+        plan=_arrow(plan_line(before, run), plan_line(after)),
         nodes=_arrow(_nodes(before), _nodes(after)),
         changes=changes,
         live=_live_steps(store, run),
@@ -108,6 +110,11 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
         overrides=tuple(overrides),
         text=text,
     )
+
+
+def next_sample(job: JobSpec, step: int) -> int:
+    """Index of the first sample after ``step`` steps."""
+    return SampleSchedule(global_batch=job.batch.global_batch, skips=job.skips).first_index(step + 1)
 
 
 def propose(store: RunStore, planned: ResumePlan) -> dict[str, Any]:

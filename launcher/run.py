@@ -17,6 +17,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from strategies.codec import from_json
+from strategies.schedule import Skip
+
 
 class RunState(enum.Enum):
     """State of a run; :attr:`terminal` says whether it ends by itself."""
@@ -40,15 +43,16 @@ class EventKind(enum.StrEnum):
 
     RUN_SUBMITTED = "run_submitted"  # request: digest
     CONTROLLER_STARTED = "controller_started"  # host, pid, adopted
-    ATTEMPT_PLANNED = "attempt_planned"  # plan, nodes, resume_from, first_step, reason: start | restart | resume
+    # plan, wanted (where it is not the plan), nodes, resume_from, first_step, reason: start | restart | resume | grow
+    ATTEMPT_PLANNED = "attempt_planned"
     RANKS_SPAWNED = "ranks_spawned"  # pids: number of ranks
     TRAINING_STARTED = "training_started"  # step
     CHECKPOINT_COMMITTED = "checkpoint_committed"  # step, path, bytes, stall_s
     CHECKPOINT_REJECTED = "checkpoint_rejected"  # path, reason
     FAULT_FIRED = "fault_fired"  # fault, and the record that the injector left
     FAILURE_DETECTED = "failure_detected"  # failure, last_step, failed_at
-    GANG_STOPPED = "gang_stopped"  # cause, failure (after all evidence is in)
-    DECISION = "decision"  # action, reason, delay_s
+    GANG_STOPPED = "gang_stopped"  # cause, failure (after all evidence is in; "" if it left on purpose), last_step
+    DECISION = "decision"  # action, reason, delay_s, skip: samples to leave out from now on, or null
     WAITING_FOR_NODES = "waiting_for_nodes"  # have, need, why
     POOL_UNSAFE = "pool_unsafe"  # node, reason: ranks there start as fresh processes
     RESUME_REQUESTED = "resume_requested"  # overrides, changes, request: digest
@@ -94,7 +98,9 @@ class Attempt:
         first_step: First step it ran (or was to run).
         last_step: Last step known to be complete.
         resume_from: Checkpoint it restored, or "".
-        reason: ``start``, ``restart`` or ``resume``.
+        reason: ``start``, ``restart``, ``resume`` or ``grow``.
+        wanted: The plan that was asked for, if the attempt's own is smaller because nodes were missing.
+        trained: When its first step began (UTC seconds), or None.
     """
 
     number: int
@@ -108,6 +114,8 @@ class Attempt:
     last_step: int = 0
     resume_from: str = ""
     reason: str = "start"
+    wanted: Mapping[str, Any] | None = None
+    trained: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +136,7 @@ class Run:
     signatures: tuple[str, ...] = ()  # of failures since the last person's submit or resume
     rejected: frozenset[str] = frozenset()
     faults: tuple[str, ...] = ()
+    skips: tuple[Skip, ...] = ()  # decided after blow-ups; for ever, whoever resumes the run
     request: str = ""
     weights_digest: str | None = None
 
@@ -147,6 +156,7 @@ _TO: dict[EventKind, RunState] = {
     EventKind.ATTEMPT_PLANNED: RunState.STARTING,
     EventKind.TRAINING_STARTED: RunState.RUNNING,
     EventKind.FAILURE_DETECTED: RunState.RECOVERING,
+    EventKind.GANG_STOPPED: RunState.RECOVERING,
     EventKind.RUN_SUCCEEDED: RunState.SUCCEEDED,
     EventKind.RUN_FAILED: RunState.FAILED,
     EventKind.RUN_CANCELLED: RunState.CANCELLED,
@@ -226,6 +236,7 @@ def _planned(run: Run, event: RunEvent) -> Run:
         last_step=data["first_step"] - 1,
         resume_from=data["resume_from"],
         reason=data["reason"],
+        wanted=data.get("wanted"),
     )
     lost = max(0, run.attempts[-1].last_step - attempt.last_step) if run.attempts else 0
     restart = data["reason"] == "restart"
@@ -249,15 +260,27 @@ def _committed(run: Run, event: RunEvent) -> Run:
     )
 
 
+def _training(run: Run, event: RunEvent) -> Run:
+    return _with_attempt(run, trained=event.time)
+
+
 def _failure(run: Run, event: RunEvent) -> Run:
-    last = int(event.data.get("last_step", 0))
-    return _with_attempt(run, last_step=max(last, run.attempts[-1].last_step if run.attempts else 0))
+    return _with_attempt(run, last_step=_last_step(run, event))
 
 
 def _stopped(run: Run, event: RunEvent) -> Run:
     signature = str(event.data.get("signature", ""))
     run = replace(run, signatures=(*run.signatures, signature) if signature else run.signatures)
-    return _with_attempt(run, ended=event.time, cause=event.data.get("cause"))
+    return _with_attempt(run, ended=event.time, cause=event.data.get("cause"), last_step=_last_step(run, event))
+
+
+def _last_step(run: Run, event: RunEvent) -> int:
+    return max(int(event.data.get("last_step", 0)), run.attempts[-1].last_step if run.attempts else 0)
+
+
+def _decided(run: Run, event: RunEvent) -> Run:
+    skip = event.data.get("skip")
+    return replace(run, skips=(*run.skips, from_json(Skip, skip))) if skip else run
 
 
 def _rejected(run: Run, event: RunEvent) -> Run:
@@ -304,8 +327,10 @@ _HANDLERS = {
     EventKind.ATTEMPT_PLANNED: _planned,
     EventKind.CHECKPOINT_COMMITTED: _committed,
     EventKind.CHECKPOINT_REJECTED: _rejected,
+    EventKind.TRAINING_STARTED: _training,
     EventKind.FAILURE_DETECTED: _failure,
     EventKind.GANG_STOPPED: _stopped,
+    EventKind.DECISION: _decided,
     EventKind.FAULT_FIRED: _fault,
     EventKind.RUN_SUCCEEDED: _ended,
     EventKind.RUN_FAILED: _ended,

@@ -12,6 +12,7 @@ from typing import Literal
 from jobs.spec import CheckpointSpec
 from launcher.request import RecoverySpec, TrackingSpec
 from strategies.plan import GradDtype, Offload, Recompute, Schedule
+from strategies.schedule import Skip
 from strategies.specs import Flavour, Precision
 
 
@@ -158,6 +159,10 @@ class TrainConfig:
         eps: Adam, epsilon.
         weight_decay: AdamW decay.
         deterministic: Refuse kernels whose result depends on scheduling (matters on CUDA).
+        spike_sigmas: A loss this many standard deviations above its running median is a blow-up: the run goes back to
+            before it and leaves the step's samples out, once. 0: only what is not finite.
+        skips: Samples that are never trained on, for example ``[{step: 100, samples: 512}]``: before step 100 the next
+            512 are passed over.
         sample_tokens: Tokens of text generated from the final weights; 0 for none.
         sample_prompt: What the generated text continues.
     """
@@ -175,6 +180,8 @@ class TrainConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     deterministic: bool = True
+    spike_sigmas: float = 10.0
+    skips: tuple[Skip, ...] = ()
     sample_tokens: int = 0
     sample_prompt: str = "def "
 
@@ -264,6 +271,7 @@ MINIMUM: dict[str, float] = {
             "beta2",
             "eps",
             "weight_decay",
+            "spike_sigmas",
             "sample_tokens",
         )
     },
@@ -271,8 +279,8 @@ MINIMUM: dict[str, float] = {
     "checkpoint.keep": 1,
     "job.ship_limit_mb": 1,
     "recovery.max_restarts": 0,
-    "recovery.same_error_limit": 1,
-    **{f"recovery.{key}": 0 for key in ("wait_for_nodes_s", "grace_s", "backoff_s", "backoff_max_s")},
+    **{f"recovery.{key}": 1 for key in ("same_error_limit", "min_nodes")},
+    **{f"recovery.{key}": 0 for key in ("wait_for_nodes_s", "shrink_after_s", "grace_s", "backoff_s", "backoff_max_s")},
     **{f"recovery.{key}": 0.1 for key in ("start_timeout_s", "save_timeout_s", "detect_s", "lease_s")},
     "fault_seed": 0,
 }

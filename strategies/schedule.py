@@ -102,6 +102,15 @@ class SampleSchedule:
         start = self.first_index(step)
         return range(start, start + self.batch_at(step))
 
+    def skipped(self) -> list[tuple[Skip, range]]:
+        """Every skip with the sample indices that it passes over, in the order of the steps."""
+        found, passed = [], 0
+        for skip in sorted(self.skips, key=lambda skip: skip.step):
+            plain = self.first_index(skip.step) - sum(s.samples for s in self.skips if s.step <= skip.step)
+            found.append((skip, range(plain + passed, plain + passed + skip.samples)))
+            passed += skip.samples
+        return found
+
     def rows(self, step: int, data_rank: int, micro_index: int, plan: ParallelPlan) -> tuple[int | None, ...]:
         """Samples of one micro-batch of one replica.
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from jobs.checkpoint.errors import storage_error
-from jobs.checkpoint.gang import gang_weights_digest
+from jobs.checkpoint.gang import gang_weights_digest, gather
 from jobs.checkpoint.layout import sync_dir, write_durably
 from jobs.checkpoint.restore import RestoredState, restore
 from jobs.checkpoint.retention import prune
@@ -22,13 +22,14 @@ from jobs.checkpoint.save import save
 from jobs.data import TokenStore
 from jobs.hooks import Hooks
 from jobs.metrics import MetricsWriter
+from jobs.numerics import BlowUp, LossWatch
 from jobs.parallel.vocabulary import IGNORE
 from jobs.paths import RunPaths
 from jobs.report import Reporter
 from jobs.sample import generate
 from jobs.spec import JobSpec, RankEnv
 from strategies.errors import ResumeRefused, StorageError
-from strategies.schedule import BatchChange, SampleSchedule
+from strategies.schedule import BatchChange, SampleSchedule, Skip
 
 if TYPE_CHECKING:
     from jobs.engine import Engine, MicroBatch, StepResult
@@ -66,17 +67,22 @@ class Pretrain:
         self._counter = counter
         self._paths = RunPaths(env.run_dir)
         self._store = TokenStore(job.data, job.batch.seq)
-        self._schedule = SampleSchedule(global_batch=job.batch.global_batch)
+        self._schedule = SampleSchedule(global_batch=job.batch.global_batch, skips=job.skips)
+        self._watch = LossWatch(job.train.spike_sigmas)
         self._metrics = MetricsWriter(self._paths.metrics) if env.rank == 0 else None
 
     def run(self) -> None:
         """Run from the checkpoint to restore, or from the start, to the end of the job. Collective.
 
+        Or to a checkpoint, if the ranks have been asked to leave (``leave.json`` of the attempt).
+
         Raises:
             CorruptCheckpoint: The checkpoint to restore is damaged.
             ResumeRefused: It belongs to another model, corpus or seed.
             StorageError: The run directory cannot be read or written.
+            BlowUp: A step's numbers cannot be right; nothing of it was kept.
         """
+        self._hooks.model_ready(self._engine.module)
         done, manifest = 0, Path(self._env.resume_from)
         if self._env.resume_from:
             done = self._restore(manifest)
@@ -89,7 +95,11 @@ class Pretrain:
             self._step(step, then="save" if due else "step")
             if due:
                 manifest = self._save(step)
-                self._reporter.send("step", step=step, next="finish" if step == steps else "step")
+                leaving = step < steps and self._is_to_leave()
+                self._reporter.send("step", step=step, next="finish" if leaving or step == steps else "step")
+                if leaving:
+                    self._leave(step)
+                    return
         self._finish(max(done, steps), manifest)
 
     def _restore(self, manifest: Path) -> int:
@@ -98,7 +108,8 @@ class Pretrain:
         refuse_another_run(restored, self._job)
         self._counter.step = restored.step
         recorded = SampleSchedule.from_state(restored.extra["sampler"])
-        self._schedule = continued(recorded, restored.step + 1, self._job.batch.global_batch)
+        self._schedule = continued(recorded, restored.step + 1, self._job.batch.global_batch, self._job.skips)
+        self._watch = LossWatch(self._job.train.spike_sigmas, restored.extra.get("losses", ()))
         self._reporter.send("restored", step=restored.step + 1, seconds=time.perf_counter() - begin)
         return restored.step
 
@@ -107,10 +118,17 @@ class Pretrain:
         self._hooks.step_begin(step)
         begin = time.perf_counter()
         result = self._engine.train_step(step, self._batches(step))
+        self._judge(step, result)
         if self._metrics is not None:
             self._metrics.append(self._line(step, result, time.perf_counter() - begin))
         self._reporter.send("step", step=step, next=then)
         self._hooks.step_end(step)
+
+    def _judge(self, step: int, result: StepResult) -> None:
+        """Every rank comes to the same verdict, and a checkpoint needs all of them: nothing bad is ever committed."""
+        why = "" if result.overflow else self._watch.judge(result.loss, result.grad_norm)
+        if why:
+            raise BlowUp(step, why, self._schedule.batch_at(step))
 
     def _line(self, step: int, result: StepResult, seconds: float) -> dict[str, Any]:
         return {
@@ -151,6 +169,7 @@ class Pretrain:
             "sampler": self._schedule.state(step + 1),
             "data": {"digest": self._job.data.digest, "vocab": self._job.data.vocab},
             "seed": self._job.train.seed,
+            "losses": self._watch.state,
             "tracking": {"step": step},
         }
         saved = save(
@@ -166,6 +185,18 @@ class Pretrain:
             self._reporter.send("checkpoint", step=step, path=str(saved.path), bytes=saved.bytes, stall_s=saved.stall_s)
             prune(self._paths.checkpoints, self._job.checkpoint.keep, token=token)
         return saved.path
+
+    def _is_to_leave(self) -> bool:
+        """Whether the ranks have been asked to; rank 0 looks, so that all of them come to the same answer."""
+        asked = self._env.rank == 0 and self._paths.leave(self._env.attempt).exists()
+        return bool(gather(asked)[0])
+
+    def _leave(self, step: int) -> None:
+        """End after a checkpoint, before the last step; the next attempt goes on from there and nothing is lost."""
+        if self._metrics is not None:
+            self._metrics.close()
+        dist.barrier()
+        self._reporter.send("done", step=step)
 
     def _finish(self, step: int, manifest: Path) -> None:
         """From the last checkpoint to the end: its digest, a sample of text, and nobody leaves before all are here."""
@@ -218,13 +249,41 @@ def refuse_another_run(restored: RestoredState, job: JobSpec) -> None:
         )
 
 
-def continued(recorded: SampleSchedule, step: int, global_batch: int) -> SampleSchedule:
-    """The recorded schedule, with another global batch from ``step`` on if it differs; no sample is left out."""
+def continued(recorded: SampleSchedule, step: int, global_batch: int, skips: tuple[Skip, ...] = ()) -> SampleSchedule:
+    """The recorded schedule from ``step`` on.
+
+    Another global batch counts from there on. Which samples are skipped is the run's to say, not the checkpoint's:
+    skips may have been decided since. Those before ``step`` are history, and there the two must agree.
+
+    Args:
+        recorded: What the checkpoint says.
+        step: The step to go on with.
+        global_batch: Sequences per step from there on.
+        skips: All skips of the run.
+
+    Raises:
+        ResumeRefused: The checkpoint was made with other samples left out.
+    """
+    here, there = ([skip for skip in some if skip.step < step] for some in (skips, recorded.skips))
+    if sorted(here, key=_by_place) != sorted(there, key=_by_place):
+        raise ResumeRefused(
+            f"The checkpoint of step {step - 1} was made with other samples left out.",
+            why=f"{_told(there)} in the checkpoint, {_told(here)} here",
+            hint="Leave the skips of steps that are done as they are; later ones may be changed.",
+        )
     earlier = tuple(change for change in recorded.changes if change.step < step)
-    recorded = dataclasses.replace(recorded, changes=earlier)
-    if recorded.batch_at(step) == global_batch:
-        return recorded
-    return dataclasses.replace(recorded, changes=(*earlier, BatchChange(step=step, global_batch=global_batch)))
+    schedule = dataclasses.replace(recorded, changes=earlier, skips=skips)
+    if schedule.batch_at(step) == global_batch:
+        return schedule
+    return dataclasses.replace(schedule, changes=(*earlier, BatchChange(step=step, global_batch=global_batch)))
+
+
+def _by_place(skip: Skip) -> tuple[int, int]:
+    return skip.step, skip.samples
+
+
+def _told(skips: list[Skip]) -> str:
+    return ", ".join(f"{skip.samples} before step {skip.step}" for skip in skips) or "none"
 
 
 def replace_file(path: Path, text: str) -> None:

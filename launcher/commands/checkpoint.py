@@ -18,7 +18,11 @@ SCHEMA_VERSION = 1
 _REPORT_EVERY_S = 1.0
 
 
-@click.group("checkpoint", short_help="List, verify and export what a run has saved.")
+@click.group(
+    "checkpoint",
+    short_help="List, verify and export what a run has saved.",
+    epilog="Example: phalanx checkpoint export latest --to my-model",
+)
 def command() -> None:
     """List, verify and export the checkpoints of a run. Reads only; a live run may go on meanwhile."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from jobs import faults
 from jobs.faults import Fault, FaultInjector, InjectedFault, parse, resolve
@@ -62,6 +63,8 @@ def test_a_fault_prints_as_it_is_written(text: str) -> None:
         ("rank_kill@rank=1,step=2,phase=step_ends", ["unknown phase 'step_ends'", "Did you mean 'step_end'?"]),
         ("rank_kill@rank=1,rank=2,step=2", ["rank is given twice"]),
         ("rank_kill@rank=1,step=2,phase=restore", ["phase=restore takes no step"]),
+        ("nan_grad@rank=1,step=2,phase=step_end", ["nan_grad takes no phase"]),
+        ("loss_spike@rank=1,phase=restore", ["loss_spike takes no phase"]),
         ("", ["unknown kind ''"]),
     ],
 )
@@ -92,12 +95,25 @@ def test_resolve_leaves_exact_faults_alone() -> None:
         ("rank_kill@rank=8,step=2", "ranks 0 to 7"),
         ("node_kill@node=4,step=2", "nodes 0 to 3"),
         ("rank_kill@rank=1,step=41", "40 steps"),
+        ("loss_spike@rank=3,step=20", "in the last stage are ranks 4 to 7"),
+        ("loss_spike@rank=4,step=16", "before 16 losses were seen"),
         ("rank_kill@rank=1,step=14,phase=checkpoint", "the nearest: 10 or 20"),
     ],
 )
 def test_resolve_checks_ranges(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        resolve([text], **RUN)
+        resolve([text], **RUN, pp=2)
+
+
+def test_a_random_spike_is_one_that_can_be_seen() -> None:
+    drawn = set()
+    for seed in range(300):
+        (text,) = resolve(["loss_spike@rank=random,step=random"], **(RUN | {"seed": seed}), pp=2)
+        drawn.add((parse([text])[0].target, parse([text])[0].step))
+    assert {target for target, _ in drawn} == {4, 5, 6, 7}
+    assert {step for _, step in drawn} == set(range(18, 41))
+    with pytest.raises(ConfigError, match="after the first 16 losses"):
+        resolve(["loss_spike@rank=random,step=random"], **(RUN | {"steps": 12, "checkpoint_every": 3}))
 
 
 def test_resolve_tells_all_at_once() -> None:
@@ -198,6 +214,33 @@ def test_equal_faults_fire_one_after_the_other(tmp_path: Path) -> None:
             FaultInjector(texts, make_env(tmp_path, attempt=attempt), Reporter(-1)).step_begin(3)
     FaultInjector(texts, make_env(tmp_path, attempt=3), Reporter(-1)).step_begin(3)
     assert len(list((tmp_path / "faults").iterdir())) == 2
+
+
+def train(hooks: FaultInjector, module: torch.nn.Linear, step: int) -> tuple[float, bool]:
+    """One step without an optimizer: the loss, and whether the gradients are finite."""
+    hooks.step_begin(step)
+    module.zero_grad()
+    loss = module(torch.ones(4, 3)).square().mean()
+    loss.backward()
+    hooks.step_end(step)
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    return float(loss.detach()), all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+@pytest.mark.parametrize("kind", ["nan_grad", "loss_spike"])
+def test_numbers_are_spoiled_in_one_step_on_one_rank(tmp_path: Path, kind: str) -> None:
+    texts, module = [f"{kind}@rank=1,step=3"] * 2, torch.nn.Linear(3, 2)
+    right = train(FaultInjector([], make_env(tmp_path, 1), Reporter(-1)), module, 1)
+    seen = []
+    for attempt, rank in ((1, 0), (1, 1), (2, 1), (3, 1)):
+        hooks = FaultInjector(texts, make_env(tmp_path, rank, attempt=attempt), Reporter(-1))
+        hooks.model_ready(module)
+        assert train(hooks, module, 2) == right
+        seen.append(train(hooks, module, 3))
+        assert train(hooks, module, 4) == right
+    assert seen[0] == seen[3] == right  # another rank; both have fired
+    spoiled = (pytest.approx(right[0] * 1e4), True) if kind == "loss_spike" else (right[0], False)
+    assert seen[1] == seen[2] == spoiled  # one at a time
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from jobs.checkpoint import CorruptCheckpoint
 from jobs.checkpoint.manifest import Manifest, TrainerState
 from jobs.checkpoint.restore import RestoredState
+from jobs.numerics import BlowUp, LossWatch
 from jobs.paths import RunPaths
 from jobs.spec import DataSpec, JobSpec
 from jobs.stages import pretrain
@@ -66,7 +67,22 @@ def test_another_run_is_refused_with_every_difference(job: JobSpec) -> None:
 
 def test_the_schedule_goes_on_where_it_was() -> None:
     recorded = SampleSchedule(global_batch=8, skips=(Skip(step=2, samples=5),))
-    assert continued(recorded, 5, 8) == recorded
+    assert continued(recorded, 5, 8, recorded.skips) == recorded
+
+
+def test_a_skip_that_was_decided_since_counts() -> None:
+    recorded = SampleSchedule(global_batch=8, skips=(Skip(step=2, samples=5), Skip(step=9, samples=1)))
+    skips = (Skip(step=2, samples=5), Skip(step=6, samples=8))  # and one that was only planned was taken back
+    schedule = continued(recorded, 5, 8, skips)
+    assert schedule == SampleSchedule(global_batch=8, skips=skips)
+    assert [schedule.step_range(step).start for step in (5, 6, 9)] == [37, 53, 77]
+
+
+@pytest.mark.parametrize("skips", [(), (Skip(step=4, samples=5),), (Skip(step=2, samples=5), Skip(step=4, samples=1))])
+def test_history_is_not_rewritten(skips: tuple[Skip, ...]) -> None:
+    recorded = SampleSchedule(global_batch=8, skips=(Skip(step=2, samples=5),))
+    with pytest.raises(ResumeRefused, match="5 before step 2 in the checkpoint"):
+        continued(recorded, 5, 8, skips)
 
 
 def test_another_batch_leaves_no_sample_out_and_repeats_none() -> None:
@@ -129,8 +145,27 @@ def test_a_sample_that_fails_does_not_fail_a_finished_run(
         assert "out of memory" in (tmp_path / "sample.txt").read_text()
 
 
+def judging(job: JobSpec) -> Pretrain:
+    loop = object.__new__(Pretrain)
+    loop._watch, loop._schedule = LossWatch(10.0, [2.0] * 20), SampleSchedule(global_batch=8)
+    return loop
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (2.0, float("inf")), (50.0, 1.0)])
+def test_a_blow_up_ends_the_rank_unless_fp16_only_lowers_its_scale(loss: float, norm: float, job: JobSpec) -> None:
+    result = SimpleNamespace(loss=loss, grad_norm=norm, lr=0.1, overflow=False)
+    loop = judging(job)
+    with pytest.raises(BlowUp) as caught:
+        loop._judge(9, result)  # type: ignore[arg-type]
+    assert (caught.value.step, caught.value.samples) == (9, 8)
+    result.overflow = True
+    loop._judge(9, result)  # type: ignore[arg-type]
+    assert loop._watch.state == [2.0] * 20
+
+
 def test_exit_codes() -> None:
     assert exit_code(RuntimeError("x")) == 1
     assert exit_code(StorageError("x")) == 7
     assert exit_code(ConfigError("x")) == 2
     assert exit_code(CorruptCheckpoint("manifest", "reason")) == 76
+    assert exit_code(BlowUp(3, "the loss is nan", 8)) == 77

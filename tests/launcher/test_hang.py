@@ -135,7 +135,7 @@ def say(watch: HangWatch, seen: str, rank: int, now: float, **data: object) -> N
 
 
 def quiet(watch: HangWatch, steps: int) -> float:
-    watch.begin(4, 0.0)
+    watch.begin(PLAN, 0.0)
     for step in range(1, steps + 1):
         for rank in range(4):
             say(watch, "report", rank, float(step), kind="step", step=step, next="step")
@@ -143,7 +143,7 @@ def quiet(watch: HangWatch, steps: int) -> float:
 
 
 def test_a_hang_is_asked_about_and_then_named() -> None:
-    watch, gang = HangWatch(PLAN, first_s=300, save_s=900), AskedGang()
+    watch, gang = HangWatch(first_s=300, save_s=900), AskedGang()
     now = quiet(watch, 10)
     limit = FACTOR * 1.0 + MARGIN_S
     assert watch.look(gang, 1, 4, now=now + limit - 0.1, wall=5000.0) is None
@@ -163,7 +163,7 @@ def test_a_hang_is_asked_about_and_then_named() -> None:
 
 
 def test_a_step_that_comes_after_all_ends_the_alarm() -> None:
-    watch, gang = HangWatch(PLAN, first_s=300, save_s=900), AskedGang()
+    watch, gang = HangWatch(first_s=300, save_s=900), AskedGang()
     now = quiet(watch, 10) + 20
     watch.look(gang, 1, 4, now=now, wall=0.0)
     say(watch, "report", 0, now, kind="step", step=11, next="step")
@@ -172,7 +172,7 @@ def test_a_step_that_comes_after_all_ends_the_alarm() -> None:
 
 
 def test_a_rank_that_never_answers_is_not_waited_for() -> None:
-    watch, gang = HangWatch(PLAN, first_s=300, save_s=900), AskedGang()
+    watch, gang = HangWatch(first_s=300, save_s=900), AskedGang()
     now = quiet(watch, 10) + 20
     watch.look(gang, 1, 4, now=now, wall=0.0)
     for rank in (0, 2, 3):
@@ -195,7 +195,7 @@ def answers(watch: HangWatch, now: float, odd: str) -> None:
 
 
 def test_slow_storage_has_a_patience_of_its_own() -> None:
-    watch, gang = HangWatch(PLAN, first_s=300, save_s=900), AskedGang()
+    watch, gang = HangWatch(first_s=300, save_s=900), AskedGang()
     start = now = saving(watch)
     while now - start < 900:
         now += 20
@@ -210,7 +210,7 @@ def test_slow_storage_has_a_patience_of_its_own() -> None:
 
 
 def test_a_rank_that_does_not_come_to_the_save_hangs() -> None:
-    watch, gang = HangWatch(PLAN, first_s=300, save_s=900), AskedGang()
+    watch, gang = HangWatch(first_s=300, save_s=900), AskedGang()
     now = saving(watch) + 20
     watch.look(gang, 1, 4, now=now, wall=0.0)
     answers(watch, now, SPIN)

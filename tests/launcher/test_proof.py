@@ -77,3 +77,24 @@ def test_faults_that_fell_a_gang_together_share_its_failure() -> None:
     log = fall(1, 10, "node_lost", node="b")
     assert unproven([RANK, NODE], log, [fired(RANK, 9.0, 1), fired(NODE, 9.1, 1)]) == []
     assert unproven([RANK, NODE], log, [fired(RANK, 9.0, 1)]) == [RANK, NODE]
+
+
+@pytest.mark.parametrize("fault", ["nan_grad@rank=3,step=5", "loss_spike@rank=3,step=5"])
+def test_spoiled_numbers_are_everybodys(fault: str) -> None:
+    """No rank can tell which of them it was: the step proves it."""
+    failure = {"kind": "numeric", "rank": 0, "node": "a", "step": 5}
+    cause = {"cause": "training blew up at step 5: the loss is nan", "failure": "numeric"}
+
+    def proven(failure: dict[str, Any], cause: dict[str, Any]) -> bool:
+        log = fall(1, 10, "numeric")
+        log[1:] = [
+            event(EventKind.FAILURE_DETECTED, 10, 1, failure=failure),
+            event(EventKind.GANG_STOPPED, 11, 1, **cause),
+        ]
+        return unproven([fault], log, [fired(fault, 9, 1)]) == []
+
+    other = {"cause": "training blew up at step 55: the loss is nan", "failure": "numeric"}
+    assert proven(failure, other)
+    assert proven({"kind": "node_lost", "node": "b", "step": 0}, cause)  # found afterwards
+    assert not proven(failure | {"step": 6}, other)
+    assert not proven(failure | {"kind": "rank_error"}, cause | {"failure": "rank_error"})

@@ -11,6 +11,7 @@ from launcher.build import outline
 from launcher.commands.plan import plan_document
 from launcher.config import compose
 from launcher.describe import brief, describe
+from launcher.render_events import event_line, progress_line
 from launcher.render_plan import plan_text
 from launcher.run import EventKind, RunEvent
 from tests.support.golden import assert_golden
@@ -59,14 +60,14 @@ def test_table_of_runs(tmp_path: Path) -> None:
 
 
 def test_events_as_sentences(tmp_path: Path) -> None:
-    lines = [line for event in recovered_run(tmp_path).events() if (line := render.event_line(event))]
+    lines = [line for event in recovered_run(tmp_path).events() if (line := event_line(event))]
     assert_golden("events.txt", "\n".join(lines))
 
 
 def test_every_kind_of_event_can_be_shown() -> None:
     for kind in EventKind:
         event = RunEvent(seq=1, time=0.0, epoch=2, attempt=1, kind=kind, data={})
-        assert render.event_line(event) is None or render.event_line(event)
+        assert event_line(event) is None or event_line(event)
 
 
 def test_long_identities_are_cut() -> None:
@@ -88,11 +89,9 @@ def test_sizes() -> None:
 
 def test_progress_line() -> None:
     metric = {"step": 30, "loss": 5.25, "tokens_per_s": 1234.5}
-    line = render.progress_line(
-        state="running", attempt=2, steps=60, metric=metric, checkpoint=25, elapsed_s=65, bar=10
-    )
+    line = progress_line(state="running", attempt=2, steps=60, metric=metric, checkpoint=25, elapsed_s=65, bar=10)
     assert line == (
         "running     1 m 05 s  [=====     ] step 30/60  loss 5.2500  1234 tokens/s  attempt 2  checkpoint 25"
     )
-    early = render.progress_line(state="queued", attempt=0, steps=None, metric={}, checkpoint=0, elapsed_s=1)
+    early = progress_line(state="queued", attempt=0, steps=None, metric={}, checkpoint=0, elapsed_s=1)
     assert early == "queued      1.0 s  no ranks yet"

@@ -26,6 +26,8 @@ def request(parent: Path, *words: str) -> LaunchRequest:
         ("tracking=none", "safe"),
         ("cluster.spares=2", "safe"),
         ("train.sample_tokens=5", "safe"),
+        ("train.spike_sigmas=0", "safe"),
+        ("train.skips=[{step: 9, samples: 8}]", "changes the run"),
         ("train.lr=1e-5", "changes the run"),
         ("train.steps=500", "changes the run"),
         ("train.precision=bf16", "changes the run"),
@@ -94,3 +96,11 @@ def test_text_says_what_becomes_of_a_live_gang(tmp_path: Path, words: list[str],
     more = {"source": "x", "plan": "DP8", "nodes": "4 nodes x 2 slots", "changes": changes}
     assert said in render.resume_text(**common, **more, live=live)  # type: ignore[arg-type]
     assert "still live" not in render.resume_text(**common, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("step", "verdict"), [(8, "changes the run"), (9, "refused")])
+def test_what_is_skipped_may_change_for_the_steps_to_come_only(step: int, verdict: str, tmp_path: Path) -> None:
+    before, after = request(tmp_path), request(tmp_path, "train.skips=[{step: 9, samples: 8}]")
+    for one, other in ((before, after), (after, before)):
+        (change,) = compare(one, other, step=step)
+        assert (change.field, change.verdict) == ("skips", verdict)

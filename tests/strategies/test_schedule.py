@@ -147,3 +147,15 @@ def test_a_state_that_disagrees_with_itself_is_refused() -> None:
         SampleSchedule.from_state(state | {"next_index": 45})
     with pytest.raises(ConfigError, match="malformed"):
         SampleSchedule.from_state({"schedule": state["schedule"]})
+
+
+def test_skipped_ranges_are_those_that_no_step_has() -> None:
+    skips = (Skip(step=9, samples=3), Skip(step=4, samples=5), Skip(step=4, samples=2), Skip(step=1, samples=1))
+    schedule = SampleSchedule(global_batch=8, changes=(BatchChange(step=6, global_batch=4),), skips=skips)
+    found = schedule.skipped()
+    assert [skip.step for skip, _ in found] == [1, 4, 4, 9]
+    assert [len(indices) for _, indices in found] == [1, 5, 2, 3]
+    used = {index for step in range(1, 12) for index in schedule.step_range(step)}
+    left_out = {index for _, indices in found for index in indices}
+    assert not used & left_out
+    assert used | left_out == set(range(schedule.first_index(12)))

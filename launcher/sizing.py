@@ -1,0 +1,171 @@
+"""How large the next gang is: as large as asked for, smaller because nodes are missing, or not yet. Pure.
+
+::
+
+    enough nodes for the plan that is asked for  -> that plan
+    too few, shrink_after_s not over             -> wait
+    too few, shrink_after_s over                 -> shrink: the next plan that is legal and runs on what is there
+    no such plan, wait_for_nodes_s over          -> give up, with the reason
+    smaller than it could be, grow               -> leave at the next checkpoint, start the larger plan
+
+The first attempt is never smaller: a person who asks for four nodes and has three wants to know. Who has waited for a
+node once does not wait for it again at the next failure.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jobs.spec import JobSpec
+from launcher.recovery import Action, Decision
+from launcher.request import LaunchRequest
+from launcher.run import Attempt, Run
+from strategies.codec import from_json
+from strategies.errors import ConfigError
+from strategies.plan import ParallelPlan
+from strategies.shrink import plan_on, step_work, worth_waiting_s
+from strategies.topology import nodes_needed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What to do with the nodes that are there.
+
+    Attributes:
+        plan: Start this one now; None means not yet, or never.
+        decision: What to put on record first; without a plan it is the end of the run.
+    """
+
+    plan: ParallelPlan | None = None
+    decision: Decision | None = None
+
+
+WAIT = Answer()
+
+
+class Sizing:
+    """Answers for one request.
+
+    Args:
+        request: Its plan is the one that is wanted.
+
+    Attributes:
+        need: Nodes that the wanted plan takes.
+    """
+
+    def __init__(self, request: LaunchRequest) -> None:
+        self._job: JobSpec = request.job
+        self._cluster = request.cluster
+        self._spec = request.recovery
+        self._largest: dict[int, ParallelPlan | None] = {}
+        self.need = nodes_needed(request.job.plan, request.cluster.slots_per_node)
+
+    def choose(self, run: Run, *, up: int, waited_s: float, resumed: bool, why: Callable[[], str]) -> Answer:
+        """What to start on the nodes that are up while no gang runs.
+
+        Args:
+            run: The run.
+            up: Nodes that can be used now.
+            waited_s: How long it has been waited for more.
+            resumed: A person has asked for the wanted plan anew, so that all its nodes are waited for.
+            why: Says why nodes are missing.
+        """
+        wanted, found = self._job.plan, self.largest(up)
+        if found == wanted:
+            return Answer(plan=wanted)
+        if found is not None and run.attempt is not None:
+            before = None if resumed else self._shrunk(run.attempt)
+            if before is not None and (found == before or step_work(found) < step_work(before)):
+                return Answer(plan=found, decision=None if found == before else self._growth(found, up))
+            patience_s = min(self._patience_s(run, found), self._spec.wait_for_nodes_s)
+            if waited_s >= patience_s:
+                return Answer(plan=found, decision=self._shrinking(found, up, waited_s, why()))
+        if waited_s > self._spec.wait_for_nodes_s:
+            return Answer(decision=self._ending(run, up, waited_s, why()))
+        return WAIT
+
+    def growth(self, plan: ParallelPlan, up: int) -> Decision | None:
+        """Why the running gang should leave at its next checkpoint; None if it is as large as it can be."""
+        wanted = self._job.plan
+        if plan == wanted or not self._spec.grow:
+            return None
+        found = self.largest(up)
+        if found is None or (found != wanted and step_work(found) >= step_work(plan)):
+            return None
+        return self._growth(found, up)
+
+    def largest(self, up: int) -> ParallelPlan | None:
+        """The plan for so many nodes: the wanted one, a smaller one where that is allowed, or None."""
+        if up >= self.need:
+            return self._job.plan
+        if self._obstacle(up):
+            return None
+        if up not in self._largest:
+            self._largest[up] = plan_on(
+                model=self._job.model,
+                plan=self._job.plan,
+                batch=self._job.batch,
+                cluster=replace(self._cluster, nodes=up, spares=0),
+                precision=self._job.train.precision,
+            )
+        return self._largest[up]
+
+    def _obstacle(self, up: int) -> str:
+        if self._job.kind == "script":
+            return "a script decides on its ranks by itself"
+        if not self._spec.shrink:
+            return "recovery.shrink=false"
+        if up < (self._spec.min_nodes or 1):
+            return f"recovery.min_nodes={self._spec.min_nodes}" if self._spec.min_nodes else "none is left"
+        return ""
+
+    def _shrunk(self, attempt: Attempt) -> ParallelPlan | None:
+        """The plan of an attempt that was smaller than what is wanted now as well."""
+        plan = plan_of(attempt)
+        return None if plan == self._job.plan or wanted_of(attempt) != self._job.plan else plan
+
+    def _patience_s(self, run: Run, found: ParallelPlan) -> float:
+        if self._spec.shrink_after_s is not None:
+            return self._spec.shrink_after_s
+        starts = [one.trained - one.started for one in run.attempts if one.trained is not None]
+        return worth_waiting_s(found, self._job.plan, statistics.median(starts)) if starts else math.inf
+
+    def _shrinking(self, plan: ParallelPlan, up: int, waited_s: float, why: str) -> Decision:
+        reason = f"{up} of {self.need} nodes are there after {waited_s:.0f} s: {why}; going on as {self._words(plan)}"
+        return Decision(action=Action.SHRINK, reason=reason)
+
+    def _growth(self, plan: ParallelPlan, up: int) -> Decision:
+        reason = f"{min(up, self.need)} of {self.need} nodes are there again: going on as {self._words(plan)}"
+        return Decision(action=Action.GROW, reason=reason)
+
+    def _ending(self, run: Run, up: int, waited_s: float, why: str) -> Decision:
+        reason = f"only {up} of {self.need} nodes came within {waited_s:.0f} s: {why}"
+        if run.attempts:
+            obstacle = self._obstacle(up) or "none is legal there"
+            reason += f"; no smaller plan is used: {obstacle}"
+        return Decision(action=Action.GIVE_UP, reason=reason)
+
+    def _words(self, plan: ParallelPlan) -> str:
+        nodes = nodes_needed(plan, self._cluster.slots_per_node)
+        return f"{plan.describe()} on {nodes} node{'' if nodes == 1 else 's'}"
+
+
+def plan_of(attempt: Attempt) -> ParallelPlan | None:
+    """The plan of an attempt; None if another version wrote it."""
+    return _read(attempt.plan)
+
+
+def wanted_of(attempt: Attempt) -> ParallelPlan | None:
+    """The plan that was asked for when the attempt was planned; None if another version wrote it."""
+    return _read(attempt.plan if attempt.wanted is None else attempt.wanted)
+
+
+def _read(plan: Mapping[str, Any]) -> ParallelPlan | None:
+    try:
+        return from_json(ParallelPlan, plan)
+    except ConfigError:
+        return None
