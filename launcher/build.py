@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +13,13 @@ from jobs.spec import DataSpec, JobSpec, TrainSpec, engine_config
 from launcher.request import LaunchRequest
 from launcher.schema import Config
 from strategies import rules
+from strategies.capabilities import MODELLED_ONLY
 from strategies.errors import ConfigError, PlanInfeasible, Violation
 from strategies.plan import ParallelPlan
 from strategies.resolve import resolve_plan
 from strategies.schedule import SampleSchedule
 from strategies.specs import BatchSpec, ClusterSpec, ModelSpec
+from strategies.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +39,11 @@ class Outline:
     cluster: ClusterSpec
     plan: ParallelPlan
     violations: tuple[Violation, ...]
+
+    @property
+    def broken(self) -> tuple[Violation, ...]:
+        """What makes the plan senseless; without it, a plan that cannot be run can be planned with."""
+        return tuple(one for one in self.violations if one.rule not in MODELLED_ONLY)
 
 
 def settle(config: Config, *, name: str, cwd: Path) -> Config:
@@ -69,12 +77,13 @@ def default_name(config: Config, stamp: str, token: str) -> str:
     return f"{kind}-{stamp}-{token}"
 
 
-def outline(config: Config, cluster: ClusterSpec | None = None) -> Outline:
+def outline(config: Config, cluster: ClusterSpec | None = None, *, plan: ParallelPlan | None = None) -> Outline:
     """Derive the plan and judge it.
 
     Args:
         config: The configuration.
         cluster: What an existing cluster reported; None takes the configuration's numbers.
+        plan: What ``strategy=auto`` has chosen already; None searches where it is asked for.
 
     Raises:
         ConfigError: The size of an existing cluster is needed and not known.
@@ -88,10 +97,49 @@ def outline(config: Config, cluster: ClusterSpec | None = None) -> Outline:
         found = rules.check(model=_BLANK, plan=plan, batch=rows, cluster=machine, precision="fp32", modelled=True)
         return Outline(model=model, batch=batch, cluster=machine, plan=plan, violations=(*missing, *found))
     precision = config.train.precision
-    asked = {field.name: getattr(config.strategy, field.name) for field in dataclasses.fields(config.strategy)}
-    plan = resolve_plan(model, batch, machine, precision, **asked)
-    found = rules.check(model=model, plan=plan, batch=batch, cluster=machine, precision=precision)
+    if config.strategy.auto:
+        from launcher.auto import best_plan
+
+        plan = plan or best_plan(config, model, batch, machine)
+    else:
+        plan = resolve_plan(model, batch, machine, precision, **config.strategy.asked())
+    ours = config.planner.framework == "megatron"  # else what is planned with is other training code
+    found = rules.check(model=model, plan=plan, batch=batch, cluster=machine, precision=precision, engine=ours)
     return Outline(model=model, batch=batch, cluster=machine, plan=plan, violations=(*missing, *found))
+
+
+def workload(config: Config, sketch: Outline) -> Workload | None:
+    """What the planner estimates plans of; None when the cluster says nothing about its hardware."""
+    return work_of(config, sketch.model, sketch.batch, sketch.cluster)
+
+
+def work_of(config: Config, model: ModelSpec, batch: BatchSpec, machine: ClusterSpec) -> Workload | None:
+    """The same, before there is an outline."""
+    if machine.hardware is None or config.job.kind == "script":
+        return None
+    tokens = config.train.tokens
+    return Workload(
+        model=model,
+        batch=batch,
+        cluster=machine,
+        precision=config.train.precision,
+        framework=config.planner.framework,
+        tokens=float(config.train.steps * batch.tokens) if tokens is None else tokens,
+    )
+
+
+def existing_address(config: Config) -> str:
+    """Where the existing cluster is.
+
+    Raises:
+        ConfigError: The configuration does not say it.
+    """
+    if not config.cluster.address:
+        raise ConfigError(
+            f"cluster.address: missing; without it the cluster '{config.cluster.name}' can be planned for only.",
+            hint=f"cluster={config.cluster.name} cluster.address=IP:PORT",
+        )
+    return config.cluster.address
 
 
 def _missing_nodes(config: Config, machine: ClusterSpec) -> list[Violation]:
@@ -116,11 +164,13 @@ def build_request(config: Config, overrides: Sequence[str], cluster: ClusterSpec
 
     Raises:
         PlanInfeasible: The plan breaks rules; all of them are listed.
-        ConfigError: The faults do not fit the run.
+        ConfigError: The faults do not fit the run, or the address of an existing cluster is missing.
     """
     sketch = outline(config, cluster)
     if sketch.violations:
         raise PlanInfeasible(sketch.violations, hint="phalanx plan with the same overrides shows the whole picture.")
+    if config.cluster.kind == "existing":
+        existing_address(config)
     assert config.run.name is not None
     run_dir = Path(config.run.dir) / config.run.name
     return LaunchRequest(
@@ -185,14 +235,15 @@ def model_spec(config: Config) -> ModelSpec:
     """The model, derived sizes filled in."""
     model = config.model
     values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-    return ModelSpec(**values | {"kv_heads": model.kv_heads or model.heads, "ffn": model.ffn or 4 * model.hidden})
+    derived = {"kv_heads": model.kv_heads or model.heads, "ffn": model.ffn or 4 * model.hidden}
+    return ModelSpec(**values | derived | {"head_width": model.head_width or 0})
 
 
 def train_spec(config: Config) -> TrainSpec:
     """The recipe, derived rates filled in."""
     train = config.train
     values = {field.name: getattr(train, field.name) for field in dataclasses.fields(train)}
-    del values["global_batch"], values["skips"]
+    del values["global_batch"], values["tokens"], values["skips"]
     return TrainSpec(**values | {"min_lr": train.lr / 10 if train.min_lr is None else train.min_lr})
 
 
@@ -226,7 +277,7 @@ def cluster_spec(config: Config, found: tuple[int, int] | None = None) -> Cluste
 def _script_plan(config: Config, machine: ClusterSpec) -> ParallelPlan:
     """Scripts bring their own parallelism: the plan only says how many ranks there are."""
     ask = config.strategy
-    others = ask.tp * ask.pp * ask.sp * ask.cp
+    others = math.prod(degree or 1 for degree in (ask.tp, ask.pp, ask.sp, ask.cp))
     return ParallelPlan(
         dp=others * (ask.dp or max(1, machine.slots // others)), stages=(1,), micro_batch=1, grad_accum=1
     )

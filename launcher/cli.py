@@ -21,7 +21,7 @@ import click
 from strategies.errors import PhalanxError, PlanInfeasible, did_you_mean
 
 SCHEMA_VERSION = 1
-VERBS = ("plan", "submit", "resume", "status", "logs", "cancel", "checkpoint", "completion")
+VERBS = ("plan", "submit", "resume", "status", "logs", "cancel", "checkpoint", "cluster", "completion")
 
 
 class Verbs(click.Group):

@@ -22,8 +22,8 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from launcher.schema import GROUPS, MAXIMUM, MINIMUM, Config
-from launcher.typed import Problem, decode, field_types, is_text, leaf_types
+from launcher.schema import GROUPS, HINTS, MAXIMUM, MINIMUM, Config
+from launcher.typed import Bounds, Problem, decode, field_types, is_text, leaf_types
 from strategies.codec import to_json
 from strategies.errors import ConfigError, StorageError, did_you_mean
 
@@ -207,7 +207,9 @@ def _unknown(one: Given, leaves: dict[str, Any]) -> Problem | None:
     if one.key == "hydra" or one.key.startswith(("hydra.", "hydra/")):
         return Problem(key=one.text, message="phalanx takes no Hydra settings", hint=f"Known: {SEARCHPATH}.")
     if tail and head in sections:
-        known = [leaf.partition(".")[2] for leaf in leaves if leaf.startswith(f"{head}.")]
+        while (deeper := f"{head}.{tail.partition('.')[0]}") in leaves and "." in tail:
+            head, tail = deeper, tail.partition(".")[2]
+        known = [leaf.removeprefix(f"{head}.") for leaf in leaves if leaf.startswith(f"{head}.")]
         return Problem(key=one.text, message=f"unknown key '{tail}' in '{head}'", hint=did_you_mean(tail, known))
     elsewhere = [leaf for leaf in leaves if leaf.rpartition(".")[2] == one.key.rpartition(".")[2]]
     hint = f"Did you mean '{elsewhere[0]}'?" if elsewhere else did_you_mean(head, sections)
@@ -275,6 +277,10 @@ def _compose_groups(given: list[Given]) -> tuple[DictConfig, dict[str, str]]:
     choices = {str(group): str(choice) for group, choice in tree.hydra.runtime.choices.items() if choice is not None}
     with open_dict(tree):
         del tree["hydra"]
+        if choices.get("experiment") and any(one.group and one.key == "strategy" for one in given):
+            # Who picks a strategy for a named run wants that one, not the run's own plan laid over it.
+            named = (folder / "strategy" / f"{choices['strategy']}.yaml" for folder in (*folders, conf_dir()))
+            tree["strategy"] = OmegaConf.load(next(path for path in named if path.is_file()))
     return tree, choices
 
 
@@ -297,7 +303,7 @@ def _finish(tree: DictConfig, given: list[Given], file_of: Callable[[str], str])
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
-    config, problems = decode(Config, plain, (MINIMUM, MAXIMUM))
+    config, problems = decode(Config, plain, Bounds(least=MINIMUM, most=MAXIMUM, hints=HINTS))
     if not problems:
         problems = _contradictions(config)
     _raise([_located(problem, words, file_of) for problem in problems])
@@ -313,7 +319,8 @@ def _delete(tree: DictConfig, key: str) -> None:
 
 def _located(problem: Problem, words: dict[str, str], file_of: Callable[[str], str]) -> Problem:
     """The problem with the word or the file that caused it."""
-    typed = [words[key] for key in (problem.key, problem.key.rpartition(".")[0]) if key in words]
+    parts = problem.key.split(".")
+    typed = [words[key] for end in range(len(parts), 0, -1) if (key := ".".join(parts[:end])) in words]
     where = f"command line: {typed[0]}" if typed else file_of(problem.key)
     return dataclasses.replace(problem, message=f"{problem.message} ({where})")
 
@@ -345,14 +352,15 @@ def _contradictions(config: Config) -> list[Problem]:
         found.append(Problem(key="run.name", message="'latest' stands for the newest run", hint="Choose another name."))
     if config.data.kind == "text" and not config.data.path and config.job.kind == "pretrain":
         found.append(Problem(key="data.path", message="missing", hint="data=text data.path=FILE_OR_DIR"))
-    if config.cluster.kind == "existing" and not config.cluster.address:
-        found.append(Problem(key="cluster.address", message="missing", hint="cluster=existing cluster.address=IP:PORT"))
     if config.job.kind == "script" and not (config.job.command or "").strip():
         found.append(Problem(key="job.command", message="missing", hint="job=script job.command='python train.py'"))
     if config.job.kind == "script" and config.faults:
         found.append(
             Problem(key="faults", message="are injected by our own worker, not into scripts", hint="Use faults=[].")
         )
+    if config.strategy.auto and config.job.kind == "script":
+        message = "a script brings its own parallelism: there is nothing to choose"
+        found.append(Problem(key="strategy.auto", message=message, hint="Use strategy=default."))
     if config.checkpoint.memory_every:
         what = "checkpoints in memory are not there yet; those on disk are set by checkpoint.every"
         found.append(Problem(key="checkpoint.memory_every", message=what, hint="Use checkpoint.memory_every=0."))

@@ -64,11 +64,12 @@ def measured(config: Config) -> ClusterSpec | None:
     """The machine as an existing cluster reports it; None for one that phalanx starts.
 
     Raises:
+        ConfigError: The configuration does not say where the cluster is.
         ClusterError: The cluster cannot be reached or refuses us.
     """
     if config.cluster.kind != "existing":
         return None
-    return build.cluster_spec(config, backends.measure(config.cluster.address or ""))
+    return build.cluster_spec(config, backends.measure(build.existing_address(config)))
 
 
 def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> LaunchRequest:

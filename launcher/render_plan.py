@@ -2,34 +2,71 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launcher.render import count, plural, size, table
+from strategies.capabilities import MODELLED_ONLY
 from strategies.plan import ParallelPlan
 from strategies.specs import ClusterSpec
 from strategies.topology import draw, nodes_needed, place
 
 _STAGES_SHOWN = 32
+_PICTURE_LINES = 8
 
 
-def plan_text(document: Mapping[str, Any], plan: ParallelPlan, cluster: ClusterSpec) -> str:
+def plan_text(
+    document: Mapping[str, Any], plan: ParallelPlan, cluster: ClusterSpec, today: datetime.date | None = None
+) -> str:
     """Everything that ``phalanx plan`` shows.
 
     Args:
         document: What ``plan --json`` prints.
         plan: The plan of the document.
         cluster: The machine of the document.
+        today: The day on which the run would start; None is for documents without an estimate.
     """
+    estimate = document["estimate"]
+    refused = [one for one in document["violations"] if estimate is None or one["rule"] not in MODELLED_ONLY]
     blocks = [_head(document, plan, cluster)]
-    if document["violations"]:
-        blocks.append(violations_text(document["violations"]))
-    if document["memory"]:
+    if document.get("search"):
+        from launcher.render_search import ranking_text
+
+        blocks.append(ranking_text(document["search"]))
+    if refused:
+        blocks.append(violations_text(refused))
+    if estimate is not None:
+        from launcher.render_estimate import arithmetic_text, estimate_text
+
+        if not document.get("search"):
+            blocks.append(estimate_text(estimate, today or datetime.date.min))
+        if "arithmetic" in estimate:
+            blocks.append(arithmetic_text(estimate["arithmetic"]))
+    elif document["memory"]:
         blocks.append(_memory(document))
-    if not document["violations"]:
-        blocks.append(_picture(plan, cluster, script=document["job"] == "script"))
-        blocks.append("This plan can run. phalanx submit with the same overrides starts it.")
+    if not refused:
+        if not document.get("search"):
+            blocks.append(_picture(plan, cluster, script=document["job"] == "script", brief=estimate is not None))
+        blocks.append(_last_word(document))
     return "\n\n".join(blocks)
+
+
+def _last_word(document: Mapping[str, Any]) -> str:
+    if not document["violations"]:
+        words = "This plan can run. phalanx submit with the same overrides starts it."
+        return words + (f"\nAll about it: phalanx plan {_chosen(document)}" if document.get("search") else "")
+    one = document["violations"][0]
+    return f"This plan can be modelled only; submit would refuse it: {one['message']}" + (
+        f" ({one['hint']})." if one["hint"] else "."
+    )
+
+
+def _chosen(document: Mapping[str, Any]) -> str:
+    """The words that ask for the chosen plan itself."""
+    search = document["search"]
+    chosen = search["best_runnable"] or search["ranked"][0]
+    return " ".join(chosen["overrides"]) + " (and your other overrides)"
 
 
 def violations_text(violations: Sequence[Mapping[str, str]]) -> str:
@@ -63,6 +100,10 @@ def _head(document: Mapping[str, Any], plan: ParallelPlan, cluster: ClusterSpec)
         ),
         ("cluster", machine),
     ]
+    if document["estimate"] is not None:
+        from launcher.render_estimate import forecast_line
+
+        rows.append(("forecast", forecast_line(document["estimate"])))
     return "\n".join(f"{name + ':':<12}{text}" for name, text in rows)
 
 
@@ -81,12 +122,15 @@ def _memory(document: Mapping[str, Any]) -> str:
     return text
 
 
-def _picture(plan: ParallelPlan, cluster: ClusterSpec, *, script: bool) -> str:
+def _picture(plan: ParallelPlan, cluster: ClusterSpec, *, script: bool, brief: bool) -> str:
     names = [f"node-{i}" for i in range(nodes_needed(plan, cluster.slots_per_node))]
     if script:  # its ranks have no coordinates that we know of
         text = f"ranks fill {plural(len(names), 'node')} in order, {cluster.slots_per_node} each"
     else:
         text = draw(plan, place(plan, names, cluster.slots_per_node))
+        if brief and text.count("\n") > _PICTURE_LINES:  # the estimate is what people came for
+            first, *notes = [line for line in text.splitlines() if not line.startswith("  ")]
+            text = "\n".join([first.partition("; rank")[0], *notes, "  (--report draws which rank sits where)"])
     idle = cluster.nodes - len(names)
     notes = [f"{plural(idle, 'node')} without ranks"] if idle else []
     notes += [f"{plural(cluster.spares, 'spare node')}, agents only"] if cluster.spares else []

@@ -6,14 +6,16 @@ type admits ``None`` may be left out or set to ``null``: it is then derived, as 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from jobs.spec import CheckpointSpec
 from launcher.request import RecoverySpec, TrackingSpec
+from strategies.hardware import Hardware
 from strategies.plan import GradDtype, Offload, Recompute, Schedule
 from strategies.schedule import Skip
-from strategies.specs import Flavour, Precision
+from strategies.specs import Flavour, LatentAttention, MoeSpec, Precision
+from strategies.workload import Framework
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +49,12 @@ class ModelConfig:
         norm_eps: Epsilon of the norms.
         init_std: Standard deviation of the initial weights.
         rope_theta: Base of the rotary frequencies (``llama`` only).
+        gated: The feed-forward block has a gate; null means that of the flavour.
+        head_width: Width of one head; null means ``hidden / heads``.
+        position_rows: Learned positions; null means ``seq`` for ``gpt3`` and none for ``llama``.
+        embed_norm: A norm follows the token embedding.
+        moe: Experts instead of dense feed-forward blocks; null for none.
+        latent: Latent attention instead of plain heads; null for none.
     """
 
     name: str
@@ -62,6 +70,12 @@ class ModelConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     rope_theta: float = 10000.0
+    gated: bool | None = None
+    head_width: int | None = None
+    position_rows: int | None = None
+    embed_norm: bool = False
+    moe: MoeSpec | None = None
+    latent: LatentAttention | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,9 +104,11 @@ class ClusterConfig:
         nodes: Nodes that carry ranks; null (``existing`` only) means what Ray reports.
         slots_per_node: Devices per node, one rank each; null (``existing`` only) means what Ray reports.
         spares: Further nodes kept warm.
-        address: ``IP:PORT`` of the Ray head, or ``http(s)://HOST:8265`` of its dashboard (``existing`` only).
-        device: Kind of device, for people.
+        address: ``IP:PORT`` of the Ray head, or ``http(s)://HOST:8265`` of its dashboard (``existing`` only); planning
+            goes without.
+        device: Kind of device, for example ``A100-80GB``: the planner's calibration is kept by it.
         device_memory_bytes: Memory per device; 0 when it does not matter.
+        hardware: Speeds, prices and failure rates; null leaves time and cost out of the plan.
     """
 
     name: str
@@ -103,6 +119,7 @@ class ClusterConfig:
     address: str | None = None
     device: str = "cpu"
     device_memory_bytes: int = 0
+    hardware: Hardware | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +127,8 @@ class StrategyConfig:
     """How the model is spread over ranks. Gradient accumulation is always derived from the global batch.
 
     Attributes:
-        tp: Tensor-parallel degree.
+        auto: The planner chooses the plan: every other key stays null.
+        tp: Tensor-parallel degree; null means 1, as for the degrees below.
         pp: Pipeline stages.
         dp: Data-parallel replicas; null means as many as the nodes carry.
         ep: Expert-parallel degree, inside ``dp``.
@@ -118,27 +136,39 @@ class StrategyConfig:
         cp: Context-parallel degree.
         zero_stage: ZeRO stage over the replicas; null means 1 with a pipeline or 16-bit
             arithmetic, else 0.
-        schedule: Pipeline schedule.
+        schedule: Pipeline schedule; null means ``1f1b``.
+        vpp: Virtual stages per rank (interleaved schedule).
         stages: Blocks per pipeline stage, first to last; null spreads them evenly.
-        micro_batch: Sequences per replica and forward pass.
-        recompute: Activation checkpointing.
+        micro_batch: Sequences per replica and forward pass; null means 1.
+        recompute: Activation checkpointing; null means ``none``.
         grad_dtype: Precision in which gradients are accumulated; null means fp32 (with ZeRO-0 in 16 bit: that one).
-        offload: What lives in host memory.
+        offload: What lives in host memory; null means ``none``.
+        flash: Fused attention that never stores the scores; null means true.
+        sequence_parallel: Norms and residuals are split over the tensor-parallel ranks (Megatron); null means false.
     """
 
-    tp: int
-    pp: int
+    auto: bool = False
+    tp: int | None = None
+    pp: int | None = None
     dp: int | None = None
-    ep: int = 1
-    sp: int = 1
-    cp: int = 1
+    ep: int | None = None
+    sp: int | None = None
+    cp: int | None = None
     zero_stage: int | None = None
-    schedule: Schedule = "1f1b"
+    schedule: Schedule | None = None
+    vpp: int | None = None
     stages: tuple[int, ...] | None = None
-    micro_batch: int = 1
-    recompute: Recompute = "none"
+    micro_batch: int | None = None
+    recompute: Recompute | None = None
     grad_dtype: GradDtype | None = None
-    offload: Offload = "none"
+    offload: Offload | None = None
+    flash: bool | None = None
+    sequence_parallel: bool | None = None
+
+    def asked(self) -> dict[str, Any]:
+        """The values that are given, by the names of :func:`strategies.resolve.resolve_plan`."""
+        values = {name.name: getattr(self, name.name) for name in fields(self) if name.name != "auto"}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,12 +177,13 @@ class TrainConfig:
 
     Attributes:
         steps: Optimizer steps of the whole run.
+        tokens: Tokens of the whole run, for planning; null means those of ``steps``.
         global_batch: Sequences per optimizer step, over all replicas.
         seed: Seed of the initial weights and of the order of samples.
         lr: Peak learning rate.
         min_lr: Learning rate at the last step (cosine decay); null means a tenth of ``lr``.
         warmup_steps: Steps of linear warm-up.
-        precision: Arithmetic of forward and backward.
+        precision: Arithmetic of forward and backward; ``fp16`` and ``fp8`` can be planned only.
         clip: Largest global gradient norm; 0 switches clipping off.
         beta1: Adam, decay of the first moment.
         beta2: Adam, decay of the second moment.
@@ -168,6 +199,7 @@ class TrainConfig:
     """
 
     steps: int
+    tokens: float | None = None
     global_batch: int
     seed: int = 0
     lr: float
@@ -216,6 +248,17 @@ class ExperimentConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PlannerConfig:
+    """What the planner assumes.
+
+    Attributes:
+        framework: Family of training code whose measured runs the predictions are calibrated on.
+    """
+
+    framework: Framework = "megatron"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """The whole configuration, one field per group or section.
 
@@ -231,6 +274,9 @@ class Config:
         recovery: When to give up, and how patient to be.
         tracking: Where metrics go besides ``metrics.jsonl``.
         experiment: What a named run demands of itself.
+        planner: What the planner assumes.
+        objective: What the best plan is best at: tokens per second that survive failures, seconds per step, dollars, or
+            bytes per rank.
         faults: Faults to inject, for example ``node_kill@node=0,step=20``; ``random`` is drawn with ``fault_seed``.
         fault_seed: Seed of the random parts of ``faults``.
     """
@@ -246,19 +292,46 @@ class Config:
     recovery: RecoverySpec
     tracking: TrackingSpec
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
+    objective: Literal["goodput", "time", "cost", "memory"] = "goodput"
     faults: tuple[str, ...] = ()
     fault_seed: int = 0
 
 
+# Speeds that every description of hardware needs.
+BANDWIDTHS = ("memory_bandwidth", "intra_bandwidth", "inter_bandwidth", "host_bandwidth", "storage_bandwidth")
+_FROM_ZERO = (
+    "flops_fp8",
+    "intra_latency_s",
+    "intra_domain",
+    "inter_latency_s",
+    "host_memory_bytes",
+    "storage_total_bandwidth",
+    "price_per_device_hour",
+    "failures_per_node_day",
+    "detect_s",
+    "restart_s",
+    "repair_s",
+)
+
 # Smallest legal values. What depends on other values (divisibility, memory) is a rule of strategies.rules.
 MINIMUM: dict[str, float] = {
-    **{f"model.{key}": 1 for key in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq")},
-    **{f"model.{key}": 0 for key in ("norm_eps", "init_std", "rope_theta")},
+    **{f"model.{key}": 1 for key in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq", "head_width")},
+    **{f"model.{key}": 0 for key in ("norm_eps", "init_std", "rope_theta", "position_rows")},
+    **{f"model.moe.{key}": 1 for key in ("experts", "top_k", "ffn", "imbalance")},
+    **{f"model.moe.{key}": 0 for key in ("dense_layers", "shared_ffn")},
+    **{f"model.latent.{key}": 1 for key in ("kv_rank", "nope_width", "rope_width", "value_width")},
+    "model.latent.q_rank": 0,
     **{f"cluster.{key}": 1 for key in ("nodes", "slots_per_node")},
     **{f"cluster.{key}": 0 for key in ("spares", "device_memory_bytes")},
-    **{f"strategy.{key}": 1 for key in ("tp", "pp", "dp", "ep", "sp", "cp", "micro_batch")},
+    # Rates below these are mistakes of the unit: GB/s instead of bytes per second, TFLOP/s instead of operations.
+    **{f"cluster.hardware.{key}": 1e9 for key in ("flops_fp32", "flops_16")},
+    **{f"cluster.hardware.{key}": 1e6 for key in BANDWIDTHS},
+    "cluster.hardware.processors": 1,
+    **{f"cluster.hardware.{key}": 0 for key in _FROM_ZERO},
+    **{f"strategy.{key}": 1 for key in ("tp", "pp", "dp", "ep", "sp", "cp", "vpp", "micro_batch")},
     "strategy.zero_stage": 0,
-    **{f"train.{key}": 1 for key in ("steps", "global_batch")},
+    **{f"train.{key}": 1 for key in ("steps", "tokens", "global_batch")},
     **{
         f"train.{key}": 0
         for key in (
@@ -284,7 +357,25 @@ MINIMUM: dict[str, float] = {
     **{f"recovery.{key}": 0.1 for key in ("start_timeout_s", "save_timeout_s", "detect_s", "lease_s")},
     "fault_seed": 0,
 }
-MAXIMUM: dict[str, float] = {"strategy.zero_stage": 3, "train.beta1": 1, "train.beta2": 1}
+MAXIMUM: dict[str, float] = {
+    "strategy.zero_stage": 3,
+    "train.beta1": 1,
+    "train.beta2": 1,
+    **{f"cluster.hardware.{key}": 1 for key in ("intra_latency_s", "inter_latency_s")},
+}
+
+# What helps with a value that is missing or out of bounds.
+HINTS: dict[str, str] = {
+    **{f"cluster.hardware.{key}": "Bytes per second in one direction; 25e9 is 200 Gb/s." for key in BANDWIDTHS},
+    **{
+        f"cluster.hardware.{key}": "Operations per second; 312e12 is 312 TFLOP/s." for key in ("flops_fp32", "flops_16")
+    },
+    **{
+        f"cluster.hardware.{key}": "Seconds of one small message, for example 5e-6."
+        for key in ("intra_latency_s", "inter_latency_s")
+    },
+    "cluster.hardware.processors": "Streaming multiprocessors, compute units or cores of one device; an A100 has 108.",
+}
 
 # The folders of conf/: `<group>=<choice>` picks a file. The other keys of Config are plain sections.
 GROUPS = ("cluster", "data", "experiment", "job", "model", "recovery", "strategy", "tracking")

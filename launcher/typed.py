@@ -29,23 +29,34 @@ class Problem:
     hint: str = ""
 
 
-def decode(
-    cls: type[Any], data: Any, bounds: tuple[Mapping[str, float], Mapping[str, float]]
-) -> tuple[Any, list[Problem]]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bounds:
+    """What values may be, by dotted key.
+
+    Attributes:
+        least: Smallest legal values.
+        most: Largest legal values.
+        hints: What helps with a value that is missing or out of bounds.
+    """
+
+    least: Mapping[str, float]
+    most: Mapping[str, float]
+    hints: Mapping[str, str]
+
+
+def decode(cls: type[Any], data: Any, bounds: Bounds) -> tuple[Any, list[Problem]]:
     """Build ``cls`` from nested mappings.
 
     Args:
-        cls: A dataclass type whose fields are dataclasses or plain values.
+        cls: A dataclass type whose fields are dataclasses (or None) or plain values.
         data: Nested mappings of plain values.
-        bounds: Smallest and largest legal values by dotted key.
+        bounds: What the values may be.
 
     Returns:
         The value and no problems, or ``None`` and all problems in the order of the fields.
     """
     problems: list[Problem] = []
-    value = _dataclass(cls, data, "", problems)
-    if not problems:
-        problems = [*_below_or_above(value, "", *bounds)]
+    value = _dataclass(cls, data, "", bounds, problems)
     return (None if problems else value), problems
 
 
@@ -56,14 +67,23 @@ def field_types(cls: type[Any]) -> dict[str, Any]:
 
 
 def leaf_types(cls: type[Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> type of every plain value below a dataclass."""
+    """Dotted key -> type of every plain value below a dataclass, and of every section that may be left out."""
     leaves: dict[str, Any] = {}
     for name, kind in field_types(cls).items():
-        if dataclasses.is_dataclass(kind):
-            leaves |= leaf_types(typing.cast(type[Any], kind), f"{prefix}{name}.")
-        else:
+        inner = section_type(kind)
+        if inner is None or admits_none(kind):
             leaves[prefix + name] = kind
+        if inner is not None:
+            leaves |= leaf_types(inner, f"{prefix}{name}.")
     return leaves
+
+
+def section_type(kind: Any) -> type[Any] | None:
+    """The dataclass of a section, also of one that may be left out; None for a plain value."""
+    for option in typing.get_args(kind) if admits_none(kind) else (kind,):
+        if dataclasses.is_dataclass(option):
+            return typing.cast(type[Any], option)
+    return None
 
 
 def admits_none(kind: Any) -> bool:
@@ -76,7 +96,7 @@ def is_text(kind: Any) -> bool:
     return kind is str or (admits_none(kind) and str in typing.get_args(kind))
 
 
-def _dataclass(cls: type[Any], data: Any, prefix: str, problems: list[Problem]) -> Any:
+def _dataclass(cls: type[Any], data: Any, prefix: str, bounds: Bounds, problems: list[Problem]) -> Any:
     if not isinstance(data, Mapping):
         problems.append(Problem(key=prefix.rstrip(".") or cls.__name__, message=f"expected a section, found {data!r}"))
         return None
@@ -88,23 +108,26 @@ def _dataclass(cls: type[Any], data: Any, prefix: str, problems: list[Problem]) 
     for field in dataclasses.fields(cls):
         key, kind = prefix + field.name, kinds[field.name]
         if field.name in data:
-            values[field.name] = _value(kind, data[field.name], key, problems)
+            values[field.name] = _value(kind, data[field.name], key, bounds, problems)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            problems.append(Problem(key=key, message="missing"))
+            problems.append(Problem(key=key, message="missing", hint=bounds.hints.get(key, "")))
     return None if problems else cls(**values)
 
 
-def _value(kind: Any, data: Any, key: str, problems: list[Problem]) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return _dataclass(typing.cast(type[Any], kind), data, f"{key}.", problems)
+def _value(kind: Any, data: Any, key: str, bounds: Bounds, problems: list[Problem]) -> Any:
+    section = section_type(kind)
+    if section is not None and (data is not None or not admits_none(kind)):
+        return _dataclass(section, data, f"{key}.", bounds, problems)
     try:
-        return from_json(kind, data, where=key)
+        value = from_json(kind, data, where=key)
     except ConfigError as error:
         message = error.what.split(": ", 1)[-1].rstrip(".")
         options = [option for option in _options(kind) if isinstance(option, str)]
-        hint = did_you_mean(str(data), options) if options else ""
-        problems.append(Problem(key=key, message="not a known value: " + repr(data) if hint else message, hint=hint))
+        hint = did_you_mean(str(data), options) if options else bounds.hints.get(key, "")
+        problems.append(Problem(key=key, message="not a known value: " + repr(data) if options else message, hint=hint))
         return None
+    problems.extend(_out_of_bounds(value, key, bounds))
+    return value
 
 
 def _options(kind: Any) -> tuple[Any, ...]:
@@ -115,17 +138,13 @@ def _options(kind: Any) -> tuple[Any, ...]:
     return ()
 
 
-def _below_or_above(
-    value: Any, prefix: str, least: Mapping[str, float], most: Mapping[str, float]
-) -> typing.Iterator[Problem]:
-    for field in dataclasses.fields(value):
-        key, item = prefix + field.name, getattr(value, field.name)
-        if dataclasses.is_dataclass(item):
-            yield from _below_or_above(item, f"{key}.", least, most)
-        elif isinstance(item, int | float) and not isinstance(item, bool):
-            if not math.isfinite(item):
-                yield Problem(key=key, message=f"expected a finite number, found {item!r}")
-            elif key in least and not item >= least[key]:
-                yield Problem(key=key, message=f"expected at least {least[key]:g}, found {item!r}")
-            elif key in most and not item <= most[key]:
-                yield Problem(key=key, message=f"expected at most {most[key]:g}, found {item!r}")
+def _out_of_bounds(value: Any, key: str, bounds: Bounds) -> typing.Iterator[Problem]:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    hint = bounds.hints.get(key, "")
+    if not math.isfinite(value):
+        yield Problem(key=key, message=f"expected a finite number, found {value!r}", hint=hint)
+    elif key in bounds.least and not value >= bounds.least[key]:
+        yield Problem(key=key, message=f"expected at least {bounds.least[key]:g}, found {value!r}", hint=hint)
+    elif key in bounds.most and not value <= bounds.most[key]:
+        yield Problem(key=key, message=f"expected at most {bounds.most[key]:g}, found {value!r}", hint=hint)

@@ -15,7 +15,10 @@ from typing import NamedTuple, cast
 
 from strategies.errors import Violation
 from strategies.plan import GradDtype, ParallelPlan, Recompute
-from strategies.specs import Flavour, Precision
+from strategies.specs import ModelSpec, Precision
+
+MODELLED_ONLY = frozenset({"combination_runs", "combination_probed"})
+"""Names of the verdicts of :func:`runnable`: what they refuse to run can still be planned with."""
 
 
 class Key(NamedTuple):
@@ -116,16 +119,15 @@ def _probed() -> Mapping[Key, Outcome]:
     return MappingProxyType(parse_table(TABLE))
 
 
-def runnable(plan: ParallelPlan, precision: Precision, flavour: Flavour) -> Violation | None:
+def runnable(plan: ParallelPlan, precision: Precision, model: ModelSpec) -> Violation | None:
     """Why a legal plan cannot run yet (it can only be modelled), or None.
 
     Args:
         plan: The plan.
         precision: Arithmetic of forward and backward.
-        flavour: Flavour of the model; both run the same combinations.
+        model: The model; both flavours run the same combinations.
     """
-    del flavour
-    modelled = _modelled_only(plan, precision)
+    modelled = _not_built(model) or _modelled_only(plan, precision)
     if modelled is not None:
         return Violation(rule="combination_runs", message=modelled[0], hint=modelled[1])
     seen = outcome(plan, precision)
@@ -137,6 +139,23 @@ def runnable(plan: ParallelPlan, precision: Precision, flavour: Flavour) -> Viol
         message=f"{plan.describe()} in {precision}, gradients in {plan.grad_dtype}, does not run: {reason}",
         hint="strategy.zero_stage=1 with strategy.grad_dtype=fp32 runs with every tp, pp and dp",
     )
+
+
+def _not_built(model: ModelSpec) -> tuple[str, str] | None:
+    """What our own model code does not have: message and hint. It would silently build another model."""
+    parts = {
+        "mixture of experts": model.moe is not None,
+        "latent attention": model.latent is not None,
+        "a norm after the embedding": model.embed_norm,
+        "a feed-forward block of the other flavour": model.has_gate != (model.flavour == "llama"),
+        "heads of a width of their own": model.head_width * model.heads not in (0, model.hidden),
+        "positions of another flavour or number": model.position_rows
+        not in (None, model.seq * (model.flavour == "gpt3")),
+    }
+    found = [part for part, there in parts.items() if there]
+    if not found:
+        return None
+    return f"the model '{model.name}' has {', '.join(found)}: modelled only", "model=gpt_tiny and model=llama_tiny run"
 
 
 def _modelled_only(plan: ParallelPlan, precision: Precision) -> tuple[str, str] | None:

@@ -21,6 +21,7 @@ class Case:
         batch: The global batch.
         cluster: Where it shall run; None leaves the rules about the cluster out.
         precision: Arithmetic of forward and backward.
+        engine: The plan is for our own engine; False leaves out what only that one refuses.
     """
 
     model: ModelSpec
@@ -28,6 +29,7 @@ class Case:
     batch: BatchSpec
     cluster: ClusterSpec | None
     precision: Precision
+    engine: bool = True
 
 
 Rule = Callable[[Case], Violation | None]
@@ -41,7 +43,8 @@ def divisors(number: int) -> list[int]:
 
 def legal_tp(model: ModelSpec) -> list[int]:
     """Tensor-parallel degrees that cut every tensor of the model evenly, ascending."""
-    return divisors(math.gcd(model.heads, model.kv_heads, model.ffn, model.hidden))
+    experts = () if model.moe is None else (model.moe.ffn, model.moe.shared_ffn)
+    return divisors(math.gcd(model.heads, model.kv_heads, model.ffn, model.hidden, *experts))
 
 
 def nearest(value: int, legal: Iterable[int]) -> tuple[int, ...]:

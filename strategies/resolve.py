@@ -35,6 +35,7 @@ def resolve_plan(
     recompute: Recompute = "none",
     offload: Offload = "none",
     flash: bool = True,
+    sequence_parallel: bool = False,
 ) -> ParallelPlan:
     """Fill in what is None.
 
@@ -73,6 +74,7 @@ def resolve_plan(
         recompute=recompute,
         offload=offload,
         flash=flash,
+        sequence_parallel=sequence_parallel,
     )
 
 

@@ -2,18 +2,22 @@
 
 A rule gets a :class:`~strategies.cases.Case` and returns a :class:`Violation` with the numbers and the nearest legal
 values, or None. Rules never raise, whatever the numbers: a rule whose premise another rule refuses stays silent. Those
-that concern the model alone are in :mod:`strategies.rules_model`. What is legal but cannot run yet (modelled only) is
-the business of :mod:`strategies.capabilities`, whose verdict :func:`check` adds at the end.
+that concern the model alone are in :mod:`strategies.rules_model`, those about sequences, experts and virtual stages in
+:mod:`strategies.rules_split`, those about devices and links in :mod:`strategies.rules_hardware`. What is legal but
+cannot run yet (modelled only) is the business of :mod:`strategies.capabilities`, whose verdict :func:`check` adds at
+the end.
 """
 
 from __future__ import annotations
 
 from strategies import capabilities
-from strategies.cases import Case, Rule, divisors, either, nearest
+from strategies.cases import Case, Rule
 from strategies.errors import PlanInfeasible, Violation
 from strategies.plan import ParallelPlan, accumulation
 from strategies.resolve import largest_plan
+from strategies.rules_hardware import HARDWARE_RULES
 from strategies.rules_model import MODEL_RULES
+from strategies.rules_split import SPLIT_RULES
 from strategies.specs import BatchSpec, ClusterSpec, ModelSpec, Precision
 
 # --- the cluster -----------------------------------------------------------------------------------------------------
@@ -73,12 +77,13 @@ def batch_positive(case: Case) -> Violation | None:
 
 def sequence_within_positions(case: Case) -> Violation | None:
     """Learned positions exist up to the model's sequence length only."""
-    if case.model.flavour != "gpt3" or case.batch.seq <= case.model.seq:
+    rows = case.model.learned_positions
+    if rows <= 0 or case.batch.seq <= rows:
         return None
     return Violation(
         rule="sequence_within_positions",
-        message=f"sequences of {case.batch.seq} tokens, the model has {case.model.seq} learned positions",
-        hint=f"model.seq={case.batch.seq}, or sequences of at most {case.model.seq} tokens",
+        message=f"sequences of {case.batch.seq} tokens, the model has {rows} learned positions",
+        hint=f"model.seq={case.batch.seq}, or sequences of at most {rows} tokens",
     )
 
 
@@ -125,7 +130,7 @@ def zero_stage_known(case: Case) -> Violation | None:
 
 def zero_with_pipeline(case: Case) -> Violation | None:
     """A pipeline keeps whole gradients between micro-batches, so ZeRO-2 and 3 cannot cut them."""
-    if case.plan.pp <= 1 or case.plan.zero_stage not in (2, 3):
+    if case.plan.pp <= 1 or case.plan.zero_stage not in (2, 3) or not case.engine:
         return None
     return Violation(
         rule="zero_with_pipeline",
@@ -137,35 +142,12 @@ def zero_with_pipeline(case: Case) -> Violation | None:
 def sequence_parallel_with_pipeline(case: Case) -> Violation | None:
     """DeepSpeed's pipeline grid has no sequence axis."""
     plan = case.plan
-    if plan.pp <= 1 or max(plan.sp, plan.cp) <= 1:
+    if plan.pp <= 1 or max(plan.sp, plan.cp) <= 1 or not case.engine:
         return None
     return Violation(
         rule="sequence_parallel_with_pipeline",
         message=f"sp {plan.sp}, cp {plan.cp} with pp {plan.pp}: the pipeline grid has no sequence axis",
         hint="strategy.sp=1 strategy.cp=1, or strategy.pp=1",
-    )
-
-
-def heads_divisible_by_sp(case: Case) -> Violation | None:
-    """Ulysses trades sequence shards for heads, so it needs as many of them on every tensor-parallel shard."""
-    heads, tp, sp = case.model.heads, case.plan.tp, case.plan.sp
-    if min(heads, tp, sp) < 1 or sp == 1 or heads % tp or (heads // tp) % sp == 0:
-        return None
-    return Violation(
-        rule="heads_divisible_by_sp",
-        message=f"heads {heads} / tp {tp} = {heads // tp} is not divisible by sp {sp}",
-        hint=f"nearest legal sp: {either(nearest(sp, divisors(heads // tp)))}",
-    )
-
-
-def experts_need_moe(case: Case) -> Violation | None:
-    """Expert parallelism spreads experts, and dense models have none."""
-    if case.plan.ep <= 1:
-        return None
-    return Violation(
-        rule="experts_need_moe",
-        message=f"ep {case.plan.ep}, but the model '{case.model.name}' has no experts",
-        hint="strategy.ep=1",
     )
 
 
@@ -203,7 +185,7 @@ def gradient_dtype_matches(case: Case) -> Violation | None:
 def mixed_precision_needs_zero(case: Case) -> Violation | None:
     """DeepSpeed does not implement fp32 accumulation of low-precision gradients without ZeRO."""
     plan = case.plan
-    if case.precision == "fp32" or plan.zero_stage != 0 or plan.grad_dtype != "fp32":
+    if case.precision == "fp32" or plan.zero_stage != 0 or plan.grad_dtype != "fp32" or not case.engine:
         return None
     return Violation(
         rule="mixed_precision_needs_zero",
@@ -223,11 +205,11 @@ RULES: tuple[Rule, ...] = (
     zero_stage_known,
     zero_with_pipeline,
     sequence_parallel_with_pipeline,
-    heads_divisible_by_sp,
-    experts_need_moe,
+    *SPLIT_RULES,
     schedule_fits,
     gradient_dtype_matches,
     mixed_precision_needs_zero,
+    *HARDWARE_RULES,
 )
 """All of them, in the order in which they are reported."""
 
@@ -240,6 +222,7 @@ def check(
     cluster: ClusterSpec | None,
     precision: Precision,
     modelled: bool = False,
+    engine: bool = True,
 ) -> tuple[Violation, ...]:
     """Every broken rule, none missing and none twice.
 
@@ -250,11 +233,13 @@ def check(
         cluster: Where it shall run; None leaves the rules about the cluster out.
         precision: Arithmetic of forward and backward.
         modelled: Accept what can be modelled but not run.
+        engine: The plan is for our own engine (DeepSpeed); False leaves out what only that one refuses, for runs of
+            other training code.
     """
-    case = Case(model=model, plan=plan, batch=batch, cluster=cluster, precision=precision)
+    case = Case(model=model, plan=plan, batch=batch, cluster=cluster, precision=precision, engine=engine)
     broken = [violation for rule in RULES if (violation := rule(case)) is not None]
     if not modelled:
-        verdict = capabilities.runnable(plan, precision, model.flavour)
+        verdict = capabilities.runnable(plan, precision, model)
         if verdict is not None and (not broken or verdict.rule != "combination_probed"):
             broken.append(verdict)
     return tuple(broken)

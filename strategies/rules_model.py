@@ -11,7 +11,13 @@ from strategies.plan import split_layers
 
 def model_sizes_positive(case: Case) -> Violation | None:
     """Every size of the model is at least 1, the vocabulary at least 2."""
-    sizes = {name: getattr(case.model, name) for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "seq")}
+    model = case.model
+    sizes = {name: getattr(model, name) for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "seq")}
+    if model.moe is not None:
+        sizes |= {f"moe.{name}": getattr(model.moe, name) for name in ("experts", "top_k", "ffn")}
+    if model.latent is not None:
+        names = ("kv_rank", "nope_width", "rope_width", "value_width")
+        sizes |= {f"latent.{name}": getattr(model.latent, name) for name in names}
     wrong = [f"{name} {size}" for name, size in sizes.items() if size < 1]
     if case.model.vocab < 2:
         wrong.append(f"vocab {case.model.vocab}")
@@ -27,7 +33,7 @@ def model_sizes_positive(case: Case) -> Violation | None:
 def hidden_divisible_by_heads(case: Case) -> Violation | None:
     """The heads share the hidden width evenly."""
     hidden, heads = case.model.hidden, case.model.heads
-    if min(hidden, heads) < 1 or hidden % heads == 0:
+    if min(hidden, heads) < 1 or hidden % heads == 0 or case.model.head_width or case.model.latent:
         return None
     return Violation(
         rule="hidden_divisible_by_heads",
@@ -57,16 +63,43 @@ def heads_divisible_by_kv_heads(case: Case) -> Violation | None:
 def rotary_head_width_even(case: Case) -> Violation | None:
     """Rotary positions turn pairs of numbers."""
     model = case.model
-    if model.flavour != "llama" or min(model.hidden, model.heads) < 1 or model.hidden % model.heads:
+    if model.flavour != "llama" or min(model.hidden, model.heads) < 1 or model.latent:
         return None
-    if model.head_dim % 2 == 0:
+    if model.head_dim % 2 == 0 or (not model.head_width and model.hidden % model.heads):
         return None
+    if model.head_width:
+        message = f"head_width {model.head_width} is odd, rotary positions need pairs"
+        hint = f"nearest legal head_width: {model.head_width - 1} or {model.head_width + 1}"
+        return Violation(rule="rotary_head_width_even", message=message, hint=hint)
     even = [heads for heads in divisors(model.hidden) if model.hidden // heads % 2 == 0]
     return Violation(
         rule="rotary_head_width_even",
         message=f"hidden {model.hidden} / heads {model.heads} = {model.head_dim} is odd, rotary positions need pairs",
         hint=f"nearest legal heads: {either(nearest(model.heads, even))}" if even else "choose an even hidden",
     )
+
+
+def experts_consistent(case: Case) -> Violation | None:
+    """A token visits different experts, and the dense blocks are blocks of the model."""
+    moe, layers = case.model.moe, case.model.layers
+    if moe is None or min(moe.experts, moe.top_k, layers) < 1:
+        return None
+    wrong, hints = [], []
+    if moe.top_k > moe.experts:
+        wrong.append(f"top_k {moe.top_k} of {moe.experts} experts")
+        hints.append(f"nearest legal model.moe.top_k: {moe.experts}")
+    if not 0 <= moe.dense_layers < layers:
+        wrong.append(f"dense_layers {moe.dense_layers} of {layers} layers")
+        hints.append(f"nearest legal model.moe.dense_layers: {0 if moe.dense_layers < 0 else layers - 1}")
+    if moe.shared_ffn < 0:
+        wrong.append(f"shared_ffn {moe.shared_ffn}")
+        hints.append("nearest legal model.moe.shared_ffn: 0")
+    if moe.imbalance < 1:
+        wrong.append(f"imbalance {moe.imbalance:g}")
+        hints.append("nearest legal model.moe.imbalance: 1")
+    if not wrong:
+        return None
+    return Violation(rule="experts_consistent", message=f"the model has {', '.join(wrong)}", hint="; ".join(hints))
 
 
 # --- degrees ---------------------------------------------------------------------------------------------------------
@@ -99,7 +132,9 @@ def heads_divisible_by_tp(case: Case) -> Violation | None:
 
 
 def kv_heads_divisible_by_tp(case: Case) -> Violation | None:
-    """Tensor parallelism gives every shard the same number of key/value heads."""
+    """Tensor parallelism gives every shard the same number of key/value heads; other code copies them to more."""
+    if not case.engine and case.model.kv_heads >= 1 and case.plan.tp % case.model.kv_heads == 0:
+        return None
     return _divisible_by_tp(case, "kv_heads")
 
 
@@ -111,6 +146,19 @@ def ffn_divisible_by_tp(case: Case) -> Violation | None:
 def hidden_divisible_by_tp(case: Case) -> Violation | None:
     """Tensor parallelism cuts the attention projections evenly."""
     return _divisible_by_tp(case, "hidden")
+
+
+def experts_divisible_by_tp(case: Case) -> Violation | None:
+    """Tensor parallelism cuts every expert evenly; other code may leave experts whole."""
+    moe, tp = case.model.moe, case.plan.tp
+    if moe is None or tp < 1 or not case.engine or (moe.ffn % tp == 0 and moe.shared_ffn % tp == 0):
+        return None
+    widths = f"{moe.ffn}" + (f" and {moe.shared_ffn}" if moe.shared_ffn else "")
+    return Violation(
+        rule="experts_divisible_by_tp",
+        message=f"experts of inner width {widths} are not divisible by tp {tp}",
+        hint=f"nearest legal tp: {either(nearest(tp, legal_tp(case.model)))}",
+    )
 
 
 def pp_at_most_layers(case: Case) -> Violation | None:
@@ -171,11 +219,13 @@ MODEL_RULES: tuple[Rule, ...] = (
     hidden_divisible_by_heads,
     heads_divisible_by_kv_heads,
     rotary_head_width_even,
+    experts_consistent,
     degrees_positive,
     heads_divisible_by_tp,
     kv_heads_divisible_by_tp,
     ffn_divisible_by_tp,
     hidden_divisible_by_tp,
+    experts_divisible_by_tp,
     pp_at_most_layers,
     stages_match_pp,
     stages_sum_to_layers,

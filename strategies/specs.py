@@ -118,31 +118,116 @@ class ModelSpec:
         return default if self.position_rows is None else self.position_rows
 
     @property
+    def biased(self) -> bool:
+        """Whether linear layers and norms have biases."""
+        return self.flavour == "gpt3"
+
+    @property
+    def norm_parameters(self) -> int:
+        """Number of parameters of one norm over the residual stream."""
+        return self.hidden * (1 + self.biased)
+
+    @property
+    def attention_parameters(self) -> int:
+        """Number of parameters of one block's attention: its projections, biases and inner norms."""
+        if self.latent is not None:
+            return self._latent_parameters(self.latent)
+        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        biases = width + 2 * kv_width + self.hidden if self.biased else 0
+        return 2 * self.hidden * width + 2 * self.hidden * kv_width + biases
+
+    def _latent_parameters(self, latent: LatentAttention) -> int:
+        """Latent attention as in DeepSeek-V2 (arXiv 2405.04434, section 2.1): no biases, a norm on each latent."""
+        queries = self.heads * (latent.nope_width + latent.rope_width)
+        if latent.q_rank:
+            query = self.hidden * latent.q_rank + latent.q_rank + latent.q_rank * queries
+        else:
+            query = self.hidden * queries
+        down = self.hidden * (latent.kv_rank + latent.rope_width) + latent.kv_rank
+        up = latent.kv_rank * self.heads * (latent.nope_width + latent.value_width)
+        return query + down + up + self.heads * latent.value_width * self.hidden
+
+    def ffn_parameters(self, ffn: int) -> int:
+        """Number of parameters of a feed-forward block (or expert) of inner width ``ffn``."""
+        up = 2 if self.has_gate else 1
+        biases = up * ffn + self.hidden if self.biased else 0
+        return (up + 1) * self.hidden * ffn + biases
+
+    @property
+    def dense_layers(self) -> int:
+        """Number of blocks with a dense feed-forward block: the leading ones of a model with experts, else all."""
+        return self.layers if self.moe is None else min(self.layers, self.moe.dense_layers)
+
+    @property
+    def dense_block_parameters(self) -> int:
+        """Number of parameters of one block with a dense feed-forward block."""
+        return self.attention_parameters + self.ffn_parameters(self.ffn) + 2 * self.norm_parameters
+
+    @property
+    def expert_parameters(self) -> int:
+        """Number of parameters of one routed expert; 0 without experts."""
+        return 0 if self.moe is None else self.ffn_parameters(self.moe.ffn)
+
+    @property
+    def router_parameters(self) -> int:
+        """Number of parameters of one block's router; 0 without experts."""
+        return 0 if self.moe is None else self.moe.experts * (self.hidden + self.moe.router_bias)
+
+    @property
+    def shared_expert_parameters(self) -> int:
+        """Number of parameters of one block's shared experts; 0 without them."""
+        if self.moe is None or not self.moe.shared_ffn:
+            return 0
+        return self.ffn_parameters(self.moe.shared_ffn)
+
+    @property
     def block_parameters(self) -> int:
-        """Number of parameters of one transformer block."""
-        kv_width = self.kv_heads * self.head_dim
-        attention = 2 * self.hidden * self.hidden + 2 * self.hidden * kv_width
-        if self.flavour == "llama":
-            return attention + 3 * self.hidden * self.ffn + 2 * self.hidden
-        biases = 2 * self.hidden + 2 * kv_width + self.ffn + self.hidden
-        return attention + 2 * self.hidden * self.ffn + biases + 4 * self.hidden
+        """Number of parameters of one transformer block; of one with experts if the model has them."""
+        if self.moe is None:
+            return self.dense_block_parameters
+        return self._shared_block_parameters + self.moe.experts * self.expert_parameters
+
+    @property
+    def _shared_block_parameters(self) -> int:
+        """Of a block with experts: what every token passes through."""
+        return (
+            self.attention_parameters
+            + 2 * self.norm_parameters
+            + self.router_parameters
+            + self.shared_expert_parameters
+        )
+
+    @property
+    def active_block_parameters(self) -> int:
+        """Number of parameters of one block that a token passes through."""
+        if self.moe is None:
+            return self.dense_block_parameters
+        return self._shared_block_parameters + min(self.moe.top_k, self.moe.experts) * self.expert_parameters
 
     @property
     def embedding_parameters(self) -> int:
-        """Number of parameters before the first block: token embedding, plus learned positions."""
-        positions = self.seq * self.hidden if self.flavour == "gpt3" else 0
-        return self.vocab * self.hidden + positions
+        """Number of parameters before the first block: token embedding, learned positions, norm of the embedding."""
+        norm = self.norm_parameters if self.embed_norm else 0
+        return (self.vocab + self.learned_positions) * self.hidden + norm
 
     @property
     def head_parameters(self) -> int:
         """Number of parameters after the last block: final norm, plus the output projection when it is not tied."""
-        norm = self.hidden * (2 if self.flavour == "gpt3" else 1)
-        return norm + (0 if self.tied else self.vocab * self.hidden)
+        return self.norm_parameters + (0 if self.tied else self.vocab * self.hidden)
 
     @property
     def parameters(self) -> int:
         """Exact number of trained parameters, without vocabulary padding, tied weights counted once."""
-        return self.embedding_parameters + self.layers * self.block_parameters + self.head_parameters
+        return self._total(self.block_parameters)
+
+    @property
+    def active_parameters(self) -> int:
+        """Number of parameters that one token passes through; all of them in a dense model."""
+        return self._total(self.active_block_parameters)
+
+    def _total(self, block: int) -> int:
+        dense = self.dense_layers * self.dense_block_parameters
+        return self.embedding_parameters + dense + (self.layers - self.dense_layers) * block + self.head_parameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

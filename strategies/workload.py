@@ -27,6 +27,8 @@ class Workload:
         cluster: The machine.
         precision: Arithmetic of forward and backward.
         framework: Family of the training code.
+        deepspeed: A ``megatron`` workload has the costs of Megatron-DeepSpeed as published runs of 2021 and 2022 show
+            them (BLOOM-176B): shards that wait for each other, reduction in buckets. False: those of Megatron-LM.
         tokens: Tokens of the whole run; 0 when unknown: then there is no finish date.
     """
 
@@ -35,6 +37,7 @@ class Workload:
     cluster: ClusterSpec
     precision: Precision
     framework: Framework = "megatron"
+    deepspeed: bool = False
     tokens: float = 0.0
 
     @property

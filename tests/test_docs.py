@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ def title(words: list[str]) -> str:
 
 
 def test_every_command_is_tried_here() -> None:
-    known = {"plan", "submit", "status", "logs", "cancel", "resume"}
+    known = {"plan", "submit", "status", "logs", "cancel", "resume", "cluster"}
     assert {words[1] for words in COMMANDS if words[0] == "phalanx"} == known
     assert {words[0] for words in COMMANDS} == {"phalanx", "make"}
 
@@ -43,9 +45,26 @@ def test_make_targets_exist(words: list[str]) -> None:
 
 @pytest.mark.parametrize("words", verbs("plan"), ids=title)
 def test_plan(words: list[str], tmp_path: Path) -> None:
-    done = cli.phalanx(*words[1:], cwd=tmp_path)
-    assert done.code == (3 if ILLEGAL in title(words) else 0), done.err
+    words = [str(ROOT / word) if word.endswith(".csv") else word for word in words[1:]]
+    done = cli.phalanx(*words, cwd=tmp_path)
+    assert done.code == (3 if ILLEGAL in " ".join(words) else 0), done.err
     assert done.out
+
+
+def test_the_library_example_runs(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(code.strip().splitlines()) <= 25
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "days" in done.stdout
 
 
 @pytest.mark.parametrize("words", verbs("submit"), ids=title)

@@ -214,7 +214,7 @@ def phalanx(*words: str, cwd: Path | None = None, **environ: str) -> subprocess.
     ("words", "expected"),
     [
         (["plan", "strategy.t"], {"strategy.tp="}),
-        (["plan", "model=ll"], {"model=llama_tiny", "model=llama2_7b", "model=llama3_8b"}),
+        (["plan", "model=llama2"], {"model=llama2_7b", "model=llama2_13b", "model=llama2_70b"}),
         (["st"], {"status"}),
         (["status", "on"], {"one"}),
         (["resume", "on"], {"one"}),

@@ -72,7 +72,14 @@ def test_all_problems_at_once() -> None:
         ("train.lr=nan", "expected a finite number"),
         ("train.lr=-1", "expected at least 0"),
         ("strategy.tp=2.5", "expected a whole number, found 2.5"),
-        ("strategy.tp=null", "expected a whole number, found None"),
+        ("strategy.tp=0", "expected at least 1, found 0"),
+        ("train.precision=fp12", "Known: bf16, fp16, fp32, fp8"),
+        ("objective=cheap", "Known: cost, goodput, memory, time"),
+        ("planner.framework=megatrn", "Did you mean 'megatron'?"),
+        ("train.tokens=0", "expected at least 1, found 0"),
+        ("model.moe=8", "expected a section, found 8"),
+        ("model.moe={experts: 8, top_k: 0, ffn: 64}", "expected at least 1, found 0"),
+        ("cluster.hardware.inter_latency_s=5", "expected at most 1, found 5"),
         ("train.deterministic=maybe", "expected bool, found 'maybe'"),
         ("train=5", "expected a section, found 5"),
         ("train.lr=${train.nope}", "train.nope"),
@@ -130,7 +137,7 @@ def test_faults_survive_a_shell_that_eats_quotes() -> None:
     ("words", "part"),
     [
         (["data=text"], "data.path: missing"),
-        (["cluster=existing"], "cluster.address: missing"),
+        (["strategy=auto", "job=script", "job.command=x"], "a script brings its own parallelism"),
         (["job=script"], "job.command: missing"),
         (["job=script", "job.command=x", "faults=[rank_kill@rank=0,step=1]"], "not into scripts"),
         (["checkpoint.memory_every=5"], "checkpoints in memory are not there yet"),
@@ -203,12 +210,114 @@ def test_existing_cluster_too_small() -> None:
         build.cluster_spec(free)
 
 
+def test_submit_needs_an_address_and_plan_does_not(tmp_path: Path) -> None:
+    words = ["cluster=existing", "cluster.nodes=3", "cluster.slots_per_node=2"]
+    config = build.settle(compose(words), name="q", cwd=tmp_path)
+    assert build.outline(config).violations == ()
+    with pytest.raises(ConfigError, match=r"cluster\.address: missing; without it .* planned for only"):
+        build.build_request(config, words)
+
+
+def test_sections_that_may_be_left_out_are_reached_by_overrides() -> None:
+    config = compose(["model.moe={experts: 8, top_k: 2, ffn: 256}", "model.moe.experts=16", "~model.latent"])
+    assert config.model.moe is not None
+    assert (config.model.moe.experts, config.model.moe.top_k, config.model.moe.dense_layers) == (16, 2, 0)
+    assert config.model.latent is None
+    config = compose(["cluster=a100_80", "cluster.hardware.inter_bandwidth=12.5e9", "cluster.hardware.restart_s=60"])
+    assert config.cluster.hardware is not None
+    assert config.cluster.hardware.inter_bandwidth == 12.5e9
+    assert compose(["cluster=a100_80", "cluster.hardware=null"]).cluster.hardware is None
+    config = compose([f"model.moe.{size}" for size in ("experts=8", "top_k=2", "ffn=64")])
+    assert config.model.moe is not None
+
+
+def test_a_section_that_is_half_given_says_what_is_missing() -> None:
+    text = problem("model.moe.experts=8")
+    assert "model.moe.top_k: missing" in text
+    assert "model.moe.ffn: missing" in text
+
+
+def test_unknown_keys_of_a_section_get_its_names() -> None:
+    text = problem("cluster.hardware.inter_bandwith=1e9")
+    assert "unknown key 'inter_bandwith' in 'cluster.hardware'" in text
+    assert "Did you mean 'inter_bandwidth'?" in text
+    assert "slots_per_node" not in text
+    assert "Did you mean 'top_k'?" in problem("model.moe.topk=2")
+
+
+def test_a_cluster_file_with_bad_links_names_file_key_and_legal_value(tmp_path: Path) -> None:
+    (tmp_path / "cluster").mkdir()
+    mine = tmp_path / "cluster" / "mine.yaml"
+    text = (conf_dir() / "cluster" / "a100_80.yaml").read_text()
+    lines = [line for line in text.splitlines() if not line.strip().startswith("inter_bandwidth")]
+    text = "\n".join(lines).replace("intra_bandwidth: 300.0e9", "intra_bandwidth: 300")
+    text = text.replace("host_bandwidth: 32.0e9", "host_bandwidth: -1.0").replace("processors: 108", "processors: many")
+    mine.write_text(text.replace("storage_bandwidth: 2.0e9", "storage_bandwidth: 0"))
+    said = problem(f"hydra.searchpath=[{tmp_path}]", "cluster=mine")
+    assert "has 5 problems" in said
+    for part in (
+        f"cluster.hardware.inter_bandwidth: missing ({mine}). Bytes per second in one direction",
+        f"cluster.hardware.intra_bandwidth: expected at least 1e+06, found 300.0 ({mine})",
+        f"cluster.hardware.host_bandwidth: expected at least 1e+06, found -1.0 ({mine})",
+        f"cluster.hardware.storage_bandwidth: expected at least 1e+06, found 0.0 ({mine})",
+        f"cluster.hardware.processors: expected a whole number, found 'many' ({mine})",
+    ):
+        assert part in said
+
+
+def test_values_out_of_bounds_and_of_a_wrong_type_come_together() -> None:
+    text = problem("train.steps=0", "train.clip=x", "strategy.zero_stage=9")
+    assert "has 3 problems" in text
+
+
+def test_what_is_not_asked_is_left_to_the_planner() -> None:
+    assert compose(["strategy.tp=2", "strategy.pp=null"]).strategy.asked()["tp"] == 2
+    assert "pp" not in compose(["strategy.pp=null"]).strategy.asked()
+    assert build.outline(compose(["strategy.pp=null", "strategy.schedule=null"])).plan.pp == 1
+
+
+def test_the_workload_is_what_the_configuration_says() -> None:
+    config = compose(["cluster=h100", "model=llama3_8b", "train.precision=bf16", "planner.framework=mcore"])
+    work = build.workload(config, build.outline(config))
+    assert work is not None
+    assert (work.framework, work.precision, work.cluster.device) == ("mcore", "bf16", "H100-80GB")
+    assert work.tokens == config.train.steps * config.train.global_batch * 8192
+    config = compose(["cluster=h100", "train.tokens=1e12"])
+    work = build.workload(config, build.outline(config))
+    assert work is not None
+    assert work.tokens == 1e12
+    for words in (["cluster.hardware=null"], ["job=script", "job.command=x"]):
+        config = compose(words)
+        assert build.workload(config, build.outline(config)) is None
+
+
+def test_other_training_code_is_judged_by_what_it_can_do(tmp_path: Path) -> None:
+    words = ["strategy.pp=2", "strategy.zero_stage=3", "planner.framework=fsdp"]
+    assert "zero_with_pipeline" in {one.rule for one in build.outline(compose(words[:2])).broken}
+    sketch = build.outline(compose(words))
+    assert sketch.broken == ()
+    assert [one.rule for one in sketch.violations] == ["combination_probed"]
+
+
 def test_every_key_of_the_schema_is_written_in_conf() -> None:
     """So that ``conf/`` shows all that can be set, and a key without a default is never forgotten."""
     composed = (conf_dir() / "config.yaml").read_text()
-    for leaf in leaf_types(Config):
+    optional = ("model.moe.", "model.latent.", "cluster.hardware.")
+    for leaf in (leaf for leaf in leaf_types(Config) if not leaf.startswith(optional)):
         group, _, key = leaf.partition(".")
         files = sorted((conf_dir() / group).glob("*.yaml")) if group in GROUPS and group != "experiment" else []
         texts = [path.read_text() for path in files] or [composed]
         for text in texts:
             assert f"{key or group}:" in text, leaf
+    hardware = [leaf.rpartition(".")[2] for leaf in leaf_types(Config) if leaf.startswith("cluster.hardware.")]
+    for path in (conf_dir() / "cluster").glob("*.yaml"):
+        text = path.read_text()
+        assert "hardware: null" in text or all(f"  {key}: " in text for key in hardware), path
+
+
+def test_a_strategy_that_is_picked_replaces_that_of_the_experiment() -> None:
+    config = compose(["experiment=gpt3_175b", "strategy=auto", "strategy.pp=4"])
+    assert config.strategy.auto
+    assert config.strategy.asked() == {"pp": 4}
+    assert config.cluster.nodes == 128
+    assert compose(["experiment=gpt3_175b"]).strategy.tp == 8

@@ -40,7 +40,8 @@ from tests.support.runs import T0, failed_run, recovered_run
     ],
 )
 def test_plan(name: str, words: list[str]) -> None:
-    config = compose(words)
+    """On machines that nothing is known about; test_render_estimate.py has the others."""
+    config = compose([*words, "cluster.hardware=null"])
     sketch = outline(config)
     assert_golden(name, plan_text(plan_document(config, sketch), sketch.plan, sketch.cluster))
 

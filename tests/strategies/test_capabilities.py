@@ -34,7 +34,7 @@ def test_everything_that_the_issue_asks_for_runs() -> None:
         for pp, zero_stage in [(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1)]:
             for precision in ("fp32", "bf16"):
                 the_plan = plan(precision=precision, tp=tp, pp=pp, dp=dp, zero_stage=zero_stage, recompute=recompute)
-                assert runnable(the_plan, precision, "gpt3") is None, the_plan
+                assert runnable(the_plan, precision, TINY) is None, the_plan
                 found = outcome(the_plan, precision)
                 assert found is not None
                 assert found.engine == ("PipelineEngine" if pp > 1 else "DeepSpeedEngine")

@@ -1,207 +1,244 @@
-"""Counts of parameters and bytes of model state, against published numbers and against arithmetic done another way."""
+"""Memory of ranks: what it is made of, what it must be larger than, and where published accounts say it stands."""
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from strategies.memory import TensorSpec, model_state_bytes, padded, rank_parameters, stage_parameters, stage_tensors
-from strategies.plan import ParallelPlan
-from strategies.specs import BatchSpec, ModelSpec
-from tests.strategies.support import (
-    GPT2,
-    GPT2_XL,
-    LLAMA2_7B,
-    LLAMA2_70B,
-    LLAMA3_8B,
-    LLAMA_TINY,
-    TINY,
-    plan,
-    random_model,
+from strategies.memory import OVERHEADS, Memory, StageMemory
+from strategies.model_state import model_state_bytes
+from strategies.plan import ParallelPlan, Schedule, split_layers
+from strategies.specs import BatchSpec, ClusterSpec, ModelSpec, MoeSpec, Precision
+from strategies.workload import Framework, Workload
+from tests.strategies.support import LLAMA2_7B, LLAMA3_8B, TINY
+from tests.strategies.test_counts import any_model
+
+GIB = 2**30
+A100 = ClusterSpec(
+    name="a100", kind="existing", nodes=16, slots_per_node=8, device="A100-80GB", device_memory_bytes=80 * GIB
 )
 
-PUBLISHED = [
-    (GPT2, 124_439_808),
-    (GPT2_XL, 1_557_611_200),
-    (LLAMA2_7B, 6_738_415_616),
-    (LLAMA2_70B, 68_976_648_192),
-    (LLAMA3_8B, 8_030_261_248),
-]
+
+def memory(model: ModelSpec, precision: Precision = "bf16", framework: Framework = "megatron", **more: Any) -> Memory:
+    """Memory of plans of a model on A100."""
+    batch = BatchSpec(global_batch=2048, seq=model.seq)
+    cluster = more.get("cluster", A100)
+    return Memory(Workload(model=model, batch=batch, cluster=cluster, precision=precision, framework=framework))
 
 
-@pytest.mark.parametrize(("model", "parameters"), PUBLISHED, ids=lambda value: getattr(value, "name", ""))
-def test_published_parameter_counts(model: ModelSpec, parameters: int) -> None:
-    assert model.parameters == parameters
-    assert stage_parameters(model, plan(model=model)) == (parameters,)
+def spread(model: ModelSpec, pp: int = 1, **more: Any) -> ParallelPlan:
+    """A plan with what a test does not care about filled in."""
+    given: dict[str, Any] = {"micro_batch": 1, "grad_accum": 32, "stages": split_layers(model.layers, pp)}
+    return ParallelPlan(pp=pp, **(given | more))
 
 
-@pytest.mark.parametrize("seed", range(100))
-def test_stages_sum_to_the_model_but_for_the_tied_copy(seed: int) -> None:
+def any_case(seed: int) -> tuple[Memory, ParallelPlan]:
+    """A random model on a random framework, and a random plan of it."""
     rng = random.Random(seed)
-    model = random_model(rng)
-    pp = rng.randint(1, model.layers)
-    the_plan = plan(model=model, pp=pp, tp=rng.choice([1, 2, 3]))
-    copy = model.vocab * model.hidden if model.tied and pp > 1 else 0
-    assert sum(stage_parameters(model, the_plan)) == model.parameters + copy
+    model = any_model(rng)
+    framework: Framework = rng.choice(["megatron", "mcore", "fsdp"])
+    precision: Precision = rng.choice(["fp32", "bf16", "fp16"])
+    schedule: Schedule = rng.choice(["1f1b", "interleaved", "dualpipev"])
+    plan = spread(
+        model,
+        pp=rng.randint(1, model.layers),
+        tp=rng.choice([1, 2, 3]),
+        dp=rng.choice([1, 2, 4, 6]),
+        cp=rng.choice([1, 1, 2]),
+        sp=rng.choice([1, 1, 2]),
+        ep=rng.choice([1, 2, 4]),
+        zero_stage=rng.randint(0, 3),
+        schedule=schedule,
+        vpp=2 if schedule == "interleaved" else 1,
+        micro_batch=rng.choice([1, 2, 4]),
+        grad_accum=rng.choice([1, 4, 16]),
+        grad_dtype=rng.choice(["fp32", precision]),
+        recompute=rng.choice(["none", "selective", "full"]),
+        offload=rng.choice(["none", "none", "optimizer", "optimizer+params"]),
+        flash=rng.random() < 0.5,
+        sequence_parallel=rng.random() < 0.5,
+    )
+    return memory(model, precision, framework), plan
 
 
-@pytest.mark.parametrize("seed", range(100))
-def test_shards_sum_to_the_model_plus_replicas_and_padding(seed: int) -> None:
-    rng = random.Random(seed)
-    model = random_model(rng)
-    tp = rng.choice([1, 2, 3, 4])
-    model = replace(model, heads=4 * tp, kv_heads=2 * tp, hidden=24 * tp, ffn=12 * tp)
-    the_plan = plan(model=model, tp=tp, pp=rng.randint(1, model.layers))
-    for stage, local in enumerate(rank_parameters(model, the_plan)):
-        tensors = list(stage_tensors(model, the_plan, stage))
-        replicated = sum(tensor.numel for tensor in tensors if tensor.sharded is None)
-        vocabularies = sum(
-            1
-            for tensor in tensors
-            if tensor.shape[0] == model.vocab and tensor.sharded == 0 and "blocks" not in tensor.name
-        )
-        padding = vocabularies * (padded(model.vocab, tp) - model.vocab) * model.hidden
-        assert tp * local == stage_parameters(model, the_plan)[stage] + (tp - 1) * replicated + padding
+@pytest.mark.parametrize("seed", range(200))
+def test_the_peak_is_that_of_the_stage_that_needs_most(seed: int) -> None:
+    """Looking at one stage of each kind misses nothing."""
+    of, plan = any_case(seed)
+    stages = [of.stage(plan, stage) for stage in range(plan.pp)]
+    assert of.peak(plan) == max(sum(stage) for stage in stages)
+    assert all(kind >= 0 for stage in stages for kind in stage)
 
 
-def test_what_tensor_parallelism_cuts() -> None:
-    tensors = {tensor.name: tensor for tensor in stage_tensors(TINY, plan(), 0)}
-    cut = {name.removeprefix("blocks.0."): t.sharded for name, t in tensors.items() if name.startswith("blocks.0.")}
-    assert cut == {
-        "attn_norm.weight": None,
-        "attn_norm.bias": None,
-        "attn.q.weight": 0,
-        "attn.q.bias": 0,
-        "attn.k.weight": 0,
-        "attn.k.bias": 0,
-        "attn.v.weight": 0,
-        "attn.v.bias": 0,
-        "attn.o.weight": 1,
-        "attn.o.bias": None,
-        "ffn_norm.weight": None,
-        "ffn_norm.bias": None,
-        "ffn.up.weight": 0,
-        "ffn.up.bias": 0,
-        "ffn.down.weight": 1,
-        "ffn.down.bias": None,
-    }
-    assert tensors["embed.tokens.weight"].sharded == 0
-    assert tensors["embed.positions.weight"].sharded is None
-
-
-def test_names_are_unique_in_the_model_and_only_the_tied_copy_is_a_copy() -> None:
-    for model in (TINY, LLAMA_TINY):
-        the_plan = plan(model=model, pp=2)
-        tensors = [tensor for stage in range(2) for tensor in stage_tensors(model, the_plan, stage)]
-        names = [tensor.name for tensor in tensors if not tensor.copy]
-        assert len(set(names)) == len(names)
-        assert [t.name for t in tensors if t.copy] == (["embed.tokens.weight"] if model.tied else [])
-
-
-def test_the_vocabulary_is_padded_to_a_multiple_of_tp() -> None:
-    embedding = TensorSpec(name="e", shape=(259, 64), sharded=0)
-    assert [embedding.local_numel(tp) for tp in (1, 2, 4)] == [259 * 64, 130 * 64, 65 * 64]
-    assert [padded(259, tp) for tp in (1, 2, 4, 7)] == [259, 260, 260, 259]
-
-
-BATCH = BatchSpec(global_batch=16, seq=32)
-N = TINY.parameters  # even, so that flat buffers need no padding at dp 1
-
-
-@pytest.mark.parametrize(
-    ("precision", "degrees", "weights", "gradients", "optimizer"),
-    [
-        ("fp32", {"zero_stage": 0}, 4 * N, 4 * N, 8 * N),
-        ("fp32", {"zero_stage": 1}, 4 * N, 4 * N, 12 * N),
-        ("fp32", {"zero_stage": 2}, 4 * N, 4 * N, 12 * N),
-        ("bf16", {"zero_stage": 0}, 2 * N, 2 * N, 12 * N),
-        ("bf16", {"zero_stage": 1}, 2 * N, 4 * N, 12 * N),
-        ("bf16", {"zero_stage": 1, "grad_dtype": "bf16"}, 2 * N, 2 * N, 12 * N),
-        ("bf16", {"zero_stage": 2}, 2 * N, 4 * N, 12 * N),
-        ("fp16", {"zero_stage": 1}, 2 * N, 4 * N, 12 * N),
-        ("fp32", {"zero_stage": 0, "dp": 2}, 4 * N, 4 * N, 8 * N),
-        ("fp32", {"zero_stage": 1, "dp": 2}, 4 * N, 4 * N, 6 * N),
-        ("fp32", {"zero_stage": 2, "dp": 2}, 4 * N, 2 * N, 6 * N),
-        ("bf16", {"zero_stage": 1, "dp": 2}, 2 * N, 4 * N, 6 * N),
-        ("bf16", {"zero_stage": 2, "dp": 2}, 2 * N, 2 * N, 6 * N),
-    ],
-)
-def test_bytes_per_kind_on_one_stage(
-    precision: Any, degrees: dict[str, Any], weights: int, gradients: int, optimizer: int
-) -> None:
-    assert N % 4 == 0
-    (found,) = model_state_bytes(TINY, plan(precision=precision, **degrees), precision)
-    assert found == {
-        "weights": weights,
-        "gradients": gradients,
-        "optimizer": optimizer,
-        "total": weights + gradients + optimizer,
-    }
-
-
-def test_flat_buffers_are_padded_to_two_elements_per_replica() -> None:
-    the_plan = plan(dp=7, zero_stage=1)
-    (found,) = model_state_bytes(TINY, the_plan, "fp32")
-    flat = padded(N, 14)
-    assert flat > N
-    assert (found["weights"], found["optimizer"]) == (4 * flat, 12 * flat // 7)
-
-
-def test_zero_3_cuts_tensor_by_tensor_and_keeps_small_ones_whole() -> None:
-    model = replace(GPT2, layers=1, vocab=1000, seq=8)
-    the_plan = plan(model=model, batch=BATCH, dp=3, zero_stage=3)
-    sizes = [tensor.numel for tensor in stage_tensors(model, the_plan, 0)]
-    share = sum(-(-size // 3) for size in sizes)
-    small = sum(padded(size, 3) for size in sizes if size <= 100_000)
-    assert 0 < small < sum(sizes)
-    (found,) = model_state_bytes(model, the_plan, "fp32")
-    assert (found["weights"], found["gradients"]) == (4 * (share + small), 4 * share)
-    assert found["optimizer"] == 12 * share
-
-
-def test_a_pipeline_in_bf16_without_zero_still_cuts_the_optimizer() -> None:
-    the_plan = plan(precision="bf16", pp=2, dp=2, zero_stage=0)
-    (alone,) = {stage["optimizer"] for stage in model_state_bytes(TINY, replace(the_plan, zero_stage=1), "bf16")[:1]}
-    assert model_state_bytes(TINY, the_plan, "bf16")[0]["optimizer"] == alone
-
-
-def test_every_stage_is_counted_by_itself() -> None:
-    the_plan = plan(model=LLAMA_TINY, pp=3, tp=2)
-    found = model_state_bytes(LLAMA_TINY, the_plan, "fp32")
-    assert [stage["weights"] for stage in found] == [
-        4 * padded(count, 2) for count in rank_parameters(LLAMA_TINY, the_plan)
+@pytest.mark.parametrize("seed", range(200))
+def test_the_floor_is_below_the_peak(seed: int) -> None:
+    of, plan = any_case(seed)
+    ranks = plan.dp * plan.sp * plan.cp
+    common: dict[str, Any] = {"tp": plan.tp, "pp": plan.pp, "replicas": ranks, "ep": plan.ep}
+    floors = [
+        of.floor(**common, zero_stage=plan.zero_stage, grad_dtype=plan.grad_dtype, offload=plan.offload),
+        of.floor(**common, zero_stage=plan.zero_stage, offload=plan.offload),
+        of.floor(**common, offload="optimizer+params"),
     ]
-    assert len({stage["total"] for stage in found}) > 1
+    assert floors == sorted(floors, reverse=True)
+    assert floors[-1] > 0
+    assert floors[0] <= of.peak(plan)
 
 
-def test_sizes_of_illegal_plans_are_numbers_too() -> None:
-    """A plan is shown with its sizes even when it breaks rules."""
-    rng = random.Random(0)
-
-    def number() -> int:
-        return rng.choice([1, 2, 3, 5, 8, 16])
-
-    for _ in range(500):
-        sizes: dict[str, Any] = {
-            name: number() for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq")
-        }
-        model = ModelSpec(name="random", flavour=rng.choice(["gpt3", "llama"]), **sizes)
-        stages = rng.choice([None, (1,), (1, 2, 3)])
-        the_plan = plan(model=model, tp=number(), pp=number(), dp=number(), stages=stages, zero_stage=rng.randint(0, 4))
-        found = model_state_bytes(model, the_plan, "bf16")
-        assert len(found) == len(stage_parameters(model, the_plan)) == len(the_plan.stages)
-        assert all(stage["total"] >= 0 for stage in found)
+@pytest.mark.parametrize("seed", range(50))
+def test_the_floor_never_grows_with_more_ranks(seed: int) -> None:
+    of, plan = any_case(seed)
+    common: dict[str, Any] = {"tp": plan.tp, "zero_stage": plan.zero_stage}
+    for low, high in ((1, 2), (2, 6), (6, 12)):
+        assert of.floor(pp=high, replicas=4, **common) <= of.floor(pp=low, replicas=4, **common)
+        assert of.floor(pp=2, replicas=high, **common) <= of.floor(pp=2, replicas=low, **common)
 
 
-def _mixed(tp: int, dp: int) -> ParallelPlan:
-    return plan(model=LLAMA2_7B, precision="bf16", tp=tp, dp=dp)
+@pytest.mark.parametrize("seed", range(50))
+def test_model_state_is_what_the_table_says(seed: int) -> None:
+    of, plan = any_case(seed)
+    plan = replace(plan, offload="none")
+    state = model_state_bytes(of.work.model, plan, of.work.precision, of.work.framework)
+    for stage in range(plan.pp):
+        found = of.stage(plan, stage)
+        assert found[:3] == (state[stage]["weights"], state[stage]["gradients"], state[stage]["optimizer"])
 
 
-def test_seven_billion_parameters_in_mixed_precision() -> None:
-    (found,) = model_state_bytes(LLAMA2_7B, _mixed(1, 8), "bf16")
-    assert found["total"] == 6_738_415_616 * (2 + 4) + 6_738_415_616 * 12 // 8
-    (half,) = model_state_bytes(LLAMA2_7B, _mixed(2, 8), "bf16")
-    assert 0.5 < half["total"] / found["total"] < 0.501
+@pytest.mark.parametrize("seed", range(100))
+def test_every_kind_explains_itself(seed: int) -> None:
+    of, plan = any_case(seed)
+    stage = seed % plan.pp
+    terms = of.explain(plan, stage)
+    assert tuple(term.kind for term in terms) == StageMemory._fields
+    assert tuple(term.value for term in terms) == tuple(of.stage(plan, stage))
+    assert all(term.unit == "bytes" and term.formula and term.numbers for term in terms)
+
+
+def test_the_arithmetic_in_words_and_numbers() -> None:
+    of = memory(LLAMA2_7B)
+    plan = spread(LLAMA2_7B, pp=2, dp=4, zero_stage=1, recompute="full")
+    lines = {term.kind: (term.formula, term.numbers) for term in of.explain(plan, 0)}
+    assert lines["weights"] == (
+        "parameters of the rank x bytes of a weight, whole on every replica",
+        "3,369,205,760 x 2",
+    )
+    assert lines["optimizer"] == (
+        "parameters of the rank x bytes of moments and master copy, cut over 4 replicas",
+        "3,369,205,760 x 3",
+    )
+    assert lines["activations"][1].startswith("2 x (16 x 0.0312 GiB + 0.0313 GiB) + ")
+
+
+def test_recomputation_flash_and_sequence_parallelism_save_memory() -> None:
+    model = replace(LLAMA3_8B, seq=4096)
+    of = memory(model)
+    common: dict[str, Any] = {"tp": 8, "pp": 4, "dp": 4, "zero_stage": 1}
+    eager, fused, parallel, full = (
+        of.peak(spread(model, **common, **choice))
+        for choice in (
+            {"flash": False},
+            {"flash": True},
+            {"flash": True, "sequence_parallel": True},
+            {"flash": True, "sequence_parallel": True, "recompute": "full"},
+        )
+    )
+    assert full < parallel < fused < eager
+
+
+def test_the_first_stage_holds_most_micro_batches_and_the_last_one_the_logits() -> None:
+    of = memory(LLAMA3_8B)
+    plan = spread(LLAMA3_8B, pp=8, dp=2, zero_stage=1)
+    first, last = of.stage(plan, 0), of.stage(plan, 7)
+    assert first.activations > 5 * last.activations
+    assert first.logits == 0 < last.logits
+    # Llama-3's vocabulary, not its layers, decides when micro-batches are not many
+    flat = replace(plan, grad_accum=1, micro_batch=4, recompute="full")
+    assert of.peak(flat) == sum(of.stage(flat, 7))
+
+
+def test_uneven_stages_are_told_apart() -> None:
+    of = memory(LLAMA2_7B)
+    plan = spread(LLAMA2_7B, pp=4, stages=(8, 7, 10, 7), dp=2, zero_stage=1, grad_accum=1)
+    assert of.kinds(plan) == (0, 1, 2, 3)
+    assert of.stage(plan, 2).weights > of.stage(plan, 1).weights
+    assert of.kinds(spread(LLAMA2_7B, pp=16)) == (0, 1, 15)
+
+
+def test_offloading_leaves_the_device() -> None:
+    of = memory(LLAMA2_7B)
+    plan = spread(LLAMA2_7B, dp=8, zero_stage=3)
+    kept, optimizer, both = (
+        of.stage(replace(plan, offload=offload), 0) for offload in ("none", "optimizer", "optimizer+params")
+    )
+    assert (kept.optimizer > 0, optimizer.optimizer, both.optimizer) == (True, 0, 0)
+    assert (optimizer.weights, both.weights) == (kept.weights, 0)
+    assert both.gathered == kept.gathered > 0
+
+
+def test_zero_3_gathers_less_than_everything_unless_it_pipelines() -> None:
+    model = LLAMA2_7B
+    of = memory(model, framework="fsdp")
+    alone = of.stage(spread(model, dp=8, zero_stage=3), 0)
+    assert alone.gathered < model.parameters
+    piped = of.stage(spread(model, pp=2, dp=8, zero_stage=3), 0)
+    assert piped.gathered > 6 * model.parameters / 2 * 0.99
+
+
+def test_a_cpu_has_no_context_and_no_known_limit() -> None:
+    cpu = ClusterSpec(name="here", kind="process", nodes=1, slots_per_node=4)
+    of = memory(TINY, precision="fp32", cluster=cpu)
+    found = of.stage(spread(TINY), 0)
+    assert (found.context, found.fragmentation) == (0, 0)
+    assert of.budget() == math.inf
+    assert memory(TINY).budget() == 80 * GIB
+    assert memory(TINY).stage(spread(TINY), 0).context == OVERHEADS["megatron"].context
+
+
+GPT4 = ModelSpec(
+    name="gpt4",
+    layers=120,
+    hidden=10752,
+    heads=84,
+    kv_heads=84,
+    ffn=43008,
+    vocab=100256,
+    seq=8192,
+    moe=MoeSpec(experts=16, top_k=2, ffn=43008),
+)
+
+
+@pytest.mark.parametrize("framework", ["megatron", "mcore"])
+def test_gpt4_fits_with_expert_parallelism_only(framework: Framework) -> None:
+    """About 1.8 T parameters on 24,960 A100: 91 GB a rank in weights, fp32 gradients and optimizer without EP."""
+    of = memory(GPT4, framework=framework)
+    plan = spread(GPT4, tp=8, pp=15, dp=208, zero_stage=1, recompute="full", grad_accum=35)
+    middle = of.stage(plan, 7)
+    assert sum(middle[:3]) == pytest.approx(91e9, rel=0.03)
+    assert of.peak(plan) > of.budget()
+    assert of.peak(replace(plan, ep=16)) < of.budget()
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_larger_and_more_micro_batches_never_take_less(seed: int) -> None:
+    """What searching relies on to leave out plans that need more than one that is too large already."""
+    of, plan = any_case(seed)
+    assert of.peak(plan) <= of.peak(replace(plan, micro_batch=2 * plan.micro_batch))
+    assert of.peak(plan) <= of.peak(replace(plan, grad_accum=2 * plan.grad_accum))
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_more_replicas_never_take_more_but_for_padding(seed: int) -> None:
+    """Of plans that DeepSpeed has: without ZeRO, 16-bit training accumulates in 16 bit."""
+    of, plan = any_case(seed)
+    narrow = of.work.precision
+    if plan.zero_stage == 0 and narrow != "fp8":
+        plan = replace(plan, grad_dtype=narrow)
+    most = replace(plan, dp=2 * plan.dp, ep=plan.ep if plan.ep <= plan.dp * plan.sp * plan.cp else 1)
+    few = replace(plan, ep=most.ep)
+    ranks = most.dp * most.sp * most.cp
+    padding = 4.0 * 30 * (max(plan.stages) + 2) * ranks + 1000 * plan.pp
+    assert of.peak(most) <= of.peak(few) + 6 * padding

@@ -50,6 +50,11 @@ def test_what_is_given_is_kept() -> None:
         "micro_batch": 2,
         "grad_accum": 99,
         "recompute": "full",
+        "schedule": "interleaved",
+        "vpp": 3,
+        "flash": False,
+        "sequence_parallel": True,
+        "ep": 2,
     }
     found = resolve_plan(TINY, BATCH, FOUR_BY_TWO, "fp32", **given)
     assert {name: getattr(found, name) for name in given} == given

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from strategies.capabilities import runnable
+from strategies.capabilities import MODELLED_ONLY, runnable
 from strategies.cases import Case, divisors, legal_tp, nearest
 from strategies.errors import PlanInfeasible, Violation
+from strategies.hardware import Hardware
 from strategies.plan import ParallelPlan
 from strategies.rules import RULES, check, require
-from strategies.specs import BatchSpec, ClusterSpec, ModelSpec
+from strategies.specs import BatchSpec, ClusterSpec, LatentAttention, ModelSpec, MoeSpec
 from tests.strategies.support import BATCH, FOUR_BY_TWO, LLAMA_TINY, TINY, plan, random_model
 
 
@@ -25,8 +26,17 @@ def _check(
     precision: Any = "fp32",
     *,
     modelled: bool = False,
+    engine: bool = True,
 ) -> tuple[Violation, ...]:
-    return check(model=model, plan=the_plan, batch=batch, cluster=cluster, precision=precision, modelled=modelled)
+    return check(
+        model=model,
+        plan=the_plan,
+        batch=batch,
+        cluster=cluster,
+        precision=precision,
+        modelled=modelled,
+        engine=engine,
+    )
 
 
 def _only(found: tuple[Violation, ...]) -> Violation:
@@ -256,6 +266,195 @@ def test_mixed_precision_with_fp32_accumulation_needs_zero() -> None:
     assert _check(plan(precision="bf16", zero_stage=0), precision="bf16") == ()
 
 
+# --- experts, sequences, virtual stages, hardware ---------------------------------------------------------------------
+
+MOE = replace(TINY, name="moe", moe=MoeSpec(experts=12, top_k=2, ffn=96))
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "hint"),
+    [
+        ({"top_k": 13}, "top_k 13 of 12 experts", "nearest legal model.moe.top_k: 12"),
+        ({"dense_layers": 4}, "dense_layers 4 of 4 layers", "nearest legal model.moe.dense_layers: 3"),
+        ({"shared_ffn": -1}, "shared_ffn -1", "model.moe.shared_ffn: 0"),
+        ({"imbalance": 0.5}, "imbalance 0.5", "model.moe.imbalance: 1"),
+    ],
+)
+def test_experts_that_do_not_add_up(change: dict[str, Any], message: str, hint: str) -> None:
+    assert MOE.moe is not None
+    model = replace(MOE, moe=replace(MOE.moe, **change))
+    violation = _only(_check(plan(model=model), model=model, modelled=True))
+    assert violation.rule == "experts_consistent"
+    assert message in violation.message
+    assert hint in violation.hint
+
+
+def test_experts_are_spread_evenly_over_replicas() -> None:
+    assert _check(plan(model=MOE, dp=4, ep=4), model=MOE, modelled=True) == ()
+    violation = _only(_check(plan(model=MOE, dp=5, ep=5), model=MOE, modelled=True))
+    assert violation.rule == "experts_divisible_by_ep"
+    assert violation.hint == "nearest legal ep: 4 or 6"
+    violation = _only(_check(plan(model=MOE, dp=4, ep=3), model=MOE, modelled=True))
+    assert violation.rule == "ep_divides_replicas"
+    assert violation.message == "ep 3 does not divide dp 4"
+    assert violation.hint == "nearest legal ep: 2 or 4"
+    assert _check(plan(model=MOE, dp=2, cp=2, ep=4), model=MOE, modelled=True) == ()
+
+
+def test_other_code_spreads_experts_over_tensor_parallel_ranks_too() -> None:
+    the_plan = plan(model=MOE, tp=2, dp=2, ep=4)
+    assert _only(_check(the_plan, model=MOE, modelled=True)).rule == "ep_divides_replicas"
+    assert _check(the_plan, model=MOE, modelled=True, engine=False) == ()
+
+
+def test_tensor_parallelism_cuts_experts() -> None:
+    assert MOE.moe is not None
+    model = replace(MOE, moe=replace(MOE.moe, ffn=90))
+    violation = _only(_check(plan(model=model, tp=4), model=model, modelled=True))
+    assert violation.rule == "experts_divisible_by_tp"
+    assert violation.hint == "nearest legal tp: 2"
+    assert legal_tp(model) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"moe": MOE.moe}, "mixture of experts"),
+        (
+            {"latent": LatentAttention(q_rank=8, kv_rank=8, nope_width=8, rope_width=4, value_width=8)},
+            "latent attention",
+        ),
+        ({"embed_norm": True}, "a norm after the embedding"),
+        ({"gated": True}, "a feed-forward block of the other flavour"),
+        ({"head_width": 32}, "heads of a width of their own"),
+        ({"position_rows": 0}, "positions of another flavour or number"),
+    ],
+)
+def test_a_model_that_our_code_would_build_otherwise_is_modelled_only(change: dict[str, Any], part: str) -> None:
+    model = replace(TINY, **change)
+    violation = _only(_check(plan(model=model), model=model))
+    assert violation.rule == "combination_runs"
+    assert part in violation.message
+    assert "modelled only" in violation.message
+    assert _check(plan(model=model), model=model, modelled=True) == ()
+    same = replace(TINY, gated=False, head_width=16, position_rows=32)
+    assert _check(plan(model=same), model=same) == ()
+
+
+def test_heads_of_their_own_width_need_not_share_the_hidden_width() -> None:
+    model = replace(LLAMA_TINY, hidden=50, head_width=8)
+    assert _check(plan(model=model), model=model, modelled=True) == ()
+    odd = replace(model, head_width=7)
+    assert _only(_check(plan(model=odd), model=odd, modelled=True)).hint == "nearest legal head_width: 6 or 8"
+
+
+def test_the_sequence_is_cut_evenly() -> None:
+    batch = BatchSpec(global_batch=16, seq=24)
+    violation = _only(_check(plan(batch=batch, cp=8), batch=batch, modelled=True))
+    assert violation.rule == "sequence_divisible"
+    assert violation.message == "sequences of 24 tokens are not divisible by sp 1 x 2 x cp 8 = 16"
+    assert violation.hint == "nearest legal cp: 6 or 12"
+    batch = BatchSpec(global_batch=16, seq=30)
+    violation = _only(_check(plan(batch=batch, sp=4), batch=batch, modelled=True))
+    assert violation.hint == "nearest legal sp: 3 or 5"
+
+
+def test_sequence_parallelism_needs_tensor_parallelism() -> None:
+    violation = _only(_check(plan(sequence_parallel=True), modelled=True))
+    assert violation.rule == "sequence_parallel_fits"
+    assert "strategy.tp of 2 or more" in violation.hint
+    assert _check(plan(tp=2, sequence_parallel=True), modelled=True) == ()
+    batch = BatchSpec(global_batch=16, seq=30)
+    violation = _only(_check(plan(batch=batch, tp=4, sequence_parallel=True), batch=batch, modelled=True))
+    assert violation.message == "sequence_parallel: 30 tokens of a sequence per rank are not divisible by tp 4"
+    assert violation.hint == "strategy.sequence_parallel=false; or nearest legal tp: 3 or 5"
+
+
+def test_virtual_stages_cut_every_stage_evenly() -> None:
+    def broken(stages: tuple[int, ...], vpp: int, *, engine: bool = True) -> list[str]:
+        model = replace(TINY, layers=sum(stages))
+        the_plan = plan(model=model, pp=len(stages), stages=stages, vpp=vpp, schedule="interleaved")
+        return [v.rule for v in _check(the_plan, model=model, modelled=True, engine=engine)]
+
+    assert broken((4, 4), 2) == broken((4, 4), 4) == []
+    assert broken((4, 4), 3) == ["virtual_stages_divide_blocks"]
+    assert broken((7, 8, 8, 7), 8) == []  # embedding and head count as blocks
+    assert broken((8, 7, 7, 8), 8) == ["virtual_stages_divide_blocks"]
+    assert broken((5, 5), 2, engine=False) == []
+    assert broken((1, 2), 2, engine=False) == []
+    model = replace(TINY, layers=12)
+    violation = _only(_check(plan(model=model, pp=2, vpp=4, schedule="interleaved"), model=model, modelled=True))
+    assert violation.message == "stage 0 has 6 blocks, not divisible into vpp 4 virtual stages"
+    assert violation.hint == "nearest legal vpp: 3 or 6"
+
+
+def test_interleaving_works_in_whole_rounds() -> None:
+    batch = BatchSpec(global_batch=12, seq=32)
+    model = replace(TINY, layers=16)
+    the_plan = plan(model=model, batch=batch, pp=8, vpp=2, schedule="interleaved")
+    violation = _only(_check(the_plan, model=model, batch=batch, modelled=True))
+    assert violation.rule == "interleaving_in_rounds"
+    assert violation.message == "grad_accum 12 is not divisible by pp 8, as the interleaved schedule needs"
+    assert violation.hint.startswith("nearest legal train.global_batch: 8 or 16")
+
+
+V100 = Hardware(
+    flops_fp32=15e12,
+    flops_16=125e12,
+    bf16=False,
+    processors=80,
+    memory_bandwidth=9e11,
+    intra_bandwidth=150e9,
+    intra_latency_s=2e-6,
+    inter_bandwidth=12e9,
+    inter_latency_s=5e-6,
+)
+
+
+def test_devices_without_the_arithmetic() -> None:
+    cluster = replace(FOUR_BY_TWO, device="V100-16GB", hardware=V100)
+    violation = _only(_check(plan(precision="bf16"), cluster=cluster, precision="bf16", modelled=True))
+    assert (violation.rule, violation.message) == ("precision_supported", "devices of kind V100-16GB have no bf16")
+    assert violation.hint == "train.precision=fp16, or fp32"
+    for precision in ("fp16", "fp32"):
+        assert _check(plan(precision=precision), cluster=cluster, precision=precision, modelled=True) == ()
+    newer = replace(cluster, hardware=replace(V100, bf16=True))
+    violation = _only(_check(plan(precision="fp8"), cluster=newer, precision="fp8", modelled=True))
+    assert violation.hint == "train.precision=bf16, or fp32"
+    newest = replace(cluster, hardware=replace(V100, bf16=True, flops_fp8=1e15))
+    assert _check(plan(precision="fp8"), cluster=newest, precision="fp8", modelled=True) == ()
+
+
+def test_links_without_speed_are_all_named() -> None:
+    bad = replace(V100, inter_bandwidth=0.0, intra_bandwidth=-3.0, restart_s=-1.0)
+    violation = _only(_check(plan(), cluster=replace(FOUR_BY_TWO, hardware=bad)))
+    assert violation.rule == "hardware_has_speeds"
+    assert violation.message == "the hardware has intra_bandwidth -3, inter_bandwidth 0, restart_s -1"
+    for hint in ("cluster.hardware.inter_bandwidth more than 0", "cluster.hardware.restart_s=0 or more"):
+        assert hint in violation.hint
+
+
+@pytest.mark.parametrize(
+    ("degrees", "precision", "rule"),
+    [
+        ({"pp": 2, "zero_stage": 3}, "fp32", "zero_with_pipeline"),
+        ({"pp": 2, "cp": 2}, "fp32", "sequence_parallel_with_pipeline"),
+        ({"zero_stage": 0, "grad_dtype": "fp32"}, "bf16", "mixed_precision_needs_zero"),
+    ],
+)
+def test_what_only_our_engine_refuses(degrees: dict[str, Any], precision: Any, rule: str) -> None:
+    the_plan = plan(precision=precision, **degrees)
+    assert _only(_check(the_plan, precision=precision, modelled=True)).rule == rule
+    assert _check(the_plan, precision=precision, modelled=True, engine=False) == ()
+    assert _only(_check(the_plan, precision=precision, engine=False)).rule in MODELLED_ONLY
+
+
+def test_other_code_copies_key_value_heads() -> None:
+    model = replace(TINY, heads=8, kv_heads=2, hidden=64)
+    assert _only(_check(plan(model=model, tp=4), model=model, modelled=True)).rule == "kv_heads_divisible_by_tp"
+    assert _check(plan(model=model, tp=4), model=model, modelled=True, engine=False) == ()
+
+
 @pytest.mark.parametrize(
     ("degrees", "word"),
     [
@@ -278,7 +477,7 @@ def test_fp16_is_modelled_only() -> None:
 
 
 def test_a_combination_outside_of_the_table_is_not_runnable() -> None:
-    violation = runnable(plan(zero_stage=7), "fp32", "gpt3")
+    violation = runnable(plan(zero_stage=7), "fp32", TINY)
     assert violation is not None
     assert violation.rule == "combination_probed"
 
@@ -317,7 +516,7 @@ def test_rules_have_unique_names_and_docstrings() -> None:
     assert all(rule.__doc__ for rule in RULES)
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", range(400))
 def test_rules_never_raise_and_name_themselves(seed: int) -> None:
     rng = random.Random(seed)
 
@@ -327,9 +526,19 @@ def test_rules_never_raise_and_name_themselves(seed: int) -> None:
     sizes: dict[str, Any] = {
         name: number() for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq")
     }
-    model = ModelSpec(name="random", flavour=rng.choice(["gpt3", "llama"]), **sizes)
+    moe = MoeSpec(experts=number(), top_k=number(), ffn=number(), dense_layers=number(), shared_ffn=number())
+    latent = LatentAttention(q_rank=0, kv_rank=number(), nope_width=number(), rope_width=number(), value_width=1)
+    model = ModelSpec(
+        name="random",
+        flavour=rng.choice(["gpt3", "llama"]),
+        **sizes,
+        head_width=rng.choice([0, 0, 3, 8]),
+        moe=rng.choice([None, moe]),
+        latent=rng.choice([None, None, latent]),
+    )
     batch = BatchSpec(global_batch=number(), seq=number())
-    cluster = replace(FOUR_BY_TWO, nodes=number(), slots_per_node=number(), spares=number())
+    hardware = rng.choice([None, replace(V100, inter_bandwidth=float(number()))])
+    cluster = replace(FOUR_BY_TWO, nodes=number(), slots_per_node=number(), spares=number(), hardware=hardware)
     degrees: dict[str, Any] = {
         name: number() for name in ("tp", "pp", "dp", "ep", "sp", "cp", "vpp", "micro_batch", "grad_accum")
     }
@@ -339,8 +548,16 @@ def test_rules_never_raise_and_name_themselves(seed: int) -> None:
         stages=tuple(number() for _ in range(rng.randint(0, 4))),
         schedule=rng.choice(["1f1b", "interleaved", "dualpipev"]),
         grad_dtype=rng.choice(["fp32", "bf16", "fp16"]),
+        sequence_parallel=rng.random() < 0.5,
     )
-    case = Case(model=model, plan=the_plan, batch=batch, cluster=cluster, precision=rng.choice(["fp32", "bf16"]))
+    case = Case(
+        model=model,
+        plan=the_plan,
+        batch=batch,
+        cluster=cluster,
+        precision=rng.choice(["fp32", "bf16", "fp8"]),
+        engine=rng.random() < 0.5,
+    )
     for rule in RULES:
         violation = rule(case)
         if violation is not None:

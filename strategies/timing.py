@@ -1,0 +1,383 @@
+"""Seconds of one optimizer step, by kind, on the critical path; the slowest pipeline stage rules.
+
+With ``m`` micro-batches per replica and stages that need ``t_i`` seconds for the forward and backward pass of one:
+
+    step = m * max(t) + bubble + p2p + exposed data-parallel communication + optimizer + offload + host
+
+- bubble: ``(sum(t) - max(t)) / v`` for 1F1B (v = 1) and the interleaved schedule: the first micro-batch runs
+  through all the other stages once (arXiv 2104.04473: ``(p - 1) / v`` for equal stages). DualPipeV: a third of 1F1B's
+  (deepseek-ai/DualPipe: ``(p - 1) (F&B + B - 3W)`` of half a stage each).
+- ``t``: blocks, with launches, tensor-, context- and expert-parallel communication (:mod:`strategies.blocks`), the
+  embedding on the first stage, the output projection and the loss on the last.
+
+:meth:`Timing.floor` is a lower bound for searching. What makes it one: a step is never shorter than the work of the
+slowest stage; the slowest stage has at least ``ceil(layers / pp)`` blocks, at least the output projection and at least
+the average of all; recomputation, exposed collectives, bubble, optimizer and offload only add.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from strategies import calibration as calibrations
+from strategies.blocks import Blocks, BlockTime, Shard
+from strategies.calibration import Calibration
+from strategies.collectives import all_reduce_s, gather_s, send_s
+from strategies.kernels import moved_s
+from strategies.plan import ParallelPlan
+from strategies.timing_terms import explain
+from strategies.workload import Term, Workload
+
+
+class StepTime(NamedTuple):
+    """Seconds on the critical path of one optimizer step, by kind; their sum is the step time.
+
+    Attributes:
+        gemm: Products of activations and weights of the slowest stage, over all micro-batches of one replica.
+        attention: Attention proper of that stage.
+        memory_bound: Norms, residuals, activations, loss of that stage.
+        tp: Exposed tensor-parallel communication (with Megatron's sequence parallelism).
+        cp: Exposed ring attention and Ulysses exchanges.
+        ep: Exposed exchanges of tokens between experts.
+        launch: What launching kernels adds where the device would be faster.
+        bubble: Waiting for the other pipeline stages.
+        p2p: Exposed messages between pipeline stages.
+        dp: Exposed reduction of gradients and gathering of parameters.
+        optimizer: The optimizer's update.
+        offload: Exposed traffic with host memory, and the update there.
+    """
+
+    gemm: float
+    attention: float
+    memory_bound: float
+    tp: float
+    cp: float
+    ep: float
+    launch: float
+    bubble: float
+    p2p: float
+    dp: float
+    optimizer: float
+    offload: float
+
+
+class Unit(NamedTuple):
+    """One micro-batch's times for one shard: what plans share."""
+
+    dense: BlockTime
+    moe: BlockTime
+    embed: BlockTime
+    head: BlockTime
+    dense_s: float
+    moe_s: float
+    embed_s: float
+    head_s: float
+    dense_weights: float
+    moe_weights: float
+
+
+class Stage(NamedTuple):
+    """What the slowest stage consists of."""
+
+    seconds: float
+    dense: int
+    moe: int
+    first: bool
+    last: bool
+
+    def work(self, unit: Unit, micro_batches: int) -> tuple[float, ...]:
+        """Seconds by kind of so many micro-batches."""
+        kinds: tuple[float, ...] = unit.dense
+        if self.dense != 1:
+            count = self.dense
+            kinds = tuple([count * one for one in kinds])
+        if self.moe:
+            count = self.moe
+            kinds = tuple([one + count * more for one, more in zip(kinds, unit.moe, strict=True)])
+        if self.first:
+            kinds = tuple([one + more for one, more in zip(kinds, unit.embed, strict=True)])
+        if self.last:
+            kinds = tuple([one + more for one, more in zip(kinds, unit.head, strict=True)])
+        return tuple([micro_batches * one for one in kinds])
+
+
+_OPTIMIZER_BYTES = 40.0
+"""Bytes per parameter of the optimizer's shard: gradient read for the norm and for the update (4 + 4), moments and
+master weights read and written (24), weights written (2), and the scaled gradient written and read (4 + 8)."""
+
+_HOST_UPDATE_BYTES = 28.0
+"""Bytes per parameter that an update in host memory moves there, at about the speed of the link to the device."""
+
+_BACKWARD = 2.0 / 3.0
+"""Share of a micro-batch's time that is its backward pass, under which data-parallel communication can hide."""
+
+
+class Timing:
+    """Predicts steps of one workload; times that plans share are computed once."""
+
+    def __init__(self, work: Workload, calibration: Calibration | None = None) -> None:
+        """Prepare for plans of ``work``.
+
+        Args:
+            work: Model, batch, machine and precision.
+            calibration: Constants; None looks them up.
+
+        Raises:
+            ConfigError: The cluster has no hardware figures.
+        """
+        hardware = work.hardware
+        self.work = work
+        self.calibration = calibration or calibrations.lookup(work)
+        self.hardware = hardware
+        self.device = calibrations.device_of(work, self.calibration)
+        self.network = calibrations.network_of(work, self.calibration)
+        self.blocks = Blocks(work.model, self.device, self.network, self.calibration)
+        moe = work.model.moe
+        self._experts = moe is not None
+        self._dense_layers = work.model.layers if moe is None else min(moe.dense_layers, work.model.layers)
+        self._units: dict[Shard, Unit] = {}
+        self._deepspeed = work.framework == "megatron" and work.deepspeed
+        self._grad_bytes = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0}
+        self._table = work.model.vocab * work.model.hidden
+        self._itemsize = 4.0 if work.precision == "fp32" else 2.0
+
+    # --- the step --------------------------------------------------------------------------------------------------
+
+    def step(self, plan: ParallelPlan) -> StepTime:
+        """Seconds of one step of a legal plan, by kind."""
+        shard = self.shard(plan)
+        unit = self._units.get(shard) or self.unit(shard)
+        stage = self.slowest(unit, plan)
+        work = list(stage.work(unit, plan.grad_accum))
+        weights = self.stage_weights(unit, stage, plan)
+        work[2] += (plan.grad_accum - 1) * self.accumulate_s(plan, weights)
+        work[6] += self.calibration.host_step_s
+        work += (
+            self._bubble(unit, stage, plan),
+            self._p2p(shard, plan),
+            self._dp(stage.seconds, plan, weights),
+            self._optimizer(plan, weights),
+            self._offload(plan, weights),
+        )
+        return StepTime._make(work)
+
+    def stage_weights(self, unit: Unit, stage: Stage, plan: ParallelPlan) -> float:
+        """Parameters that a rank of ``stage`` holds."""
+        weights = stage.dense * unit.dense_weights + stage.moe * unit.moe_weights
+        return weights + self._table / plan.tp if stage.first or stage.last else weights
+
+    def shard(self, plan: ParallelPlan) -> Shard:
+        """What of a plan the time of one micro-batch depends on."""
+        return Shard(
+            plan.tp,
+            plan.sp,
+            plan.cp,
+            plan.ep,
+            plan.micro_batch,
+            self.work.batch.seq,
+            plan.recompute,
+            plan.flash,
+            plan.sequence_parallel,
+            self._deepspeed and plan.tp > 1,
+        )
+
+    def unit(self, shard: Shard) -> Unit:
+        """Times of one micro-batch for ``shard``, remembered."""
+        blocks = self.blocks
+        dense = blocks.time(shard, moe=False) if self._dense_layers else _NOTHING
+        moe = blocks.time(shard, moe=True) if self._experts else _NOTHING
+        embed, head = blocks.ends(shard)
+        unit = Unit(
+            dense,
+            moe,
+            embed,
+            head,
+            sum(dense),
+            sum(moe),
+            sum(embed),
+            sum(head),
+            blocks.weights(shard, moe=False) if self._dense_layers else 0.0,
+            blocks.weights(shard, moe=True) if self._experts else 0.0,
+        )
+        self._units[shard] = unit
+        return unit
+
+    def slowest(self, unit: Unit, plan: ParallelPlan) -> Stage:
+        """The stage that needs most seconds; only kinds of stages are looked at, not every stage."""
+        stages = plan.stages
+        last = len(stages) - 1
+        if last == 0:
+            return self._stage(unit, 0, stages[0], first=True, last=True)
+        found = self._stage(unit, 0, stages[0], first=True, last=False)
+        end = self._stage(unit, sum(stages) - stages[-1], stages[-1], first=False, last=True)
+        if end.seconds > found.seconds:
+            found = end
+        if last > 1:
+            middle = self._middle(unit, stages)
+            if middle.seconds > found.seconds:
+                found = middle
+        return found
+
+    def _middle(self, unit: Unit, stages: tuple[int, ...]) -> Stage:
+        """The slowest of the stages between the first and the last."""
+        if not self._experts:
+            return self._stage(unit, 0, max(stages[1:-1]), first=False, last=False)
+        start, found = stages[0], None
+        for blocks in stages[1:-1]:
+            stage = self._stage(unit, start, blocks, first=False, last=False)
+            if found is None or stage.seconds > found.seconds:
+                found = stage
+            start += blocks
+            if start > self._dense_layers and blocks == max(stages[1:-1]):
+                break
+        assert found is not None
+        return found
+
+    def _stage(self, unit: Unit, start: int, blocks: int, *, first: bool, last: bool) -> Stage:
+        dense = max(0, min(self._dense_layers - start, blocks)) if self._experts else blocks
+        moe = blocks - dense
+        seconds = dense * unit.dense_s + moe * unit.moe_s + first * unit.embed_s + last * unit.head_s
+        return Stage(seconds, dense, moe, first, last)
+
+    # --- what comes on top -----------------------------------------------------------------------------------------
+
+    def whole_s(self, unit: Unit) -> float:
+        """Seconds of one micro-batch through all stages, one after the other."""
+        layers, dense = self.work.model.layers, self._dense_layers
+        return dense * unit.dense_s + (layers - dense) * unit.moe_s + unit.embed_s + unit.head_s
+
+    def unit_of(self, plan: ParallelPlan) -> Unit:
+        """Times of one micro-batch of ``plan``."""
+        shard = self.shard(plan)
+        return self._units.get(shard) or self.unit(shard)
+
+    def _bubble(self, unit: Unit, stage: Stage, plan: ParallelPlan) -> float:
+        if plan.pp == 1:
+            return 0.0
+        rest = max(0.0, self.whole_s(unit) - stage.seconds)
+        return rest / 3.0 if plan.schedule == "dualpipev" else rest / plan.vpp
+
+    def _p2p(self, shard: Shard, plan: ParallelPlan) -> float:
+        """Activations forward and their gradients back, in ``tp`` parts that are gathered on arrival.
+
+        Published runs of DeepSpeed's engine are explained best by gradients that travel whole; newer versions can cut
+        them, too (``grad_partitioned``).
+        """
+        if plan.pp == 1:
+            return 0.0
+        size = 2.0 * shard.tokens * self.work.model.hidden
+        crosses = plan.world_size > self.network.domain
+        forward = backward = send_s(self.network, size / plan.tp, crosses=crosses)
+        if not plan.sequence_parallel:
+            forward = backward = forward + gather_s(self.network, size, plan.tp)
+        if self._deepspeed and not plan.sequence_parallel:  # with it, a shard holds its part only
+            backward = send_s(self.network, size, crosses=crosses)
+        count = plan.grad_accum * plan.vpp + plan.pp - 1
+        return count * (forward + backward) * self.calibration.p2p_exposed
+
+    def _dp(self, seconds: float, plan: ParallelPlan, weights: float) -> float:
+        """Exposed reduction of gradients and gathering of parameters."""
+        tied = self._tied(plan)
+        replicas = plan.dp * plan.sp * plan.cp
+        if replicas == 1:
+            return tied
+        network, stride, zero = self.network, plan.tp, plan.zero_stage
+        grads = weights * self._grad_bytes[plan.grad_dtype]
+        params = weights * self._itemsize
+        if zero == 3 and plan.pp == 1:
+            gathers = 2.0 * gather_s(network, params, replicas, stride)
+            total = plan.grad_accum * (gathers + gather_s(network, grads, replicas, stride))
+            return self._exposed(total, plan.grad_accum * seconds) + tied
+        reduce = gather_s(network, grads, replicas, stride)
+        if zero == 1 and self._deepspeed:
+            reduce *= 2.0  # DeepSpeed's stage 1 with a pipeline sums whole gradients before every rank takes its part
+        rounds = plan.grad_accum if zero == 2 else 1
+        total = rounds * reduce + (gather_s(network, params, replicas, stride) if zero else reduce)
+        return self._exposed(total, _BACKWARD * seconds * rounds) + tied
+
+    def _exposed(self, seconds: float, hiding_s: float) -> float:
+        """What is left of communication that may run under ``hiding_s`` of computation."""
+        calibration = self.calibration
+        if not calibration.dp_overlap:
+            return seconds * calibration.dp_exposed / (calibration.buckets if self._deepspeed else 1.0)
+        share = calibration.dp_exposed
+        return share * seconds + max(0.0, (1.0 - share) * seconds - hiding_s)
+
+    def _tied(self, plan: ParallelPlan) -> float:
+        """The first and the last stage sum the gradients of the embedding that they share."""
+        if plan.pp == 1 or not self.work.model.tied:
+            return 0.0
+        size = self._table / plan.tp * self._grad_bytes[plan.grad_dtype]
+        return all_reduce_s(self.network, size, 2, max(1, plan.world_size // 2))
+
+    def _optimizer(self, plan: ParallelPlan, weights: float) -> float:
+        if plan.offload != "none":
+            return 0.0
+        share = plan.dp * plan.sp * plan.cp if plan.zero_stage else 1
+        return moved_s(self.device, _OPTIMIZER_BYTES * weights / share)
+
+    def accumulate_s(self, plan: ParallelPlan, weights: float) -> float:
+        """Adding one micro-batch's gradients to the sum: written and read once, the sum read and written."""
+        own = 0.0 if self.calibration.fused_gradients else 2.0 * self._itemsize
+        return moved_s(self.device, (own + 2.0 * self._grad_bytes[plan.grad_dtype]) * weights)
+
+    def _offload(self, plan: ParallelPlan, weights: float) -> float:
+        """Gradients down, parameters up, the update in host memory; with offloaded parameters, those per pass."""
+        if plan.offload == "none":
+            return 0.0
+        local = weights / (plan.dp * plan.sp * plan.cp if plan.zero_stage else 1)
+        moved = local * (self._grad_bytes[plan.grad_dtype] + self._itemsize + _HOST_UPDATE_BYTES)
+        if plan.offload == "optimizer+params":
+            moved += 2.0 * plan.grad_accum * local * self._itemsize
+        return moved / self.hardware.host_bandwidth
+
+    # --- bounds, arithmetic, bands ---------------------------------------------------------------------------------
+
+    def floor(
+        self, *, tp: int, pp: int, micro_batch: int, grad_accum: int, sp: int = 1, cp: int = 1, ep: int = 1
+    ) -> float:
+        """A lower bound of the step time of every plan with these degrees, whatever else it does.
+
+        It never falls when ``grad_accum`` grows, and never grows when ``pp`` does.
+        """
+        seconds = min(
+            self._floor(tp=tp, pp=pp, micro_batch=micro_batch, sp=sp, cp=cp, ep=ep, flash=flash, parallel=parallel)
+            for flash in (True, False)
+            for parallel in ((True, False) if tp > 1 else (False,))
+        )
+        return grad_accum * seconds + self.calibration.host_step_s
+
+    def _floor(
+        self, *, tp: int, pp: int, micro_batch: int, sp: int, cp: int, ep: int, flash: bool, parallel: bool
+    ) -> float:
+        shard = Shard(
+            tp, sp, cp, ep, micro_batch, self.work.batch.seq, "none", flash, parallel, self._deepspeed and tp > 1
+        )
+        unit = self._units.get(shard) or self.unit(shard)
+        layers, dense = self.work.model.layers, self._dense_layers
+        whole = self.whole_s(unit)
+        kinds = [unit.dense_s] * (dense > 0) + [unit.moe_s] * (layers > dense)
+        return max(whole / pp, -(-layers // pp) * min(kinds), unit.head_s)
+
+    def flops(self, plan: ParallelPlan) -> tuple[float, float]:
+        """Floating point operations of one step of the whole machine: of the model, and with recomputation."""
+        shard = self.shard(plan)._replace(tp=1, sp=1, cp=1, ep=1, micro_batch=1)
+        model, tokens = self.work.model, float(self.work.batch.tokens)
+        dense = self.blocks.flops_per_token(shard, moe=False) * self._dense_layers
+        moe = self.blocks.flops_per_token(shard, moe=True) * (model.layers - self._dense_layers) if self._experts else 0
+        attention = self.blocks.attention_flops_per_token(shard) * model.layers
+        blocks = dense + moe + attention
+        again = {"none": 0.0, "full": blocks, "selective": 0.0 if plan.flash else attention}[plan.recompute]
+        useful = 3.0 * (blocks + 2.0 * self._table)
+        return useful * tokens, (useful + again) * tokens
+
+    def band(self, plan: ParallelPlan, step_s: float) -> tuple[float, float, tuple[str, ...]]:
+        """The 90 % band around ``step_s``, and what it may not be trusted about."""
+        return calibrations.band(self.calibration, self.work, plan, step_s)
+
+    def explain(self, plan: ParallelPlan) -> tuple[Term, ...]:
+        """The arithmetic of every kind, in words and numbers."""
+        return explain(self, plan)
+
+
+_NOTHING = BlockTime()

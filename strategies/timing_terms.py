@@ -1,0 +1,117 @@
+"""The arithmetic of a step in words and numbers, kind by kind, for people who want to check it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from strategies.calibration import Calibration
+from strategies.collectives import ring_link
+from strategies.plan import ParallelPlan
+from strategies.workload import Term
+
+if TYPE_CHECKING:
+    from strategies.timing import Stage, StepTime, Timing, Unit
+
+_BLOCK_KINDS = ("gemm", "attention", "memory_bound", "tp", "cp", "ep", "launch")
+_BLOCK_FORMULAS = {
+    "gemm": "micro-batches x (blocks x products of one block + output projection), forward, backward, recomputed",
+    "attention": "micro-batches x blocks x attention of one block",
+    "memory_bound": "micro-batches x (blocks x norms, residuals, activations + embedding + loss) + adding gradients",
+    "tp": "micro-batches x (blocks x exposed sums over the tensor-parallel ranks + embedding + logits)",
+    "cp": "micro-batches x blocks x exposed ring of keys and values and Ulysses exchanges",
+    "ep": "micro-batches x blocks x exposed exchanges of tokens between experts",
+    "launch": "micro-batches x blocks x what the host adds to the device's time + host seconds per step",
+}
+
+
+def explain(timing: Timing, plan: ParallelPlan) -> tuple[Term, ...]:
+    """One line for every kind of the step of ``plan``, in the order of :class:`strategies.timing.StepTime`."""
+    step = timing.step(plan)
+    unit = timing.unit_of(plan)
+    stage = timing.slowest(unit, plan)
+    texts = dict(_blocks(timing, plan, unit, stage)) | dict(_rest(timing, plan, unit, stage, step))
+    return tuple(
+        Term(kind=kind, value=seconds, unit="s", formula=texts[kind][0], numbers=f"{texts[kind][1]} = {_s(seconds)}")
+        for kind, seconds in zip(step._fields, step, strict=True)
+    )
+
+
+def _s(seconds: float) -> str:
+    for scale, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if abs(seconds) >= scale:
+            return f"{seconds / scale:.4g} {name}"
+    return "0 s" if seconds == 0.0 else f"{seconds / 1e-6:.3g} us"
+
+
+def _blocks(timing: Timing, plan: ParallelPlan, unit: Unit, stage: Stage) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Kinds of time inside of the slowest stage."""
+    calibration = timing.calibration
+    for index, kind in enumerate(_BLOCK_KINDS):
+        parts = [f"{stage.dense} x {_s(unit.dense[index])}"] if stage.dense else []
+        parts += [f"{stage.moe} x {_s(unit.moe[index])} with experts"] if stage.moe else []
+        parts += [f"{_s(unit.embed[index])} embedding"] if stage.first and unit.embed[index] else []
+        parts += [f"{_s(unit.head[index])} output and loss"] if stage.last and unit.head[index] else []
+        numbers = f"{plan.grad_accum} x ({' + '.join(parts)})"
+        if kind == "memory_bound" and plan.grad_accum > 1:
+            weights = timing.stage_weights(unit, stage, plan)
+            numbers += f" + {plan.grad_accum - 1} x {_s(timing.accumulate_s(plan, weights))}"
+        if kind == "launch":
+            numbers += f" + {_s(calibration.host_step_s)}"
+        yield kind, (_BLOCK_FORMULAS[kind] + _rates(calibration, kind), numbers)
+
+
+def _rates(calibration: Calibration, kind: str) -> str:
+    """The calibrated share that the kind rests on."""
+    if kind == "gemm":
+        return f"; large products reach {calibration.linear:.0%} of peak"
+    if kind == "memory_bound":
+        return f"; {calibration.bandwidth:.0%} of the memory bandwidth"
+    if kind == "tp":
+        return (
+            f"; {calibration.intra:.0%} of the link inside a node, {calibration.inter * calibration.ring:.0%} outside"
+        )
+    if kind == "launch":
+        return f"; {_s(calibration.host_block_s)} of the host per block and pass"
+    return ""
+
+
+def _rest(
+    timing: Timing, plan: ParallelPlan, unit: Unit, stage: Stage, step: StepTime
+) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Kinds of time around the slowest stage."""
+    weights = timing.stage_weights(unit, stage, plan)
+    replicas = plan.dp * plan.sp * plan.cp
+    link = ring_link(timing.network, replicas, plan.tp)
+    divisor = {"1f1b": "1", "interleaved": f"{plan.vpp} virtual stages", "dualpipev": "3 (DualPipeV)"}[plan.schedule]
+    whole = timing.whole_s(unit)
+    yield (
+        "bubble",
+        (
+            "(one micro-batch through all stages - through the slowest) / virtual stages",
+            f"({_s(whole)} - {_s(stage.seconds)}) / {divisor}" if plan.pp > 1 else "one stage",
+        ),
+    )
+    sends = 2 * (plan.grad_accum * plan.vpp + plan.pp - 1)
+    yield (
+        "p2p",
+        ("messages x (activations of a micro-batch / link + latency) x exposed share",)
+        + ((f"{sends} x {_s(step.p2p / sends)}",) if plan.pp > 1 else ("one stage",)),
+    )
+    kind = "all-reduce" if plan.zero_stage == 0 else f"ZeRO-{plan.zero_stage}"
+    yield (
+        "dp",
+        (
+            "exposed gradients and parameters of a rank over its replicas, and tied embeddings over the ends",
+            f"{kind} of {weights / 1e9:.3g} G parameters over {replicas} ranks at {link.bandwidth / 1e9:.3g} GB/s",
+        ),
+    )
+    share = replicas if plan.zero_stage else 1
+    yield (
+        "optimizer",
+        (
+            "bytes per parameter of the shard x parameters / memory bandwidth",
+            f"{weights / share / 1e9:.3g} G parameters",
+        ),
+    )
+    yield "offload", ("gradients down, parameters up and the update in host memory", f"offload {plan.offload}")
