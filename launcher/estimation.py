@@ -23,7 +23,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from launcher.quantities import span, storage
@@ -33,7 +32,7 @@ from strategies.codec import to_json
 from strategies.estimate import CostEstimate, Estimator
 from strategies.plan import ParallelPlan
 from strategies.replan import Candidate, Find, Rung
-from strategies.resolve import largest_plan, with_replicas
+from strategies.shrink import smaller_plans
 from strategies.specs import ClusterSpec
 from strategies.topology import nodes_needed
 from strategies.workload import Workload
@@ -109,7 +108,7 @@ def _search(estimator: Estimator, estimate: CostEstimate, searched: Mapping[str,
 
 
 def next_plan(estimator: Estimator, plan: ParallelPlan) -> Find:
-    """How a plan shrinks: it gives up replicas, then stages and shards, until what is left is legal and fits."""
+    """How a plan shrinks: the first of those that recovery tries (:mod:`strategies.shrink`) that is legal and fits."""
     work, budget = estimator.work, estimator.memory.budget()
     known: dict[ParallelPlan, Candidate | None] = {}
 
@@ -128,22 +127,13 @@ def next_plan(estimator: Estimator, plan: ParallelPlan) -> Find:
         step_s = sum(estimator.timing.step(smaller))
         return Candidate(smaller, step_s, work.batch.tokens / step_s)
 
-    def most_replicas(cut: ParallelPlan, cluster: ClusterSpec) -> Candidate | None:
-        for dp in range(cut.dp, 0, -1):
-            smaller = with_replicas(cut, work.batch, dp)
+    def find(cluster: ClusterSpec) -> Candidate | None:
+        for smaller in smaller_plans(model=work.model, plan=plan, batch=work.batch, cluster=cluster):
             if smaller not in known:
                 known[smaller] = judged(smaller, cluster)
             if known[smaller] is not None:
                 return known[smaller]
         return None
-
-    def find(cluster: ClusterSpec) -> Candidate | None:
-        largest = largest_plan(model=work.model, plan=plan, batch=work.batch, cluster=cluster)
-        if largest is None:
-            return None
-        plain = replace(largest, schedule="1f1b", vpp=1)  # takes any number of micro-batches
-        found = [most_replicas(cut, cluster) for cut in dict.fromkeys((largest, plain))]
-        return max((one for one in found if one is not None), key=lambda one: one.tokens_per_s, default=None)
 
     return find
 

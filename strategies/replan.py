@@ -25,8 +25,8 @@ from typing import NamedTuple
 from strategies.failures import Process
 from strategies.plan import ParallelPlan
 from strategies.reliability import checkpoint_bytes, plan_process
-from strategies.resolve import largest_plan, with_replicas
 from strategies.rules import check
+from strategies.shrink import smaller_plans
 from strategies.specs import ClusterSpec
 from strategies.topology import nodes_needed
 from strategies.workload import Workload
@@ -103,8 +103,8 @@ def ladder(
         work: Model, batch and cluster.
         plan: The full plan.
         step_s: Seconds of its step.
-        find: The best plan for fewer nodes. None gives up replicas first (:func:`strategies.resolve.largest_plan`), and
-            does not look at memory.
+        find: The best plan for fewer nodes. None takes the first legal one that recovery tries
+            (:func:`strategies.shrink.smaller_plans`), and does not look at memory.
         rungs: How many.
         step_seconds: Step time of what the default ``find`` comes to; None scales ``step_s`` with the micro-batches.
 
@@ -123,14 +123,10 @@ def ladder(
 
 
 def _drop_replicas(work: Workload, full: Candidate, step_seconds: StepSeconds | None) -> Find:
-    """The default: the plan next to the full one, with the most replicas that are legal."""
+    """The default: the first legal plan in the order of recovery."""
 
     def find(cluster: ClusterSpec) -> Candidate | None:
-        found = largest_plan(model=work.model, plan=full.plan, batch=work.batch, cluster=cluster)
-        if found is None:
-            return None
-        for dp in range(found.dp, 0, -1):
-            smaller = with_replicas(found, work.batch, dp)
+        for smaller in smaller_plans(model=work.model, plan=full.plan, batch=work.batch, cluster=cluster):
             problems = check(
                 model=work.model,
                 plan=smaller,
@@ -205,7 +201,20 @@ def _rung(
 
 def changes(full: ParallelPlan, smaller: ParallelPlan) -> tuple[str, ...]:
     """The numbers of a plan that differ, each as ``dp 16 -> 15``."""
-    names = ("tp", "pp", "dp", "ep", "sp", "cp", "vpp", "zero_stage", "micro_batch", "grad_accum", "recompute")
+    names = [
+        "tp",
+        "pp",
+        "dp",
+        "ep",
+        "sp",
+        "cp",
+        "schedule",
+        "vpp",
+        "zero_stage",
+        "micro_batch",
+        "grad_accum",
+        "recompute",
+    ]
     return tuple(
         f"{name} {getattr(full, name)} -> {getattr(smaller, name)}"
         for name in names

@@ -38,11 +38,16 @@ def plan_on(
     def runs(found: ParallelPlan) -> bool:
         return not check(model=model, plan=found, batch=batch, cluster=cluster, precision=precision)
 
-    return next(filter(runs, _smaller(model, plan, batch, cluster)), None)
+    return next(filter(runs, smaller_plans(model=model, plan=plan, batch=batch, cluster=cluster)), None)
 
 
-def _smaller(model: ModelSpec, plan: ParallelPlan, batch: BatchSpec, cluster: ClusterSpec) -> Iterator[ParallelPlan]:
-    """Legal or not: first fewer replicas, then fewer stages and shards, the least loss first."""
+def smaller_plans(
+    *, model: ModelSpec, plan: ParallelPlan, batch: BatchSpec, cluster: ClusterSpec
+) -> Iterator[ParallelPlan]:
+    """Plans for a smaller cluster, legal or not: first fewer replicas, then fewer stages and shards, least loss first.
+
+    A schedule that takes only some numbers of micro-batches is followed by 1F1B, which takes any.
+    """
     tps = [tp for tp in legal_tp(model) if tp <= plan.tp]
     shapes = [(tp, pp) for tp in tps for pp in range(1, min(plan.pp, model.layers) + 1)]
     found = [_shaped(model, plan, batch, cluster, tp, pp) for tp, pp in shapes]
@@ -50,7 +55,8 @@ def _smaller(model: ModelSpec, plan: ParallelPlan, batch: BatchSpec, cluster: Cl
     fitting.sort(key=lambda one: (-one.tp * one.pp, step_work(one), -one.tp))
     for one in dict.fromkeys(fitting):
         useful = most_replicas(batch.global_batch, one.micro_batch, one.dp)
-        yield from (with_replicas(one, batch, dp) for dp in range(useful, 0, -1))
+        schedules = dict.fromkeys((one, replace(one, schedule="1f1b", vpp=1)))
+        yield from (with_replicas(same, batch, dp) for dp in range(useful, 0, -1) for same in schedules)
 
 
 def _shaped(

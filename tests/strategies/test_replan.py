@@ -35,11 +35,10 @@ def test_gpt4_gives_up_one_replica_and_keeps_its_healthy_nodes() -> None:
     plan = plan_of(what, tp=8, pp=15, dp=208)
     rungs = ladder(what, plan, STEP_S, rungs=16)
     assert [rung.nodes for rung in rungs] == list(range(3119, 3103, -1))
-    assert [rung.spares for rung in rungs] == [*range(14, -1, -1), 14]
-    assert {rung.changes for rung in rungs[:15]} == {("dp 208 -> 207", "grad_accum 42 -> 43")}
+    # 204 replicas need as few micro-batches as 207 would: the other three stand by, 15 nodes each
+    assert [rung.spares for rung in rungs] == list(range(59, 43, -1))
+    assert {rung.changes for rung in rungs} == {("dp 208 -> 204", "grad_accum 42 -> 43")}
     assert rungs[0].throughput == pytest.approx((42 + 14) / (43 + 14)), "the pipeline drains as before"
-    assert rungs[15].plan is not None
-    assert rungs[15].plan.dp == 206
     assert all(rung.shrinks for rung in rungs), "a repair takes hours"
 
 
