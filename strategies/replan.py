@@ -19,7 +19,7 @@ there, and whether shrinking beats waiting for a node:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from strategies.failures import Process
@@ -201,20 +201,7 @@ def _rung(
 
 def changes(full: ParallelPlan, smaller: ParallelPlan) -> tuple[str, ...]:
     """The numbers of a plan that differ, each as ``dp 16 -> 15``."""
-    names = [
-        "tp",
-        "pp",
-        "dp",
-        "ep",
-        "sp",
-        "cp",
-        "schedule",
-        "vpp",
-        "zero_stage",
-        "micro_batch",
-        "grad_accum",
-        "recompute",
-    ]
+    names = [field.name for field in fields(ParallelPlan) if field.name not in ("stages", "version")]
     return tuple(
         f"{name} {getattr(full, name)} -> {getattr(smaller, name)}"
         for name in names
