@@ -14,7 +14,9 @@ from launcher.run import EventKind
 from launcher.store import RunStore
 from strategies import errors
 from tests.support import cli
+from tests.support.checkpoints import write_model_checkpoint
 from tests.support.fakes import tiny_request
+from tests.support.jobspecs import GPT
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -33,7 +35,7 @@ def title(words: list[str]) -> str:
 
 
 def test_every_command_is_tried_here() -> None:
-    known = {"plan", "submit", "status", "logs", "cancel", "resume", "cluster"}
+    known = {"plan", "submit", "status", "logs", "cancel", "resume", "cluster", "checkpoint"}
     assert {words[1] for words in COMMANDS if words[0] == "phalanx"} == known
     assert {words[0] for words in COMMANDS} == {"phalanx", "make"}
 
@@ -53,7 +55,7 @@ def test_plan(words: list[str], tmp_path: Path) -> None:
 
 def test_the_library_example_runs(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(code.strip().splitlines()) <= 25
+    assert len(code.strip().splitlines()) <= 20
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -105,6 +107,22 @@ def test_looking_at_a_run(words: list[str], tmp_path: Path) -> None:
     assert "Traceback" not in done.err
 
 
+@pytest.mark.parametrize("words", verbs("checkpoint"), ids=title)
+def test_checkpoint(words: list[str], tmp_path: Path) -> None:
+    run = RunStore.create(tiny_request(tmp_path / "runs", name="gpt_tiny-1"))
+    write_model_checkpoint(run.paths.checkpoints, GPT, step=3)
+    done = cli.phalanx(*words[1:], cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.out or "my-model" in done.err
+
+
+@pytest.mark.parametrize("words", verbs("cluster"), ids=title)
+def test_cluster(words: list[str], tmp_path: Path) -> None:
+    done = cli.phalanx(*words[1:], cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert list(tmp_path.rglob("conf/cluster/*.yaml"))
+
+
 def test_exit_codes() -> None:
     section = README.split("## Exit codes")[1].split("##")[0]
     stated = {int(number) for number in re.findall(r"\b(\d+)\b", section)}
@@ -126,7 +144,7 @@ def test_tree() -> None:
 
 
 def test_help_of_every_verb_has_an_example(tmp_path: Path) -> None:
-    for verb in ("plan", "submit", "resume", "status", "logs", "cancel"):
+    for verb in ("plan", "submit", "resume", "status", "logs", "cancel", "checkpoint"):
         done = cli.phalanx(verb, "--help", cwd=tmp_path)
         assert done.code == 0
         assert f"phalanx {verb}" in done.out.split("Example")[1]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from jobs.checkpoint.slices import whole
 from launcher.cli import main
 from tests.support.checkpoints import flip_bit, write_checkpoint
 from tests.support.runs import make_run
@@ -79,14 +78,11 @@ def test_export_of_what_is_no_model_names_the_reason(tmp_path: Path, run: Path, 
 
 
 def test_export_writes_a_folder(tmp_path: Path, invoke: Invoke) -> None:
-    from jobs.distributed import Grid
-    from jobs.models.gpt import Decoder, Recipe
+    from tests.support.checkpoints import write_model_checkpoint
     from tests.support.jobspecs import GPT
 
     store = make_run(tmp_path, "two")
-    decoder = Decoder(Recipe.of(GPT, Grid(), seed=0))
-    pieces = {p.phalanx.name: whole(p.phalanx.name, p.phalanx.shape) for p in decoder.parameters()}  # type: ignore[attr-defined]
-    write_checkpoint(store.paths.checkpoints, step=3, ranks=[list(pieces.values())])
+    write_model_checkpoint(store.paths.checkpoints, GPT, step=3)
     code, out, _ = invoke(
         "export", "two", "-C", str(tmp_path), "--to", str(tmp_path / "hf"), "--dtype", "bf16", "--json"
     )

@@ -318,6 +318,6 @@ def test_every_key_of_the_schema_is_written_in_conf() -> None:
 def test_a_strategy_that_is_picked_replaces_that_of_the_experiment() -> None:
     config = compose(["experiment=gpt3_175b", "strategy=auto", "strategy.pp=4"])
     assert config.strategy.auto
-    assert config.strategy.asked() == {"pp": 4}
+    assert config.strategy.asked() == {"pp": 4, "grad_dtype": "fp32"}
     assert config.cluster.nodes == 128
     assert compose(["experiment=gpt3_175b"]).strategy.tp == 8

@@ -16,6 +16,8 @@ from jobs.checkpoint.layout import Place, Token
 from jobs.checkpoint.manifest import Manifest, ShardRecord, TrainerState, commit
 from jobs.checkpoint.shardfile import BLOCK_ELEMENTS, ELEMENT_BYTES, KINDS, Slice, write_shard
 from jobs.checkpoint.slices import copy_runs, overlap, whole
+from jobs.distributed import Grid
+from jobs.models.gpt import Decoder, Recipe
 from strategies.specs import ModelSpec
 from tests.support.jobspecs import GPT, make_plan
 
@@ -87,6 +89,14 @@ def write_checkpoint(
     records = write_shards(place, ranks, scale=scale)
     tensors = {piece.name: piece.shape for part in ranks for piece in part}
     return commit(root, manifest_of(place, records, tensors, model))
+
+
+def write_model_checkpoint(root: Path, model: ModelSpec, *, step: int = 1, scale: float = 0.3) -> Path:
+    """A committed checkpoint of a whole model with random weights, dealt to two shards. Returns its manifest."""
+    decoder = Decoder(Recipe.of(model, Grid(), seed=0))
+    metas = {p.phalanx.name: p.phalanx for p in decoder.parameters()}  # type: ignore[attr-defined]
+    pieces = [whole(name, meta.shape) for name, meta in metas.items()]
+    return write_checkpoint(root, step=step, ranks=[pieces[::2], pieces[1::2]], model=model, scale=scale)
 
 
 def flip_bit(path: Path, at: int) -> None:

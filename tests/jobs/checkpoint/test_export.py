@@ -12,13 +12,9 @@ import pytest
 import torch
 
 from jobs.checkpoint.export import export
-from jobs.checkpoint.slices import whole
-from jobs.distributed import Grid
-from jobs.models.gpt import Decoder, Recipe
 from jobs.sample import load
 from strategies.errors import ConfigError
-from strategies.specs import ModelSpec
-from tests.support.checkpoints import flip_bit, write_checkpoint
+from tests.support.checkpoints import flip_bit, write_model_checkpoint
 from tests.support.jobspecs import GPT, LLAMA, make_job
 
 MODELS = {
@@ -27,14 +23,6 @@ MODELS = {
     "llama": dataclasses.replace(LLAMA, rope_theta=500.0),
     "llama-tied": dataclasses.replace(LLAMA, tied=True),
 }
-
-
-def checkpoint(root: Path, model: ModelSpec) -> Path:
-    """A checkpoint of random weights, dealt to two shards."""
-    decoder = Decoder(Recipe.of(model, Grid(), seed=0))
-    pieces = {p.phalanx.name: whole(p.phalanx.name, p.phalanx.shape) for p in decoder.parameters()}  # type: ignore[attr-defined]
-    ordered = list(pieces.values())
-    return write_checkpoint(root, ranks=[ordered[::2], ordered[1::2]], model=model, scale=0.3)
 
 
 def theirs(folder: Path) -> Any:
@@ -49,7 +37,7 @@ def theirs(folder: Path) -> Any:
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_transformers_gives_the_same_logits(tmp_path: Path, name: str) -> None:
     model = MODELS[name]
-    manifest = checkpoint(tmp_path / "checkpoints", model)
+    manifest = write_model_checkpoint(tmp_path / "checkpoints", model)
     done = export(manifest, tmp_path / "hf", file_bytes=40_000)
     assert done.files > 1
     tokens = torch.randint(0, model.vocab, (2, model.seq), generator=torch.Generator().manual_seed(1))
@@ -64,7 +52,7 @@ def test_transformers_gives_the_same_logits(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(("dtype", "kind"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_narrow_types_are_rounded_as_torch_rounds(tmp_path: Path, dtype: Any, kind: torch.dtype) -> None:
-    manifest = checkpoint(tmp_path / "checkpoints", GPT)
+    manifest = write_model_checkpoint(tmp_path / "checkpoints", GPT)
     wide = theirs(export(manifest, tmp_path / "wide").path).state_dict()
     narrow = theirs(export(manifest, tmp_path / "narrow", dtype=dtype).path).state_dict()
     for name, tensor in wide.items():
@@ -74,7 +62,7 @@ def test_narrow_types_are_rounded_as_torch_rounds(tmp_path: Path, dtype: Any, ki
 
 def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    manifest = checkpoint(tmp_path / "checkpoints", LLAMA)
+    manifest = write_model_checkpoint(tmp_path / "checkpoints", LLAMA)
     done = export(manifest, tmp_path / "hf", progress=lambda now, total: seen.append((now, total)))
     assert seen[-1] == (done.bytes, done.bytes)
     assert [now for now, _ in seen] == sorted(now for now, _ in seen)
@@ -83,7 +71,7 @@ def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
 
 
 def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path) -> None:
-    manifest = checkpoint(tmp_path / "checkpoints", GPT)
+    manifest = write_model_checkpoint(tmp_path / "checkpoints", GPT)
     (tmp_path / "there").mkdir()
     with pytest.raises(ConfigError, match="exists already"):
         export(manifest, tmp_path / "there")
@@ -97,4 +85,4 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path) -> None
 def test_what_transformers_cannot_express_is_refused(tmp_path: Path) -> None:
     model = dataclasses.replace(GPT, kv_heads=2)
     with pytest.raises(ConfigError, match="grouped key/value heads"):
-        export(checkpoint(tmp_path, model), tmp_path / "hf")
+        export(write_model_checkpoint(tmp_path, model), tmp_path / "hf")
