@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -114,7 +114,7 @@ def why_document(config: Config, fields: Mapping[str, str], *, machine: ClusterS
     objective: Objective = config.objective
     best = _searched(config, work, TOP).ranked[0]
     estimator = Estimator(work)
-    fixed = _fixed(config) | asked
+    fixed = _fixed(config, work.cluster) | asked
     found = search(work, objective=objective, top=1, space=Space(work, fixed), estimator=estimator)
     document = {"asked": to_json(asked), "objective": objective, "best": summary(best), "violations": []}
     if found.ranked:
@@ -133,14 +133,18 @@ def why_document(config: Config, fields: Mapping[str, str], *, machine: ClusterS
     }
 
 
-def parse_fields(fields: Mapping[str, str]) -> dict[str, object]:
+def parse_fields(fields: Mapping[str, str], unread: Sequence[str] = ()) -> dict[str, object]:
     """Knobs with their values, from words.
+
+    Args:
+        fields: Knobs and values as typed.
+        unread: What is wrong already, to be said with the rest.
 
     Raises:
         ConfigError: A knob or a value is not known; all of them are named.
     """
     found: dict[str, object] = {}
-    wrong = []
+    wrong = list(unread)
     for name, word in fields.items():
         if name not in KNOBS:
             wrong.append(f"there is no '{name}'. {did_you_mean(name, KNOBS)}")
@@ -161,6 +165,11 @@ def parse_fields(fields: Mapping[str, str]) -> dict[str, object]:
     if wrong:
         raise ConfigError("--why: " + "; ".join(wrong), hint="for example --why tp=4,pp=3,recompute=full")
     return found
+
+
+def senseless(machine: ClusterSpec) -> dict[str, object]:
+    """Values that leave out what makes no sense on a machine: the memory of a CPU is the host's, nothing to offload."""
+    return {"offload": "none"} if machine.device.lower() == "cpu" else {}
 
 
 def finder(work: Workload, plan: ParallelPlan) -> Find:
@@ -256,14 +265,14 @@ def _work(config: Config, model: ModelSpec, batch: BatchSpec, machine: ClusterSp
     return work
 
 
-def _fixed(config: Config) -> dict[str, object]:
-    """What the configuration gives."""
-    return dict(config.strategy.asked())
+def _fixed(config: Config, machine: ClusterSpec) -> dict[str, object]:
+    """What the configuration gives, and what makes no sense on the machine otherwise."""
+    return senseless(machine) | config.strategy.asked()
 
 
 def _searched(config: Config, work: Workload, top: int) -> SearchResult:
     """The result of a search; it has a plan."""
-    fixed = _fixed(config)
+    fixed = _fixed(config, work.cluster)
     space = Space(work, fixed)
     _require_sense(work)
     with _no_collector():

@@ -217,7 +217,7 @@ def _memory(estimate: CostEstimate) -> dict[str, Any]:
 def _failures(work: Workload, estimate: CostEstimate) -> dict[str, Any]:
     values = {one.name: to_json(getattr(estimate.outlook, one.name)) for one in dataclasses.fields(estimate.outlook)}
     values["mtbf_s"] = values.pop("node_mtbf_s")
-    for name in ("cost_50", "cost_90"):
+    for name in ("cost_low", "cost_50", "cost_90"):
         values[f"{name}_usd"] = values.pop(name)
     values["sweep"] = [{"restart_s": seconds, "goodput": share} for seconds, share in estimate.outlook.sweep]
     values["days_fault_free"] = work.tokens / estimate.tokens_per_s / 86400 if work.tokens else None

@@ -141,6 +141,7 @@ def summarise(records: Sequence[Record], *, detect_s: float) -> Probed:
     nodes = {int(record["node_rank"]) for record in records}
     rates, intra, inter = _rates(records), _link(records, "intra"), _link(records, "inter")
     figures = {
+        "measured": _measured(True, "rates are what programs get"),
         **_device(records, rates),
         **_link_figures("intra", intra, "there is one device per node only"),
         **_link_figures("inter", inter, "there is one node only"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 
 def digits(number: float, significant: int = 3) -> str:
@@ -32,6 +33,14 @@ def days(number: float) -> str:
     if number < 1 / 24:
         return span(number * 86400)
     return f"{digits(number)} d" if number < 1000 else f"{digits(number / 365.25)} years"
+
+
+def extent(low: float, high: float, words: Callable[[float], str]) -> str:
+    """``80.2 to 140 d``, ``$1.2 M to $1.9 M``: a range, the unit once if both ends have the same."""
+    first, last = words(low), words(high)
+    number, _, unit = first.rpartition(" ")
+    once = unit.isalpha() and not first.startswith("$") and last.endswith(f" {unit}")
+    return f"{number if once else first} to {last}"
 
 
 def percent(fraction: float, decimals: int = 1) -> str:

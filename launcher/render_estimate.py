@@ -7,8 +7,12 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher.quantities import days, digits, dollars, gain, percent, span, storage
+from launcher.quantities import days, digits, dollars, extent, gain, percent, span, storage
 from launcher.render import count, plural, table
+
+VAGUE = 2.0
+"""Upper over lower end of the band of a step from which on finish and cost are a range and no point: mixtures of
+experts, and devices without runs to calibrate on."""
 
 _STAGES_SHOWN = 8
 _BAR = 28
@@ -66,7 +70,7 @@ def estimate_text(estimate: Mapping[str, Any], today: datetime.date) -> str:
 
 
 def forecast_line(estimate: Mapping[str, Any]) -> str:
-    """The whole estimate in one line."""
+    """The whole estimate in one line; finish and cost as ranges where the step is known roughly only."""
     time, memory, failures = estimate["time"], estimate["memory"], estimate["failures"]
     parts = [f"{storage(memory['peak_bytes'])} per rank"]
     if memory["budget_bytes"] is not None:
@@ -74,10 +78,14 @@ def forecast_line(estimate: Mapping[str, Any]) -> str:
     parts += [f"{span(time['step_s'])} per step", f"MFU {percent(time['mfu'])}"]
     if not estimate["fits"]:
         return ", ".join(parts)
-    if failures["days_50"] is not None:
-        parts.append(f"finished in {days(failures['days_50'])}")
-    if failures["cost_50_usd"]:
-        parts.append(dollars(failures["cost_50_usd"]))
+    if failures["never"]:
+        parts.append("never finished")
+    wide = time["high_s"] > VAGUE * time["low_s"]
+    for name, words, unit in (("days", "finished in ", ""), ("cost", "", "_usd")):
+        shown = days if name == "days" else dollars
+        low, likely, late = (failures[f"{name}_{end}{unit}"] for end in ("low", "50", "90"))
+        if likely:
+            parts.append(words + (extent(low, late, shown) if wide else shown(likely)))
     return ", ".join(parts)
 
 
@@ -210,7 +218,10 @@ def failures_text(estimate: Mapping[str, Any], today: datetime.date) -> str:
         rows.append(("", f"with restarts of {sweep}"))
     rows.append(("finish", _finish(failures, today)))
     if failures["cost_50_usd"]:
-        rows.append(("cost", f"{dollars(failures['cost_50_usd'])}; 90 %: below {dollars(failures['cost_90_usd'])}"))
+        low, late = failures["cost_low_usd"], failures["cost_90_usd"]
+        rows.append(
+            ("cost", f"{dollars(failures['cost_50_usd'])}; 10 %: below {dollars(low)}; 90 %: below {dollars(late)}")
+        )
     return "\n".join(
         textwrap.fill(f"{name + ':' if name else '':<12}{text}", _WIDE, subsequent_indent=" " * 12)
         for name, text in rows
@@ -246,12 +257,15 @@ def _spares(failures: Mapping[str, Any]) -> str:
 
 
 def _finish(failures: Mapping[str, Any], today: datetime.date) -> str:
+    if failures["never"]:
+        return f"never: {failures['never']}"
     if failures["days_50"] is None:
         return "unknown: train.tokens says how many tokens the run has"
-    likely, late = failures["days_50"], failures["days_90"]
+    low, likely, late = failures["days_low"], failures["days_50"], failures["days_90"]
     if likely < 1:
-        return f"after {days(likely)}; 90 %: within {days(late)}"
-    return f"{_date(today, likely)} ({days(likely)}); 90 %: by {_date(today, late)} ({days(late)}); from {today}"
+        return f"after {days(likely)}; 10 %: within {days(low)}; 90 %: within {days(late)}"
+    ends = [f"{_date(today, end)} ({days(end)})" for end in (likely, low, late)]
+    return f"{ends[0]}; 10 %: by {ends[1]}; 90 %: by {ends[2]}; from {today}"
 
 
 def _date(today: datetime.date, after: float) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launcher.render import count, plural, size, table
+from launcher.verdict import fastest_text, tight, tight_text
 from strategies.capabilities import MODELLED_ONLY
 from strategies.plan import ParallelPlan
 from strategies.specs import ClusterSpec
@@ -41,6 +42,9 @@ def plan_text(
 
         if not document.get("search"):
             blocks.append(estimate_text(estimate, today or datetime.date.min))
+            blocks.append(
+                fastest_text(estimate) or "Is there a faster one? --explain says so; strategy=auto finds the best."
+            )
         if "arithmetic" in estimate:
             blocks.append(arithmetic_text(estimate["arithmetic"]))
     elif document["memory"]:
@@ -48,18 +52,18 @@ def plan_text(
     if not refused:
         if not document.get("search"):
             blocks.append(_picture(plan, cluster, script=document["job"] == "script", brief=estimate is not None))
-        blocks.append(_last_word(document))
+        blocks.append(_last_word(document, cluster))
     return "\n\n".join(blocks)
 
 
-def _last_word(document: Mapping[str, Any]) -> str:
+def _last_word(document: Mapping[str, Any], cluster: ClusterSpec) -> str:
+    more = f"\nAll about it: phalanx plan {_chosen(document)}" if document.get("search") else ""
     if not document["violations"]:
-        words = "This plan can run. phalanx submit with the same overrides starts it."
-        return words + (f"\nAll about it: phalanx plan {_chosen(document)}" if document.get("search") else "")
+        needed = " and cluster.address=IP:PORT" if cluster.kind == "existing" and not cluster.address else ""
+        return f"This plan can run. phalanx submit with the same overrides{needed} starts it.{more}"
     one = document["violations"][0]
-    return f"This plan can be modelled only; submit would refuse it: {one['message']}" + (
-        f" ({one['hint']})." if one["hint"] else "."
-    )
+    hint = f" ({one['hint']})" if one["hint"] else ""
+    return f"This plan can be modelled only; submit would refuse it: {one['message']}{hint}.{more}"
 
 
 def _chosen(document: Mapping[str, Any]) -> str:
@@ -101,10 +105,17 @@ def _head(document: Mapping[str, Any], plan: ParallelPlan, cluster: ClusterSpec)
         ("cluster", machine),
     ]
     if document["estimate"] is not None:
-        from launcher.render_estimate import forecast_line
-
-        rows.append(("forecast", forecast_line(document["estimate"])))
+        rows.append(("forecast", _forecast(document["estimate"])))
     return "\n".join(f"{name + ':':<12}{text}" for name, text in rows)
+
+
+def _forecast(estimate: Mapping[str, Any]) -> str:
+    from launcher.render_estimate import forecast_line
+
+    line = forecast_line(estimate)
+    if not tight(estimate):
+        return line
+    return tight_text(estimate) + line[line.index(")") + 1 :]  # its first words are the verdict on memory
 
 
 def _memory(document: Mapping[str, Any]) -> str:

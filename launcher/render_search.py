@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher.quantities import percent, span, storage
+from launcher.quantities import dollars, percent, span, storage
 from launcher.render import count, indent, plural, table
 
 _MEANING = {
@@ -47,19 +47,25 @@ def ranking_text(document: Mapping[str, Any]) -> str:
         document: From :func:`launcher.auto.auto_document`.
     """
     ranked = document["ranked"]
-    blocks = [f"best plans by {_BEST_AT[document['objective']]}:\n{_table(ranked)}"]
+    priced = document["objective"] == "cost"
+    blocks = [f"best plans by {_BEST_AT[document['objective']]}:\n{_table(ranked, priced=priced)}"]
     runnable = document["best_runnable"]
     if runnable is None:
         blocks.append("phalanx runs none of these: they are modelled only.")
     elif all(one["plan"] != runnable["plan"] for one in ranked):
-        blocks.append("the best plan that phalanx runs today (those above are modelled only):\n" + _table([runnable]))
+        blocks.append(
+            "the best plan that phalanx runs today (those above are modelled only):\n"
+            + _table([runnable], priced=priced)
+        )
     if document["runner_up"]:
         blocks.append("why the next best lost:\n" + indent(lost_text(document["runner_up"])))
     blocks.append(space_text(document))
     return "\n\n".join(blocks)
 
 
-def _table(plans: Sequence[Mapping[str, Any]]) -> str:
+def _table(plans: Sequence[Mapping[str, Any]], *, priced: bool = False) -> str:
+    """One plan a row; if ``priced``, with the dollars of the run at 50 %, where they are known."""
+    priced = priced and any(one["cost_50_usd"] for one in plans)
     rows = []
     for index, one in enumerate(plans, start=1):
         rows.append(
@@ -67,6 +73,7 @@ def _table(plans: Sequence[Mapping[str, Any]]) -> str:
                 index,
                 one["plan_text"],
                 span(one["step_s"]),
+                *([dollars(one["cost_50_usd"]) if one["cost_50_usd"] else "never"] if priced else []),
                 count(one["surviving_tokens_per_s"]),
                 percent(one["mfu"]),
                 storage(one["peak_bytes"]),
@@ -74,8 +81,8 @@ def _table(plans: Sequence[Mapping[str, Any]]) -> str:
                 "yes" if one["runnable"] else "modelled only",
             )
         )
-    header = ("#", "PLAN", "STEP", "TOKENS/S", "MFU", "MEMORY", "RANKS", "RUNS")
-    return table(header, rows, right=(0, 2, 3, 4, 5, 6))
+    header = ("#", "PLAN", "STEP", *(["$"] if priced else []), "TOKENS/S", "MFU", "MEMORY", "RANKS", "RUNS")
+    return table(header, rows, right=(0, *range(2, len(header) - 1)))
 
 
 def lost_text(lost: Mapping[str, Any]) -> str:

@@ -104,13 +104,18 @@ def dense_products(model: ModelSpec, shard: Shard, ffn: float) -> list[Product]:
     return [Product(shard.tokens, up, model.hidden), Product(shard.tokens, model.hidden, ffn / shard.tp)]
 
 
-def expert_products(model: ModelSpec, shard: Shard, imbalance: float) -> list[Product]:
-    """Products of a rank's experts with ``imbalance`` times the average load, of the router and the shared experts."""
+def expert_products(model: ModelSpec, shard: Shard, imbalance: float, *, padded: bool = True) -> list[Product]:
+    """Products of a rank's experts with ``imbalance`` times the average load, of the router and the shared experts.
+
+    Grouped products pad the rows of every expert to whole tiles (Megatron-Core's and MegaBlocks' kernels); work that a
+    model needs has none of that (``padded``).
+    """
     moe = model.moe
     assert moe is not None
     local = moe.experts / shard.ep
-    # grouped products pad the rows of every expert to whole tiles (Megatron-Core's and MegaBlocks' kernels)
-    tokens = -(-shard.tokens * moe.top_k * imbalance // local // 64) * 64.0
+    tokens = shard.tokens * moe.top_k * imbalance / local
+    if padded:
+        tokens = -(-shard.tokens * moe.top_k * imbalance // local // 64) * 64.0
     up = (2.0 if model.has_gate else 1.0) * moe.ffn / shard.tp
     products = [
         Product(shard.tokens, moe.experts, model.hidden),
@@ -136,10 +141,10 @@ class Blocks:
         self.value_width = latent.value_width if latent else model.head_dim
 
     def products(self, shard: Shard, *, moe: bool, even: bool = False) -> list[Product]:
-        """All products of a block with weights, forward; of the busiest rank unless experts are loaded evenly."""
+        """All products of a block with weights, forward; of the busiest rank, or of even loads without padding."""
         experts = self.model.moe
         if moe and experts is not None:
-            feed = expert_products(self.model, shard, 1.0 if even else experts.imbalance)
+            feed = expert_products(self.model, shard, 1.0 if even else experts.imbalance, padded=not even)
         else:
             feed = dense_products(self.model, shard, self.model.ffn)
         return attention_products(self.model, shard) + feed

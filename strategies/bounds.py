@@ -10,10 +10,13 @@ that no plan of the subtree can beat, because predictions are monotone:
   send (:meth:`Bounds.quiet`).
 - **Time, of any micro-batch.** Seconds per sequence fall as micro-batches grow (fuller waves of tiles, fewer launches
   and latencies per byte), so a micro-batch of :data:`LARGE` sequences, scaled down, bounds all of them; :data:`MARGIN`
-  covers tiles that do not divide it. Cutting sequences over more ranks only adds communication.
+  covers tiles that do not divide it. Which stage is slowest depends on the micro-batch, and what it sends on its
+  weights: the lightest of those that may be slowest counts (:mod:`strategies.lightest`). Cutting sequences over more
+  ranks only adds communication.
 - **Memory.** Model state falls with replicas, activations grow with the micro-batches in flight and their size, and of
   one ZeRO stage, what offloads most with the narrowest gradients holds least. ZeRO pads its buffers by a few elements
-  per replica: :func:`padding` is taken off.
+  per replica: :func:`padding` is taken off. Of the schedules, no interleaved one holds less than 1F1B, but DualPipeV
+  may: it has the output layer on the first stage (:meth:`Bounds.leanest`).
 - **Failures.** Goodput falls with the nodes and with the length of a step, so the fewest nodes and an infinitely short
   step bound a range (:func:`strategies.reliability.goodput_bound`).
 
@@ -26,14 +29,15 @@ from collections.abc import Iterable
 from typing import NamedTuple, cast, get_args
 
 from strategies.estimate import Estimator, Objective
+from strategies.lightest import Lightest
 from strategies.memory import DTYPE_BYTES
 from strategies.plan import Offload, ParallelPlan, Recompute
 from strategies.reliability import checkpoint_bytes, goodput_bound
 from strategies.space import Inner, Pipe, Replicas, Shape, Space, State
-from strategies.timing import StepTime
+from strategies.timing import StepTime, Timing
 
 LARGE = 4096
-"""Sequences of a micro-batch whose seconds per sequence no smaller one beats."""
+"""Sequences of a micro-batch whose seconds per sequence no smaller one beats; more where the space has larger ones."""
 
 MARGIN = 1.0 - 2e-3
 """Tiles that do not divide the large micro-batch waste less than this share of it."""
@@ -43,6 +47,7 @@ ROUNDING = 1.0 - 1e-9
 
 _WORK = StepTime._fields.index("bubble")
 PLAIN = Pipe("1f1b", 1)
+DUAL = Pipe("dualpipev", 1)
 
 
 class Pace(NamedTuple):
@@ -76,6 +81,8 @@ class Bounds:
         self.estimator, self.space, self.objective = estimator, space, objective
         self.budget = estimator.memory.budget()
         self._host_s = estimator.timing.calibration.host_step_s
+        self._lightest = Lightest(space.work, estimator.timing.calibration)
+        self._large = max(LARGE, *space.micro_batch)
         self._slots = space.work.cluster.slots_per_node
         self._checkpoint = checkpoint_bytes(space.work.model)
         self._goodput: dict[int, float] = {}
@@ -119,9 +126,8 @@ class Bounds:
     def mode(self, shape: Shape, recompute: Recompute, fewest: int, most: int) -> float:
         """Of a range of replicas with one kind of recomputation, or one that recomputes more."""
         if self.objective == "memory":
-            size, corner = self.space.micro_batch[0], Replicas(most, 1)
-            splits = self.space.sequence_parallel(shape)
-            return min(self._least_bytes(shape, Inner(size, recompute, split), PLAIN, corner) for split in splits)
+            size, splits = self.space.micro_batch[0], self.space.sequence_parallel(shape)
+            return min(self._size_bytes(shape, Inner(size, recompute, split), most) for split in splits)
         rate, size = self.rate(shape, recompute, fewest, most), self.space.micro_batch[0]
         work = self.space.work.batch.global_batch / most * rate.slow_s
         bubble = size * (rate.whole_s - rate.slow_s) / self.best_divisor(shape)
@@ -130,7 +136,7 @@ class Bounds:
     def size(self, shape: Shape, inner: Inner, fewest: int, most: Replicas, rate: Pace, *, exact: bool) -> float:
         """The same with one kind of micro-batch; ``exact`` looks at its kernels, in a whole pass through the model."""
         if self.objective == "memory":
-            return self._least_bytes(shape, inner, PLAIN, Replicas(most.dp, 1))
+            return self._size_bytes(shape, inner, most.dp)
         whole, slow = inner.micro_batch * rate.whole_s, inner.micro_batch * rate.slow_s
         if exact:
             whole = max(whole, self._pass_s(shape, inner))
@@ -179,9 +185,9 @@ class Bounds:
         if whole is None:
             lone = shape._replace(pp=1, sp=1, cp=1, stages=(self.space.work.model.layers,))
             states, kinds = self.space.states(lone)[:1], self.space.sequence_parallel(lone)
-            inners = (Inner(LARGE, self.space.recompute[0], split) for split in kinds)
+            inners = (Inner(self._large, self.space.recompute[0], split) for split in kinds)
             least = _least(self._corner(lone, inner, Replicas(1, 1), states) for inner in inners)
-            whole = self._whole[shape.tp, shape.ep] = least.whole_s / LARGE * MARGIN
+            whole = self._whole[shape.tp, shape.ep] = least.whole_s / self._large * MARGIN
         bubble = self.space.micro_batch[0] * (1 - 1 / shape.pp) / self.best_divisor(shape)
         sequences = self.space.work.batch.global_batch / most / shape.pp
         return (sequences + bubble) * whole / (shape.sp * shape.cp) + self._host_s
@@ -194,10 +200,10 @@ class Bounds:
         if found is None:
             lone, corner = shape._replace(sp=1, cp=1), Replicas(fewest * ranks, 1)
             slow, whole, fixed = _least(
-                self._corner(lone, Inner(LARGE, recompute, split), corner, states)
+                self._corner(lone, Inner(self._large, recompute, split), corner, states, self._lightest)
                 for split in self._quick(lone, recompute)
             )
-            found = self._rates[key] = Pace(slow / LARGE * MARGIN, max(slow, whole) / LARGE * MARGIN, fixed)
+            found = self._rates[key] = Pace(slow / self._large * MARGIN, max(slow, whole) / self._large * MARGIN, fixed)
         return found if ranks == 1 else Pace(found.slow_s / ranks, found.whole_s / ranks, found.fixed_s)
 
     def _quick(self, lone: Shape, recompute: Recompute) -> tuple[bool, ...]:
@@ -207,7 +213,9 @@ class Bounds:
         if found is None:
             found, timing = self.space.sequence_parallel(lone), self.estimator.timing
             corner = (lone, self.space.states(lone)[0])
-            plans = [self.space.plan(*corner, Inner(LARGE, recompute, one), PLAIN, Replicas(1, 1)) for one in found]
+            plans = [
+                self.space.plan(*corner, Inner(self._large, recompute, one), PLAIN, Replicas(1, 1)) for one in found
+            ]
             units = [timing.unit(timing.shard(plan)) for plan in plans]
             parts = [(unit.dense_s, unit.moe_s, unit.embed_s, unit.head_s) for unit in units]
             for split, own in zip(found, parts, strict=True):
@@ -221,17 +229,21 @@ class Bounds:
         """Pace of a kind of micro-batch with ``fewest`` to ``most`` replicas, whatever the state."""
         return self._corner(shape, inner, Replicas(fewest, most.grad_accum), self.quiet(shape, most.dp))
 
-    def _corner(self, shape: Shape, inner: Inner, replicas: Replicas, states: tuple[State, ...]) -> Pace:
-        """Pace of a corner in the best of some states; without messages between stages, which depend on more."""
-        return _least(self.pace(shape, inner, replicas.dp, replicas, state, messages=0) for state in states)
-
-    def pace(
-        self, shape: Shape, inner: Inner, fewest: int, most: Replicas, state: State, *, messages: float = 1.0
+    def _corner(
+        self, shape: Shape, inner: Inner, replicas: Replicas, states: tuple[State, ...], timing: Timing | None = None
     ) -> Pace:
+        """Pace of a corner in the best of some states; without messages between stages, which depend on more."""
+        timing = timing or self.estimator.timing
+        plans = (self.space.plan(shape, state, inner, PLAIN, replicas) for state in states)
+        return _least(self._pace(timing.step(plan), replicas, messages=0.0) for plan in plans)
+
+    def pace(self, shape: Shape, inner: Inner, fewest: int, most: Replicas, state: State) -> Pace:
         """Pace of a kind of micro-batch with ``fewest`` to ``most`` replicas in one state."""
         plan = self.space.plan(shape, state, inner, PLAIN, Replicas(fewest, most.grad_accum))
-        step = self.estimator.timing.step(plan)
-        slow = (sum(step[:_WORK]) - self._host_s) / most.grad_accum
+        return self._pace(self.estimator.timing.step(plan), most, messages=1.0)
+
+    def _pace(self, step: StepTime, replicas: Replicas, *, messages: float) -> Pace:
+        slow = (sum(step[:_WORK]) - self._host_s) / replicas.grad_accum
         return Pace(slow, slow + step.bubble, messages * step.p2p + step.dp + self._host_s)
 
     def quiet(self, shape: Shape, most: int) -> tuple[State, ...]:
@@ -294,6 +306,21 @@ class Bounds:
 
     # ---- memory -----------------------------------------------------------------------------------------------------
 
+    def leanest(self, shape: Shape, size: int) -> tuple[tuple[Pipe, int], ...]:
+        """Schedules of which one holds least, whatever the state, each with the fewest micro-batches that it takes.
+
+        1F1B has the fewest micro-batches in flight, but DualPipeV has the output layer on the first stage, where it
+        needs no second table of tied embeddings; and the first blocks of a model with experts may be light.
+        """
+        many = 2 * shape.pp
+        dual = self.space.work.batch.global_batch > (many - 1) * size and DUAL in self.space.pipes(shape)
+        return ((PLAIN, 1), (DUAL, many)) if dual else ((PLAIN, 1),)
+
+    def _size_bytes(self, shape: Shape, inner: Inner, most: int) -> float:
+        """Bytes that a kind of micro-batch needs at least with up to ``most`` replicas, whatever the rest."""
+        choices = self.leanest(shape, inner.micro_batch)
+        return min(self._least_bytes(shape, inner, pipe, Replicas(most, count)) for pipe, count in choices)
+
     def _least_bytes(self, shape: Shape, inner: Inner, pipe: Pipe, replicas: Replicas) -> float:
         """Bytes that a corner needs in its leanest state."""
         plans = (self.space.plan(shape, state, inner, pipe, replicas) for state in self.lean(shape))
@@ -319,10 +346,15 @@ class Bounds:
         """What makes a kind of micro-batch exceed the memory with up to ``most`` replicas, whatever the rest.
 
         At least ``batch / (most * size)`` micro-batches, not rounded, have to be in flight where the pipeline is long
-        enough; no schedule has fewer than 1F1B. So what exceeds also exceeds with larger micro-batches.
+        enough. So what exceeds with every schedule also exceeds with larger micro-batches.
         """
-        least = self.space.work.batch.global_batch / (most * inner.micro_batch)
-        return self.all_exceed(shape, inner, PLAIN, Replicas(most, cast(int, least)))
+        least, found = self.space.work.batch.global_batch / (most * inner.micro_batch), ""
+        for pipe, count in self.leanest(shape, inner.micro_batch):
+            number = cast(int, least if pipe == PLAIN else max(least, count))
+            found = self.all_exceed(shape, inner, pipe, Replicas(most, number))
+            if not found:
+                return ""
+        return found
 
     def all_exceed(self, shape: Shape, inner: Inner, pipe: Pipe, replicas: Replicas) -> str:
         """The same, whatever the state: what makes the leanest exceed the memory."""

@@ -71,6 +71,8 @@ def gradient_copies(work: Workload, plan: ParallelPlan, count: Count) -> tuple[f
         return (0.0 if plan.dp == 1 or fused(work.model, precision, framework) else low), 0.0
     if plan.zero_stage == 0:
         return low, 0.0 if plan.grad_dtype == "fp32" else 4.0 * count.total
+    if plan.offload != "none" and plan.zero_stage == 2:
+        low = 0.0  # a micro-batch's gradients leave for the host bucket by bucket
     share = sum(4.0 * number / over for number, over in zip(count, replicas(plan), strict=True))
     return low + share * (plan.offload == "none") + 4.0 * min(count.total, _BUCKETS), 0.0
 

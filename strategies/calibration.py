@@ -9,7 +9,7 @@ itself, or follows from how a framework works, is not fitted: it is written here
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from strategies.workload import Framework, Workload
 class Calibration:
     """What a program of one framework family gets of one device in one precision.
 
-    Shares are of the data sheet's figure.
+    Shares are of the data sheet's figure; of a measured one they are all of it.
 
     Attributes:
         device: Generation of devices that the constants belong to.
@@ -162,7 +162,41 @@ def lookup(work: Workload) -> Calibration:
         warnings.append("fp32 is calibrated like 16-bit arithmetic")
     kind = "experts" if work.model.moe is not None else work.framework
     low, high = calibrated.BANDS[kind if runs >= _FEW or kind == "experts" else "new"]
+    made = _capped(made, work.cluster.device)
+    if work.hardware.measured:
+        made = _of_measured(made)
     return _with(made, low=low, high=high, warnings=tuple(warnings))
+
+
+BEST: Mapping[str, float] = {
+    "A100": 271 / 312,
+    "H100": 795 / 989,
+    "H200": 795 / 989,
+    "B200": 1745 / 2250,
+    "GB200": 1822 / 2500,
+    "MI300X": 668 / 1300,
+}
+"""Share of the 16-bit peak that the best measured matmul of any shape reaches (stas00/ml-engineering,
+compute/accelerator, "Maximum Achievable Matmul FLOPS"). It bounds fp8, of which less was measured, too."""
+
+
+def _capped(made: Calibration, device: str) -> Calibration:
+    """No product is faster than the best that was measured on the device, whatever its relatives reach."""
+    name = device.split("-")[0].upper()
+    best = BEST.get(name, BEST.get(generation(device), 1.0))
+    return _with(made, **{share: min(best, getattr(made, share)) for share in ("linear", "half", "batched", "flash")})
+
+
+def _of_measured(made: Calibration) -> Calibration:
+    """Shares of measured figures: all of a rate; of attention, what it reaches of the best products.
+
+    On CPUs the host is the device: nobody waits for its launches.
+    """
+    shares = dict.fromkeys(("linear", "half", "bandwidth", "intra", "inter", "ring"), 1.0)
+    shares |= {name: min(1.0, getattr(made, name) / made.half) for name in ("batched", "flash")}
+    if made.device == "CPU":
+        shares |= dict.fromkeys(("host_block_s", "host_experts_s", "host_step_s", "start_s", "skew_s"), 0.0)
+    return _with(made, **shares)
 
 
 _FEW = 8
@@ -212,8 +246,15 @@ def _with(made: Calibration, **changes: Any) -> Calibration:
 def band(
     calibration: Calibration, work: Workload, plan: ParallelPlan, step_s: float
 ) -> tuple[float, float, tuple[str, ...]]:
-    """The 90 % band around a predicted step, and warnings: what lies outside of the runs that were fitted."""
-    found = [*calibration.warnings]
+    """The 90 % band around a predicted step, and warnings: what lies outside of the runs that were fitted.
+
+    Ways to cut a model that few or no fitted runs used get at least the band of new devices.
+    """
+    rare = list(_rare(work, plan))
+    found = [*calibration.warnings, *rare]
+    bottom, top = calibration.low, calibration.high
+    if rare:
+        bottom, top = min(bottom, calibrated.BANDS["new"][0]), max(top, calibrated.BANDS["new"][1])
     limits = calibrated.RANGES.get(calibration.framework, {})
     values = {
         "hidden": float(work.model.hidden),
@@ -225,7 +266,22 @@ def band(
         low, high = limits.get(name, (0.0, math.inf))
         if not low <= value <= high:
             found.append(f"{name} {value:,.0f} is outside of the calibrated {low:,.0f} to {high:,.0f}")
-    return step_s * math.exp(calibration.low), step_s * math.exp(calibration.high), tuple(found)
+    return step_s * math.exp(bottom), step_s * math.exp(top), tuple(found)
+
+
+def _rare(work: Workload, plan: ParallelPlan) -> Iterator[str]:
+    """Degrees of a plan about which the fitted runs say little."""
+    domain = work.hardware.intra_domain or work.cluster.slots_per_node
+    if plan.tp > domain:
+        yield f"tp={plan.tp} leaves the {domain} devices of a fast domain: no fitted run has that"
+    if plan.ep > 1:
+        yield f"ep={plan.ep}: only {EXPERT_RUNS} fitted runs have expert parallelism"
+    if plan.cp > 1:
+        yield f"cp={plan.cp}: only {CONTEXT_RUNS} fitted runs have context parallelism"
+
+
+EXPERT_RUNS, CONTEXT_RUNS = 7, 4
+"""Fitted runs with ep > 1 and with cp > 1."""
 
 
 def device_of(work: Workload, calibration: Calibration) -> Device:

@@ -13,9 +13,8 @@ from typing import Literal
 from strategies import capabilities
 from strategies.memory import Memory, StageMemory
 from strategies.plan import ParallelPlan
-from strategies.reliability import Outlook, checkpoint_bytes, outlook, plan_goodput
+from strategies.reliability import Outlook, billed_nodes, checkpoint_bytes, outlook, plan_goodput
 from strategies.timing import StepTime, Timing
-from strategies.topology import nodes_needed
 from strategies.workload import Workload
 
 Objective = Literal["goodput", "time", "cost", "memory"]
@@ -106,7 +105,7 @@ class Estimator:
             tokens_per_s=work.batch.tokens / step_s,
             mfu=model_flops / peak,
             hfu=hardware_flops / peak,
-            outlook=outlook(work, plan, step_s, self._checkpoint_bytes),
+            outlook=outlook(work, plan, step_s, self._checkpoint_bytes, (low_s, high_s)),
             warnings=tuple(warnings),
         )
 
@@ -123,9 +122,8 @@ class Estimator:
         surviving_s = step_s / plan_goodput(self.work, plan, step_s, self._checkpoint_bytes)
         if objective == "goodput":
             return surviving_s
-        cluster = self.work.cluster
-        nodes = nodes_needed(plan, cluster.slots_per_node) + cluster.spares  # spares are paid for, too
-        return surviving_s * nodes * cluster.slots_per_node * self.work.hardware.price_per_device_hour / 3600
+        devices = billed_nodes(self.work, plan) * self.work.cluster.slots_per_node
+        return surviving_s * devices * self.work.hardware.price_per_device_hour / 3600
 
     def _peak_flops(self) -> float:
         """Dense operations per second of one device in 16 bit (fp32 for fp32): the convention of MFU."""

@@ -35,6 +35,7 @@ Formulas, with ``T`` seconds of work between two saves and ``P = T + d``:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -68,6 +69,10 @@ SPARES_PROBABILITY = 0.99
 
 UNHURRIED_S = DAY_S
 """Interval between saves where nothing ever fails."""
+
+LEAST_GOODPUT = 1e-3
+"""Goodput below which no end is predicted: a run that takes a thousand times as long never ends (a choice; the central
+limit behind the quantiles does not hold there either)."""
 
 LEAST = 1e-9
 """Goodput of a hopeless run: not 0, so that seconds per surviving step stay finite and in order."""
@@ -288,6 +293,9 @@ def _smaller(what: Process, standby: Standby) -> Shortage:
 
 def erlang_b(places: int, load: float) -> float:
     """Erlang's B formula: the share of time in which all ``places`` are taken, ``load`` being offered."""
+    if places > 100_000:  # its normal limit (Jagerman, 1974) agrees within 1 %, and takes no time
+        z, normal = (places - load) / math.sqrt(load), NormalDist()
+        return 1 - places / load if z < -20 else normal.pdf(z) / normal.cdf(z) / math.sqrt(load)
     blocked = 1.0
     for place in range(1, places + 1):
         blocked = load * blocked / (place + load * blocked)
@@ -312,17 +320,44 @@ def spares_for(load: float, probability: float = SPARES_PROBABILITY) -> int:
     return spares
 
 
-def finish_days(what: Process, standby: Standby | None, work_s: float) -> tuple[float, float]:
-    """Days after which ``work_s`` seconds of work are done with a chance of 50 % and of 90 %."""
+def finish_days(
+    what: Process, standby: Standby | None, work_s: float, chances: Sequence[float] = (0.5, 0.9)
+) -> tuple[float, ...]:
+    """Days after which ``work_s`` seconds of work are done with these chances, the speed being known exactly."""
     if not what.rate:
-        return work_s / DAY_S, work_s / DAY_S
+        return (work_s / DAY_S,) * len(chances)
     parts = shares(what, standby)
     smooth_s, mean_s = work_s * (1 + what.stall), work_s / max(LEAST, parts.goodput)
     cycles = mean_s * what.rate * parts.staffed * parts.running
     variance = cycles * _cycle_variance(what, standby, parts, mean_s / smooth_s)
     quiet = math.exp(-what.rate * smooth_s)
-    half, most = (_delay(mean_s - smooth_s, variance, quiet, chance) for chance in (0.5, 0.9))
-    return (smooth_s + half) / DAY_S, (smooth_s + most) / DAY_S
+    delays = (_delay(mean_s - smooth_s, variance, quiet, chance) for chance in chances)
+    return tuple((smooth_s + delay) / DAY_S for delay in delays)
+
+
+def finish_range(
+    what: Process, standby: Standby | None, work_s: float, spread: tuple[float, float] = (1.0, 1.0)
+) -> tuple[float, float, float]:
+    """Days until the end with a chance of 10, 50 and 90 %, by failures and by the error of the predicted step.
+
+    The logarithm of the step is taken as normal, with the ends of its band as quantiles of 5 and 95 %, and independent
+    of the failures; variances of logarithms add up. With ``d`` the quantiles by failures alone::
+
+        ln(days_90 / days_50) = sqrt(ln(d_90 / d_50)^2 + (z_90 / z_95 * ln(high / step))^2)
+
+    and the same with ``d_50 / d_10`` and ``step / low`` for 10 %.
+
+    Args:
+        what: The failures.
+        standby: What happens when a node is gone.
+        work_s: Seconds of work.
+        spread: Ends of the 90 % band of a step, as factors of the step; (1, 1) leaves the failures alone.
+    """
+    few, half, most = finish_days(what, standby, work_s, (0.1, 0.5, 0.9))
+    one_sided = NormalDist().inv_cdf(0.9) / NormalDist().inv_cdf(0.95)
+    faster, slower = (one_sided * abs(math.log(end)) for end in (min(1.0, spread[0]), max(1.0, spread[1])))
+    early, late = math.hypot(math.log(half / few), faster), math.hypot(math.log(most / half), slower)
+    return half * math.exp(-early), half, half * math.exp(late)
 
 
 def _cycle_variance(what: Process, standby: Standby | None, parts: Shares, slowness: float) -> float:

@@ -10,9 +10,12 @@ class Hardware:
     """One kind of node, and the network, storage and market around it.
 
     All bandwidths are bytes per second in one direction, as the data sheet promises them; what a program gets of them
-    is the business of the calibration. Zero means "has none" unless an attribute says otherwise.
+    is the business of the calibration, unless they are ``measured``. Zero means "has none" unless an attribute says
+    otherwise.
 
     Attributes:
+        measured: Bandwidths and operations per second are what programs got here, as ``phalanx cluster probe`` writes
+            them, not a data sheet's figures: no share is taken of them.
         flops_fp32: Dense fp32 (on tensor cores: TF32) operations per second of one device.
         flops_16: Dense fp16/bf16 operations per second of one device.
         flops_fp8: Dense fp8 operations per second of one device; 0 for devices without fp8.
@@ -35,6 +38,7 @@ class Hardware:
         repair_s: Until a broken node is back in the pool.
     """
 
+    measured: bool = False
     flops_fp32: float
     flops_16: float
     flops_fp8: float = 0.0

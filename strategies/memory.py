@@ -4,7 +4,7 @@ The peak of a rank is what it always holds (model state, buffers, the context of
 moments: the backward pass of a block, while other micro-batches wait, and, on the stage with the output layer, the
 loss. Model state is exact (:mod:`strategies.model_state`), activations are sums over operations
 (:mod:`strategies.activations`), buffers follow from what the frameworks allocate (:mod:`strategies.buffers`). What none
-of them knows is in :data:`OVERHEADS`, the only fitted constants.
+of them knows is in :data:`OVERHEADS`; :data:`FITTED` lists all fitted constants.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from strategies.workload import Framework, Term, Workload
 
 __all__ = [
     "DTYPE_BYTES",
+    "FITTED",
     "OVERHEADS",
     "Memory",
     "Overhead",
@@ -84,9 +85,19 @@ OVERHEADS: dict[Framework, Overhead] = {
     "mcore": Overhead(context=2.0 * _GIB, fragmentation=0.03),
     "fsdp": Overhead(context=1.0 * _GIB, fragmentation=0.0),
 }
-"""``megatron`` and ``fsdp`` are fitted on the 27 and 13 published runs that have a memory column, with the number of
-DeepSpeed's buckets (:mod:`strategies.buffers`); ``mcore`` is assumed: its one run tells what tensors took, not what the
-process held."""
+"""Both of ``megatron`` and of ``fsdp`` are fitted (:data:`FITTED`): chosen by hand, round values that leave small
+errors on the published runs that have a memory column. ``mcore`` is assumed: its one run tells what tensors took, not
+what the process held."""
+
+FITTED: dict[str, int] = {
+    "megatron context": 27,
+    "megatron fragmentation": 27,
+    "megatron buckets": 27,
+    "fsdp context": 13,
+    "fsdp fragmentation": 13,
+}
+"""Fitted constants of memory, and the published runs each was fitted on; the number of DeepSpeed's buckets is in
+:mod:`strategies.buffers`."""
 
 
 class Layout(NamedTuple):
@@ -293,6 +304,13 @@ def _layout_key(plan: ParallelPlan) -> tuple[object, ...]:
 
 
 def _on_device(state: State, offload: Offload, zero_stage: int) -> State:
-    """Without what is in the host's memory; weights go there under ZeRO-3 only, as in DeepSpeed."""
+    """Without what is in the host's memory, as in DeepSpeed: weights go there under ZeRO-3 only.
+
+    ZeRO-2 and 3 move gradients there as buckets are reduced and add up micro-batches there (``stage_1_and_2.py``,
+    ``copy_grads_in_partition``; ``stage3.py``, ``grad_partitions_flat_buffer``). ZeRO-1 reduces at the last micro-batch
+    only and keeps whole gradients on the device until then.
+    """
     weights = 0 if offload == "optimizer+params" and zero_stage == 3 else state.weights
-    return State(weights, state.gradients, 0 if offload != "none" else state.optimizer)
+    if offload == "none":
+        return State(weights, state.gradients, state.optimizer)
+    return State(weights, 0 if zero_stage >= 2 else state.gradients, 0)

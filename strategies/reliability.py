@@ -16,12 +16,13 @@ from strategies.failures import (
     GENERATIONS,
     HOST_SHARE,
     LEAST,
+    LEAST_GOODPUT,
     SAVE_LATENCY_S,
     STORAGE_SHARE,
     Process,
     Shares,
     Standby,
-    finish_days,
+    finish_range,
     process,
     shares,
     shortage,
@@ -65,9 +66,12 @@ class Outlook:
         goodput: Share of the wall clock that is work which counted (ETTR).
         lost: Share of the wall clock by kind: ``checkpoint`` (stalls), ``replay`` (work done again), ``detect``,
             ``restart`` (with reading the state), ``wait`` (for a node, or slower without); with goodput they sum to 1.
-        days_50: The run ends within so many days with a chance of 50 %; None without a number of tokens.
+        never: Why the run never ends; empty if it does.
+        days_low: The run ends within so many days with a chance of 10 %; None without a number of tokens or an end.
+        days_50: The same with 50 %.
         days_90: The same with 90 %.
-        cost_50: US dollars for nodes and spares over ``days_50``; None without tokens or price.
+        cost_low: US dollars for :func:`billed_nodes` over ``days_low``; None without days or price.
+        cost_50: The same over ``days_50``.
         cost_90: The same over ``days_90``.
         sweep: Goodput for restarts of 1, 30, 120 and 600 s: (restart_s, goodput).
     """
@@ -91,8 +95,11 @@ class Outlook:
     shrinks: bool
     goodput: float
     lost: Mapping[str, float]
+    never: str
+    days_low: float | None
     days_50: float | None
     days_90: float | None
+    cost_low: float | None
     cost_50: float | None
     cost_90: float | None
     sweep: tuple[tuple[float, float], ...]
@@ -166,9 +173,25 @@ def plan_process(work: Workload, plan: ParallelPlan, step_s: float, ckpt_bytes: 
     what = process(nodes, step_s, size, hardware, slots_per_node=slots, memory_tier=memory_tier)
     if what.replica_s > what.write_s:  # a storage that is faster than the network is the better tier
         what = process(nodes, step_s, size, hardware, slots_per_node=slots, memory_tier=False)
-    idle = cluster.nodes + cluster.spares - nodes
-    spares = min(idle, spares_for(what.rate * what.repair_s)) if idle > 0 else 0
-    return what, Standby(spares, *shrink_unit(plan, work.batch, slots))
+    return what, Standby(_standing_by(work, nodes), *shrink_unit(plan, work.batch, slots))
+
+
+def _standing_by(work: Workload, nodes: int) -> int:
+    """Spares of a gang of ``nodes``: as many as are wanted, of the nodes that it leaves."""
+    idle = work.cluster.nodes + work.cluster.spares - nodes
+    rate = nodes * work.hardware.failures_per_node_day / DAY_S
+    return min(idle, spares_for(rate * work.hardware.repair_s)) if idle > 0 else 0
+
+
+def billed_nodes(work: Workload, plan: ParallelPlan) -> int:
+    """Nodes that the user pays for, all the time: those with ranks, and those that stand by.
+
+    Standing by are the spares that were asked for (``cluster.spares``), needed or not, or more of the idle nodes if
+    more are wanted. Other idle nodes are free for other work. Never below the fewest nodes plus ``cluster.spares``,
+    which bounds the search.
+    """
+    nodes = nodes_needed(plan, work.cluster.slots_per_node)
+    return nodes + max(work.cluster.spares, _standing_by(work, nodes))
 
 
 def shrink_unit(plan: ParallelPlan, batch: BatchSpec, slots: int) -> tuple[int, float]:
@@ -196,7 +219,13 @@ def plan_goodput(work: Workload, plan: ParallelPlan, step_s: float, ckpt_bytes: 
     return max(LEAST, shares(what, standby).goodput)
 
 
-def outlook(work: Workload, plan: ParallelPlan, step_s: float, ckpt_bytes: float = 0.0) -> Outlook:
+def outlook(
+    work: Workload,
+    plan: ParallelPlan,
+    step_s: float,
+    ckpt_bytes: float = 0.0,
+    band: tuple[float, float] | None = None,
+) -> Outlook:
     """Everything about failures for one plan.
 
     Args:
@@ -204,6 +233,7 @@ def outlook(work: Workload, plan: ParallelPlan, step_s: float, ckpt_bytes: float
         plan: A legal plan.
         step_s: Seconds of one step, without failures.
         ckpt_bytes: One checkpoint, over all ranks; 0 means that of the model (which takes a while to count).
+        band: 90 % band of ``step_s``, in seconds; None: the step is exact, and only failures are uncertain.
 
     Raises:
         ConfigError: The cluster has no hardware figures, or no bandwidth to the storage or the host.
@@ -214,12 +244,14 @@ def outlook(work: Workload, plan: ParallelPlan, step_s: float, ckpt_bytes: float
     kept, tier = max(LEAST, parts.goodput), what.correlated < 1
     nodes = nodes_needed(plan, work.cluster.slots_per_node)
     work_s, now_s = math.ceil(work.tokens / work.batch.tokens) * step_s, work.hardware.restart_s
-    days = finish_days(what, standby, work_s) if work.tokens else None
-    price = work.hardware.price_per_device_hour * (nodes + standby.spares) * work.cluster.slots_per_node * 24
+    ends, spread = kept > LEAST_GOODPUT, (band[0] / step_s, band[1] / step_s) if band else (1.0, 1.0)
+    days = finish_range(what, standby, work_s, spread) if work.tokens and ends else (None,) * 3
+    price = work.hardware.price_per_device_hour * billed_nodes(work, plan) * work.cluster.slots_per_node * 24
+    costs = [day * price if day and price else None for day in days]
     return Outlook(
         nodes=nodes,
         failures_per_day=what.rate * DAY_S,
-        failures_expected=what.rate * work_s / kept if work.tokens else None,
+        failures_expected=what.rate * work_s / kept if work.tokens and ends else None,
         node_mtbf_s=1 / what.rate if what.rate else None,
         checkpoint_bytes=size,
         memory_tier=tier,
@@ -236,10 +268,13 @@ def outlook(work: Workload, plan: ParallelPlan, step_s: float, ckpt_bytes: float
         shrinks=shortage(what, standby).shrinks,
         goodput=kept,
         lost=losses(what, parts),
-        days_50=days[0] if days else None,
-        days_90=days[1] if days else None,
-        cost_50=days[0] * price if days and price else None,
-        cost_90=days[1] * price if days and price else None,
+        never="" if ends else f"failures undo the work: not even {100 * LEAST_GOODPUT:g} % of the time counts",
+        days_low=days[0],
+        days_50=days[1],
+        days_90=days[2],
+        cost_low=costs[0],
+        cost_50=costs[1],
+        cost_90=costs[2],
         sweep=tuple((restart_s, _with_restart(what, standby, restart_s - now_s)) for restart_s in RESTARTS_S),
     )
 

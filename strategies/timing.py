@@ -9,10 +9,6 @@ With ``m`` micro-batches per replica and stages that need ``t_i`` seconds for th
   (deepseek-ai/DualPipe: ``(p - 1) (F&B + B - 3W)`` of half a stage each).
 - ``t``: blocks, with launches, tensor-, context- and expert-parallel communication (:mod:`strategies.blocks`), the
   embedding on the first stage, the output projection and the loss on the last.
-
-:meth:`Timing.floor` is a lower bound for searching. What makes it one: a step is never shorter than the work of the
-slowest stage; the slowest stage has at least ``ceil(layers / pp)`` blocks, at least the output projection and at least
-the average of all; recomputation, exposed collectives, bubble, optimizer and offload only add.
 """
 
 from __future__ import annotations
@@ -76,6 +72,21 @@ class Unit(NamedTuple):
     moe_weights: float
 
 
+class Part(NamedTuple):
+    """Collectives of one kind in a step: so many ``times`` ``size`` bytes, gathered or reduced and scattered."""
+
+    kind: str
+    times: int
+    size: float
+
+
+class Traffic(NamedTuple):
+    """What the replicas of a stage exchange in a step, and the seconds of computation that it may run under."""
+
+    parts: tuple[Part, ...]
+    hiding_s: float
+
+
 class Stage(NamedTuple):
     """What the slowest stage consists of."""
 
@@ -137,6 +148,8 @@ class Timing:
         self._dense_layers = work.model.layers if moe is None else min(moe.dense_layers, work.model.layers)
         self._units: dict[Shard, Unit] = {}
         self._deepspeed = work.framework == "megatron" and work.deepspeed
+        self.buckets = self.calibration.buckets if self._deepspeed else 1.0
+        self.optimizer_bytes = _OPTIMIZER_BYTES
         self._grad_bytes = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0}
         self._table = work.model.vocab * work.model.hidden
         self._itemsize = 4.0 if work.precision == "fp32" else 2.0
@@ -277,33 +290,46 @@ class Timing:
 
     def _dp(self, seconds: float, plan: ParallelPlan, weights: float) -> float:
         """Exposed reduction of gradients and gathering of parameters."""
-        tied = self._tied(plan)
-        replicas = plan.dp * plan.sp * plan.cp
-        if replicas == 1:
-            return tied
-        network, stride, zero = self.network, plan.tp, plan.zero_stage
+        traffic = self.traffic(seconds, plan, weights)
+        if not traffic.parts:
+            return self.tied_s(plan)
+        ranks, stride = plan.dp * plan.sp * plan.cp, plan.tp
+        total = sum(one.times * gather_s(self.network, one.size, ranks, stride) for one in traffic.parts)
+        return self._exposed(total, traffic.hiding_s) + self.tied_s(plan)
+
+    def traffic(self, seconds: float, plan: ParallelPlan, weights: float) -> Traffic:
+        """What the replicas of a stage exchange in a step, and the computation that it may run under.
+
+        Args:
+            seconds: Of one micro-batch on the stage.
+            plan: The plan.
+            weights: Parameters of a rank of the stage.
+        """
+        if plan.dp * plan.sp * plan.cp == 1:
+            return Traffic((), 0.0)
+        zero, accum = plan.zero_stage, plan.grad_accum
         grads = weights * self._grad_bytes[plan.grad_dtype]
         params = weights * self._itemsize
         if zero == 3 and plan.pp == 1:
-            gathers = 2.0 * gather_s(network, params, replicas, stride)
-            total = plan.grad_accum * (gathers + gather_s(network, grads, replicas, stride))
-            return self._exposed(total, plan.grad_accum * seconds) + tied
-        reduce = gather_s(network, grads, replicas, stride)
+            return Traffic((Part("parameters", 2 * accum, params), Part("gradients", accum, grads)), accum * seconds)
+        rounds = accum if zero == 2 else 1
+        reduces = rounds
         if zero == 1 and self._deepspeed:
-            reduce *= 2.0  # DeepSpeed's stage 1 with a pipeline sums whole gradients before every rank takes its part
-        rounds = plan.grad_accum if zero == 2 else 1
-        total = rounds * reduce + (gather_s(network, params, replicas, stride) if zero else reduce)
-        return self._exposed(total, _BACKWARD * seconds * rounds) + tied
+            reduces *= 2  # DeepSpeed's stage 1 with a pipeline sums whole gradients before every rank takes its part
+        if not zero:
+            return Traffic((Part("gradients", 2, grads),), _BACKWARD * seconds)
+        parts = (Part("gradients", reduces, grads), Part("parameters", 1, params))
+        return Traffic(parts, _BACKWARD * seconds * rounds)
 
     def _exposed(self, seconds: float, hiding_s: float) -> float:
         """What is left of communication that may run under ``hiding_s`` of computation."""
         calibration = self.calibration
         if not calibration.dp_overlap:
-            return seconds * calibration.dp_exposed / (calibration.buckets if self._deepspeed else 1.0)
+            return seconds * calibration.dp_exposed / self.buckets
         share = calibration.dp_exposed
         return share * seconds + max(0.0, (1.0 - share) * seconds - hiding_s)
 
-    def _tied(self, plan: ParallelPlan) -> float:
+    def tied_s(self, plan: ParallelPlan) -> float:
         """The first and the last stage sum the gradients of the embedding that they share."""
         if plan.pp == 1 or not self.work.model.tied:
             return 0.0
@@ -326,38 +352,17 @@ class Timing:
         if plan.offload == "none":
             return 0.0
         local = weights / (plan.dp * plan.sp * plan.cp if plan.zero_stage else 1)
-        moved = local * (self._grad_bytes[plan.grad_dtype] + self._itemsize + _HOST_UPDATE_BYTES)
+        return local * sum(size for _, size in self.offloaded(plan)) / self.hardware.host_bandwidth
+
+    def offloaded(self, plan: ParallelPlan) -> list[tuple[str, float]]:
+        """Bytes per parameter that cross the link to the host in a step, or move at about its speed there."""
+        parts = [("gradients", self._grad_bytes[plan.grad_dtype]), ("parameters", self._itemsize)]
+        parts.append(("update", _HOST_UPDATE_BYTES))
         if plan.offload == "optimizer+params":
-            moved += 2.0 * plan.grad_accum * local * self._itemsize
-        return moved / self.hardware.host_bandwidth
+            parts.append(("parameters per pass", 2.0 * plan.grad_accum * self._itemsize))
+        return parts
 
-    # --- bounds, arithmetic, bands ---------------------------------------------------------------------------------
-
-    def floor(
-        self, *, tp: int, pp: int, micro_batch: int, grad_accum: int, sp: int = 1, cp: int = 1, ep: int = 1
-    ) -> float:
-        """A lower bound of the step time of every plan with these degrees, whatever else it does.
-
-        It never falls when ``grad_accum`` grows, and never grows when ``pp`` does.
-        """
-        seconds = min(
-            self._floor(tp=tp, pp=pp, micro_batch=micro_batch, sp=sp, cp=cp, ep=ep, flash=flash, parallel=parallel)
-            for flash in (True, False)
-            for parallel in ((True, False) if tp > 1 else (False,))
-        )
-        return grad_accum * seconds + self.calibration.host_step_s
-
-    def _floor(
-        self, *, tp: int, pp: int, micro_batch: int, sp: int, cp: int, ep: int, flash: bool, parallel: bool
-    ) -> float:
-        shard = Shard(
-            tp, sp, cp, ep, micro_batch, self.work.batch.seq, "none", flash, parallel, self._deepspeed and tp > 1
-        )
-        unit = self._units.get(shard) or self.unit(shard)
-        layers, dense = self.work.model.layers, self._dense_layers
-        whole = self.whole_s(unit)
-        kinds = [unit.dense_s] * (dense > 0) + [unit.moe_s] * (layers > dense)
-        return max(whole / pp, -(-layers // pp) * min(kinds), unit.head_s)
+    # --- arithmetic, bands -------- ---------------------------------------------------------------------------------
 
     def flops(self, plan: ParallelPlan) -> tuple[float, float]:
         """Floating point operations of one step of the whole machine: of the model, and with recomputation."""

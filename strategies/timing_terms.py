@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from strategies.calibration import Calibration
-from strategies.collectives import ring_link
+from strategies.collectives import gather_s, ring_link
 from strategies.plan import ParallelPlan
 from strategies.workload import Term
 
@@ -82,7 +82,6 @@ def _rest(
     """Kinds of time around the slowest stage."""
     weights = timing.stage_weights(unit, stage, plan)
     replicas = plan.dp * plan.sp * plan.cp
-    link = ring_link(timing.network, replicas, plan.tp)
     divisor = {"1f1b": "1", "interleaved": f"{plan.vpp} virtual stages", "dualpipev": "3 (DualPipeV)"}[plan.schedule]
     whole = timing.whole_s(unit)
     yield (
@@ -98,20 +97,58 @@ def _rest(
         ("messages x (activations of a micro-batch / link + latency) x exposed share",)
         + ((f"{sends} x {_s(step.p2p / sends)}",) if plan.pp > 1 else ("one stage",)),
     )
-    kind = "all-reduce" if plan.zero_stage == 0 else f"ZeRO-{plan.zero_stage}"
-    yield (
-        "dp",
-        (
-            "exposed gradients and parameters of a rank over its replicas, and tied embeddings over the ends",
-            f"{kind} of {weights / 1e9:.3g} G parameters over {replicas} ranks at {link.bandwidth / 1e9:.3g} GB/s",
-        ),
-    )
+    yield "dp", _data_parallel(timing, plan, stage, weights)
     share = replicas if plan.zero_stage else 1
+    device, held = timing.device, f"{weights / 1e9:.4g} G parameters"
     yield (
         "optimizer",
         (
-            "bytes per parameter of the shard x parameters / memory bandwidth",
-            f"{weights / share / 1e9:.3g} G parameters",
+            "bytes per parameter x parameters / replicas that share them / memory bandwidth",
+            f"{timing.optimizer_bytes:g} B x {held} / {share} / {_rate(device.bandwidth)}"
+            if plan.offload == "none"
+            else "in host memory",
         ),
     )
-    yield "offload", ("gradients down, parameters up and the update in host memory", f"offload {plan.offload}")
+    parts = [f"{size:g} {kind}" for kind, size in timing.offloaded(plan)]
+    yield (
+        "offload",
+        (
+            "bytes per parameter x parameters / replicas that share them / host bandwidth",
+            f"({' + '.join(parts)}) B x {held} / {share} / {_rate(timing.hardware.host_bandwidth)}"
+            if plan.offload != "none"
+            else "nothing offloaded",
+        ),
+    )
+
+
+def _data_parallel(timing: Timing, plan: ParallelPlan, stage: Stage, weights: float) -> tuple[str, str]:
+    """Every collective, what of their sum is exposed, and the sum of tied embeddings."""
+    ranks, tied = plan.dp * plan.sp * plan.cp, timing.tied_s(plan)
+    traffic, link = timing.traffic(stage.seconds, plan, weights), ring_link(timing.network, ranks, plan.tp)
+    ends = f" + {_s(tied)} tied embeddings" if tied else ""
+    if not traffic.parts:
+        return "the gradients of tied embeddings over the ends", f"one replica{ends}"
+    delay = gather_s(timing.network, 0.0, ranks, plan.tp)
+    parts = [
+        f"{one.times} x ({ranks - 1}/{ranks} x {one.size / 1e9:.4g} GB {one.kind} / {_rate(link.bandwidth)}"
+        f" + {_s(delay)})"
+        for one in traffic.parts
+    ]
+    moved, constants = f"({' + '.join(parts)})", timing.calibration
+    if not constants.dp_overlap:
+        share = constants.dp_exposed / timing.buckets
+        return (
+            "collectives x ((ranks - 1) / ranks x bytes / link + latency) x exposed share",
+            f"{moved} x {share:.4g}{ends}",
+        )
+    total = sum(one.times * gather_s(timing.network, one.size, ranks, plan.tp) for one in traffic.parts)
+    share = constants.dp_exposed
+    return (
+        "C = collectives x ((ranks - 1) / ranks x bytes / link + latency); exposed share x C + what of the rest "
+        "exceeds the computation that hides it",
+        f"C = {moved} = {_s(total)}; {share:.4g} x C + max(0, {1.0 - share:.4g} x C - {_s(traffic.hiding_s)}){ends}",
+    )
+
+
+def _rate(bandwidth: float) -> str:
+    return f"{bandwidth / 1e9:.4g} GB/s"

@@ -16,6 +16,7 @@ from launcher.calibration.rows import read_rows
 from launcher.config import choices_of, compose, conf_dir
 from launcher.schema import GROUPS
 from strategies.errors import ConfigError, PlanInfeasible
+from strategies.estimate import Estimator
 from strategies.rules import check
 from strategies.specs import ModelSpec
 
@@ -175,6 +176,7 @@ def test_clusters_have_the_figures_that_planning_needs() -> None:
         assert machine.hardware is not None
         assert machine.hardware.flops_16 >= machine.hardware.flops_fp32
         assert (machine.hardware.flops_fp8 > 0) == (key in {"H100-80GB", "H200", "B200", "GB200", "MI300X"})
+        assert machine.hardware.measured == (key == "CPU"), "figures of data sheets are not what programs get"
         if key != "CPU":
             assert machine.device_memory_bytes > 0
             if key.endswith("GB"):  # less than is marketed, and not much
@@ -248,6 +250,16 @@ def test_steps_and_tokens_of_an_experiment_agree(name: str) -> None:
     assert work is not None
     assert config.train.tokens == work.tokens
     assert config.train.steps == math.ceil(work.tokens / work.batch.tokens)
+
+
+@pytest.mark.parametrize("name", choices_of("experiment"))
+def test_every_experiment_fits_its_cluster(name: str) -> None:
+    config = compose([f"experiment={name}"])
+    sketch = build.outline(config)
+    work = build.workload(config, sketch)
+    assert work is not None
+    assert sketch.broken == ()
+    assert Estimator(work).estimate(sketch.plan).fits
 
 
 def test_the_stages_of_instructgpt_are_the_work_of_the_paper() -> None:

@@ -17,7 +17,7 @@ from launcher.calibration.validation_text import validation_text
 from strategies import calibrated
 from strategies.calibration import lookup
 from strategies.errors import PhalanxError
-from strategies.memory import Memory
+from strategies.memory import FITTED, Memory
 from strategies.timing import Timing
 from strategies.workload import Workload
 
@@ -102,7 +102,10 @@ def validate(path: Path) -> dict[str, Any]:
             "counted_as_wrong": bool(counted),
             "rows": [{"id": s.id, "line": s.line, "family": s.family, "reason": s.reason} for s in skipped],
         },
-        "constants": {"fitted": len(calibrated.CONSTANTS), "runs": calibrated.ROWS},
+        "constants": {
+            "step_time": {"fitted": len(calibrated.CONSTANTS), "runs": calibrated.ROWS},
+            "memory": {"fitted": len(FITTED), "runs": sum({name.split()[0]: n for name, n in FITTED.items()}.values())},
+        },
         "calibrations": _calibrations(done),
         "rows": [_row(one) for one in done],
     }

@@ -45,10 +45,14 @@ def _head(document: Mapping[str, Any]) -> str:
         f"bias {percent(memory['bias'], sign=True)} on {plural(memory['n'], 'run')}; "
         f"furthest under {percent(memory['under'], sign=True)}",
         f"{'verdicts:':<12}called right: {fits}, {ooms}",
-        f"{'constants:':<12}{document['constants']['fitted']} of step time, fitted to "
-        f"{plural(document['constants']['runs'], 'run')}",
+        f"{'constants:':<12}{_fitted(document, 'step_time')}, {_fitted(document, 'memory')}",
     ]
     return "\n".join(lines)
+
+
+def _fitted(document: Mapping[str, Any], kind: str) -> str:
+    one = document["constants"][kind]
+    return f"{one['fitted']} of {kind.replace('_', ' ')} (fitted on {plural(one['runs'], 'run')})"
 
 
 _HEADER = ("", "n", "MAPE", "median", "bias", "band", "Spearman", "n mem", "MAPE", "median", "under", "fit", "oom")

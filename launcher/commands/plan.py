@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 
+class _File(click.Path):
+    """A path that has a name; ``-`` is none, because nothing here is read from or written to a pipe."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value in ("", "-"):
+            self.fail(f"the name of a file is needed, found '{value}'.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @click.command(
     "plan",
     short_help="Show what would run, and whether it can.",
@@ -38,8 +47,8 @@ SCHEMA_VERSION = 1
 @click.option("--explain", is_flag=True, help="Add the arithmetic of every predicted number.")
 @click.option("--top", type=click.IntRange(min=1), metavar="K", help="With strategy=auto: rank the best K plans (5).")
 @click.option("--why", metavar="KEYS", help="With strategy=auto: why not this plan? For example --why tp=4,pp=3.")
-@click.option("--report", type=click.Path(path_type=Path), metavar="FILE", help="Write it all as one page of HTML.")
-@click.option("--validate", type=click.Path(path_type=Path), metavar="CSV", help="Predict measured runs and compare.")
+@click.option("--report", type=_File(path_type=Path), metavar="FILE", help="Write it all as one page of HTML.")
+@click.option("--validate", type=_File(path_type=Path), metavar="CSV", help="Predict measured runs and compare.")
 @click.option("--deepspeed", is_flag=True, help="Print DeepSpeed's configuration, and nothing else.")
 @click.option("--connect", is_flag=True, help="Ask an existing cluster for its size (else the configuration says it).")
 @overrides_argument
@@ -49,7 +58,10 @@ def command(ctx: click.Context, /, overrides: tuple[str, ...], **options: Any) -
     per step, failures, finish and cost.
 
     OVERRIDES are in Hydra's grammar: model=llama_tiny strategy.tp=2 ++train.lr=1e-3; strategy=auto searches for the
-    best plan. Exit code 3 if the plan breaks a rule or does not fit.
+    best plan. Exit code 3 if the plan breaks a rule or does not fit. --explain and --report also name the fastest plan.
+
+    --validate reads the columns of launcher/calibration/published_runs.csv; rows without flash attention and with a
+    zero_stage above 0 are taken for Megatron-DeepSpeed.
     """
     _refuse_contradictions(options, overrides)
     if options["validate"]:
@@ -102,13 +114,13 @@ def _searched(
 ) -> SearchResult | None:
     """The search behind ``strategy=auto``; None without. Ends the command where only one plan is asked about."""
     if not config.strategy.auto:
-        if options["top"] or options["why"]:
+        if options["top"] or options["why"] is not None:
             name = "top" if options["top"] else "why"
             raise click.UsageError(f"--{name} is about the search: add strategy=auto.", ctx)
         return None
     from launcher.auto import TOP, searched, why_document
 
-    if options["why"]:
+    if options["why"] is not None:
         document = why_document(config, _fields(options["why"]), machine=cluster)
         if options["as_json"]:
             print_json({"schema_version": SCHEMA_VERSION, "why": document})
@@ -133,27 +145,42 @@ def _ranking(config: Config, result: SearchResult, top: int | None) -> dict[str,
 
 
 def _fields(text: str) -> dict[str, str]:
-    """``tp=4,pp=3`` as a mapping; commas in brackets do not separate."""
-    fields = {}
+    """``tp=4,pp=3`` as a mapping; commas in brackets do not separate.
+
+    Raises:
+        ConfigError: A part is no KEY=VALUE, or a key or value makes no sense, or comes twice; all are named.
+    """
+    from launcher.auto import parse_fields
+
+    fields: dict[str, str] = {}
+    wrong = []
     for part in re.split(r",(?![^\[]*\])", text):
         name, equals, value = part.strip().removeprefix("strategy.").partition("=")
         if not (name and equals and value):
-            raise click.UsageError(f"--why takes KEY=VALUE,KEY=VALUE, found '{part.strip()}'.")
-        fields[name] = value
+            wrong.append(f"KEY=VALUE,KEY=VALUE is expected, found '{part.strip()}'")
+        elif name in fields:
+            wrong.append(f"{name} is given twice, {name}={fields[name]} and {name}={value}")
+        else:
+            fields[name] = value
+    parse_fields(fields, wrong)
     return fields
 
 
 def _refuse_contradictions(options: Mapping[str, Any], overrides: tuple[str, ...]) -> None:
     """Raise UsageError for options that make no sense together."""
-    given = [name for name in ("explain", "top", "why", "report", "deepspeed", "connect") if options[name]]
+    given = [
+        name
+        for name in ("explain", "top", "why", "report", "deepspeed", "connect")
+        if options[name] not in (None, False)
+    ]
     if options["validate"] and (given or overrides):
         others = [*(f"--{name}" for name in given), *overrides]
         raise click.UsageError(f"--validate takes models and machines from its file; it goes without {others[0]}.")
     if options["deepspeed"]:
         for name in ("explain", "top", "why"):
-            if options[name]:
+            if options[name] not in (None, False):
                 raise click.UsageError(f"--deepspeed prints nothing else; it goes without --{name}.")
-    if options["top"] and options["why"]:
+    if options["top"] and options["why"] is not None:
         raise click.UsageError("--top ranks plans, --why explains one: give one of them.")
 
 
@@ -255,13 +282,20 @@ def plan_document(
     }
 
 
-def _estimate(config: Config, sketch: Outline, **asked: Any) -> dict[str, Any] | None:
-    """What the planner predicts; None without hardware figures, and for plans that make no sense."""
+def _estimate(
+    config: Config, sketch: Outline, *, explain: bool, report: bool, searched: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """What the planner predicts; None without hardware figures, and for plans that make no sense.
+
+    ``fastest`` is what beats the plan; the search for it takes a second or two, so that it has to be asked for.
+    """
     from launcher.build import workload
 
     work = workload(config, sketch)
     if work is None or sketch.broken:
         return None
     from launcher.estimation import estimated
+    from launcher.verdict import fastest
 
-    return estimated(work, sketch.plan, **asked)
+    document = estimated(work, sketch.plan, explain=explain, report=report, searched=searched)
+    return document | {"fastest": fastest(work, sketch.plan, document) if explain or report else None}

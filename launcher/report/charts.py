@@ -162,38 +162,36 @@ def lost_bar(failures: Mapping[str, Any]) -> str:
 
 
 def finish_ranges(failures: Mapping[str, Any]) -> str:
-    """Days and dollars: the best guess and the 90 % bound."""
-    rows: list[tuple[str, float, float, float, Callable[[float], str]]] = [
-        ("finish", failures["days_fault_free"], failures["days_50"], failures["days_90"], days)
+    """Days and dollars: the best guess between the bounds of 10 and 90 %."""
+    rows: list[tuple[str, tuple[float, float, float], Callable[[float], str]]] = [
+        ("finish", (failures["days_low"], failures["days_50"], failures["days_90"]), days)
     ]
     if failures["cost_50_usd"]:
-        ratio = failures["cost_50_usd"] / failures["days_50"]
-        rows.append(
-            ("cost", failures["days_fault_free"] * ratio, failures["cost_50_usd"], failures["cost_90_usd"], dollars)
-        )
+        costs = (failures["cost_low_usd"], failures["cost_50_usd"], failures["cost_90_usd"])
+        rows.append(("cost", costs, dollars))
     left, row = 58.0, 66.0
     figure = Svg(HALF, row * len(rows) + 4, "finish and cost with their bounds")
-    for i, (name, free, likely, late, words) in enumerate(rows):
-        _range_row(figure, row * i, left, name, (free, likely, late), words)
+    for i, (name, values, words) in enumerate(rows):
+        _range_row(figure, row * i, left, name, values, words)
     return str(figure)
 
 
 def _range_row(
     figure: Svg, top: float, left: float, name: str, values: tuple[float, float, float], words: Callable[[float], str]
 ) -> None:
-    """One scale from the fault-free value to the late bound, with its three labels kept apart."""
+    """One scale from the early to the late bound, with its three labels kept apart."""
     room, y = HALF - left - 60, top + 30
     margin = 0.1 * (max(values) - min(values)) or 1.0
     low, high = min(values) - margin, max(values) + margin
     places = [left + 20 + room * (value - low) / (high - low) for value in values]
     figure.text(left - 10, y + 4, name, "strong", anchor="end")
     figure.line(left, y, HALF, y, "grid-line")
-    figure.line(places[1], y, places[2], y, "whisker")
-    figure.dot(places[0], y, 4.5, "hollow", tip=f"without failures: {words(values[0])}")
+    figure.line(places[0], y, places[2], y, "whisker")
+    for end in (places[0], places[2]):
+        figure.line(end, y - 7, end, y + 7, "whisker")
     figure.dot(places[1], y, 6, "blue", tip=f"50 %: {words(values[1])}")
-    figure.line(places[2], y - 7, places[2], y + 7, "whisker")
     above = spread(places, 96, left + 40, HALF - 44)
-    for at, value, note in zip(above, values, ("no failures", "50 %", "90 %"), strict=True):
+    for at, value, note in zip(above, values, ("10 %", "50 %", "90 %"), strict=True):
         figure.text(at, y - 13, words(value), "strong" if note == "50 %" else "", anchor="middle")
         figure.text(at, y + 24, note, "soft", anchor="middle")
 

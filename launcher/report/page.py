@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from launcher.quantities import days, dollars, gain, percent, span, storage
+from launcher.quantities import days, dollars, extent, gain, percent, span, storage
 from launcher.render import count, plural
 from launcher.render_estimate import between
 from launcher.report import charts, gantt
 from launcher.report.placement import placement
 from launcher.report.style import CSS
+from launcher.verdict import fastest_text, tight, tight_text
 from strategies.plan import ParallelPlan
 from strategies.specs import ClusterSpec
 
@@ -111,8 +112,14 @@ def _verdict(estimate: Mapping[str, Any]) -> str:
     if not estimate["fits"]:
         css, words = " bad", "It does not fit into the memory of the devices."
     elif not estimate["runnable"]:
-        css, words = " half", f"It fits. phalanx can model it, but not run it: {estimate['modelled_reason']}."
-    return f'<div class="verdict{css}"><p>{escape(words)}</p><p>{escape(estimate["bottleneck"]["sentence"])}</p></div>'
+        fits = tight_text(estimate) if tight(estimate) else "fits"
+        css, words = " half", f"It {fits}. phalanx can model it, but not run it: {estimate['modelled_reason']}."
+    elif tight(estimate):
+        css, words = " half", f"It {tight_text(estimate)}, and phalanx can run it."
+    lines = [words, estimate["bottleneck"]["sentence"]]
+    if beaten := fastest_text(estimate):
+        lines.append(f"{beaten[0].upper()}{beaten[1:]}.")
+    return f'<div class="verdict{css}">{"".join(f"<p>{escape(one)}</p>" for one in lines)}</div>'
 
 
 def _key_figures(estimate: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -128,9 +135,13 @@ def _key_figures(estimate: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         return found
     found.append(("goodput with failures", percent(failures["goodput"]), _failure_rate(failures)))
     if failures["days_50"] is not None:
-        found.append(("until it is finished", days(failures["days_50"]), f"90 %: within {days(failures['days_90'])}"))
+        note = f"80 %: {extent(failures['days_low'], failures['days_90'], days)}"
+        found.append(("until it is finished", days(failures["days_50"]), note))
+    elif failures["never"]:
+        found.append(("until it is finished", "never", f"{percent(failures['goodput'])} of the time counts"))
     if failures["cost_50_usd"]:
-        found.append(("cost", dollars(failures["cost_50_usd"]), f"90 %: below {dollars(failures['cost_90_usd'])}"))
+        note = f"80 %: {extent(failures['cost_low_usd'], failures['cost_90_usd'], dollars)}"
+        found.append(("cost", dollars(failures["cost_50_usd"]), note))
     return found
 
 
@@ -184,12 +195,16 @@ def _placement(plan: ParallelPlan, cluster: ClusterSpec) -> str:
 
 def _finish(estimate: Mapping[str, Any]) -> str:
     failures, priced = estimate["failures"], bool(estimate["failures"]["cost_50_usd"])
+    if failures["never"]:
+        return _section("Finish and cost", f"It never ends: {failures['never']}.", _lost(failures), name="finish")
     if failures["days_50"] is None:
         lead = "The configuration gives no number of tokens (train.tokens), so there is no end to predict."
         return _section("Finish and cost", lead, _lost(failures), name="finish")
     lead = f"{count(estimate['tokens'])} tokens with the failures that will happen."
-    lead += " All nodes are paid for, all the time." if priced else " The cluster gives no price."
-    ranges = _figure(charts.finish_ranges(failures)) if failures["mtbf_s"] else ""
+    lead += f" Without any, {days(failures['days_fault_free'])}. Ranges hold the error of the predicted step, too."
+    paid = " The nodes of the plan and those that stand by are paid for, all the time."
+    lead += paid if priced else " The cluster gives no price."
+    ranges = _figure(charts.finish_ranges(failures))
     return _section("Finish and cost", lead, ranges, _lost(failures), name="finish")
 
 

@@ -56,7 +56,6 @@ svg text.halo { paint-order: stroke; stroke: var(--card); stroke-width: 4px; str
 .grey3 { fill: var(--grey3); } .mint { fill: var(--mint); }
 .cloud { fill: var(--blue); fill-opacity: 0.5; } .beyond { fill: var(--grey3); }
 .ring { fill: none; stroke: var(--ink); stroke-width: 1.6; }
-.hollow { fill: var(--card); stroke: var(--blue); stroke-width: 2; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 8px 0 0; padding: 0; list-style: none;
   color: var(--soft); font-size: 12.5px; } .legend svg { display: inline-block; width: 10px; height: 10px;
   margin-right: 6px; }

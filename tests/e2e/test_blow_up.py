@@ -66,6 +66,7 @@ def test_the_oracle_sees_the_skip(submit: Submit, without_eight: RunStore) -> No
     assert next(step for step in whole if whole[step] != skipping[step]) == 8
 
 
+@pytest.mark.full
 def test_a_spike_of_the_loss(submit: Submit) -> None:
     oracle = submit("without-twenty", *LONG, "train.skips=[{step:20,samples:8}]")
     run = submit("spike", *LONG, faults=("loss_spike@rank=3,step=20",))

@@ -173,6 +173,7 @@ def assert_grown(run: RunStore) -> None:
     assert len(list(run.metrics())) == STEPS + 1
 
 
+@pytest.mark.full  # three minutes; tests/launcher/test_sizing.py grows one by hand
 def test_grows_back_when_the_node_returns(
     folder: Path, undisturbed_long: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from launcher import auto, build
 from launcher.config import compose
+from launcher.quantities import dollars
 from launcher.render_search import ranking_text, why_text
 from launcher.schema import Config
 from strategies.capabilities import runnable
@@ -90,6 +92,15 @@ def test_ranking_as_text() -> None:
     assert len(set(labels)) == len(labels)
 
 
+def test_plans_ranked_by_cost_say_what_they_cost() -> None:
+    document = auto.auto_document(small("objective=cost", "cluster.hardware.price_per_device_hour=2"))
+    costs = [one["cost_50_usd"] for one in document["ranked"]]
+    assert all(cheap <= dear * 1.0001 for cheap, dear in pairwise(costs))
+    text = ranking_text(document)
+    assert all(dollars(cost) in text for cost in costs)
+    assert "$" not in ranking_text(auto.auto_document(small()))
+
+
 @pytest.mark.parametrize("objective", ["time", "cost", "memory"])
 def test_objectives(objective: str) -> None:
     document = auto.auto_document(small(f"objective={objective}"))
@@ -158,6 +169,14 @@ def test_fields_of_every_kind() -> None:
     fields = {"tp": "4", "stages": "[6,6]", "flash": "True", "schedule": "dualpipev", "zero_stage": "0"}
     found = auto.parse_fields(fields)
     assert found == {"tp": 4, "stages": (6, 6), "flash": True, "schedule": "dualpipev", "zero_stage": 0}
+
+
+def test_nothing_is_offloaded_where_the_device_is_the_host() -> None:
+    words = ("model=gpt_tiny", "cluster=local", "train.global_batch=16", "strategy=auto", "objective=memory")
+    ranked = auto.searched(compose(list(words)), top=20).ranked
+    assert {one.plan.offload for one in ranked} == {"none"}
+    asked = auto.searched(compose([*words, "strategy.offload=optimizer"]), top=20).ranked
+    assert {one.plan.offload for one in asked} == {"optimizer"}
 
 
 def test_nothing_fits() -> None:

@@ -14,7 +14,7 @@ from launcher.calibration.fit import PRIORS, Spread
 from launcher.calibration.rows import FITTED_ROWS, Row, read_rows
 from strategies import calibrated
 from strategies.calibrated import Constant
-from strategies.calibration import assemble
+from strategies.calibration import CONTEXT_RUNS, EXPERT_RUNS, assemble
 from strategies.timing import Timing
 
 pytest.importorskip("scipy", reason="the fit needs scipy, predictions do not")
@@ -149,3 +149,11 @@ def test_the_written_constants_are_what_the_fit_writes(rows: list[Row]) -> None:
         assert set(written[name]) == set(getattr(calibrated, name))
         for key, pair in getattr(calibrated, name).items():
             assert written[name][key] == pytest.approx(pair, abs=0.02), (name, key)
+
+
+def test_runs_with_rare_degrees_are_counted(rows: list[Row]) -> None:
+    """What the warnings of a band say: few fitted runs have experts or contexts in parallel, none tp over nodes."""
+    plans = [row.plan for row in rows]
+    assert sum(plan.ep > 1 for plan in plans) == EXPERT_RUNS
+    assert sum(plan.cp > 1 for plan in plans) == CONTEXT_RUNS
+    assert not any(row.plan.tp > row.work.cluster.slots_per_node for row in rows)

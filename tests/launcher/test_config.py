@@ -80,6 +80,7 @@ def test_all_problems_at_once() -> None:
         ("model.moe=8", "expected a section, found 8"),
         ("model.moe={experts: 8, top_k: 0, ffn: 64}", "expected at least 1, found 0"),
         ("cluster.hardware.inter_latency_s=5", "expected at most 1, found 5"),
+        ("cluster.hardware.failures_per_node_day=1e7", "expected at most 100, found"),
         ("train.deterministic=maybe", "expected bool, found 'maybe'"),
         ("train=5", "expected a section, found 5"),
         ("train.lr=${train.nope}", "train.nope"),

@@ -72,7 +72,9 @@ def test_text_says_the_same(invoke: Invoke) -> None:
     for word in ("forecast:", "it fits", "one step:", "bottleneck:", "what would help most", "goodput:", "finish:"):
         assert word in out
     assert max(len(line) for line in out.splitlines()) <= 130
-    assert out.rstrip().endswith("phalanx submit with the same overrides starts it.")
+    assert out.rstrip().endswith("phalanx submit with the same overrides and cluster.address=IP:PORT starts it.")
+    assert "strategy=auto finds the best" in out
+    assert invoke(*FITS, "cluster.address=10.0.0.1:6379")[1].rstrip().endswith("with the same overrides starts it.")
 
 
 def test_plan_that_does_not_fit(invoke: Invoke) -> None:
@@ -139,6 +141,15 @@ def test_report(invoke: Invoke, tmp_path: Path) -> None:
         (["--top", "0"], 2, "--top"),
         (["--top", "3"], 2, "strategy=auto"),
         (["--why", "tp=2"], 2, "strategy=auto"),
+        (["--why", ""], 2, "strategy=auto"),
+        (["strategy=auto", "--why", ""], 2, "KEY=VALUE,KEY=VALUE is expected, found ''"),
+        (["strategy=auto", "--why", "tp=4,tp=8"], 2, "tp is given twice, tp=4 and tp=8"),
+        (["strategy=auto", "--top", "3", "--why", ""], 2, "give one of them"),
+        (["--deepspeed", "--why", ""], 2, "goes without --why"),
+        (["--validate", "x.csv", "--why", ""], 2, "goes without --why"),
+        (["--report", ""], 2, "the name of a file is needed"),
+        (["--report", "-"], 2, "the name of a file is needed, found '-'"),
+        (["--validate", ""], 2, "the name of a file is needed"),
     ],
 )
 def test_contradictions_and_bad_places(
@@ -180,9 +191,43 @@ def test_one_plan_of_the_search_is_explained(invoke: Invoke) -> None:
     code, _, err = invoke("--why", "tp", *AUTO)
     assert code == 2
     assert "KEY=VALUE" in err
+    code, _, err = invoke("--why", "tp=4,pp=foo,zz=2,dp", *AUTO)
+    assert code == 2
+    assert all(word in err for word in ("pp=foo", "'zz'", "found 'dp'"))
     code, _, err = invoke("--why", "tq=2", *AUTO)
     assert code == 2
     assert "tp" in err
+
+
+def test_the_best_plan_of_a_search_that_can_only_be_modelled_is_told_apart(invoke: Invoke) -> None:
+    words = ["strategy=auto", "model=mixtral_8x7b", "cluster=a100_80", "train.precision=bf16", "train.global_batch=64"]
+    code, out, _ = invoke(*words)
+    assert code == 0
+    assert "This plan can be modelled only" in out
+    assert "All about it: phalanx plan strategy=default" in out
+
+
+SMALL = ["model=gpt2_small", "cluster=a100_80", "cluster.nodes=1", "train.precision=bf16", "train.global_batch=64"]
+SLOW = [*SMALL, "strategy.pp=4", "strategy.recompute=full"]
+
+
+def test_what_beats_a_plan_is_said(invoke: Invoke, tmp_path: Path) -> None:
+    assert json.loads(invoke("--json", *SLOW)[1])["estimate"]["fastest"] is None  # a search has to be asked for
+    code, out, _ = invoke("--json", "--explain", *SLOW)
+    assert code == 0
+    estimate = json.loads(out)["estimate"]
+    best = estimate["fastest"]
+    assert best["runnable"]
+    assert best["faster"] > 0.1
+    assert best["faster"] == pytest.approx(estimate["time"]["step_s"] / best["step_s"] - 1)
+    target = tmp_path / "plan.html"
+    for text in (invoke("--explain", *SLOW)[1], invoke("--report", str(target), *SLOW)[1], target.read_text()):
+        assert f"eaten by {best['plan_text']} (" in text
+        assert "% faster step: " in text
+    modelled = invoke("--explain", *SLOW, "strategy.sequence_parallel=true", "strategy.tp=2")[1]
+    assert "beaten by " in modelled
+    again = invoke("--explain", *SMALL, *best["overrides"])[1]
+    assert "no plan that phalanx runs has a step that is more than 1 % faster" in again
 
 
 def test_report_of_a_search(invoke: Invoke, tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def test_the_file_composes_to_what_was_measured(tmp_path: Path) -> None:
     assert (cluster.nodes, cluster.slots_per_node, cluster.device) == (3, 2, "A100-80GB")
     assert cluster.device_memory_bytes == 80 * 10**9
     assert cluster.hardware is not None
+    assert cluster.hardware.measured
     for key, figure in found.figures.items():
         assert getattr(cluster.hardware, key) == pytest.approx(figure.value, rel=1e-4), key
     assert file.read_text().count("not measurable: fill in") == 2

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from launcher import quantities
-from launcher.render_estimate import arithmetic_text, estimate_text, failures_text, memory_text
+from launcher.render_estimate import arithmetic_text, estimate_text, failures_text, forecast_line, memory_text
 from launcher.render_plan import plan_text
+from launcher.report.page import page
 from tests.support.estimates import CLUSTER, PLAN, estimate_document, plan_document
 from tests.support.golden import assert_golden
 
 TODAY = datetime.date(2026, 3, 1)
+TIGHT = "fits tightly (52.0 GB per rank of 54.0 GB; the prediction errs by 7 %), "
 
 
 def test_plan_with_estimate() -> None:
@@ -31,6 +33,32 @@ def test_plan_that_does_not_fit() -> None:
     assert "it does NOT fit, 12.0 GB too much" in text
     assert "neighbours of this plan that fit" in text
     assert "This plan can run" not in text
+
+
+def test_plan_that_fits_tightly() -> None:
+    document = plan_document()
+    for budget, words in ((60e9, "fits (52.0 GB per rank of 60.0 GB), "), (54e9, TIGHT)):
+        document["estimate"]["memory"]["budget_bytes"] = budget
+        assert f"forecast:   {words}" in plan_text(document, PLAN, CLUSTER, TODAY)
+    assert "It fits tightly (52.0 GB per rank of 54.0 GB; " in page(document, PLAN, CLUSTER)
+
+
+@pytest.mark.parametrize(
+    ("best", "words"),
+    [
+        ({}, "beaten by TP9 (16 % faster step: 3.00 s, 55.0 GB per rank)"),
+        ({"runnable": False}, "beaten by TP9 (16 % faster step: 3.00 s, 55.0 GB per rank; modelled only)"),
+        ({"peak_bytes": 79e9}, "beaten by TP9 (16 % faster step: 3.00 s, 79.0 GB per rank; fits tightly)"),
+        ({"faster": -0.1, "among_runnable": False}, "no plan has a step that is more than 1 % faster"),
+    ],
+)
+def test_what_beats_a_plan(best: dict[str, Any], words: str) -> None:
+    fastest = {"plan_text": "TP9", "step_s": 3.0, "peak_bytes": 55e9, "runnable": True, "faster": 0.16}
+    document = plan_document(fastest=fastest | {"among_runnable": True} | best)
+    assert f"\n\n{words}\n\n" in plan_text(document, PLAN, CLUSTER, TODAY)
+    assert f"{words[0].upper()}{words[1:]}." in page(document, PLAN, CLUSTER)
+    document["estimate"]["fits"] = False
+    assert "the fastest plan that fits: TP9 (3.00 s, " in plan_text(document, PLAN, CLUSTER, TODAY)
 
 
 def test_plan_that_can_be_modelled_only() -> None:
@@ -71,10 +99,25 @@ def test_unknown_memory_tokens_failures_and_price() -> None:
 
 def test_finish_is_a_date() -> None:
     text = failures_text(estimate_document(), TODAY)
-    assert "2026-03-14 (13.3 d); 90 %: by 2026-03-15 (14.1 d)" in text
+    assert "2026-03-14 (13.3 d); 10 %: by 2026-03-13 (12.4 d); 90 %: by 2026-03-15 (14.1 d)" in " ".join(text.split())
     estimate: dict[str, Any] = estimate_document()
     estimate["failures"] |= {"days_50": 9e9, "days_90": 9e9}
     assert "never" in failures_text(estimate, TODAY)
+
+
+def test_a_step_that_is_known_roughly_gives_a_range() -> None:
+    estimate: dict[str, Any] = estimate_document()
+    assert "finished in 13.3 d, $12.3 k" in forecast_line(estimate)
+    estimate["time"] |= {"low_s": 2.0, "high_s": 6.0}
+    assert "finished in 12.4 to 14.1 d, $11.5 k to $13.0 k" in forecast_line(estimate)
+
+
+def test_a_run_that_never_ends_says_why() -> None:
+    estimate: dict[str, Any] = estimate_document()
+    nothing = dict.fromkeys(("days_low", "days_50", "days_90", "cost_low_usd", "cost_50_usd", "cost_90_usd"))
+    estimate["failures"] |= {**nothing, "never": "failures undo the work"}
+    assert "never finished" in forecast_line(estimate)
+    assert "never: failures undo the work" in failures_text(estimate, TODAY)
 
 
 def test_arithmetic_names_every_term() -> None:
@@ -108,5 +151,8 @@ def test_quantities() -> None:
     assert quantities.dollars(63.2e6) == "$63.2 M"
     assert quantities.dollars(312) == "$312"
     assert quantities.days(36 * 365.25) == "36.0 years"
+    assert quantities.extent(80.2, 140, quantities.days) == "80.2 to 140 d"
+    assert quantities.extent(0.01, 140, quantities.days) == "14.4 min to 140 d"
+    assert quantities.extent(9.5e5, 1.9e6, quantities.dollars) == "$950 k to $1.90 M"
     assert quantities.storage(None) == "unknown"
     assert quantities.storage(61.24e9) == "61.2 GB"

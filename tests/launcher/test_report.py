@@ -113,6 +113,17 @@ def test_page_without_tokens_failures_memory_and_ladder() -> None:
     assert "does not say how much memory" in words
 
 
+def test_page_shows_the_range_of_finish_and_cost_or_that_there_is_none() -> None:
+    document = plan_document()
+    words = " ".join(parsed(page(document, PLAN, CLUSTER)).words)
+    assert "80 %: 12.4 to 14.1 d" in words
+    assert "80 %: $11.5 k to $13.0 k" in words
+    nothing = dict.fromkeys(("days_low", "days_50", "days_90", "cost_low_usd", "cost_50_usd", "cost_90_usd"))
+    document["estimate"]["failures"] |= {**nothing, "never": "failures undo the work"}
+    words = " ".join(parsed(page(document, PLAN, CLUSTER)).words)
+    assert "It never ends: failures undo the work." in words
+
+
 def test_names_are_escaped() -> None:
     document = plan_document(warnings=["<script>alert(1)</script>"])
     document["model"]["name"] = '<b onmouseover="x">&'

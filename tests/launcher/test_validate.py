@@ -224,3 +224,10 @@ def test_equal_values_share_a_rank() -> None:
 def test_bad_cells_end_the_comparison(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has 2 problems"):
         compare(tmp_path, {"tp": "x", "pp": "y"})
+
+
+@pytest.mark.usefixtures("fakes")
+def test_fitted_constants_of_time_and_of_memory_are_counted(tmp_path: Path) -> None:
+    document = compare(tmp_path, {})
+    assert document["constants"] == {"step_time": {"fitted": 18, "runs": 303}, "memory": {"fitted": 5, "runs": 40}}
+    assert "18 of step time (fitted on 303 runs), 5 of memory (fitted on 40 runs)" in validation_text(document)

@@ -59,3 +59,18 @@ def random_work(rng: random.Random, model: ModelSpec | None = None) -> Workload:
     precisions: tuple[Precision, ...] = ("bf16", "bf16", "fp32")
     frameworks: tuple[Framework, ...] = ("megatron", "megatron", "mcore", "fsdp")
     return replace(work, precision=rng.choice(precisions), framework=rng.choice(frameworks))
+
+
+def wide_work(rng: random.Random) -> Workload:
+    """A workload with more of what makes stages differ: large vocabularies, tied or not, dense blocks."""
+    work = random_work(rng)
+    made = replace(
+        work.model, vocab=rng.choice([300, 50000, 250000]), tied=rng.random() < 0.5, layers=rng.choice([3, 5])
+    )
+    if made.moe is not None:
+        experts = replace(made.moe, dense_layers=rng.choice([0, 1, 2]), ffn=rng.choice([512, 4096]))
+        made = replace(made, moe=experts)
+    batch = replace(work.batch, global_batch=rng.choice([4, 7, 8, 12]))
+    hardware = replace(work.hardware, processors=rng.choice([2, 80, 108]))
+    cluster = replace(work.cluster, nodes=rng.choice([1, 2, 4, 5]), hardware=hardware)
+    return replace(work, model=made, batch=batch, cluster=cluster)

@@ -177,6 +177,16 @@ def test_offloading_leaves_the_device() -> None:
     assert (kept.optimizer > 0, optimizer.optimizer, both.optimizer) == (True, 0, 0)
     assert (optimizer.weights, both.weights) == (kept.weights, 0)
     assert both.gathered == kept.gathered > 0
+    assert (kept.gradients > 0, optimizer.gradients, both.gradients) == (True, 0, 0)
+
+
+def test_zero_2_offloads_gradients_as_they_are_made_and_zero_1_at_the_end() -> None:
+    of = memory(LLAMA2_7B)
+    plan = spread(LLAMA2_7B, dp=1, zero_stage=2, offload="optimizer", recompute="full")
+    second, first = of.stage(plan, 0), of.stage(replace(plan, zero_stage=1), 0)
+    assert (second.gradients, second.optimizer) == (0, 0)
+    assert second.buffers < 11e9, "buckets, not another copy of all gradients"
+    assert first.gradients >= 4 * 6.7e9
 
 
 def test_zero_3_gathers_less_than_everything_unless_it_pipelines() -> None:

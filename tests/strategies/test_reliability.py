@@ -272,6 +272,36 @@ def test_a_short_run_most_often_sees_no_failure() -> None:
     assert half == most == pytest.approx(3600 * (1 + what.stall) / 86400)
 
 
+def test_the_error_of_the_step_and_failures_add_up_as_variances_of_logarithms() -> None:
+    what = work(nodes=128)
+    plan = plan_of(what, tp=8, pp=8, dp=15)
+    exact, both = outlook(what, plan, STEP_S), outlook(what, plan, STEP_S, band=(0.8 * STEP_S, 1.5 * STEP_S))
+    assert both.days_50 == exact.days_50
+    assert both.days_90 is not None
+    assert both.days_50 is not None
+    assert exact.days_90 is not None
+    failures, step = math.log(exact.days_90 / both.days_50), 1.28155 / 1.64485 * math.log(1.5)
+    assert math.log(both.days_90 / both.days_50) == pytest.approx(math.hypot(failures, step), rel=1e-4)
+    few = finish_days(*plan_process(what, plan, STEP_S), math.ceil(300e9 / (1536 * 2048)) * STEP_S, (0.1,))[0]
+    assert exact.days_low == pytest.approx(few), "failures alone"
+    assert both.days_low is not None
+    assert both.days_low < few
+
+
+def test_a_run_that_failures_undo_never_ends() -> None:
+    found = gpt3_outlook(failures_per_node_day=100.0)
+    assert found.goodput < 1e-3
+    assert (found.days_low, found.days_50, found.days_90, found.cost_50, found.failures_expected) == (None,) * 5
+    assert "failures undo the work" in found.never
+    assert not gpt3_outlook().never
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.99, 0.999, 1.0, 1.001, 1.01, 1.08, 2.0])
+def test_many_places_are_counted_by_the_normal_limit(ratio: float) -> None:
+    few, many = erlang_b(100_000, ratio * 100_000), erlang_b(100_001, ratio * 100_000)
+    assert many == pytest.approx(few, rel=0.01, abs=1e-6)
+
+
 def test_an_outlook_survives_json() -> None:
     for found in (gpt3_outlook(), gpt3_outlook(tokens=0, failures_per_node_day=0.0)):
         assert from_json(Outlook, to_json(found)) == found

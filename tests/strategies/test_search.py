@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -14,8 +15,9 @@ from strategies.estimate import Estimator, Objective
 from strategies.plan import ParallelPlan
 from strategies.search import Found, SearchResult, search, tie_break
 from strategies.space import Inner, Replicas, Shape, Space, State
+from strategies.specs import ModelSpec, MoeSpec
 from strategies.workload import Workload
-from tests.strategies.planning import DENSE, SPARSE, random_work, work_of
+from tests.strategies.planning import DENSE, LLAMA, SPARSE, random_work, wide_work, work_of
 
 OBJECTIVES: tuple[Objective, ...] = ("goodput", "time", "cost", "memory")
 
@@ -46,18 +48,91 @@ def adds_up(result: SearchResult) -> bool:
     return result.space == result.evaluated + sum(result.pruned.values()) + sum(result.rejected.values())
 
 
+def compare(seed: int, work: Workload, rng: random.Random) -> None:
+    """Search and brute force find the same plans, and account for as many."""
+    objective, top = OBJECTIVES[seed % 4], rng.choice([1, 3, 10])
+    estimator, space = Estimator(work), Space(work, runnable_only=rng.random() < 0.2)
+    expected, number, _ = brute_force(estimator, space, objective, top)
+    result = search(work, objective=objective, top=top, space=space, estimator=estimator)
+    assert [one.plan for one in result.ranked] == [one.plan for one in expected], (seed, objective, number)
+    assert adds_up(result), seed
+    assert result.space - sum(space.census(space.shapes())[1].values()) == number
+
+
 @pytest.mark.parametrize("part", range(8))
 def test_brute_force_agrees(part: int) -> None:
-    for seed in range(25 * part, 25 * part + 25):
+    for seed in range(20 * part, 20 * part + 20):
         rng = random.Random(seed)
-        work = tight(rng, random_work(rng))
-        objective, top = OBJECTIVES[seed % 4], rng.choice([1, 3, 10])
-        estimator, space = Estimator(work), Space(work, runnable_only=rng.random() < 0.2)
-        expected, number, _ = brute_force(estimator, space, objective, top)
-        result = search(work, objective=objective, top=top, space=space, estimator=estimator)
-        assert [one.plan for one in result.ranked] == [one.plan for one in expected], (seed, objective, number)
-        assert adds_up(result), seed
-        assert result.space - sum(space.census(space.shapes())[1].values()) == number
+        compare(seed, tight(rng, random_work(rng)), rng)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("part", range(12))
+def test_brute_force_agrees_on_fresh_seeds(part: int) -> None:
+    for seed in range(10000 + 20 * part, 10020 + 20 * part):
+        rng = random.Random(seed)
+        compare(seed, tight(rng, random_work(rng)), rng)
+
+
+@pytest.mark.parametrize("part", [*range(2), *(pytest.param(part, marks=pytest.mark.full) for part in range(2, 20))])
+def test_brute_force_agrees_where_stages_differ(part: int) -> None:
+    """The budget is the peak of a plan drawn at random: that one just fits."""
+    for seed in range(20000 + 10 * part, 20010 + 10 * part):
+        rng = random.Random(seed)
+        work = wide_work(rng)
+        space = Space(work)
+        if sum(space.count(shape, 1, space.room(shape)) for shape in space.shapes()) < 6000:
+            plans = list(space.leaves())
+            peak = Estimator(work).memory.peak(rng.choice(plans))
+            cluster = replace(work.cluster, device_memory_bytes=math.ceil(peak))
+            compare(seed, replace(work, cluster=cluster), rng)
+
+
+@pytest.mark.parametrize("objective", ["memory", "time"])
+@pytest.mark.parametrize("fixed", [{}, {"schedule": "dualpipev"}])
+def test_only_the_output_layer_on_the_first_stage_fits(objective: Objective, fixed: dict[str, object]) -> None:
+    """With tied embeddings and a light first block, DualPipeV holds less than 1F1B does."""
+    experts = MoeSpec(experts=8, top_k=2, ffn=4096, dense_layers=1)
+    model = ModelSpec(
+        name="tied", layers=24, hidden=2048, heads=16, kv_heads=16, ffn=8192, vocab=50304, seq=2048, moe=experts
+    )
+    work = work_of(model, batch=64, nodes=2, slots=8)
+    knobs = {"tp": 1, "pp": 2, "ep": 1, "micro_batch": 1, "recompute": "full", "offload": "none"} | fixed
+    peaks = {one: least_peak(work, knobs | {"schedule": one}) for one in ("1f1b", "dualpipev")}
+    assert peaks["dualpipev"] < peaks["1f1b"]
+    between = int(sum(peaks.values()) / 2)
+    work = replace(work, cluster=replace(work.cluster, device_memory_bytes=between))
+    space, estimator = Space(work, knobs), Estimator(work)
+    expected, _, fit = brute_force(estimator, space, objective, 3)
+    found = search(work, objective=objective, top=3, space=space, estimator=estimator)
+    assert fit
+    assert [one.plan for one in found.ranked] == [one.plan for one in expected]
+    assert found.ranked[0].plan.schedule == "dualpipev"
+
+
+def least_peak(work: Workload, fixed: dict[str, object]) -> float:
+    memory = Estimator(work).memory
+    return min(memory.peak(plan) for plan in Space(work, fixed).leaves())
+
+
+@pytest.mark.parametrize("vocab", [20000, 50000, 100000])
+def test_the_slowest_stage_changes_with_the_micro_batch(vocab: int) -> None:
+    """With large ones it is that of the output projection, with small ones a middle one, which sends less."""
+    model = replace(LLAMA, layers=4, hidden=768, vocab=vocab, seq=16)
+    work = work_of(model, batch=6, nodes=3)
+    estimator = Estimator(work)
+    space, lasts = Space(work, {"tp": 1, "pp": 3, "recompute": "none", "stages": (1, 2, 1)}), []
+    bounds = Bounds(estimator, space, "time")
+    for shape, size in product(space.shapes(), space.micro_batch):
+        most, inner = space.room(shape), Inner(size, "none", False)
+        for replicas, state in product(space.replicas(shape, inner, PLAIN, 1, most), space.states(shape)):
+            plan, timing = space.plan(shape, state, inner, PLAIN, replicas), estimator.timing
+            lasts.append(timing.slowest(timing.unit_of(plan), plan).last)
+            rate = bounds.rate(shape, "none", replicas.dp, replicas.dp)
+            for kernels in (False, True):
+                bound = bounds.size(shape, inner, replicas.dp, replicas, rate, exact=kernels)
+                assert bound <= estimator.objective(plan, "time")
+    assert not all(lasts)
 
 
 def test_pruning_prunes() -> None:

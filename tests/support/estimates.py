@@ -81,8 +81,11 @@ def estimate_document(plan: ParallelPlan = PLAN) -> dict[str, Any]:
             "goodput": 0.972,
             "lost": {"checkpoint": 0.003, "replay": 0.006, "detect": 0.001, "restart": 0.008, "wait": 0.01},
             "days_fault_free": 12.9,
+            "never": "",
+            "days_low": 12.4,
             "days_50": 13.3,
             "days_90": 14.1,
+            "cost_low_usd": 11_500.0,
             "cost_50_usd": 12_300.0,
             "cost_90_usd": 13_000.0,
             "sweep": [
