@@ -283,6 +283,8 @@ class Controller:
 
     def _watch_for_nodes(self, state: GangState) -> None:
         """A larger plan fits: ask the ranks to leave at their next checkpoint; not any more: let them stay."""
+        if state.plan == self.request.job.plan and not state.leaving:
+            return  # as large as was asked for: nothing to count in every turn
         growth = self.sizing.growth(state.plan, self.muster.warm(state.placement)) if state.training else None
         if (growth is not None) is state.leaving or self.phase is not Phase.RUN:
             return

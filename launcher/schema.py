@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from jobs.spec import CheckpointSpec
 from launcher.request import RecoverySpec, TrackingSpec
-from strategies.hardware import Hardware
+from strategies.hardware import FROM_ZERO, Hardware
 from strategies.plan import GradDtype, Offload, Recompute, Schedule
 from strategies.schedule import Skip
 from strategies.specs import Flavour, LatentAttention, MoeSpec, Precision
@@ -300,19 +300,6 @@ class Config:
 
 # Speeds that every description of hardware needs.
 BANDWIDTHS = ("memory_bandwidth", "intra_bandwidth", "inter_bandwidth", "host_bandwidth", "storage_bandwidth")
-_FROM_ZERO = (
-    "flops_fp8",
-    "intra_latency_s",
-    "intra_domain",
-    "inter_latency_s",
-    "host_memory_bytes",
-    "storage_total_bandwidth",
-    "price_per_device_hour",
-    "failures_per_node_day",
-    "detect_s",
-    "restart_s",
-    "repair_s",
-)
 
 # Smallest legal values. What depends on other values (divisibility, memory) is a rule of strategies.rules.
 MINIMUM: dict[str, float] = {
@@ -328,7 +315,7 @@ MINIMUM: dict[str, float] = {
     **{f"cluster.hardware.{key}": 1e9 for key in ("flops_fp32", "flops_16")},
     **{f"cluster.hardware.{key}": 1e6 for key in BANDWIDTHS},
     "cluster.hardware.processors": 1,
-    **{f"cluster.hardware.{key}": 0 for key in _FROM_ZERO},
+    **{f"cluster.hardware.{key}": 0 for key in FROM_ZERO},
     **{f"strategy.{key}": 1 for key in ("tp", "pp", "dp", "ep", "sp", "cp", "vpp", "micro_batch")},
     "strategy.zero_stage": 0,
     **{f"train.{key}": 1 for key in ("steps", "tokens", "global_batch")},

@@ -4,6 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+FROM_ZERO = (
+    "flops_fp8",
+    "intra_latency_s",
+    "intra_domain",
+    "inter_latency_s",
+    "host_memory_bytes",
+    "storage_total_bandwidth",
+    "price_per_device_hour",
+    "failures_per_node_day",
+    "detect_s",
+    "restart_s",
+    "repair_s",
+)
+"""Figures of :class:`Hardware` that may be zero and never less; the other numbers are rates, and above zero."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hardware:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from strategies.cases import Case, Rule
 from strategies.errors import Violation
+from strategies.hardware import FROM_ZERO
 
 _RATES = (
     "flops_fp32",
@@ -15,19 +16,6 @@ _RATES = (
     "storage_bandwidth",
     "processors",
 )
-_FROM_ZERO = (
-    "flops_fp8",
-    "intra_latency_s",
-    "intra_domain",
-    "inter_latency_s",
-    "host_memory_bytes",
-    "storage_total_bandwidth",
-    "price_per_device_hour",
-    "failures_per_node_day",
-    "detect_s",
-    "restart_s",
-    "repair_s",
-)
 
 
 def hardware_has_speeds(case: Case) -> Violation | None:
@@ -36,7 +24,7 @@ def hardware_has_speeds(case: Case) -> Violation | None:
     if hardware is None:
         return None
     slow = [name for name in _RATES if not getattr(hardware, name) > 0]
-    negative = [name for name in _FROM_ZERO if not getattr(hardware, name) >= 0]
+    negative = [name for name in FROM_ZERO if not getattr(hardware, name) >= 0]
     if not slow and not negative:
         return None
     found = ", ".join(f"{name} {getattr(hardware, name):g}" for name in (*slow, *negative))

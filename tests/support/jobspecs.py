@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jobs.spec import CheckpointSpec, DataSpec, JobSpec, TrainSpec
-from strategies.deepspeed_config import deepspeed_config
+from jobs.spec import CheckpointSpec, DataSpec, JobSpec, TrainSpec, engine_config
 from strategies.plan import ParallelPlan, accumulation, split_layers
 from strategies.specs import BatchSpec, ModelSpec
 
@@ -35,18 +34,6 @@ def make_job(
     """A pretraining job with the DeepSpeed config that belongs to it; keywords go to :class:`TrainSpec`."""
     recipe = dataclasses.replace(TrainSpec(steps=20, lr=1e-3, min_lr=1e-4), **train)
     plan = plan or make_plan(model, global_batch)
-    config = deepspeed_config(
-        plan=plan,
-        precision=recipe.precision,
-        clip=recipe.clip,
-        lr=recipe.lr,
-        betas=(recipe.beta1, recipe.beta2),
-        eps=recipe.eps,
-        weight_decay=recipe.weight_decay,
-        warmup_steps=recipe.warmup_steps,
-        steps=recipe.steps,
-        min_lr=recipe.min_lr,
-    )
     return JobSpec(
         run_id="test",
         kind="pretrain",
@@ -56,5 +43,5 @@ def make_job(
         train=recipe,
         data=DataSpec(kind="text"),
         checkpoint=CheckpointSpec(),
-        deepspeed=config,
+        deepspeed=engine_config(plan, recipe),
     )
