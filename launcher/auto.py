@@ -9,19 +9,16 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, get_args
 
 from launcher import build
 from launcher.quantities import storage
 from launcher.schema import Config
 from strategies import rules
-from strategies.capabilities import runnable
 from strategies.codec import to_json
 from strategies.errors import ConfigError, PlanInfeasible, Violation, did_you_mean
 from strategies.estimate import CostEstimate, Estimator, Objective
 from strategies.plan import GradDtype, Offload, ParallelPlan, Recompute, Schedule
-from strategies.replan import Candidate, Find
 from strategies.resolve import resolve_plan
 from strategies.search import SearchResult, search
 from strategies.space import KNOBS, Space
@@ -170,26 +167,6 @@ def parse_fields(fields: Mapping[str, str], unread: Sequence[str] = ()) -> dict[
 def senseless(machine: ClusterSpec) -> dict[str, object]:
     """Values that leave out what makes no sense on a machine: the memory of a CPU is the host's, nothing to offload."""
     return {"offload": "none"} if machine.device.lower() == "cpu" else {}
-
-
-def finder(work: Workload, plan: ParallelPlan) -> Find:
-    """How the degradation ladder finds the best plan for fewer nodes: the same search, of what runs if ``plan`` runs.
-
-    Args:
-        work: The workload.
-        plan: The plan of the whole machine.
-    """
-    runs = runnable(plan, work.precision, work.model) is None
-
-    def find(cluster: ClusterSpec) -> Candidate | None:
-        smaller = replace(work, cluster=cluster)
-        found = search(smaller, top=1, runnable_only=runs)
-        if not found.ranked:
-            return None
-        best = found.ranked[0]
-        return Candidate(best.plan, best.step_s, best.tokens_per_s)
-
-    return find
 
 
 def summary(estimate: CostEstimate) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from launcher.schema import GROUPS, HINTS, MAXIMUM, MINIMUM, Config
-from launcher.typed import Bounds, Problem, decode, field_types, is_text, leaf_types
+from launcher.typed import Bounds, Problem, decode, is_text, leaf_types
 from strategies.codec import to_json
 from strategies.errors import ConfigError, StorageError, did_you_mean
 
@@ -381,8 +381,3 @@ def _raise(problems: Sequence[Problem]) -> None:
         raise ConfigError(f"{one.key}: {one.message}.", hint=one.hint)
     lines = [f"  - {one.key}: {one.message}.{f' {one.hint}' if one.hint else ''}" for one in problems]
     raise ConfigError(f"The configuration has {len(problems)} problems:\n" + "\n".join(lines))
-
-
-def known_keys() -> list[str]:
-    """Every key that an override can name: for completion."""
-    return [*leaf_types(Config), *field_types(Config)]

@@ -16,13 +16,11 @@ from launcher.config import compose
 from launcher.quantities import dollars
 from launcher.render_search import ranking_text, why_text
 from launcher.schema import Config
-from strategies.capabilities import runnable
 from strategies.codec import to_json
 from strategies.errors import ConfigError, PlanInfeasible
 from strategies.resolve import resolve_plan
 from strategies.search import search
 from strategies.space import Space
-from strategies.specs import ClusterSpec
 
 SMALL = (
     "model=gpt2_small",
@@ -199,20 +197,6 @@ def test_no_plan_is_legal() -> None:
 def test_a_cluster_without_hardware() -> None:
     with pytest.raises(ConfigError, match="nothing about its hardware"):
         build.outline(compose(["cluster=existing", "cluster.nodes=1", "cluster.slots_per_node=2", "strategy=auto"]))
-
-
-def test_the_ladder_finds_plans_for_fewer_nodes() -> None:
-    work = work_of(small())
-    plan = search(work, top=1, runnable_only=True).ranked[0].plan
-    found = auto.finder(work, plan)(ClusterSpec(**one_node(work.cluster)))
-    assert found is not None
-    assert found.plan.world_size <= 8
-    assert runnable(found.plan, work.precision, work.model) is None
-    assert found.tokens_per_s == pytest.approx(work.batch.tokens / found.step_s)
-
-
-def one_node(cluster: Any) -> dict[str, Any]:
-    return {name: getattr(cluster, name) for name in cluster.__slots__} | {"nodes": 1}
 
 
 _PARSE = """
