@@ -9,20 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jobs.checkpoint.errors import CorruptCheckpoint, storage_error
-from jobs.checkpoint.layout import place_of
-from jobs.checkpoint.manifest import Manifest, read_manifest
-from jobs.checkpoint.shardfile import (
-    BLOCK_ELEMENTS,
-    ELEMENT_BYTES,
-    DamagedShard,
-    ShardHeader,
-    Slice,
-    StoredSlice,
-    read_block,
-    read_header,
-)
+from jobs.checkpoint.errors import CorruptCheckpoint
+from jobs.checkpoint.manifest import Manifest
+from jobs.checkpoint.shardfile import BLOCK_ELEMENTS, ELEMENT_BYTES, ShardHeader, Slice, StoredSlice
 from jobs.checkpoint.slices import Overlap, copy_runs, overlap, whole
+from jobs.checkpoint.source import DiskSource, ShardSource
 
 Array = npt.NDArray[np.float32]
 _FLOAT = np.dtype("<f4")
@@ -36,7 +27,7 @@ class Reader:
     nearly everything there, and opens few others.
 
     Args:
-        manifest: Path of the manifest.
+        source: Path of the manifest, or another source of shards.
         rank: Rank whose shard is tried first.
 
     Raises:
@@ -44,10 +35,10 @@ class Reader:
         StorageError: It cannot be read.
     """
 
-    def __init__(self, manifest: str | Path, rank: int = 0) -> None:
-        self.path = Path(manifest)
-        self.manifest: Manifest = read_manifest(self.path)
-        self._place = place_of(self.path)
+    def __init__(self, source: str | Path | ShardSource, rank: int = 0) -> None:
+        self._source: ShardSource = DiskSource(source) if isinstance(source, str | Path) else source
+        self.path = self._source.path
+        self.manifest: Manifest = self._source.manifest
         self._index: dict[str, list[tuple[ShardHeader, StoredSlice]]] = {}
         self._headers: dict[int, ShardHeader] = {}
         count = len(self.manifest.shards)
@@ -124,13 +115,7 @@ class Reader:
 
     def _read_next_header(self) -> None:
         shard = self._unread.pop()
-        path = self._place.shard(shard.rank)
-        try:
-            header = read_header(path, size=shard.bytes, digest=shard.digest)
-        except DamagedShard as error:
-            raise CorruptCheckpoint(self.path, str(error)) from error
-        except OSError as error:
-            raise storage_error("read the checkpoint shard", path, error) from error
+        header = self._source.header(shard)
         self._headers[shard.rank] = header
         for stored in header.slices:
             self._index.setdefault(stored.slice.name, []).append((header, stored))
@@ -153,12 +138,7 @@ class Reader:
         if key in self._blocks:
             self._blocks.move_to_end(key)
             return self._blocks[key]
-        try:
-            data = read_block(header, stored, kind, index)
-        except DamagedShard as error:
-            raise CorruptCheckpoint(self.path, str(error)) from error
-        except OSError as error:
-            raise storage_error("read the checkpoint shard", header.path, error) from error
+        data = self._source.block(header, stored, kind, index)
         block = np.frombuffer(data, dtype=_FLOAT)
         self._blocks[key] = block
         if len(self._blocks) > _BLOCKS_KEPT:

@@ -1,0 +1,70 @@
+"""Where the shards of a checkpoint are read from: the one seam between a reader and a tier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from jobs.checkpoint.errors import CorruptCheckpoint, storage_error
+from jobs.checkpoint.layout import place_of
+from jobs.checkpoint.manifest import Manifest, ShardRecord, read_manifest
+from jobs.checkpoint.shardfile import DamagedShard, ShardHeader, StoredSlice, read_block, read_header
+
+
+class ShardSource(Protocol):
+    """One checkpoint, shard by shard. Everything that it gives out has been verified.
+
+    Attributes:
+        path: Names the checkpoint in errors.
+        manifest: What the checkpoint consists of.
+    """
+
+    @property
+    def path(self) -> Path:
+        """Names the checkpoint in errors."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the checkpoint consists of."""
+
+    def header(self, shard: ShardRecord) -> ShardHeader:
+        """The header of a shard. Raises CorruptCheckpoint, StorageError."""
+
+    def block(self, header: ShardHeader, stored: StoredSlice, kind: str, index: int) -> bytes:
+        """One block of one kind of a slice. Raises CorruptCheckpoint, StorageError."""
+
+
+class DiskSource:
+    """A checkpoint of the disk tier.
+
+    Args:
+        manifest: Path of the manifest.
+
+    Raises:
+        CorruptCheckpoint: The manifest is damaged.
+        StorageError: It cannot be read.
+    """
+
+    def __init__(self, manifest: str | Path) -> None:
+        self.path = Path(manifest)
+        self.manifest = read_manifest(self.path)
+        self._place = place_of(self.path)
+
+    def header(self, shard: ShardRecord) -> ShardHeader:
+        """See :class:`ShardSource`."""
+        path = self._place.shard(shard.rank)
+        try:
+            return read_header(path, size=shard.bytes, digest=shard.digest)
+        except DamagedShard as error:
+            raise CorruptCheckpoint(self.path, str(error)) from error
+        except OSError as error:
+            raise storage_error("read the checkpoint shard", path, error) from error
+
+    def block(self, header: ShardHeader, stored: StoredSlice, kind: str, index: int) -> bytes:
+        """See :class:`ShardSource`."""
+        try:
+            return read_block(header, stored, kind, index)
+        except DamagedShard as error:
+            raise CorruptCheckpoint(self.path, str(error)) from error
+        except OSError as error:
+            raise storage_error("read the checkpoint shard", header.path, error) from error
