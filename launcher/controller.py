@@ -153,6 +153,8 @@ class Controller:
         self.phase = phase
         self._since = self.clock.monotonic()
         self._noticed = False
+        if phase is Phase.GATHER:
+            self.memory.ready(self.gang, self.up)  # asks now, so that the answers are what ends the next poll
 
     # --- observing ------------------------------------------------------------------------------------------------
 

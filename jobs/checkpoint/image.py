@@ -1,4 +1,4 @@
-"""How the state of one rank lies in a buffer: by kind, and in it slice after slice, as in a shard. Standard library only.
+"""How the state of one rank lies in a buffer: by kind, and in it slice after slice, as in a shard. Pure.
 
 The copy out of the engine fills such a buffer; the persister writes the shard from it, and readers of the memory tier
 find their slices in it.

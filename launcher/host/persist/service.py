@@ -30,6 +30,9 @@ from launcher.host.persist.shelf import Held, Shelf, Stream
 from strategies.codec import from_json, to_json
 
 
+_ATTEMPTS = 4
+
+
 class Directory:
     """The persisters of the ranks of each attempt, and links to those that have been talked to.
 
@@ -46,7 +49,8 @@ class Directory:
     def learn(self, token: Token, peers: Sequence[Address]) -> None:
         """The persisters of an attempt, in the order of its ranks."""
         with self._lock:
-            self._of = {known: where for known, where in self._of.items() if known >= token} | {token: list(peers)}
+            known = self._of | {token: list(peers)}  # an earlier attempt may still be on its way to the disk
+            self._of = {one: known[one] for one in sorted(known)[-_ATTEMPTS:]}
 
     def coordinator(self, token: Token) -> Address | None:
         """The persister of rank 0's node; None for an attempt that was replaced."""

@@ -1,0 +1,236 @@
+"""The persister as a process: what it keeps, what it writes, what it gives back, and when it does not."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.checkpoint import newest, verify
+from jobs.checkpoint.errors import CorruptCheckpoint
+from jobs.checkpoint.layout import Token
+from jobs.checkpoint.manifest import list_checkpoints
+from jobs.checkpoint.memory import Generation
+from jobs.checkpoint.reader import Reader
+from jobs.frames import FrameError
+from jobs.paths import RunPaths
+from launcher.host.persist.peering import PeerLink
+from tests.support.persisters import Node, eventually, gang, newest_in, values
+
+MakeNode = Callable[[str], Node]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[MakeNode]:
+    nodes: list[Node] = []
+
+    def node(name: str) -> Node:
+        nodes.append(Node(tmp_path, name))
+        return nodes[-1]
+
+    yield node
+    for one in nodes:
+        one.close()
+
+
+@pytest.fixture
+def two(make: MakeNode) -> list[Node]:
+    return [make("a"), make("b")]
+
+
+def test_a_checkpoint_is_committed_when_every_part_is_durable(two: list[Node], tmp_path: Path) -> None:
+    first, second = gang(two)
+    first.put(3, flush=True)
+    assert first.outcome(3, wait=False) is None
+    assert newest(tmp_path / "checkpoints") is None
+    second.put(3, flush=True)
+    done = first.outcome(3)
+    assert done["path"] == str(newest(tmp_path / "checkpoints"))
+    assert verify(done["path"], deep=True) == []
+    reader = Reader(done["path"])
+    assert reader.read_flat("w", "exp_avg", 0, 1000).tolist() == [4.0] * 1000
+    assert (reader.manifest.step, reader.manifest.extra, reader.rank_state(1)) == (3, {"step": 3}, {"rank": 1})
+    assert done["bytes"] == reader.manifest.bytes
+
+
+def test_what_was_copied_is_written_although_its_rank_is_dead(make: MakeNode, tmp_path: Path) -> None:
+    (rank,) = gang([make("a")])
+    rank.put(4, flush=True, hold=True)  # it would have had something to say before the commit
+    rank.link.close()
+    assert eventually(lambda: newest(tmp_path / "checkpoints") is not None)
+    (found,) = list_checkpoints(tmp_path / "checkpoints")
+    assert (found.step, found.token) == (4, rank.token)
+
+
+def test_a_later_gang_fences_what_is_still_being_written(make: MakeNode, tmp_path: Path) -> None:
+    node = make("a")
+    (old,) = gang([node])
+    old.put(4, flush=True, hold=True)
+    old.ask("durable")
+    (new,) = gang([node], Token(1, 2))
+    new.put(2, flush=True)
+    assert new.outcome(2)["step"] == 2
+    old.ask("release")
+    assert old.outcome(4)["error"]["kind"] == "conflict"
+    assert [entry.step for entry in list_checkpoints(tmp_path / "checkpoints")] == [2]
+
+
+def test_a_part_that_cannot_be_written_fails_the_checkpoint_and_leaves_nothing(two: list[Node], tmp_path: Path) -> None:
+    first, second = gang(two)
+    place = second.place(3, tmp_path)
+    place.shard_dir.mkdir(parents=True)
+    place.shard(1).write_bytes(b"somebody else's")
+    first.put(3, flush=True)
+    second.put(3, flush=True)
+    error = first.outcome(3)["error"]
+    assert "exists already" in error["what"]
+    assert error["kind"] == "conflict"
+    assert eventually(lambda: not place.shard(0).exists())
+    assert place.shard(1).read_bytes() == b"somebody else's"
+    assert newest(tmp_path / "checkpoints") is None
+
+
+def test_the_newest_two_are_held_and_the_one_being_copied_is_not(make: MakeNode) -> None:
+    node = make("a")
+    (rank,) = gang([node])
+    for step in range(1, 6):
+        rank.put(step)
+    rank.fill(6.0)
+    held = sorted(one.step for one in node.stock().held)
+    assert held[-2:] == [4, 5]
+    assert 6 not in held
+    point = newest_in([node])
+    assert point is not None
+    assert values(point, node) == [5.0] * 1000
+    rank.link.close()  # dies in the middle of its copy
+    assert eventually(lambda: newest_in([node]) == point)
+    assert values(point, node, "exp_avg_sq") == [7.0] * 1000
+
+
+def test_a_lost_node_is_restored_from_its_replica(two: list[Node]) -> None:
+    ranks = gang(two)
+    for step in (1, 2, 3):
+        for rank in ranks:
+            rank.put(step)
+    for rank in ranks:
+        rank.fill(9.0)  # the copy of step 4 begins once the replicas of step 3 are confirmed
+    two[1].close()
+    point = newest_in(two[:1])
+    assert point is not None
+    assert point.step == 3
+    assert {located.node for located in point.parts} == {"a"}
+    assert values(point, two[0]) == [3.0] * 1000
+
+
+def test_parts_of_other_nodes_come_over_the_network(two: list[Node], make: MakeNode) -> None:
+    ranks = gang(two, elements=3_000_000)
+    for rank in ranks:
+        rank.put(1)
+    point = newest_in(two)
+    assert point is not None
+    assert [located.node for located in point.parts] == ["a", "b"]
+    spare = make("c")
+    assert set(values(point, spare)) == {1.0}
+
+
+def test_nothing_is_complete_without_one_of_the_parts(make: MakeNode) -> None:
+    nodes = [make(name) for name in "abc"]
+    for rank in gang(nodes):
+        rank.put(1)
+        rank.fill(0.0)
+    assert newest_in(nodes) is not None
+    assert newest_in(nodes[1:]) is not None  # the replica of a is with b
+    assert newest_in(nodes[:1]) is None
+
+
+def test_a_restored_generation_stays_until_the_next_gang_has_its_own(make: MakeNode) -> None:
+    node = make("a")
+    (old,) = gang([node])
+    for step in (1, 2, 3):
+        old.put(step)
+    point = newest_in([node])
+    assert point is not None
+    old.link.close()
+    (new,) = gang([node], Token(1, 2), restored=point.generation)
+    assert [one.step for one in node.stock().held] == [3]
+    new.put(4)
+    new.put(5)
+    assert point.generation in [one.generation for one in node.stock().held]
+    new.put(6)
+    assert {one.attempt for one in node.stock().held} == {2}
+
+
+def test_what_the_next_gang_did_not_restore_is_forgotten(make: MakeNode) -> None:
+    node = make("a")
+    (old,) = gang([node])
+    old.put(7)
+    gang([node], Token(1, 2), restored=None)
+    assert node.stock().held == ()
+
+
+def test_without_a_memory_tier_only_what_is_on_its_way_is_held(two: list[Node]) -> None:
+    first, second = gang(two, in_memory=False)
+    for step in (2, 4):
+        for rank in (first, second):
+            rank.put(step, flush=True)
+        assert first.outcome(step)["step"] == step
+    assert all(one.own for node in two for one in node.stock().held)
+
+
+def test_a_replica_that_cannot_be_placed_stops_nobody(two: list[Node]) -> None:
+    first, second = gang(two)
+    for rank in (first, second):
+        rank.put(1)
+    two[1].close()
+    for step in (2, 3, 4):
+        first.put(step)
+    assert "no replica" in two[0].log.read_text()
+    assert max(one.step for one in two[0].stock().held if one.own) == 4
+
+
+def test_a_part_that_is_gone_is_damage_and_says_where(two: list[Node], make: MakeNode) -> None:
+    for rank in gang(two, in_memory=False):
+        rank.put(1, flush=True)
+    point = newest_in(two)
+    assert point is not None
+    two[1].close()
+    with pytest.raises(CorruptCheckpoint, match="rank 1 on b cannot be had") as raised:
+        values(point, two[0])
+    assert raised.value.path == str(Generation(1, Token(1, 1)))
+
+
+def test_a_stranger_is_not_served(make: MakeNode, tmp_path: Path) -> None:
+    node = make("a")
+    (rank,) = gang([node])
+    rank.put(1)
+    address = node.stock().address
+    question = {"op": "record", "step": 1, "token": [1, 1], "rank": 0}
+    good = PeerLink(RunPaths(tmp_path).secret.read_bytes().strip(), address)
+    assert good.ask(question)[0]["bytes"] == 12_000
+    good.close()
+    with pytest.raises(FrameError):
+        PeerLink(b"another secret", address)
+
+
+def test_goodbye_waits_for_what_is_being_written(make: MakeNode, tmp_path: Path) -> None:
+    node = make("a")
+    (rank,) = gang([node], elements=2_000_000)
+    rank.put(1, flush=True)
+    node.goodbye()
+    assert newest(tmp_path / "checkpoints") is not None
+
+
+def test_it_ends_with_its_agent(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    agent = os.fork()
+    if agent == 0:
+        node = Node(tmp_path)
+        os.write(writer, str(node.process.pid).encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(agent, 0)
+    pid = int(os.read(reader, 20))
+    assert eventually(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text())
+
