@@ -61,8 +61,9 @@ STORAGE_SHARE = 0.5
 HOST_SHARE = 0.5
 """Share of the host's memory for the memory tier; the rest is for the job, its data and the page cache (a choice)."""
 
-GENERATIONS = 5
-"""Copies of a node's share that its host holds: two generations of its own, two of a peer, and one that is written."""
+GENERATIONS = 7
+"""Copies of a node's share that its host holds: two generations of its own and two of a peer, of both one that is being
+filled, and one more of its own while the disk tier is written from it."""
 
 SPARES_PROBABILITY = 0.99
 """Chance that a failure finds a spare, which the number of spares is chosen for."""

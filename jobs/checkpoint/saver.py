@@ -114,7 +114,13 @@ class BehindSaver:
         self._image = Image(slices=())
         self._buffers: dict[int, npt.NDArray[np.float32]] = {}
         self._pending: dict[str, Any] | None = None  # the checkpoint that is being written: step, stall_s
+        self._in_memory = False
         self._warned = ""
+
+    @property
+    def image_bytes(self) -> int:
+        """Size of what a step stands still for."""
+        return self._image.bytes
 
     def open(self) -> None:
         """See :class:`Saver`."""
@@ -137,7 +143,7 @@ class BehindSaver:
             skips=tuple((skip.step, skip.samples) for skip in job.skips),
         )
         restored = generation_of(env.resume_from)
-        self._ask(
+        opened, _, _ = self._ask(
             "open",
             info=to_json(info),
             peers=[where for where, _ in told],
@@ -145,11 +151,13 @@ class BehindSaver:
             keep=job.checkpoint.keep,
             restored=restored,
         )
+        self._in_memory = job.checkpoint.memory_every > 0 and not opened["refused"]
+        if opened["refused"]:
+            print(f"warning: {opened['refused']}", flush=True)
 
     def keep(self, step: int, extra: Mapping[str, Any]) -> None:
         """See :class:`Saver`."""
-        every = self._job.checkpoint.memory_every
-        if every and step % every == 0:
+        if self._in_memory and step % self._job.checkpoint.memory_every == 0:
             self._copy()
             self._seal(step, extra, flush=False)
         self._settle(wait=False)

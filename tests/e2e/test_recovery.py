@@ -78,6 +78,7 @@ def test_bit_identical_after_faults(name: str, folder: Path, undisturbed: RunSto
     fired = [event.data["record"]["fault"] for event in run.events() if event.kind is EventKind.FAULT_FIRED]
     assert sorted(fired) == sorted(faults)
     assert len(run.run().attempts) == 1 + len(faults)
+    assert run.run().steps_lost <= len(faults)
     assert_same(run, undisturbed)
     cli.assert_nothing_left(run.paths.root)
 
@@ -89,6 +90,8 @@ def test_node_lost_takes_the_spare(folder: Path, undisturbed: RunStore) -> None:
     assert len(set(first.nodes) | set(second.nodes)) == 3
     assert first.nodes[1] == second.nodes[1]
     assert "was lost" in str(first.cause)
+    assert second.resume_from.startswith("memory:")
+    assert second.first_step >= 4
     assert_same(cli.store(folder, "spare"), undisturbed)
 
 

@@ -100,7 +100,9 @@ def test_half_of_the_nodes_do_the_work_of_all(name: str, folder: Path, undisturb
     assert smaller is not None
     assert (smaller.tp, smaller.pp, smaller.dp) == shape
     assert (plan_of(first), second.wanted) == (run.request().job.plan, first.plan)
-    assert (len(first.nodes), len(second.nodes), second.first_step) == (2, 1, 7)
+    assert (len(first.nodes), len(second.nodes)) == (2, 1)
+    assert second.resume_from.startswith("memory:")
+    assert second.first_step in (7, 8)  # the replica of step 7 may have been on its way
     assert decisions(run) == ["restart", "shrink"]
     job = json.loads(run.paths.job(2).read_text())
     assert job["deepspeed"]["gradient_accumulation_steps"] == smaller.grad_accum
@@ -169,8 +171,9 @@ def assert_grown(run: RunStore) -> None:
     assert left.cause == LEFT
     assert grown.first_step == left.last_step + 1
     assert grown.first_step % 4 == 1
-    assert (state.restarts, state.steps_lost) == (1, 1)  # step 9
-    assert len(list(run.metrics())) == STEPS + 1
+    assert state.restarts == 1
+    assert state.steps_lost <= 1  # step 9, if the replica of it was still on its way
+    assert len(list(run.metrics())) == STEPS + state.steps_lost
 
 
 @pytest.mark.full  # three minutes; tests/launcher/test_sizing.py grows one by hand

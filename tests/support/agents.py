@@ -159,6 +159,10 @@ class Agents:
         """Every living process below the agent of a node, wherever it has got to."""
         return process.marked(f"{self.incarnations[node]}.")
 
+    def ranks_and_pool(self, node: str = "n0") -> list[int]:
+        """What :meth:`alive` finds, without the persister."""
+        return [pid for pid in self.alive(node) if "launcher.host.persist.main" not in process.command_line(pid)]
+
     def none_left(self, node: str = "n0") -> bool:
         """Wait until nothing below the agent of a node is alive."""
         return process.wait_until(lambda: not self.alive(node), PATIENCE_S)

@@ -31,6 +31,7 @@ from launcher.host.persist.main import MAX_MESSAGE_BYTES
 from strategies.codec import from_json, to_json
 from tests.support.jobspecs import make_job
 
+FIRST = Token(1, 1)
 TRAINER = {"optimizer_steps": 0, "learning_rates": [0.1], "counters": {}, "loss_scaler": {}}
 
 
@@ -98,7 +99,7 @@ class Writer:
         elements: Length of the vector.
     """
 
-    def __init__(self, node: Node, rank: int, world: int, token: Token = Token(1, 1), elements: int = 1000) -> None:
+    def __init__(self, node: Node, rank: int, world: int, token: Token = FIRST, elements: int = 1000) -> None:
         self.link = node.connect()
         self.rank, self.world, self.token = rank, world, token
         self.low, self.high = elements * rank // world, elements * (rank + 1) // world
@@ -155,7 +156,7 @@ class Writer:
         return Place(RunPaths(root).checkpoints, step, self.token)
 
 
-def gang(nodes: Sequence[Node], token: Token = Token(1, 1), **options: Any) -> list[Writer]:
+def gang(nodes: Sequence[Node], token: Token = FIRST, **options: Any) -> list[Writer]:
     """One rank on each node, all of them open."""
     restored, in_memory = options.pop("restored", None), options.pop("in_memory", True)
     ranks = [Writer(node, rank, len(nodes), token, **options) for rank, node in enumerate(nodes)]

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from jobs import frames
+from jobs.checkpoint.image import image_of
 from jobs.checkpoint.layout import Token
 from jobs.checkpoint.memory import Address, Generation, StreamInfo
 from jobs.frames import FrameError, Message, Payload
@@ -28,7 +29,7 @@ from launcher.host.persist.peering import PeerLink, checksum
 from launcher.host.persist.replica import Replicator
 from launcher.host.persist.shelf import Held, Shelf, Stream
 from strategies.codec import from_json, to_json
-
+from strategies.failures import GENERATIONS, HOST_SHARE
 
 _ATTEMPTS = 4
 
@@ -133,18 +134,20 @@ class Desk:
         info = from_json(StreamInfo, message["info"])
         peers = [from_json(Address, one) for one in message["peers"]]
         self._directory.learn(info.token, peers)
-        restored = message["restored"]
+        restored, in_memory = message["restored"], bool(message["in_memory"])
+        refused = no_room(image_of(info.image).bytes * peers.count(self._own), memory_of_host()) if in_memory else ""
+        in_memory = in_memory and not refused
         self._keep = int(message["keep"])
         self._stream = self._shelf.open(
             info,
             own=True,
-            in_memory=bool(message["in_memory"]),
+            in_memory=in_memory,
             restored=Generation(restored[0], Token(*restored[1])) if restored else None,
         )
-        target = other_node(self._own, peers) if message["in_memory"] else None
+        target = other_node(self._own, peers) if in_memory else None
         if target is not None:
             self._replicator = Replicator(self._shelf, self._directory.secret, target)
-        return {"replica": target is not None}, b"", []
+        return {"refused": refused}, b"", []
 
     def _begin(self, message: Message) -> tuple[Message, Payload, list[int]]:
         assert self._stream is not None
@@ -213,6 +216,26 @@ def other_node(own: Address, peers: Sequence[Address]) -> Address | None:
     if own not in nodes or len(nodes) < 2:
         return None
     return nodes[(nodes.index(own) + 1) % len(nodes)]
+
+
+def memory_of_host() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def no_room(share: int, host: int) -> str:
+    """Why a node keeps no generations in memory; empty when there is room for them, as the planner reckons.
+
+    Args:
+        share: Bytes of one generation of all ranks of the node.
+        host: Bytes of its memory.
+    """
+    if share * GENERATIONS <= host * HOST_SHARE:
+        return ""
+    return (
+        f"{GENERATIONS} copies of {share / 1e9:.2f} GB are more than {HOST_SHARE:.0%} of the {host / 1e9:.1f} GB of "
+        "this host: no generations are kept in memory (checkpoint.memory_every=0 says the same)"
+    )
 
 
 class Guests:

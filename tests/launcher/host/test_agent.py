@@ -128,10 +128,10 @@ def test_what_a_rank_leaves_behind_goes_with_it(agents: Agents) -> None:
     watcher.report("step", rank=0)
     watcher.until_kind("exit", rank=1)
     # pool, rank 0 and its helper stay; rank 1's helper has gone with it
-    assert process.wait_until(lambda: len(agents.alive()) == 3, 10.0)
+    assert process.wait_until(lambda: len(agents.ranks_and_pool()) == 3, 10.0)
     watcher.gang.kill(1)
     watcher.until_kind("killed")
-    assert process.wait_until(lambda: len(agents.alive()) == 1, 10.0)
+    assert process.wait_until(lambda: len(agents.ranks_and_pool()) == 1, 10.0)
 
 
 def test_a_rank_does_not_speak_for_its_agent(agents: Agents) -> None:
@@ -177,7 +177,7 @@ def test_a_killed_pool_takes_its_ranks_and_is_replaced(agents: Agents) -> None:
         assert watcher.until_kind("exit", rank=rank).data["signal"] == signal.SIGKILL
     assert not any(process.is_running(pid) for pid in first.values())
     again = watcher.until(lambda o: o.kind == "pool" and o.data["state"] == "ready" and o.data["pid"] != pool)
-    assert set(agents.alive()) == {again.data["pid"]}
+    assert set(agents.ranks_and_pool()) == {again.data["pid"]}
     watcher.spawn(2, {"n0": [0, 1]}, FAKE="done")
     assert watcher.until_kind("exit", attempt=2, rank=1).data["code"] == 0
 
@@ -188,7 +188,7 @@ def test_kill_9_of_the_agent_leaves_nothing(agents: Agents) -> None:
     watcher.spawn(1, {"n0": [0, 1]}, FAKE="daemon,stubborn,step=1,wait")
     for rank in (0, 1):
         watcher.report("step", rank=rank)
-    assert len(agents.alive()) == 5
+    assert len(agents.ranks_and_pool()) == 5
     agent.kill()
     assert watcher.until_kind("agent_lost").data["why"]
     agent.wait()
@@ -356,7 +356,7 @@ def test_kill_9_of_the_agent_ends_the_children_of_a_script(agents: Agents) -> No
     argv = ["sh", "-c", "setsid sleep 3600 & sleep 3600"]
     watcher.gang.spawn(1, {"n0": [0]}, fake_env(agents.paths, 1, 1), kind="script", argv=argv, cwd="/")
     watcher.until_kind("spawned")
-    assert process.wait_until(lambda: len(agents.alive()) >= 4, 10.0)
+    assert process.wait_until(lambda: len(agents.ranks_and_pool()) >= 4, 10.0)
     agent.kill()
     agent.wait()
     assert agents.none_left()
@@ -419,7 +419,7 @@ def test_a_new_agent_sweeps_the_logs_of_a_killed_one_and_no_others(tmp_path: Pat
 def test_kill_9_of_the_agent_while_its_pool_warms_up_leaves_nothing(agents: Agents) -> None:
     agent = agents.start(warm="tests.support.fakejob:warm_forever")
     watcher = agents.watch("n0")
-    assert process.wait_until(lambda: len(agents.alive()) == 1, 10.0)
+    assert process.wait_until(lambda: len(agents.ranks_and_pool()) == 1, 10.0)
     watcher.gang.spawn(1, {"n0": [0]}, fake_env(agents.paths, 1, 1))
     watcher.gang.kill(1)
     watcher.until_kind("killed", attempt=1)

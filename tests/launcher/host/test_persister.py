@@ -233,4 +233,3 @@ def test_it_ends_with_its_agent(tmp_path: Path) -> None:
     os.waitpid(agent, 0)
     pid = int(os.read(reader, 20))
     assert eventually(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text())
-
