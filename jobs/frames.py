@@ -23,9 +23,11 @@ class FrameError(Exception):
     """The other side is gone, or does not keep to the protocol."""
 
 
-def send(sock: socket.socket, message: Message, payload: Payload = b"", fds: Sequence[int] = ()) -> None:
-    """Send a message; raises FrameError."""
-    text = json.dumps(message | {"payload": len(payload)}, separators=(",", ":")).encode()
+def send(
+    sock: socket.socket, message: Message, payload: Payload = b"", fds: Sequence[int] = (), *, announced: int = 0
+) -> None:
+    """Send a message; ``announced`` bytes of payload are the caller's to send. Raises FrameError."""
+    text = json.dumps(message | {"payload": len(payload) or announced}, separators=(",", ":")).encode()
     head = len(text).to_bytes(4, "little") + text
     try:
         sent = socket.send_fds(sock, [head], list(fds)) if fds else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jobs.checkpoint.memory import generation_of
 from launcher import skips
 from launcher.render import node_name, plan_words, plural, seconds, shorten_ids
 from launcher.run import EventKind, RunEvent
@@ -21,7 +22,8 @@ def _attempt_planned(event: RunEvent) -> str:
     data = event.data
     nodes = [node_name(str(node)) for node in data.get("nodes", [])]
     step = int(data.get("first_step", 1))
-    source = f"from the checkpoint of step {step - 1}" if data.get("resume_from") else f"from step {step}"
+    kept = "copy in memory" if generation_of(str(data.get("resume_from"))) else "checkpoint"
+    source = f"from the {kept} of step {step - 1}" if data.get("resume_from") else f"from step {step}"
     where = f"{plural(len(nodes), 'node')} ({', '.join(nodes[:8])}{', ...' if len(nodes) > 8 else ''})"
     smaller = " (nodes are missing)" if data.get("wanted") else ""
     return f"attempt {event.attempt} on {where}, {source}: {plan_words(data.get('plan', {}))}{smaller}"

@@ -6,9 +6,11 @@ import threading
 
 from jobs.checkpoint.memory import Address
 from jobs.frames import FrameError
-from launcher.host.persist.peering import PeerLink, checksum
+from launcher.host.persist.peering import PeerLink
 from launcher.host.persist.shelf import Held, Shelf
 from strategies.codec import to_json
+
+_PATIENCE_S = 3.0  # of silence; the gang waits for a replica, and must not be taken for hanging
 
 
 class Replicator:
@@ -64,7 +66,7 @@ class Replicator:
                 break
             try:
                 if link is None:
-                    link = PeerLink(self._secret, self._target)
+                    link = PeerLink(self._secret, self._target, _PATIENCE_S)
                     link.ask({"op": "stream", "info": to_json(held.stream.info)})
                 self._send(link, held)
             except FrameError as error:
@@ -80,4 +82,4 @@ class Replicator:
         data = held.buffer.view
         info = held.stream.info
         message = {"op": "replica", "token": info.token, "rank": info.rank, "step": held.step, "record": held.record}
-        link.ask(message | {"checksum": checksum(data)}, data)
+        link.push(message, data)

@@ -25,7 +25,7 @@ from jobs.checkpoint.layout import Token
 from jobs.checkpoint.memory import Address, Generation, StreamInfo
 from jobs.frames import FrameError, Message, Payload
 from launcher.host.persist.flush import Flusher, Writing
-from launcher.host.persist.peering import PeerLink, checksum
+from launcher.host.persist.peering import PeerLink, pull
 from launcher.host.persist.replica import Replicator
 from launcher.host.persist.shelf import Held, Shelf, Stream
 from strategies.codec import from_json, to_json
@@ -280,9 +280,7 @@ class Guests:
         try:
             if len(view) != message["payload"]:
                 raise FrameError(f"a replica of {message['payload']} bytes, where {len(view)} were announced")
-            frames.read_into(sock, view)
-            if checksum(view) != message["checksum"]:
-                raise ValueError("what arrived is not what was sent")
+            pull(sock, view)
             self._shelf.seal(held, int(message["step"]), message["record"])
         finally:
             self._shelf.discard(held)  # does nothing to what is sealed
