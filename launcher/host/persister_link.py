@@ -124,8 +124,10 @@ class PersisterLink:
         self._drop()
         code = self._process.wait()
         why = f"signal {-code}" if code < 0 else f"exit code {code}"
-        if was_ready:  # one that cannot even start is not tried again and again
+        if was_ready:
             self._start()
+        else:  # one that cannot even start is not tried again and again, and ranks must not wait for it
+            self._listener.close()
         self._died(f"the persister ended ({why})")
         waiting, self._asked = self._asked, {}
         for then in waiting.values():

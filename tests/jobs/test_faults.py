@@ -268,6 +268,8 @@ def test_every_phase_is_reached_by_its_hook_only(tmp_path: Path, phase: str, cal
             other()
     with pytest.raises(InjectedFault):
         call(injector)
+    assert injector.holds_commit(4) is (phase == "shards_written")
+    assert not injector.holds_commit(5)
 
 
 def test_a_proof_that_cannot_be_written_stops_the_fault(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ class Pending:
         whole: What the manifest says beside its parts; None until rank 0 has handed it in.
         world: Number of parts; 0 until then.
         keep: Checkpoints to keep; 0 until then.
+        committing: All parts are there, and the manifest is being written.
         done: What became of it: ``step``, ``path``, ``bytes``; or ``error``.
     """
 
@@ -62,6 +63,7 @@ class Pending:
     whole: Whole | None = None
     world: int = 0
     keep: int = 0
+    committing: bool = False
     done: dict[str, Any] | None = None
 
 
@@ -136,13 +138,12 @@ class Flusher:
                     pending.done = {"error": message["failure"]}
             else:
                 pending.parts[int(message["rank"])] = from_json(Part, message["part"])
-            failed = pending.done is not None
-            complete = pending.whole is not None and len(pending.parts) == pending.world and not failed
-        if failed:
-            self._withdraw(pending)
-        elif complete:
-            self._commit(pending)
-        with self._shelf.changed:
+            if pending.done is not None and "error" in pending.done:
+                self._withdraw(pending)
+            elif pending.whole is not None and len(pending.parts) == pending.world and not pending.committing:
+                pending.committing = True  # the same news may come twice
+                self._busy += 1
+                threading.Thread(target=self._commit, args=(pending,), daemon=True, name="commit").start()
             self._shelf.changed.notify_all()
 
     def _withdraw(self, pending: Pending) -> None:
@@ -153,14 +154,17 @@ class Flusher:
 
     def _commit(self, pending: Pending) -> None:
         assert pending.whole is not None
+        done: dict[str, Any]
         try:
             manifest = commit_parts(pending.place, [pending.parts[r] for r in range(pending.world)], pending.whole)
-            done: dict[str, Any] = {"step": pending.place.step, "path": str(pending.place.manifest)}
-            done |= {"bytes": manifest.bytes}
-            pending.done = done
             prune(self._root, pending.keep, token=pending.place.token)
+            done = {"step": pending.place.step, "path": str(pending.place.manifest), "bytes": manifest.bytes}
         except (PhalanxError, TypeError, ValueError) as error:  # also what is no JSON in extra
-            pending.done = {"error": describe(error)}
+            done = {"error": describe(error)}
+        with self._shelf.changed:
+            pending.done = done
+            self._busy -= 1
+            self._shelf.changed.notify_all()
 
     def outcome(self, token: Token, step: int, *, wait: bool) -> dict[str, Any] | None:
         """What became of a checkpoint, once; None while it is being made."""

@@ -182,6 +182,25 @@ def test_a_killed_pool_takes_its_ranks_and_is_replaced(agents: Agents) -> None:
     assert watcher.until_kind("exit", attempt=2, rank=1).data["code"] == 0
 
 
+def test_a_killed_persister_is_replaced_and_what_it_held_is_gone(agents: Agents) -> None:
+    agents.start()
+    watcher = agents.watch("n0")
+    ready = process.wait_until(lambda: _holdings(watcher)["address"] is not None, 10.0)
+    assert ready
+    first = _holdings(watcher)
+    assert first["held"] == []
+    (pid,) = set(agents.alive()) - set(agents.ranks_and_pool())
+    os.kill(pid, signal.SIGKILL)
+    assert watcher.until_kind("pool", state="persister").data["reason"] == "the persister ended (signal 9)"
+    assert process.wait_until(lambda: _holdings(watcher)["address"] not in (None, first["address"]), 10.0)
+
+
+def _holdings(watcher: Watcher) -> dict[str, Any]:
+    number = len(watcher.seen) + 1000
+    assert watcher.gang.ask_holdings(number) == {"n0"}
+    return watcher.until_kind("holdings", id=number).data
+
+
 def test_kill_9_of_the_agent_leaves_nothing(agents: Agents) -> None:
     agent = agents.start()
     watcher = agents.watch("n0")

@@ -18,6 +18,7 @@ from jobs.checkpoint.reader import Reader
 from jobs.frames import FrameError
 from jobs.paths import RunPaths
 from launcher.host.persist.peering import PeerLink
+from launcher.host.persist.service import no_room
 from tests.support.persisters import Node, eventually, gang, newest_in, values
 
 MakeNode = Callable[[str], Node]
@@ -200,6 +201,11 @@ def test_a_part_that_is_gone_is_damage_and_says_where(two: list[Node], make: Mak
     with pytest.raises(CorruptCheckpoint, match="rank 1 on b cannot be had") as raised:
         values(point, two[0])
     assert raised.value.path == str(Generation(1, Token(1, 1)))
+
+
+def test_a_host_without_room_keeps_nothing_and_says_why() -> None:
+    assert no_room(10 * 10**9, 140 * 10**9) == ""
+    assert "7 copies of 10.10 GB are more than 50% of the 140.0 GB" in no_room(101 * 10**8, 140 * 10**9)
 
 
 def test_a_stranger_is_not_served(make: MakeNode, tmp_path: Path) -> None:
