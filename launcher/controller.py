@@ -202,11 +202,9 @@ class Controller:
     # --- gathering nodes and starting ranks -----------------------------------------------------------------------
 
     def _gather(self) -> None:
-        if self._already_complete():
+        if self._already_complete() or not self.memory.ready(self.gang, self.up):
             return
         self.muster.call_up(self.gang, urgent=True)
-        if not self.memory.ready(self.gang, self.up):
-            return
         waited, why = self.clock.monotonic() - self._since, self.backend.why_missing
         resumed = self.start_reason == "resume"
         answer = self.sizing.choose(self.run, up=len(self.up), waited_s=waited, resumed=resumed, why=why)

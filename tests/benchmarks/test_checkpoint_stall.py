@@ -33,11 +33,11 @@ M100 = ModelSpec(
 def test_stall_at_100_m_parameters(tmp_path: Path) -> None:
     """One rank: fp32 master and two moments, 2,048 tokens a step."""
     job = make_job(M100, make_plan(M100, 2, micro_batch=1), global_batch=2)
-    job = dataclasses.replace(job, checkpoint=CheckpointSpec(memory_every=1))
+    job = dataclasses.replace(job, checkpoint=CheckpointSpec(memory_every=1, keep=9))
     node = Node(tmp_path)
     try:
         with WarmPool() as pool:
-            arguments = {"job": to_json(job), "persister": node.path, "steps": 2, "tries": 5}
+            arguments = {"job": to_json(job), "persister": node.path, "steps": 1, "tries": 9}
             (took,) = pool.run(
                 "tests.support.stall_ranks:stalls",
                 world_size=1,
@@ -51,6 +51,7 @@ def test_stall_at_100_m_parameters(tmp_path: Path) -> None:
     print(f"\n{gib:.2f} GB: bare memcpy {took['memcpy_s']:.3f} s ({gib / took['memcpy_s']:.1f} GB/s)")
     print(f"memory copy {took['copy_s']:.3f} s: {took['copy_s'] / took['memcpy_s']:.2f} x memcpy")
     print(f"  {took['copy_s'] / took['step_s']:.2%} of a step of {took['step_s']:.2f} s (wanted: 3.5 %)")
-    print(f"stall of a disk checkpoint {took['disk_s']:.3f} s: {took['disk_s'] / took['memcpy_s']:.2f} x (wanted: 1.3)")
+    ratio = took["disk_s"] / took["disk_memcpy_s"]
+    print(f"stall of a disk checkpoint {took['disk_s']:.3f} s: {ratio:.2f} x (wanted: 1.3)")
     print(f"DeepSpeed's save_checkpoint {took['deepspeed_s']:.2f} s: {took['deepspeed_s'] / took['disk_s']:.0f} x ours")
     assert took["bytes"] == pytest.approx(100e6 * 12, rel=0.02)
