@@ -115,6 +115,7 @@ class BehindSaver:
         self._buffers: dict[int, npt.NDArray[np.float32]] = {}
         self._pending: dict[str, Any] | None = None  # the checkpoint that is being written: step, stall_s
         self._in_memory = False
+        self._rank_state: dict[str, Any] = {}
         self._warned = ""
 
     @property
@@ -189,7 +190,10 @@ class BehindSaver:
 
     def _seal(self, step: int, extra: Mapping[str, Any], *, flush: bool, hold: bool = False) -> None:
         trainer = trainer_state(self._optimizer)
-        record = {"rank_state": {"rng": rng_state()}, "trainer": to_json(trainer), "time": time.time()}
+        record: dict[str, Any] = {"trainer": to_json(trainer), "time": time.time()}
+        rank_state = {"rng": rng_state()}
+        if rank_state != self._rank_state:  # long, and hardly ever another
+            self._rank_state = record["rank_state"] = rank_state
         if self._env.rank == 0:
             record["extra"] = dict(extra)
         answer = self._ask("seal", step=step, record=record, flush=flush, hold=hold)[0]

@@ -4,7 +4,8 @@
 ``open``     begin a stream: ``info``, ``peers`` (every rank's persister), ``in_memory``, ``replica``, ``restored``,
              ``keep``
 ``begin``    a buffer to copy into; waits until the replica of the part before is confirmed
-``seal``     the buffer is full: ``step``, ``record``, and with ``flush`` it goes to the disk, too
+``seal``     the buffer is full: ``step``, ``record`` (its ``rank_state`` only if it is another than before), and with
+             ``flush`` it goes to the disk, too
 ``durable``  wait until this rank's part is on the disk; ``release`` lets the commit go on (after ``hold``)
 ``outcome``  rank 0: what became of the checkpoint of ``step``; with ``wait``, once it is known
 ``part``     a part of a generation to restore: its record, and the descriptor if it lies here
@@ -18,6 +19,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from jobs import frames
 from jobs.checkpoint.image import image_of
@@ -94,6 +96,7 @@ class Desk:
         self._writing: Writing | None = None
         self._told: set[int] = set()
         self._keep = 1
+        self._rank_state: Any = None  # as it was told last; a rank tells it again when it has changed
 
     def serve(self, sock: socket.socket) -> None:
         """Answer until the rank is gone; what it had sealed goes its way without it."""
@@ -162,6 +165,7 @@ class Desk:
     def _seal(self, message: Message) -> tuple[Message, Payload, list[int]]:
         held, self._filling = self._filling, None
         assert held is not None
+        self._rank_state = message["record"].setdefault("rank_state", self._rank_state)
         self._shelf.seal(held, int(message["step"]), message["record"])
         if message["flush"]:
             self._writing = self._flusher.start(held, hold=bool(message["hold"]), keep=self._keep)
