@@ -193,7 +193,7 @@ class Controller:
     def _take_note(self, note: Note) -> None:
         assert self.state is not None
         if note.kind is EventKind.RANKS_SPAWNED:
-            write_atomic(self.store.paths.ranks(self.state.attempt), dump(self.state.rank_table()))
+            self.store.write_ranks(self.state.attempt, self.state.rank_table())
         if note.kind is EventKind.TRAINING_STARTED:
             self.first_step_by = None
             if not self.state.script:  # a script reports no steps
