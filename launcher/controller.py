@@ -22,7 +22,7 @@ import enum
 from collections.abc import Callable
 from typing import Any
 
-from launcher import progress, recovery
+from launcher import progress, recovery, roster
 from launcher.backend import AgentAddress, Backend
 from launcher.clock import Clock
 from launcher.gang import Gang, Observation
@@ -240,7 +240,7 @@ class Controller:
             EventKind.ATTEMPT_PLANNED,
             plan=plan,
             wanted=None if plan == wanted.plan else wanted.plan,
-            nodes=list(self.state.placement),
+            **roster.fields(self.run.attempt.nodes if self.run.attempt else (), list(self.state.placement)),
             resume_from=point.path,
             first_step=point.step + 1,
             reason=self.start_reason,
