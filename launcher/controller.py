@@ -22,7 +22,7 @@ import enum
 from collections.abc import Callable
 from typing import Any
 
-from launcher import progress, recovery
+from launcher import progress, recovery, roster
 from launcher.backend import AgentAddress, Backend
 from launcher.clock import Clock
 from launcher.gang import Gang, Observation
@@ -193,7 +193,7 @@ class Controller:
     def _take_note(self, note: Note) -> None:
         assert self.state is not None
         if note.kind is EventKind.RANKS_SPAWNED:
-            write_atomic(self.store.paths.ranks(self.state.attempt), dump(self.state.rank_table()))
+            self.store.write_ranks(self.state.attempt, self.state.rank_table())
         if note.kind is EventKind.TRAINING_STARTED:
             self.first_step_by = None
             if not self.state.script:  # a script reports no steps
@@ -240,7 +240,7 @@ class Controller:
             EventKind.ATTEMPT_PLANNED,
             plan=plan,
             wanted=None if plan == wanted.plan else wanted.plan,
-            nodes=list(self.state.placement),
+            **roster.fields(self.run.attempt.nodes if self.run.attempt else (), list(self.state.placement)),
             resume_from=point.path,
             first_step=point.step + 1,
             reason=self.start_reason,
