@@ -2,3 +2,6 @@
 
 JOB = "job.json"
 """Name of the job's file in the run directory of a peer."""
+
+TAG = "peer"
+"""Name of DeepSpeed's checkpoints."""
