@@ -22,6 +22,7 @@
         attempts/N/job.json     the JobSpec of attempt N
         attempts/N/ranks.json   rank -> node, pid, coordinates
         attempts/N/leave.json   a request to the ranks: leave after your next checkpoint
+        attempts/N/memory.json  where the parts of the generation are that attempt N restores from memory
         attempts/N/hang.json    where every rank stood when the gang made no progress
         attempts/N/rank-R.log   logs of rank 0 and of the first failing rank; the others stay on their node
         checkpoints/            see jobs.checkpoint
@@ -81,6 +82,10 @@ class RunPaths:
     def leave(self, number: int) -> Path:
         """The ranks of attempt ``number`` leave after their next checkpoint once this exists."""
         return self.attempt(number) / "leave.json"
+
+    def memory(self, number: int) -> Path:
+        """Where the parts of the generation are that attempt ``number`` restores."""
+        return self.attempt(number) / "memory.json"
 
     def hang(self, number: int) -> Path:
         """Where the ranks of attempt ``number`` stood when it hung."""
