@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs.faults import parse
 from launcher.drill.acts import Act
 from launcher.drill.disks import Kind as DiskKind
 from launcher.drill.needs import Need
@@ -105,9 +106,14 @@ def usual_aim(case: Case, plan: ParallelPlan, nodes: int) -> Aim:
 
 
 def faults_of(case: Case, aim: Aim) -> tuple[str, ...]:
-    """What the ranks of a rehearsal do to themselves."""
+    """What the ranks of a rehearsal do to themselves, in canonical form.
+
+    Raises:
+        ConfigError: This version does not know one of them.
+    """
     place = {"rank": aim.rank, "node": aim.node, "other": aim.other, "step": aim.step, "phase": aim.phase}
-    return (*((hold(aim),) if case.held else ()), *(text.format(**place) for text in case.faults))
+    texts = (*((hold(aim),) if case.held else ()), *(text.format(**place) for text in case.faults))
+    return tuple(str(fault) for fault in parse(texts))
 
 
 def hold(aim: Aim) -> str:

@@ -14,6 +14,7 @@ from jobs.faults import named
 from launcher import progress
 from launcher.drill.case import Aim, Case, faults_of, hold
 from launcher.drill.rehearsal import Ended
+from launcher.proof import unproven
 from launcher.recovery import Failure
 from launcher.run import EventKind, RunEvent
 from strategies.codec import from_json
@@ -52,7 +53,7 @@ def gather(case: Case, aim: Aim, ended: Ended) -> Evidence:
     struck = max((float(record["time"]) for record in records), default=0.0)
     attempt = max((int(record.get("attempt", 0)) for record in records), default=0)
     noticed = _noticed(case, events)
-    missing = absent or ("" if noticed is not None else _unnoticed(case, events))
+    missing = absent or (_unnoticed(case, events) if noticed is None else _misplaced(case, aim, events, records))
     plans = [one.plan for one in run.attempts]
     return Evidence(
         fired=bool(records) and not missing,
@@ -90,9 +91,9 @@ def _absent(case: Case, aim: Aim, records: Sequence[Record], ended: Ended) -> st
 def _noticed(case: Case, events: Sequence[RunEvent]) -> list[str] | None:
     """What the controller's log says of it; None when it does not say what it must."""
     said = []
-    failures = [_failure(event) for event in events if event.kind is EventKind.FAILURE_DETECTED]
+    failures = _failures(events)
     if case.failures:
-        fitting = [one.detail for one in failures if one.kind in case.failures]
+        fitting = [detail for kind, detail in failures if kind in case.failures]
         if not fitting:
             return None
         said.append(fitting[0])
@@ -111,8 +112,23 @@ def _noticed(case: Case, events: Sequence[RunEvent]) -> list[str] | None:
     return said
 
 
-def _failure(event: RunEvent) -> Failure:
-    return from_json(Failure, event.data["failure"], where="events.jsonl")
+def _misplaced(case: Case, aim: Aim, events: Sequence[RunEvent], records: Sequence[Record]) -> str:
+    """Faults of ranks that were noticed as something else, or at another place than where they struck."""
+    faults = faults_of(case, aim)[1 if case.held else 0 :]
+    wrong = unproven(faults, events, records) if case.failures else []
+    return f"the log does not name the place of {', '.join(wrong)}" if wrong else ""
+
+
+def _failures(events: Sequence[RunEvent]) -> list[tuple[str, str]]:
+    """Kind and words of every failure: as it was first seen, and as the cause that was found afterwards."""
+    found = []
+    for event in events:
+        if event.kind is EventKind.FAILURE_DETECTED:
+            failure = from_json(Failure, event.data["failure"], where="events.jsonl")
+            found.append((failure.kind.value, failure.detail))
+        elif event.kind is EventKind.GANG_STOPPED:
+            found.append((str(event.data.get("failure", "")), str(event.data.get("cause", ""))))
+    return found
 
 
 def _told(event: RunEvent) -> str:
@@ -121,11 +137,7 @@ def _told(event: RunEvent) -> str:
 
 
 def _unnoticed(case: Case, events: Sequence[RunEvent]) -> str:
-    found = [
-        f"{(one := _failure(event)).kind.value}: {one.detail}"
-        for event in events
-        if event.kind is EventKind.FAILURE_DETECTED
-    ]
+    found = dict.fromkeys(f"{kind}: {detail}" for kind, detail in _failures(events))
     there = "; ".join(found) or "no failure"
     wanted = [kind.value for kind in (*case.failures, *case.events)] or ["no failure"]
     wanted += [f"a second controller{' that adopts' if case.adopted else ''}"] if case.ambush else []
