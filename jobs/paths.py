@@ -30,6 +30,8 @@
         control/cancel.json     a request to cancel (create-exclusive)
         control/proposals/      requests of resumes that have not won control (yet)
         control/ballast         room for the end of the log on a full disk
+        control/ambush.json     where in its table a controller kills itself (rehearsals)
+        sites.json              how the nodes of plain processes are entered (rehearsals)
 """
 
 from __future__ import annotations
@@ -66,6 +68,8 @@ class RunPaths:
         self.faults = self.root / "faults"
         self.control = self.root / "control"
         self.cancel = self.control / "cancel.json"
+        self.ambush = self.control / "ambush.json"
+        self.sites = self.root / "sites.json"
 
     def attempt(self, number: int) -> Path:
         """Folder of attempt ``number``."""
