@@ -33,6 +33,8 @@ from strategies.specs import ClusterSpec
 NAMESPACE = "phalanx"
 STEADY = {"num_cpus": 0, "label_selector": {VISITOR[0]: f"!{VISITOR[1]}"}}
 """Options of an actor that needs nothing: Ray would put it anywhere, a client's node included, which soon leaves."""
+HEAD = "node:__internal_head__"
+"""A resource that only the head's node has."""
 
 
 class RayBackend(AgentPlacement):
@@ -295,8 +297,20 @@ def create_controller(run_dir: Path, resume: Mapping[str, Any] | None, adopt: bo
     name = f"phalanx-{run_key(run_dir)}-controller"
     with _cluster_errors():
         wait_gone(lambda: find_actor(name), RunPaths(run_dir))
-        actor = _detached(_ControllerActor, name, run_dir, max_restarts=-1, max_task_retries=-1, **STEADY)
+        place = {**STEADY, **_at_the_head()}
+        actor = _detached(_ControllerActor, name, run_dir, max_restarts=-1, max_task_retries=-1, **place)
         return actor.remote(str(run_dir), resume, adopt, order)
+
+
+def _at_the_head() -> dict[str, Any]:
+    """Options that place an actor on the head's node, if it has one that lives.
+
+    Where the head falls everything has to start again anyway, while a controller that falls with a worker node is
+    started again only when Ray has noticed, a minute later at its defaults.
+    """
+    heads = (node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"])
+    head = next(heads, None)
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(head, soft=True)} if head else {}
 
 
 def ask(actor: Any, method: str, *arguments: Any, timeout_s: float) -> Any:
