@@ -3,7 +3,7 @@
 Of what a run has cost:
 
 ===============  ======================================================================================================
-``ledger``       seconds per class (:mod:`launcher.ledger`), and ``wall``, their sum
+``ledger``       seconds per class (:mod:`launcher.account`), and ``wall``, their sum
 ``goodput``      productive / wall
 ``incidents``    one per failure: ``number``, ``attempt``, ``kind``, ``cause``, ``node``, ``rank`` (-1: none), ``at``
                  (UTC seconds), ``step``, ``steps_lost``, ``action``, ``recovered``; seconds ``detect_s``, ``decide_s``,
@@ -26,7 +26,8 @@ from typing import Any
 from jobs.checkpoint import list_checkpoints
 from jobs.paths import RunPaths
 from launcher import forecast, progress, rank_errors, skips
-from launcher.ledger import INCIDENT_CLASSES, Incident, account
+from launcher.account import INCIDENT_CLASSES, Incident
+from launcher.ledger import account
 from launcher.lock import holder_alive, newest_epoch
 from launcher.request import LaunchRequest
 from launcher.run import Attempt, EventKind, Run, RunEvent, RunState, fold

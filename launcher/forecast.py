@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher.ledger import ORPHANED, Account
+from launcher.account import ORPHANED, Account
 from launcher.request import LaunchRequest
 from strategies.errors import ConfigError
 from strategies.plan import ParallelPlan

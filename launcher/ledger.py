@@ -1,18 +1,4 @@
-"""Every second of a run in one class, and of a failure in one incident. Pure: events and metrics in, seconds out.
-
-=================  ====================================================================================
-start              from submit (or a person's resume) until ranks exist and have started, without restore
-productive         optimizer steps that count
-checkpoint_stall   steps waiting for a checkpoint to be copied and written
-detect             from the failure (or the last sign of life) until the controller knew
-decide             from knowing until every old rank is gone and the decision is recorded; and, when ranks leave on
-                   purpose at a checkpoint, until they are gone
-place              from the decision until the new ranks exist
-restore            from the new ranks' existence until their first step begins
-replay             work that was lost and done again
-wait               backing off, waiting for nodes, or down until a person resumed
-finish             from the last step to the recorded end: last digest, tear-down
-=================  ====================================================================================
+"""Every second of a run in one class, and of a failure in one incident. Pure: events and metrics in, an account out.
 
 The classes sum to the wall time, whatever the clocks do: time never goes back here. Detect to wait are also kept for
 each incident; what belongs to none (growing back, a person's resume) is the rest. A failure during a recovery is an
@@ -22,104 +8,15 @@ incident of its own, and work that is done again belongs to the incident that lo
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from launcher.account import CLASSES, INCIDENT_CLASSES, ORPHANED, Account, Incident
 from launcher.run import EventKind, RunEvent
-
-CLASSES = (
-    "start",
-    "productive",
-    "checkpoint_stall",
-    "detect",
-    "decide",
-    "place",
-    "restore",
-    "replay",
-    "wait",
-    "finish",
-)
-
-INCIDENT_CLASSES = ("detect", "decide", "place", "restore", "replay", "wait")
-"""Classes that a failure costs."""
-
-ORPHANED = "orphaned"
-"""Kind of an incident that nobody detected: controller and ranks were gone until a person resumed the run."""
 
 _ENDS = (EventKind.RUN_SUCCEEDED, EventKind.RUN_FAILED, EventKind.RUN_CANCELLED)
 _WHILE_TRAINING = (EventKind.CHECKPOINT_COMMITTED, EventKind.DECISION)  # to grow: the ranks go on until they may leave
-
-
-@dataclass(kw_only=True, slots=True)
-class Incident:
-    """One failure and what it cost.
-
-    Attributes:
-        number: From 1.
-        attempt: The attempt that it ended.
-        kind: A :class:`launcher.recovery.FailureKind` (after all evidence), or :data:`ORPHANED`.
-        cause: One sentence for people.
-        node: Node that it happened on, or "".
-        rank: Rank that it happened to, or -1.
-        at: When it happened (UTC seconds).
-        step: Last step that was complete.
-        steps_lost: Complete steps that had to be done again.
-        action: What was decided: ``restart``, ``shrink``, ``give_up``, ``resume`` (by a person), or "" so far.
-        recovered: The ranks trained again; False while they do not yet, or if they never did before the next failure.
-        seconds: Per class of :data:`INCIDENT_CLASSES`.
-    """
-
-    number: int
-    attempt: int
-    kind: str
-    cause: str
-    node: str = ""
-    rank: int = -1
-    at: float
-    step: int
-    steps_lost: int = 0
-    action: str = ""
-    recovered: bool = False
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(INCIDENT_CLASSES, 0.0))
-
-    @property
-    def total_s(self) -> float:
-        """All that it cost."""
-        return sum(self.seconds.values())
-
-    @property
-    def restart_s(self) -> float:
-        """From its detection until the ranks trained again (or the next failure came)."""
-        return sum(self.seconds[name] for name in ("decide", "place", "restore", "wait"))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Account:
-    """A run's time.
-
-    Attributes:
-        seconds: Per class of :data:`CLASSES`, and ``wall``, their sum.
-        incidents: Failures, oldest first.
-        steps: Optimizer steps that count.
-        saves: Checkpoints committed.
-    """
-
-    seconds: Mapping[str, float]
-    incidents: Sequence[Incident]
-    steps: int
-    saves: int
-
-    @property
-    def goodput(self) -> float:
-        """Share of the wall time that was productive."""
-        return self.seconds["productive"] / self.seconds["wall"] if self.seconds["wall"] else 0.0
-
-    @property
-    def rest(self) -> dict[str, float]:
-        """Seconds per class that belong to no incident; with the incidents they sum to ``seconds``."""
-        inside = {name: sum(one.seconds[name] for one in self.incidents) for name in INCIDENT_CLASSES}
-        return {name: self.seconds[name] - inside.get(name, 0.0) for name in CLASSES}
 
 
 def account(
@@ -134,21 +31,7 @@ def account(
         script: The ranks are a user's script, which reports no steps.
     """
     book = Book(script=script)
-    lines, held = iter(metrics), list[Mapping[str, Any]]()
-
-    def feed(until: float, *, all_of_it: bool) -> None:
-        while book.training and (line := held.pop() if held else next(lines, None)) is not None:
-            later = int(line["attempt"]) > book.training or (not all_of_it and float(line["time"]) > until)
-            if later:
-                held.append(line)
-                return
-            book.add(line, until)
-
-    for event in events:
-        if not book.is_stale(event):
-            feed(event.time, all_of_it=book.ends_training(event))
-            book.enter(event)
-    feed(now, all_of_it=True)
+    book.follow(events, metrics, now)
     return book.account(now)
 
 
@@ -187,6 +70,38 @@ class Book:
         self._owed = 0.0  # stall of committed checkpoints that no step has paid for yet
         self._steps = self._saves = 0
         self._ended = False
+        self._early: deque[Mapping[str, Any]] = deque()  # lines of an attempt that no event has told of yet
+
+    def follow(self, events: Iterable[RunEvent], lines: Iterable[Mapping[str, Any]], now: float) -> None:
+        """Take in what is new, each once.
+
+        Args:
+            events: New events, in order.
+            lines: New lines of metrics.jsonl, in order; read once, and not kept.
+            now: The present (UTC seconds).
+        """
+        source = iter(lines)
+        for event in events:
+            if not self.is_stale(event):
+                self._feed(source, event.time, all_of_it=self.ends_training(event))
+                self.enter(event)
+        self._feed(source, now, all_of_it=True)
+        for line in source:
+            if int(line["attempt"]) <= self._attempt:
+                self.add(line, now)
+            else:
+                self._early.append(line)
+
+    def _feed(self, source: Iterator[Mapping[str, Any]], until: float, *, all_of_it: bool) -> None:
+        """Steps of the present attempt: all of them, or those that are complete by ``until``."""
+        while self.training:
+            line = self._early.popleft() if self._early else next(source, None)
+            if line is None:
+                return
+            if int(line["attempt"]) > self.training or (not all_of_it and float(line["time"]) > until):
+                self._early.appendleft(line)
+                return
+            self.add(line, until)
 
     def add(self, line: Mapping[str, Any], now: float) -> None:
         """A step is complete.

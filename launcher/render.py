@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launcher import skips
-from launcher.ledger import CLASSES
+from launcher.account import CLASSES
 from launcher.resume_diff import Change
 from strategies.codec import from_json
 from strategies.errors import ConfigError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from launcher.account import INCIDENT_CLASSES
 from launcher.forecast import KEYS, without_numbers
-from launcher.ledger import INCIDENT_CLASSES
 from launcher.rank_errors import spans
 from launcher.render import moment, node_name, plural, shorten_ids, table
 

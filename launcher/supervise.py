@@ -18,6 +18,7 @@ from launcher.backend import AgentAddress, Backend, NodeInfo
 from launcher.controller import Controller
 from launcher.gang import Gang
 from launcher.lock import ControllerLock
+from launcher.meter import metering
 from launcher.request import LaunchRequest
 from launcher.run import RunEvent, RunState
 from launcher.store import RunStore, create_exclusive
@@ -52,7 +53,7 @@ def control(
     request = store.request()
     gang = Gang(secret=store.secret(), epoch=lock.epoch, detect_s=request.recovery.detect_s)
     try:
-        with _tracker(store.paths, request):
+        with _tracker(store.paths, request), metering(store, request):
             controller = Controller(store, request, backend, gang=gang, lock=lock, clock=time, observer=observer)
             adoption.begin(controller, resume=resume, adopt=adopt)
             state = controller.follow()
