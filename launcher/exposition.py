@@ -109,15 +109,10 @@ def _accounts(books: Account) -> list[Metric]:
     cost = {name: sum(one.seconds[name] for one in books.incidents) for name in INCIDENT_CLASSES}
     return [
         _one("goodput_ratio", "Share of the wall time that was productive.", books.goodput),
-        _by(
-            "seconds_total",
-            "Wall time by class; the classes sum to it.",
-            "class",
-            {c: books.seconds[c] for c in CLASSES},
-        ),
-        _by("incident_seconds_total", "What failures have cost, by class.", "class", cost),
-        _by("failures_total", "Failures by kind.", "kind", failures),
-        _by("restarts_total", "Failures after which the ranks trained again, by kind.", "kind", again),
+        _by("seconds", "Wall time by class; the classes sum to it.", "class", wall),
+        _by("incident_seconds", "What failures have cost, by class.", "class", cost),
+        _by("failures_total", "Failures by kind.", "kind", failures, "counter"),
+        _by("restarts_total", "Failures after which the ranks trained again, by kind.", "kind", again, "counter"),
     ]
 
 
