@@ -22,7 +22,7 @@ import enum
 from collections.abc import Callable
 from typing import Any
 
-from launcher import progress, recovery, roster
+from launcher import progress, rank_errors, recovery, roster
 from launcher.backend import AgentAddress, Backend
 from launcher.clock import Clock
 from launcher.gang import Gang, Observation
@@ -341,6 +341,7 @@ class Controller:
         elif state.all_finished:
             self._regroup(state)
         else:
+            rank_errors.keep(self.store.paths, state.attempt, state.evidence)
             self.conclude(recovery.culprit(state.evidence))
 
     def _regroup(self, state: GangState) -> None:
@@ -355,9 +356,7 @@ class Controller:
             self.record(EventKind.FAULT_FIRED, fault=record["id"], record=record)
         if failure.kind is FailureKind.CORRUPT_CHECKPOINT:
             self.record(EventKind.CHECKPOINT_REJECTED, path=failure.path, reason=failure.detail)
-        self.record(
-            EventKind.GANG_STOPPED, cause=failure.detail, failure=failure.kind.value, signature=failure.signature
-        )
+        self.record(EventKind.GANG_STOPPED, **failure.verdict)
         decision = recovery.decide(self.run, failure, self.request.recovery)
         self.record(EventKind.DECISION, **decision.fields)
         self.state = None
