@@ -22,7 +22,7 @@ import enum
 from collections.abc import Callable
 from typing import Any
 
-from launcher import progress, recovery
+from launcher import progress, rank_errors, recovery, roster
 from launcher.backend import AgentAddress, Backend
 from launcher.clock import Clock
 from launcher.gang import Gang, Observation
@@ -192,7 +192,7 @@ class Controller:
     def _take_note(self, note: Note) -> None:
         assert self.state is not None
         if note.kind is EventKind.RANKS_SPAWNED:
-            write_atomic(self.store.paths.ranks(self.state.attempt), dump(self.state.rank_table()))
+            self.store.write_ranks(self.state.attempt, self.state.rank_table())
         if note.kind is EventKind.TRAINING_STARTED:
             self.first_step_by = None
             if not self.state.script:  # a script reports no steps
@@ -241,7 +241,7 @@ class Controller:
             EventKind.ATTEMPT_PLANNED,
             plan=plan,
             wanted=None if plan == wanted.plan else wanted.plan,
-            nodes=list(self.state.placement),
+            **roster.fields(self.run.attempt.nodes if self.run.attempt else (), list(self.state.placement)),
             resume_from=point.path,
             first_step=point.step + 1,
             reason=self.start_reason,
@@ -341,6 +341,7 @@ class Controller:
         elif state.all_finished:
             self._regroup(state)
         else:
+            rank_errors.keep(self.store.paths, state.attempt, state.evidence)
             self.conclude(recovery.culprit(state.evidence))
 
     def _regroup(self, state: GangState) -> None:
@@ -355,9 +356,7 @@ class Controller:
             self.record(EventKind.FAULT_FIRED, fault=record["id"], record=record)
         if failure.kind is FailureKind.CORRUPT_CHECKPOINT:
             self.record(EventKind.CHECKPOINT_REJECTED, path=failure.path, reason=failure.detail)
-        self.record(
-            EventKind.GANG_STOPPED, cause=failure.detail, failure=failure.kind.value, signature=failure.signature
-        )
+        self.record(EventKind.GANG_STOPPED, **failure.verdict)
         decision = recovery.decide(self.run, failure, self.request.recovery)
         self.record(EventKind.DECISION, **decision.fields)
         self.state = None

@@ -71,13 +71,17 @@ class OptimizerAccess(ABC):
     def publish(self) -> None:
         """Make the weights from the masters. Collective."""
 
+    def whole(self, owner: torch.Tensor, kind: str) -> torch.Tensor | None:
+        """Flat view of the masters or of a moment of an owner; None before the first step, when a moment is zero."""
+        if kind == "master":
+            return owner.detach().view(-1)
+        state = self.inner.state.get(owner)
+        return state[kind].view(-1) if state else None
+
     def moment(self, fragment: Fragment, kind: str) -> torch.Tensor | None:
         """Flat view of a moment of a fragment; None before the first step, when it is zero."""
-        state = self.inner.state.get(fragment.owner)
-        if not state:
-            return None
-        whole: torch.Tensor = state[kind].view(-1)
-        return whole.narrow(0, fragment.offset, fragment.slice.elements)
+        whole = self.whole(fragment.owner, kind)
+        return None if whole is None else whole.narrow(0, fragment.offset, fragment.slice.elements)
 
     def create_moments(self) -> None:
         """Make the zero moments that the first step would make, where there are none yet."""

@@ -122,12 +122,39 @@ def image_of_state(optimizer: OptimizerAccess) -> Image:
 def copy_state(optimizer: OptimizerAccess, image: Image, buffer: Array) -> None:
     """Copy the state into a buffer of ``image.bytes``: all that a step has to stand still for."""
     with torch.no_grad():
-        for index, fragment in enumerate(_saved(optimizer)):
-            low, high = fragment.save
+        for run in _runs(optimizer, image):
             for kind in KINDS:
-                at = image.offset(kind, index)
-                view = fragment.master if kind == "master" else optimizer.moment(fragment, kind)
-                _copy(None if view is None else view[low:high], buffer[at : at + high - low])
+                at = KINDS.index(kind) * image.elements + run.at
+                source = optimizer.whole(run.owner, kind)
+                _copy(None if source is None else source[run.start : run.stop], buffer[at : at + run.stop - run.start])
+
+
+@dataclass(slots=True)
+class _Run:
+    """Elements [start, stop) of an owner that go to ``at`` in every kind."""
+
+    owner: torch.Tensor
+    start: int
+    stop: int
+    at: int
+
+
+def _runs(optimizer: OptimizerAccess, image: Image) -> list[_Run]:
+    """What is copied, neighbours at once: one large copy goes past the cache, many of a few MB take twice as long."""
+    runs: list[_Run] = []
+    for fragment, at in zip(_saved(optimizer), image.starts, strict=True):
+        start, stop = (fragment.offset + end for end in fragment.save)
+        last = runs[-1] if runs else None
+        if (
+            last is not None
+            and last.owner is fragment.owner
+            and last.stop == start
+            and last.at + start - last.start == at
+        ):
+            last.stop = stop
+        else:
+            runs.append(_Run(fragment.owner, start, stop, at))
+    return runs
 
 
 def _saved(optimizer: OptimizerAccess) -> list[Fragment]:
