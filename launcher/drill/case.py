@@ -12,8 +12,6 @@ from launcher.drill.acts import Act
 from launcher.drill.disks import Kind as DiskKind
 from launcher.drill.needs import Need
 from launcher.drill.toy import EVERY, NUMERIC_STEP, STEPS
-from launcher.recovery import FailureKind
-from launcher.run import EventKind
 from strategies.plan import ParallelPlan
 
 
@@ -38,8 +36,9 @@ class Case:
         ambush_late: Only once the ranks have come to the aim's step.
         changes: Configuration keys that are other than in the toy.
         needs: What must be there.
-        failures: Kinds of failure as which it must be noticed; empty: it must not be taken for a failure at all.
+        failures: Kinds of failure as which it may be noticed, or decisions; empty: it must not be taken for a failure.
         events: Kinds of event that must be in the log because of it.
+        steps: Steps of the run, where it needs more than the others.
         outcome: How it must end.
         adopted: The next controller must take over the live ranks.
         numeric: The undisturbed run to compare with leaves out the samples of the aim's step.
@@ -59,8 +58,9 @@ class Case:
     ambush_late: bool = True
     changes: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[Need, ...] = ()
-    failures: tuple[FailureKind, ...] = ()
-    events: tuple[EventKind, ...] = ()
+    failures: tuple[str, ...] = ()
+    events: tuple[str, ...] = ()
+    steps: int = STEPS
     outcome: Outcome = Outcome.SAME
     adopted: bool = False
     numeric: bool = False
@@ -101,7 +101,7 @@ def usual_aim(case: Case, plan: ParallelPlan, nodes: int) -> Aim:
     step = NUMERIC_STEP if case.numeric else max(2 * EVERY + 2, case.least_step)
     if case.saving:
         step = -(-step // EVERY) * EVERY
-    assert step < STEPS
+    assert step < case.steps
     return Aim(rank=plan.world_size - 1, node=nodes - 1, other=0, step=step)
 
 

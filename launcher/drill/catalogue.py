@@ -13,11 +13,13 @@ from launcher.recovery import FailureKind
 from launcher.run import EventKind
 
 HANG_STEP = 7  # a gang must have made a few steps before it is known how long one takes
+LONG = 80  # steps, for what takes its time: the pace of each rank is learned, or ranks leave in good order
+LEARNED_STEP = 40
 ONE_SPARE = {"cluster.spares": 1}
 TWO_SPARES = {"cluster.spares": 2}
 FROM_DISK = {"checkpoint.memory_every": 0}
-_RANK_GONE = (FailureKind.RANK_KILLED,)
-_NODE_GONE = (FailureKind.NODE_LOST,)
+_RANK_GONE: tuple[str, ...] = (FailureKind.RANK_KILLED,)
+_NODE_GONE: tuple[str, ...] = (FailureKind.NODE_LOST,)
 _LET_GO = Act(do=acts.let_go, relief=True)
 
 RANKS = (
@@ -75,6 +77,9 @@ RANKS = (
         what="a rank becomes slow and stays so: it must be named, and nothing restarted",
         faults=("rank_slow@rank={rank},step={step}",),
         needs=(Need.SLOW_RANKS, Need.TWO_NODES),
+        events=("straggler_found",),
+        steps=LONG,
+        least_step=LEARNED_STEP,
     ),
 )
 
@@ -155,7 +160,8 @@ NODES = (
         what="a node is told to leave (SIGTERM), as clouds do before they take it away",
         acts=(Act(do=acts.give_notice, held=True, node=True), _LET_GO),
         changes=ONE_SPARE,
-        failures=(FailureKind.PREEMPTED,),
+        failures=(FailureKind.PREEMPTED, "leave"),
+        steps=LONG,
         drawn=True,
     ),
 )

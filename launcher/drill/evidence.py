@@ -59,7 +59,7 @@ def gather(case: Case, aim: Aim, ended: Ended) -> Evidence:
         fired=bool(records) and not missing,
         proof=missing or "; ".join(_words(records, noticed)),
         detected_s=_detected_s(case, events, struck, attempt),
-        recovered_s=_recovered_s(ended, struck, attempt, replaced=bool(case.failures)),
+        recovered_s=_recovered_s(ended, struck),
         steps_lost=run.steps_lost,
         resumes=max(0, len(ended.exits) - 1),
         smaller=any(plan != plans[0] for plan in plans),
@@ -97,10 +97,10 @@ def _noticed(case: Case, events: Sequence[RunEvent]) -> list[str] | None:
         if not fitting:
             return None
         said.append(fitting[0])
-    elif failures:
+    elif any(event.kind is EventKind.FAILURE_DETECTED for event in events):
         return None
     for kind in case.events:
-        found = [event for event in events if event.kind is kind]
+        found = [event for event in events if event.kind.value == kind]
         if not found:
             return None
         said.append(_told(found[-1]))
@@ -120,7 +120,7 @@ def _misplaced(case: Case, aim: Aim, events: Sequence[RunEvent], records: Sequen
 
 
 def _failures(events: Sequence[RunEvent]) -> list[tuple[str, str]]:
-    """Kind and words of every failure: as it was first seen, and as the cause that was found afterwards."""
+    """Kind and words of every failure: as first seen, as the cause found afterwards, and what was decided."""
     found = []
     for event in events:
         if event.kind is EventKind.FAILURE_DETECTED:
@@ -128,18 +128,20 @@ def _failures(events: Sequence[RunEvent]) -> list[tuple[str, str]]:
             found.append((failure.kind.value, failure.detail))
         elif event.kind is EventKind.GANG_STOPPED:
             found.append((str(event.data.get("failure", "")), str(event.data.get("cause", ""))))
+        elif event.kind is EventKind.DECISION:
+            found.append((str(event.data.get("action", "")), str(event.data.get("reason", ""))))
     return found
 
 
 def _told(event: RunEvent) -> str:
-    words = {key: event.data[key] for key in ("reason", "adopted", "pid") if key in event.data}
+    words = {key: event.data[key] for key in ("reason", "adopted", "pid", "ratio") if key in event.data}
     return f"{event.kind.value} ({', '.join(f'{key} {value}' for key, value in words.items())})"
 
 
 def _unnoticed(case: Case, events: Sequence[RunEvent]) -> str:
     found = dict.fromkeys(f"{kind}: {detail}" for kind, detail in _failures(events))
     there = "; ".join(found) or "no failure"
-    wanted = [kind.value for kind in (*case.failures, *case.events)] or ["no failure"]
+    wanted = [str(kind) for kind in (*case.failures, *case.events)] or ["no failure"]
     wanted += [f"a second controller{' that adopts' if case.adopted else ''}"] if case.ambush else []
     return f"the log should show {' and '.join(wanted)}; it shows {there}"
 
@@ -152,18 +154,17 @@ def _words(records: Sequence[Record], noticed: Sequence[str] | None) -> list[str
 def _detected_s(case: Case, events: Sequence[RunEvent], struck: float, attempt: int) -> float | None:
     if case.ambush:
         found = [e.time for e in events if e.kind is EventKind.CONTROLLER_STARTED and e.time > struck]
-    elif case.failures:
-        found = [e.time for e in events if e.kind is EventKind.FAILURE_DETECTED and e.attempt >= attempt]
+    elif case.failures or case.events:
+        noticed = (EventKind.FAILURE_DETECTED, EventKind.DECISION, *case.events)
+        found = [e.time for e in events if e.kind in noticed and e.attempt >= attempt]
     else:
         return None
     return max(0.0, found[0] - struck) if found else None
 
 
-def _recovered_s(ended: Ended, struck: float, attempt: int, *, replaced: bool) -> float | None:
-    """Time to the first step that was completed afterwards, by new ranks where the old ones are gone."""
-    later = [
-        float(line["time"])
-        for line in ended.store.metrics()
-        if float(line["time"]) > struck and (not replaced or int(line["attempt"]) > attempt)
-    ]
+def _recovered_s(ended: Ended, struck: float) -> float | None:
+    """Time to the first step that the ranks completed afterwards which then brought the run to its end."""
+    metrics = [(int(line["attempt"]), float(line["time"])) for line in ended.store.metrics()]
+    last = max((attempt for attempt, _ in metrics), default=0)
+    later = [time for attempt, time in metrics if attempt == last and time > struck]
     return min(later) - struck if later else None

@@ -13,9 +13,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from jobs.faults import named
 from jobs.paths import RunPaths
@@ -60,11 +61,12 @@ class Ended:
     left: tuple[str, ...] = ()
 
 
-def with_changes(config: Config, changes: dict[str, object]) -> Config:
+def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
     """The configuration with dotted keys changed."""
     for key, value in changes.items():
         group, _, name = key.partition(".")
-        config = replace(config, **{group: replace(getattr(config, group), **{name: value})})
+        changed: dict[str, Any] = {group: replace(getattr(config, group), **{name: value})}
+        config = replace(config, **changed)
     return config
 
 
@@ -291,4 +293,4 @@ def undisturbed(store: RunStore, watch: Callable[[str], None]) -> Ended:
 
 def prepared(case: Case, aim: Aim, config: Config, name: str) -> RunStore:
     """The run directory of a fault's rehearsal."""
-    return create(with_changes(config, dict(case.changes)), name, faults_of(case, aim))
+    return create(with_changes(config, case.changes), name, faults_of(case, aim))

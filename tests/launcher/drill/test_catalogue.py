@@ -14,7 +14,7 @@ from launcher.drill import acts
 from launcher.drill.case import Aim, Case, Outcome, faults_of, usual_aim
 from launcher.drill.catalogue import CATALOGUE, named
 from launcher.drill.draw import draws
-from launcher.drill.toy import EVERY, STEPS, Toy, shrink
+from launcher.drill.toy import EVERY, Toy, shrink
 
 ASKED = {
     "rank SIGKILL": "rank_sigkill",
@@ -65,7 +65,7 @@ def check(case: Case, aim: Aim, toy: Toy) -> None:
     cluster = toy.config.cluster
     assert cluster.nodes is not None
     shape = {"nodes": cluster.nodes, "world_size": toy.plan.world_size, "pp": toy.plan.pp}
-    assert resolve(texts, seed=0, steps=STEPS, checkpoint_every=EVERY, **shape) == texts
+    assert resolve(texts, seed=0, steps=case.steps, checkpoint_every=EVERY, **shape) == texts
     assert not case.ambush or aim.step > 1
 
 
