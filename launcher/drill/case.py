@@ -32,7 +32,7 @@ class Case:
         faults: What ranks do to themselves, in the grammar of :mod:`jobs.faults`, with ``{rank}``, ``{node}``,
             ``{other}`` (another node), ``{step}`` and ``{phase}`` in place of values.
         acts: What the drill does from outside, in this order.
-        ambush: Phase in which the controller kills itself; "" for none.
+        ambush: Phase in which the controller kills itself (:class:`launcher.drill.ambush.Ambush`); "" for none.
         ambush_late: Only once the ranks have come to the aim's step.
         changes: Configuration keys that are other than in the toy.
         needs: What must be there.

@@ -326,7 +326,6 @@ CONTROL = (
         what="the controller is killed while the first ranks start",
         ambush_late=False,
         adopted=False,
-        failures=_NODE_GONE,
         drawn=False,
     ),
     Case(
@@ -345,6 +344,13 @@ CONTROL = (
         ambush="backoff",
         failures=_RANK_GONE,
         resumes=1,
+        drawn=True,
+    ),
+    Case(
+        name="controller_kill_end",
+        what="the controller is killed when the end is recorded and nothing given back: agents leave by their lease",
+        ambush="end",
+        changes={"recovery.lease_s": 4.0},
         drawn=True,
     ),
     Case(

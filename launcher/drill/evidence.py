@@ -104,7 +104,7 @@ def _noticed(case: Case, events: Sequence[RunEvent]) -> list[str] | None:
         if not found:
             return None
         said.append(_told(found[-1]))
-    if case.ambush:
+    if case.ambush and case.resumes:
         begun = [event for event in events if event.kind is EventKind.CONTROLLER_STARTED]
         if len(begun) < 2 or (case.adopted and not begun[-1].data["adopted"]):
             return None
@@ -142,7 +142,7 @@ def _unnoticed(case: Case, events: Sequence[RunEvent]) -> str:
     found = dict.fromkeys(f"{kind}: {detail}" for kind, detail in _failures(events))
     there = "; ".join(found) or "no failure"
     wanted = [str(kind) for kind in (*case.failures, *case.events)] or ["no failure"]
-    wanted += [f"a second controller{' that adopts' if case.adopted else ''}"] if case.ambush else []
+    wanted += [f"a second controller{' that adopts' if case.adopted else ''}"] if case.ambush and case.resumes else []
     return f"the log should show {' and '.join(wanted)}; it shows {there}"
 
 

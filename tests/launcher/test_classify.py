@@ -1,4 +1,4 @@
-"""What is made of the error that a rank reports: a sentence with the reason, and a signature that chance does not change."""
+"""What is made of the error that a rank reports: a sentence with its reason, and a signature without chance."""
 
 from __future__ import annotations
 
