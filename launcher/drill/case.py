@@ -14,6 +14,8 @@ from launcher.drill.needs import Need
 from launcher.drill.toy import EVERY, NUMERIC_STEP, STEPS
 from strategies.plan import ParallelPlan
 
+LATER = 3  # steps
+
 
 class Outcome(enum.StrEnum):
     """How a rehearsal must end, compared with the undisturbed run."""
@@ -30,7 +32,7 @@ class Case:
         name: Its name on the command line.
         what: What it does, in a sentence.
         faults: What ranks do to themselves, in the grammar of :mod:`jobs.faults`, with ``{rank}``, ``{node}``,
-            ``{other}`` (another node), ``{step}`` and ``{phase}`` in place of values.
+            ``{other}`` (another node), ``{step}``, ``{later}`` (a few steps on) and ``{phase}`` in place of values.
         acts: What the drill does from outside, in this order.
         ambush: Phase in which the controller kills itself (:class:`launcher.drill.ambush.Ambush`); "" for none.
         ambush_late: Only once the ranks have come to the aim's step.
@@ -111,7 +113,8 @@ def faults_of(case: Case, aim: Aim) -> tuple[str, ...]:
     Raises:
         ConfigError: This version does not know one of them.
     """
-    place = {"rank": aim.rank, "node": aim.node, "other": aim.other, "step": aim.step, "phase": aim.phase}
+    place: dict[str, object] = {"rank": aim.rank, "node": aim.node, "other": aim.other, "phase": aim.phase}
+    place |= {"step": aim.step, "later": aim.step + LATER}
     texts = (*((hold(aim),) if case.held else ()), *(text.format(**place) for text in case.faults))
     return tuple(str(fault) for fault in parse(texts))
 

@@ -355,7 +355,9 @@ CONTROL = (
     ),
     Case(
         name="ray_head_kill",
-        what="the head of the Ray cluster dies; what does not go on by itself is resumed on a new cluster",
+        what="the head of the Ray cluster dies, and then a rank: what does not go on by itself is resumed",
+        faults=("rank_kill@rank={rank},step={later}",),
+        failures=_RANK_GONE,
         acts=(Act(do=acts.kill_ray_head, held=True), _LET_GO),
         changes={"cluster.kind": "local"},
         needs=(Need.RAY,),

@@ -48,7 +48,8 @@ class Evidence:
 def gather(case: Case, aim: Aim, ended: Ended) -> Evidence:
     """Hold the records of a rehearsal against each other."""
     events, run = ended.store.events(), ended.store.run()
-    records = strikes(case, aim, progress.fault_records(ended.store.paths))
+    every = progress.fault_records(ended.store.paths)
+    records = strikes(case, aim, every)
     absent = _absent(case, aim, records, ended)
     struck = max((float(record["time"]) for record in records), default=0.0)
     attempt = max((int(record.get("attempt", 0)) for record in records), default=0)
@@ -57,7 +58,7 @@ def gather(case: Case, aim: Aim, ended: Ended) -> Evidence:
     plans = [one.plan for one in run.attempts]
     return Evidence(
         fired=bool(records) and not missing,
-        proof=missing or "; ".join(_words(records, noticed)),
+        proof=missing or "; ".join(_words(records, noticed, every)),
         detected_s=_detected_s(case, events, struck, attempt),
         recovered_s=_recovered_s(ended, struck),
         steps_lost=run.steps_lost,
@@ -146,9 +147,12 @@ def _unnoticed(case: Case, events: Sequence[RunEvent]) -> str:
     return f"the log should show {' and '.join(wanted)}; it shows {there}"
 
 
-def _words(records: Sequence[Record], noticed: Sequence[str] | None) -> list[str]:
+def _words(records: Sequence[Record], noticed: Sequence[str] | None, every: Sequence[Record]) -> list[str]:
     done = [str(record.get("did") or record["fault"]) for record in records]
-    return [" + ".join(done), *(f'log: "{line}"' for line in noticed or ())]
+    ended = [
+        str(one["did"]) for one in every if str(one["id"]).endswith(".relief") and "SIGCONT" not in str(one["did"])
+    ]
+    return [" + ".join(done), *ended, *(f'log: "{line}"' for line in noticed or ())]
 
 
 def _detected_s(case: Case, events: Sequence[RunEvent], struck: float, attempt: int) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -107,7 +108,7 @@ class Programme:
             aim,
             gather(case, aim, ended),
             compare(store, reference),
-            problem=_problem(ended),
+            problem=_problem(case, ended),
             precision=self._toy.config.train.precision,
         )
 
@@ -130,10 +131,17 @@ class Programme:
         return lambda line: self._screen.progress(f"{title}: {line}")
 
 
-def _problem(ended: Ended) -> str:
-    if ended.left and not ended.problem:
-        return f"processes of the run were left: {'; '.join(ended.left)}"
-    return ended.problem
+def _problem(case: Case, ended: Ended) -> str:
+    """What is wrong although the run may be right: how its last controller ended, and what it has left."""
+    if ended.problem:
+        return ended.problem
+    wrong = []
+    code = -signal.SIGKILL if case.ambush and not case.resumes else 0
+    if ended.exits[-1] != code:
+        wrong.append(f"the last controller ended with {ended.exits[-1]} instead of {code}, see drill.log")
+    if ended.left:
+        wrong.append(f"processes of the run were left: {'; '.join(ended.left)}")
+    return "; ".join(wrong)
 
 
 def keeper(toy: Toy, *, seed: int | None) -> Callable[[Sequence[Result]], None]:
