@@ -19,6 +19,7 @@ from launcher.controller import Controller
 from launcher.drill.ambush import Waylaid
 from launcher.gang import Gang
 from launcher.lock import ControllerLock
+from launcher.meter import metering
 from launcher.request import LaunchRequest
 from launcher.run import RunEvent, RunState
 from launcher.store import RunStore, create_exclusive
@@ -59,7 +60,7 @@ def control(
         waylaid.look(controller, event)
 
     try:
-        with _tracker(store.paths, request):
+        with _tracker(store.paths, request), metering(store, request):
             controller = Controller(store, request, backend, gang=gang, lock=lock, clock=time, observer=seen)
             adoption.begin(controller, resume=resume, adopt=adopt)
             state = controller.follow()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -95,10 +96,22 @@ class RayCluster:
         token: The token that it asks for; empty for none.
         cpus: CPUs per node.
         dashboard: The head runs a dashboard.
+        head_cpus: CPUs of the head, where it has another number.
+        redis: ``HOST:PORT`` of a Redis in which the head keeps its tables; empty: in its own memory.
     """
 
-    def __init__(self, net: Network, *, token: str = "", cpus: int = 2, dashboard: bool = False) -> None:
+    def __init__(
+        self,
+        net: Network,
+        *,
+        token: str = "",
+        cpus: int = 2,
+        dashboard: bool = False,
+        head_cpus: int | None = None,
+        redis: str = "",
+    ) -> None:
         self.net, self.token, self.cpus, self.dashboard = net, token, cpus, dashboard
+        self.head_cpus, self.redis = cpus if head_cpus is None else head_cpus, redis
         self.address = f"{net.addresses[0]}:6379"
         self.dashboard_url = f"http://{net.addresses[0]}:8265"
         self.temp = Path(tempfile.mkdtemp(prefix="pxn-", dir="/tmp"))
@@ -120,9 +133,12 @@ class RayCluster:
 
     def start_node(self, index: int, *, wait: bool = True, hide: Path | None = None) -> None:
         """Start one node."""
-        address = self.net.addresses[index]
-        command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={self.cpus}"]
-        command += ["--num-gpus=0", f"--node-ip-address={address}", f"--temp-dir={self.temp / str(index)}"]
+        address, cpus, environment = self.net.addresses[index], self.cpus, self.environment()
+        if index == 0:
+            cpus = self.head_cpus
+            environment |= {"RAY_REDIS_ADDRESS": self.redis} if self.redis else {}
+        command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={cpus}"]
+        command += ["--num-gpus=0", f"--node-ip-address={address}", f"--temp-dir={self._folder(index)}"]
         command += ["--object-store-memory=83886080", "--disable-usage-stats", "--include-log-monitor=false"]
         if index == 0:
             command += ["--head", "--port=6379", "--no-monitor", f"--include-dashboard={str(self.dashboard).lower()}"]
@@ -130,9 +146,13 @@ class RayCluster:
         else:
             command += [f"--address={self.address}"]
         self._log(index).unlink(missing_ok=True)
-        self.net.popen(index, command, hide=hide, log=self._log(index), env=self.environment())
+        self.net.popen(index, command, hide=hide, log=self._log(index), env=environment)
         if wait:
             self.wait_up(index)
+
+    def _folder(self, index: int) -> Path:
+        """A new folder for each start: Ray takes what an earlier process left there for a cluster that still runs."""
+        return next(path for number in itertools.count() if not (path := self.temp / f"{index}-{number}").exists())
 
     def wait_up(self, index: int, timeout_s: float = 60.0) -> None:
         """Wait until a node has joined."""
