@@ -240,7 +240,7 @@ STORAGE = (
     Case(
         name="truncated_shard",
         what="half of a shard of the newest checkpoint is missing when it is needed",
-        acts=(Act(do=acts.truncate, held=True), Act(do=acts.kill_held)),
+        acts=(Act(do=acts.truncate, held=True, saved=True), Act(do=acts.kill_held)),
         changes=FROM_DISK,
         failures=_RANK_GONE,
         events=(EventKind.CHECKPOINT_REJECTED,),
@@ -250,7 +250,7 @@ STORAGE = (
     Case(
         name="flipped_bit",
         what="one bit of a shard of the newest checkpoint is wrong when it is needed",
-        acts=(Act(do=acts.flip_bit, held=True), Act(do=acts.kill_held)),
+        acts=(Act(do=acts.flip_bit, held=True, saved=True), Act(do=acts.kill_held)),
         changes=FROM_DISK,
         failures=_RANK_GONE,
         events=(EventKind.CHECKPOINT_REJECTED,),
@@ -260,7 +260,7 @@ STORAGE = (
     Case(
         name="missing_shard",
         what="a shard of the newest checkpoint is gone when it is needed",
-        acts=(Act(do=acts.remove_shard, held=True), Act(do=acts.kill_held)),
+        acts=(Act(do=acts.remove_shard, held=True, saved=True), Act(do=acts.kill_held)),
         changes=FROM_DISK,
         failures=_RANK_GONE,
         events=(EventKind.CHECKPOINT_REJECTED,),
@@ -270,7 +270,7 @@ STORAGE = (
     Case(
         name="corrupt_manifest",
         what="the manifest of the newest checkpoint is damaged when it is needed",
-        acts=(Act(do=acts.spoil_manifest, held=True), Act(do=acts.kill_held)),
+        acts=(Act(do=acts.spoil_manifest, held=True, saved=True), Act(do=acts.kill_held)),
         changes=FROM_DISK,
         failures=_RANK_GONE,
         events=(EventKind.CHECKPOINT_REJECTED,),

@@ -137,6 +137,12 @@ class Rehearsal:
             return next(name for name in names if name not in gang)
         return gang[self._aim.node if which == "target" else self._aim.other]
 
+    def saved(self) -> bool:
+        """Whether the checkpoint that is due before the step of the fault is committed."""
+        assert self._aim is not None
+        every = self._store.request().job.checkpoint.every
+        return self.run().committed_step >= (self._aim.step - 1) // every * every
+
     # -- the whole -------------------------------------------------------------------------------------------------
 
     def play(self) -> Ended:
