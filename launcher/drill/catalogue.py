@@ -15,8 +15,9 @@ from launcher.run import EventKind
 HANG_STEP = 7  # a gang must have made a few steps before it is known how long one takes
 LONG = 80  # steps, for what takes its time: the pace of each rank is learned, or ranks leave in good order
 LEARNED_STEP = 40
-ONE_SPARE = {"cluster.spares": 1}
+ONE_SPARE: dict[str, object] = {"cluster.spares": 1}
 TWO_SPARES = {"cluster.spares": 2}
+AT_ONCE: dict[str, object] = {"recovery.shrink_after_s": 1.0}  # nobody waits for a node that will not come
 FROM_DISK = {"checkpoint.memory_every": 0}
 _RANK_GONE: tuple[str, ...] = (FailureKind.RANK_KILLED,)
 _NODE_GONE: tuple[str, ...] = (FailureKind.NODE_LOST,)
@@ -141,7 +142,7 @@ NODES = (
         name="spare_dies_first",
         what="the spare dies, then a node of the gang: a smaller plan takes over",
         acts=(Act(do=acts.kill_node("spare"), held=True), Act(do=acts.kill_node("target"), node=True), _LET_GO),
-        changes=ONE_SPARE,
+        changes=ONE_SPARE | AT_ONCE,
         needs=(Need.TWO_NODES,),
         failures=_NODE_GONE,
         outcome=Outcome.CLOSE,
@@ -150,6 +151,7 @@ NODES = (
         name="no_spare_left",
         what="a node dies and there is no spare: a smaller plan takes over",
         faults=("node_kill@node={node},step={step}",),
+        changes=AT_ONCE,
         needs=(Need.TWO_NODES,),
         failures=_NODE_GONE,
         outcome=Outcome.CLOSE,
