@@ -44,7 +44,8 @@ def test_three_faults(tmp_path: Path) -> None:
         of(done, name)["evidence"] for name in ("rank_sigkill", "flipped_bit", "controller_kill_run")
     )
     assert "was ended by signal 9" in killed["proof"]
-    assert (killed["steps_lost"], killed["resumes"], killed["smaller"]) == (1, 0, False)
+    assert killed["steps_lost"] <= 1
+    assert (killed["resumes"], killed["smaller"]) == (0, False)
     assert "does not match its digest" in flipped["proof"]
     assert flipped["steps_lost"] == 4
     assert "adopted True" in adopted["proof"]
