@@ -47,7 +47,7 @@ def test_three_faults(tmp_path: Path) -> None:
     assert killed["steps_lost"] <= 1
     assert (killed["resumes"], killed["smaller"]) == (0, False)
     assert "does not match its digest" in flipped["proof"]
-    assert flipped["steps_lost"] == 4
+    assert 1 <= flipped["steps_lost"] <= 4  # the older checkpoint, or what the nodes still have in memory
     assert "adopted True" in adopted["proof"]
     assert (adopted["steps_lost"], adopted["resumes"]) == (0, 1)
     folder = Path(done.document["folder"])
