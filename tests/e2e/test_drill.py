@@ -57,6 +57,7 @@ def test_three_faults(tmp_path: Path) -> None:
     assert len(RunStore.names(folder)) == 4  # and the undisturbed one
 
 
+@pytest.mark.full
 def test_interrupted_in_the_middle(tmp_path: Path) -> None:
     process = cli.start("drill", *PP2, f"run.dir={tmp_path / 'runs'}", "--faults", "rank_sigkill", cwd=tmp_path)
     cli.wait_for(lambda: bool(list(tmp_path.rglob("attempts/1/ranks.json"))), "ranks of the undisturbed run")
