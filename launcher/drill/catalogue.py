@@ -335,7 +335,7 @@ CONTROL = (
         what="a rank dies, and the controller is killed while it stops the others",
         faults=("rank_kill@rank={rank},step={step}",),
         ambush="stop",
-        failures=_RANK_GONE,
+        failures=(*_RANK_GONE, FailureKind.SECONDARY),
         resumes=1,
         drawn=True,
     ),

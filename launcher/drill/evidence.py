@@ -15,7 +15,7 @@ from launcher import progress
 from launcher.drill.case import Aim, Case, faults_of, hold
 from launcher.drill.rehearsal import Ended
 from launcher.proof import unproven
-from launcher.recovery import Failure
+from launcher.recovery import Failure, FailureKind
 from launcher.run import EventKind, RunEvent
 from strategies.codec import from_json
 
@@ -116,7 +116,8 @@ def _noticed(case: Case, events: Sequence[RunEvent]) -> list[str] | None:
 def _misplaced(case: Case, aim: Aim, events: Sequence[RunEvent], records: Sequence[Record]) -> str:
     """Faults of ranks that were noticed as something else, or at another place than where they struck."""
     faults = faults_of(case, aim)[1 if case.held else 0 :]
-    wrong = unproven(faults, events, records) if case.failures else []
+    hidden = FailureKind.SECONDARY in case.failures  # who was told of the cause has died before it could say so
+    wrong = unproven(faults, events, records) if case.failures and not hidden else []
     return f"the log does not name the place of {', '.join(wrong)}" if wrong else ""
 
 

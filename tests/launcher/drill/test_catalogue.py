@@ -67,6 +67,8 @@ def check(case: Case, aim: Aim, toy: Toy) -> None:
     shape = {"nodes": cluster.nodes, "world_size": toy.plan.world_size, "pp": toy.plan.pp}
     assert resolve(texts, seed=0, steps=case.steps, checkpoint_every=EVERY, **shape) == texts
     assert not case.ambush or aim.step > 1
+    if case.name == "node_kill_in_recovery":  # its agent must be there to say that the rank has died
+        assert aim.other != aim.rank * cluster.nodes // toy.plan.world_size
 
 
 @pytest.mark.parametrize("asked", ASKED)
