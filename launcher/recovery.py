@@ -93,8 +93,11 @@ _PEER_GONE = re.compile(
     re.IGNORECASE,
 )
 _COMMUNICATION = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")
-# What differs between two attempts that meet the same error: addresses, ports, process ids, names that carry the token.
-_ADDRESS = re.compile(r"0x[0-9a-f]+|pid[= ]\d+|:\d{4,5}\b|e\d{4}-a\d{4}|attempts/\d+|attempt \d+", re.IGNORECASE)
+# What differs between two attempts that meet the same error: addresses, ports, process ids, names that carry the token
+# or the rank: which of several ranks is the first to say it is chance.
+_ADDRESS = re.compile(
+    r"0x[0-9a-f]+|pid[= ]\d+|:\d{4,5}\b|e\d{4}-a\d{4}|attempts/\d+|attempt \d+|shard-\d+", re.IGNORECASE
+)
 
 
 def classify_exit(data: Mapping[str, Any], *, node: str, when: float, error: Mapping[str, Any] | None) -> Failure:
@@ -123,7 +126,7 @@ def classify_exit(data: Mapping[str, Any], *, node: str, when: float, error: Map
 
 def _classify_error(error: Mapping[str, Any], *, rank: int, node: str, when: float) -> Failure:
     kind, message, step = str(error.get("type", "")), str(error.get("message", "")), int(error.get("step") or 0)
-    detail = f"rank {rank} on {node} failed at step {step}: {kind}: {message.splitlines()[0] if message else ''}"
+    detail = f"rank {rank} on {node} failed at step {step}: {kind}: {_in_a_line(message)}"
     if kind in ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError") and _PEER_GONE.search(
         message
     ):
@@ -138,6 +141,13 @@ def _classify_error(error: Mapping[str, Any], *, rank: int, node: str, when: flo
         detail=detail,
         signature=_signature(f"{kind}: {message}\n{trace}", step),
     )
+
+
+def _in_a_line(message: str) -> str:
+    """What an error says first and, of one of our own, why."""
+    first, *more = message.splitlines() or [""]
+    why = next((line.removeprefix("  why:").strip() for line in more if line.startswith("  why:")), "")
+    return f"{first} ({why})" if why else first
 
 
 def last_error_line(tail: str) -> str:

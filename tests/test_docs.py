@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from launcher.config import compose
+from launcher.drill.catalogue import CATALOGUE
+from launcher.drill.programme import choose
+from launcher.drill.toy import shrink
 from launcher.run import EventKind
 from launcher.store import RunStore
 from strategies import errors
@@ -35,7 +39,7 @@ def title(words: list[str]) -> str:
 
 
 def test_every_command_is_tried_here() -> None:
-    known = {"plan", "submit", "status", "logs", "cancel", "resume", "cluster", "checkpoint"}
+    known = {"plan", "submit", "status", "logs", "cancel", "resume", "cluster", "checkpoint", "drill"}
     assert {words[1] for words in COMMANDS if words[0] == "phalanx"} == known
     assert {words[0] for words in COMMANDS} == {"phalanx", "make"}
 
@@ -121,6 +125,19 @@ def test_cluster(words: list[str], tmp_path: Path) -> None:
     done = cli.phalanx(*words[1:], cwd=tmp_path)
     assert done.code == 0, done.err
     assert list(tmp_path.rglob("conf/cluster/*.yaml"))
+
+
+@pytest.mark.parametrize("words", verbs("drill"), ids=title)
+def test_drill(words: list[str], tmp_path: Path) -> None:
+    """Rehearsed for real in tests/e2e/test_drill.py; here it is planned."""
+    if "list" in words:
+        done = cli.phalanx(*words[1:], cwd=tmp_path)
+        assert done.code == 0, done.err
+        assert len(done.out.splitlines()) > len(CATALOGUE)
+        return
+    toy = shrink(compose([word for word in words[2:] if "=" in word]))
+    faults = words[words.index("--faults") + 1] if "--faults" in words else "all"
+    assert choose(faults, toy, seed=7, count=20)
 
 
 def test_exit_codes() -> None:

@@ -98,12 +98,15 @@ def _list(as_json: bool) -> None:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a drill as Ctrl-C does: everything that was started is ended first."""
+    """Signals end a drill as Ctrl-C does: everything that was started is ended first.
+
+    SIGINT too is asked for: a shell starts what it puts into the background with that signal ignored.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:

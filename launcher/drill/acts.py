@@ -42,6 +42,9 @@ class Stage(Protocol):
     def gang_node(self, which: str) -> str:
         """Name of a node of the gang as it was when the fault struck: ``target``, ``other`` or ``spare``."""
 
+    def saved(self) -> bool:
+        """Whether the last checkpoint before the fault is committed: it is written behind the ranks."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Act:
@@ -52,6 +55,7 @@ class Act:
         held: Its moment is when the rank has stopped itself.
         after: Its moment is when the log has an event of this kind ...
         attempt: ... of this attempt or a later one.
+        saved: Not before the last checkpoint is committed.
         relief: It ends a disturbance: it is no fault itself.
         node: It strikes a node.
     """
@@ -60,12 +64,13 @@ class Act:
     held: bool = False
     after: EventKind | None = None
     attempt: int = 0
+    saved: bool = False
     relief: bool = False
     node: bool = False
 
     def due(self, stage: Stage) -> bool:
         """Whether its moment has come."""
-        if self.held and not stage.held_pid:
+        if (self.held and not stage.held_pid) or (self.saved and not stage.saved()):
             return False
         return self.after is None or any(
             event.kind is self.after and event.attempt >= self.attempt for event in stage.events()

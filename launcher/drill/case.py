@@ -12,9 +12,9 @@ from launcher.drill.acts import Act
 from launcher.drill.disks import Kind as DiskKind
 from launcher.drill.needs import Need
 from launcher.drill.toy import EVERY, NUMERIC_STEP, STEPS
-from launcher.recovery import FailureKind
-from launcher.run import EventKind
 from strategies.plan import ParallelPlan
+
+LATER = 3  # steps
 
 
 class Outcome(enum.StrEnum):
@@ -32,14 +32,15 @@ class Case:
         name: Its name on the command line.
         what: What it does, in a sentence.
         faults: What ranks do to themselves, in the grammar of :mod:`jobs.faults`, with ``{rank}``, ``{node}``,
-            ``{other}`` (another node), ``{step}`` and ``{phase}`` in place of values.
+            ``{other}`` (another node), ``{step}``, ``{later}`` (a few steps on) and ``{phase}`` in place of values.
         acts: What the drill does from outside, in this order.
-        ambush: Phase in which the controller kills itself; "" for none.
+        ambush: Phase in which the controller kills itself (:class:`launcher.drill.ambush.Ambush`); "" for none.
         ambush_late: Only once the ranks have come to the aim's step.
         changes: Configuration keys that are other than in the toy.
         needs: What must be there.
-        failures: Kinds of failure as which it must be noticed; empty: it must not be taken for a failure at all.
+        failures: Kinds of failure as which it may be noticed, or decisions; empty: it must not be taken for a failure.
         events: Kinds of event that must be in the log because of it.
+        steps: Steps of the run, where it needs more than the others.
         outcome: How it must end.
         adopted: The next controller must take over the live ranks.
         numeric: The undisturbed run to compare with leaves out the samples of the aim's step.
@@ -59,8 +60,9 @@ class Case:
     ambush_late: bool = True
     changes: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[Need, ...] = ()
-    failures: tuple[FailureKind, ...] = ()
-    events: tuple[EventKind, ...] = ()
+    failures: tuple[str, ...] = ()
+    events: tuple[str, ...] = ()
+    steps: int = STEPS
     outcome: Outcome = Outcome.SAME
     adopted: bool = False
     numeric: bool = False
@@ -101,7 +103,7 @@ def usual_aim(case: Case, plan: ParallelPlan, nodes: int) -> Aim:
     step = NUMERIC_STEP if case.numeric else max(2 * EVERY + 2, case.least_step)
     if case.saving:
         step = -(-step // EVERY) * EVERY
-    assert step < STEPS
+    assert step < case.steps
     return Aim(rank=plan.world_size - 1, node=nodes - 1, other=0, step=step)
 
 
@@ -111,7 +113,8 @@ def faults_of(case: Case, aim: Aim) -> tuple[str, ...]:
     Raises:
         ConfigError: This version does not know one of them.
     """
-    place = {"rank": aim.rank, "node": aim.node, "other": aim.other, "step": aim.step, "phase": aim.phase}
+    place: dict[str, object] = {"rank": aim.rank, "node": aim.node, "other": aim.other, "phase": aim.phase}
+    place |= {"step": aim.step, "later": aim.step + LATER}
     texts = (*((hold(aim),) if case.held else ()), *(text.format(**place) for text in case.faults))
     return tuple(str(fault) for fault in parse(texts))
 

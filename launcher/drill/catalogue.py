@@ -13,11 +13,14 @@ from launcher.recovery import FailureKind
 from launcher.run import EventKind
 
 HANG_STEP = 7  # a gang must have made a few steps before it is known how long one takes
-ONE_SPARE = {"cluster.spares": 1}
+LONG = 80  # steps, for what takes its time: the pace of each rank is learned, or ranks leave in good order
+LEARNED_STEP = 40
+ONE_SPARE: dict[str, object] = {"cluster.spares": 1}
 TWO_SPARES = {"cluster.spares": 2}
+AT_ONCE: dict[str, object] = {"recovery.shrink_after_s": 1.0}  # nobody waits for a node that will not come
 FROM_DISK = {"checkpoint.memory_every": 0}
-_RANK_GONE = (FailureKind.RANK_KILLED,)
-_NODE_GONE = (FailureKind.NODE_LOST,)
+_RANK_GONE: tuple[str, ...] = (FailureKind.RANK_KILLED,)
+_NODE_GONE: tuple[str, ...] = (FailureKind.NODE_LOST,)
 _LET_GO = Act(do=acts.let_go, relief=True)
 
 RANKS = (
@@ -75,6 +78,9 @@ RANKS = (
         what="a rank becomes slow and stays so: it must be named, and nothing restarted",
         faults=("rank_slow@rank={rank},step={step}",),
         needs=(Need.SLOW_RANKS, Need.TWO_NODES),
+        events=("straggler_found",),
+        steps=LONG,
+        least_step=LEARNED_STEP,
     ),
 )
 
@@ -136,7 +142,7 @@ NODES = (
         name="spare_dies_first",
         what="the spare dies, then a node of the gang: a smaller plan takes over",
         acts=(Act(do=acts.kill_node("spare"), held=True), Act(do=acts.kill_node("target"), node=True), _LET_GO),
-        changes=ONE_SPARE,
+        changes=ONE_SPARE | AT_ONCE,
         needs=(Need.TWO_NODES,),
         failures=_NODE_GONE,
         outcome=Outcome.CLOSE,
@@ -145,6 +151,7 @@ NODES = (
         name="no_spare_left",
         what="a node dies and there is no spare: a smaller plan takes over",
         faults=("node_kill@node={node},step={step}",),
+        changes=AT_ONCE,
         needs=(Need.TWO_NODES,),
         failures=_NODE_GONE,
         outcome=Outcome.CLOSE,
@@ -155,7 +162,8 @@ NODES = (
         what="a node is told to leave (SIGTERM), as clouds do before they take it away",
         acts=(Act(do=acts.give_notice, held=True, node=True), _LET_GO),
         changes=ONE_SPARE,
-        failures=(FailureKind.PREEMPTED,),
+        failures=(FailureKind.PREEMPTED, "leave"),
+        steps=LONG,
         drawn=True,
     ),
 )
@@ -234,7 +242,7 @@ STORAGE = (
     Case(
         name="truncated_shard",
         what="half of a shard of the newest checkpoint is missing when it is needed",
-        acts=(Act(do=acts.truncate, held=True), Act(do=acts.kill_held)),
+        acts=(Act(do=acts.truncate, held=True, saved=True), Act(do=acts.kill_held)),
         changes=FROM_DISK,
         failures=_RANK_GONE,
         events=(EventKind.CHECKPOINT_REJECTED,),
@@ -244,7 +252,7 @@ STORAGE = (
     Case(
         name="flipped_bit",
         what="one bit of a shard of the newest checkpoint is wrong when it is needed",
-        acts=(Act(do=acts.flip_bit, held=True), Act(do=acts.kill_held)),
+        acts=(Act(do=acts.flip_bit, held=True, saved=True), Act(do=acts.kill_held)),
         changes=FROM_DISK,
         failures=_RANK_GONE,
         events=(EventKind.CHECKPOINT_REJECTED,),
@@ -254,7 +262,7 @@ STORAGE = (
     Case(
         name="missing_shard",
         what="a shard of the newest checkpoint is gone when it is needed",
-        acts=(Act(do=acts.remove_shard, held=True), Act(do=acts.kill_held)),
+        acts=(Act(do=acts.remove_shard, held=True, saved=True), Act(do=acts.kill_held)),
         changes=FROM_DISK,
         failures=_RANK_GONE,
         events=(EventKind.CHECKPOINT_REJECTED,),
@@ -264,7 +272,7 @@ STORAGE = (
     Case(
         name="corrupt_manifest",
         what="the manifest of the newest checkpoint is damaged when it is needed",
-        acts=(Act(do=acts.spoil_manifest, held=True), Act(do=acts.kill_held)),
+        acts=(Act(do=acts.spoil_manifest, held=True, saved=True), Act(do=acts.kill_held)),
         changes=FROM_DISK,
         failures=_RANK_GONE,
         events=(EventKind.CHECKPOINT_REJECTED,),
@@ -320,7 +328,6 @@ CONTROL = (
         what="the controller is killed while the first ranks start",
         ambush_late=False,
         adopted=False,
-        failures=_NODE_GONE,
         drawn=False,
     ),
     Case(
@@ -328,7 +335,7 @@ CONTROL = (
         what="a rank dies, and the controller is killed while it stops the others",
         faults=("rank_kill@rank={rank},step={step}",),
         ambush="stop",
-        failures=_RANK_GONE,
+        failures=(*_RANK_GONE, FailureKind.SECONDARY),
         resumes=1,
         drawn=True,
     ),
@@ -342,8 +349,17 @@ CONTROL = (
         drawn=True,
     ),
     Case(
+        name="controller_kill_end",
+        what="the controller is killed when the end is recorded and nothing given back: agents leave by their lease",
+        ambush="end",
+        changes={"recovery.lease_s": 4.0},
+        drawn=True,
+    ),
+    Case(
         name="ray_head_kill",
-        what="the head of the Ray cluster dies; what does not go on by itself is resumed on a new cluster",
+        what="the head of the Ray cluster dies, and then a rank: what does not go on by itself is resumed",
+        faults=("rank_kill@rank={rank},step={later}",),
+        failures=_RANK_GONE,
         acts=(Act(do=acts.kill_ray_head, held=True), _LET_GO),
         changes={"cluster.kind": "local"},
         needs=(Need.RAY,),

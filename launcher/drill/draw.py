@@ -48,13 +48,15 @@ def _one(cases: Sequence[Case], text: str, plan: ParallelPlan, nodes: int) -> Dr
     ranks = range(plan.world_size)
     if case.name == "loss_spike":  # the loss is made in the last pipeline stage
         ranks = ranks[plan.world_size - plan.world_size // plan.pp :]
-    node = _pick(f"{text}|node", range(nodes))
+    rank, node = _pick(f"{text}|rank", ranks), _pick(f"{text}|node", range(nodes))
+    # The other node is not the one that is struck already: that of the node, or that of the rank.
+    struck = node if any("{node}" in fault for fault in case.faults) else rank * nodes // plan.world_size
     return Draw(
         case=case,
         aim=Aim(
-            rank=_pick(f"{text}|rank", ranks),
+            rank=rank,
             node=node,
-            other=(node + 1) % nodes,
+            other=(struck + 1) % nodes,
             step=_pick(f"{text}|step", chosen),
             phase=phase,
         ),

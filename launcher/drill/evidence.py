@@ -15,7 +15,7 @@ from launcher import progress
 from launcher.drill.case import Aim, Case, faults_of, hold
 from launcher.drill.rehearsal import Ended
 from launcher.proof import unproven
-from launcher.recovery import Failure
+from launcher.recovery import Failure, FailureKind
 from launcher.run import EventKind, RunEvent
 from strategies.codec import from_json
 
@@ -48,7 +48,8 @@ class Evidence:
 def gather(case: Case, aim: Aim, ended: Ended) -> Evidence:
     """Hold the records of a rehearsal against each other."""
     events, run = ended.store.events(), ended.store.run()
-    records = strikes(case, aim, progress.fault_records(ended.store.paths))
+    every = progress.fault_records(ended.store.paths)
+    records = strikes(case, aim, every)
     absent = _absent(case, aim, records, ended)
     struck = max((float(record["time"]) for record in records), default=0.0)
     attempt = max((int(record.get("attempt", 0)) for record in records), default=0)
@@ -57,9 +58,9 @@ def gather(case: Case, aim: Aim, ended: Ended) -> Evidence:
     plans = [one.plan for one in run.attempts]
     return Evidence(
         fired=bool(records) and not missing,
-        proof=missing or "; ".join(_words(records, noticed)),
+        proof=missing or "; ".join(_words(records, noticed, every)),
         detected_s=_detected_s(case, events, struck, attempt),
-        recovered_s=_recovered_s(ended, struck, attempt, replaced=bool(case.failures)),
+        recovered_s=_recovered_s(ended, struck),
         steps_lost=run.steps_lost,
         resumes=max(0, len(ended.exits) - 1),
         smaller=any(plan != plans[0] for plan in plans),
@@ -97,14 +98,14 @@ def _noticed(case: Case, events: Sequence[RunEvent]) -> list[str] | None:
         if not fitting:
             return None
         said.append(fitting[0])
-    elif failures:
+    elif any(event.kind is EventKind.FAILURE_DETECTED for event in events):
         return None
     for kind in case.events:
-        found = [event for event in events if event.kind is kind]
+        found = [event for event in events if event.kind.value == kind]
         if not found:
             return None
         said.append(_told(found[-1]))
-    if case.ambush:
+    if case.ambush and case.resumes:
         begun = [event for event in events if event.kind is EventKind.CONTROLLER_STARTED]
         if len(begun) < 2 or (case.adopted and not begun[-1].data["adopted"]):
             return None
@@ -115,12 +116,13 @@ def _noticed(case: Case, events: Sequence[RunEvent]) -> list[str] | None:
 def _misplaced(case: Case, aim: Aim, events: Sequence[RunEvent], records: Sequence[Record]) -> str:
     """Faults of ranks that were noticed as something else, or at another place than where they struck."""
     faults = faults_of(case, aim)[1 if case.held else 0 :]
-    wrong = unproven(faults, events, records) if case.failures else []
+    hidden = FailureKind.SECONDARY in case.failures  # who was told of the cause has died before it could say so
+    wrong = unproven(faults, events, records) if case.failures and not hidden else []
     return f"the log does not name the place of {', '.join(wrong)}" if wrong else ""
 
 
 def _failures(events: Sequence[RunEvent]) -> list[tuple[str, str]]:
-    """Kind and words of every failure: as it was first seen, and as the cause that was found afterwards."""
+    """Kind and words of every failure: as first seen, as the cause found afterwards, and what was decided."""
     found = []
     for event in events:
         if event.kind is EventKind.FAILURE_DETECTED:
@@ -128,42 +130,46 @@ def _failures(events: Sequence[RunEvent]) -> list[tuple[str, str]]:
             found.append((failure.kind.value, failure.detail))
         elif event.kind is EventKind.GANG_STOPPED:
             found.append((str(event.data.get("failure", "")), str(event.data.get("cause", ""))))
+        elif event.kind is EventKind.DECISION:
+            found.append((str(event.data.get("action", "")), str(event.data.get("reason", ""))))
     return found
 
 
 def _told(event: RunEvent) -> str:
-    words = {key: event.data[key] for key in ("reason", "adopted", "pid") if key in event.data}
+    words = {key: event.data[key] for key in ("reason", "adopted", "pid", "ratio") if key in event.data}
     return f"{event.kind.value} ({', '.join(f'{key} {value}' for key, value in words.items())})"
 
 
 def _unnoticed(case: Case, events: Sequence[RunEvent]) -> str:
     found = dict.fromkeys(f"{kind}: {detail}" for kind, detail in _failures(events))
     there = "; ".join(found) or "no failure"
-    wanted = [kind.value for kind in (*case.failures, *case.events)] or ["no failure"]
-    wanted += [f"a second controller{' that adopts' if case.adopted else ''}"] if case.ambush else []
+    wanted = [str(kind) for kind in (*case.failures, *case.events)] or ["no failure"]
+    wanted += [f"a second controller{' that adopts' if case.adopted else ''}"] if case.ambush and case.resumes else []
     return f"the log should show {' and '.join(wanted)}; it shows {there}"
 
 
-def _words(records: Sequence[Record], noticed: Sequence[str] | None) -> list[str]:
+def _words(records: Sequence[Record], noticed: Sequence[str] | None, every: Sequence[Record]) -> list[str]:
     done = [str(record.get("did") or record["fault"]) for record in records]
-    return [" + ".join(done), *(f'log: "{line}"' for line in noticed or ())]
+    ended = [
+        str(one["did"]) for one in every if str(one["id"]).endswith(".relief") and "SIGCONT" not in str(one["did"])
+    ]
+    return [" + ".join(done), *ended, *(f'log: "{line}"' for line in noticed or ())]
 
 
 def _detected_s(case: Case, events: Sequence[RunEvent], struck: float, attempt: int) -> float | None:
     if case.ambush:
         found = [e.time for e in events if e.kind is EventKind.CONTROLLER_STARTED and e.time > struck]
-    elif case.failures:
-        found = [e.time for e in events if e.kind is EventKind.FAILURE_DETECTED and e.attempt >= attempt]
+    elif case.failures or case.events:
+        noticed = (EventKind.FAILURE_DETECTED, EventKind.DECISION, *case.events)
+        found = [e.time for e in events if e.kind in noticed and e.attempt >= attempt]
     else:
         return None
     return max(0.0, found[0] - struck) if found else None
 
 
-def _recovered_s(ended: Ended, struck: float, attempt: int, *, replaced: bool) -> float | None:
-    """Time to the first step that was completed afterwards, by new ranks where the old ones are gone."""
-    later = [
-        float(line["time"])
-        for line in ended.store.metrics()
-        if float(line["time"]) > struck and (not replaced or int(line["attempt"]) > attempt)
-    ]
+def _recovered_s(ended: Ended, struck: float) -> float | None:
+    """Time to the first step that the ranks completed afterwards which then brought the run to its end."""
+    metrics = [(int(line["attempt"]), float(line["time"])) for line in ended.store.metrics()]
+    last = max((attempt for attempt, _ in metrics), default=0)
+    later = [time for attempt, time in metrics if attempt == last and time > struck]
     return min(later) - struck if later else None

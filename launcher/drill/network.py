@@ -1,9 +1,10 @@
 """Machines made of network namespaces: a bridge, N namespaces with an address each, links that can be cut. Needs root.
 
 The namespaces share processes, users and files with the host, so a folder of the host is a shared file system. The
-bridge has an address too: the host itself is a machine of that network which is no node. Everything made here carries a
-prefix with the process id of its owner. It is removed at the end of the context; what a killed owner left is removed by
-the next one.
+bridge has an address too: the host itself is a machine of that network which is no node. There is no name server: who
+asks for a name is refused at once, and does not wait for an answer (torch asks for the names of its peers). Everything
+made here carries a prefix with the process id of its owner. It is removed at the end of the context; what a killed
+owner left is removed by the next one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import string
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from launcher.lock import process_started
 from strategies.errors import ClusterError
@@ -77,6 +79,8 @@ class Network:
             _ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
             for link in ("lo", "eth0"):
                 _ip("-n", namespace, "link", "set", link, "up")
+            for server in _name_servers():
+                _ip("-n", namespace, "addr", "add", f"{server}/32", "dev", "lo")
             _ip("-n", namespace, "route", "add", "default", "via", self.host_address)
 
     def down(self) -> None:
@@ -157,6 +161,16 @@ def kill_all(namespace: str, timeout_s: float = 10.0) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
+
+
+def _name_servers() -> list[str]:
+    """IPv4 addresses that this machine asks for names; those of its own loopback are refused as they are."""
+    try:
+        text = Path("/etc/resolv.conf").read_text()
+    except OSError:
+        return []
+    found = re.findall(r"^nameserver\s+(\d+\.\d+\.\d+\.\d+)\s*$", text, re.MULTILINE)
+    return [address for address in dict.fromkeys(found) if not address.startswith("127.")]
 
 
 def _cable(namespace: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,11 @@ from launcher.drill.compare import compare
 from launcher.drill.draw import Draw, draws
 from launcher.drill.evidence import gather
 from launcher.drill.needs import missing
-from launcher.drill.rehearsal import Ended, Rehearsal, create, prepared, undisturbed
+from launcher.drill.rehearsal import Ended, Rehearsal, create, prepared, undisturbed, with_changes
 from launcher.drill.report import Result
-from launcher.drill.toy import Toy
+from launcher.drill.toy import STEPS, Toy
 from launcher.follow import Screen
+from launcher.schema import Config
 from launcher.store import RunStore, write_atomic
 from strategies.errors import ConfigError, did_you_mean
 from strategies.schedule import Skip
@@ -68,7 +70,7 @@ class Programme:
         self._toy = toy
         self._chosen = chosen
         self._screen = screen
-        self._references: dict[int, RunStore] = {}
+        self._references: dict[tuple[int, int], RunStore] = {}  # by steps and the step left out
 
     def carry_out(self, keep: Callable[[Sequence[Result]], None]) -> list[Result]:
         """Every fault, one after the other.
@@ -96,8 +98,9 @@ class Programme:
             return Result(
                 name=name, case=case, aim=aim, verdict="skipped", why=f"cannot be rehearsed here: needs {why}"
             )
-        reference = self._reference(aim.step if case.numeric else 0)
-        store = prepared(case, aim, self._toy.config, name)
+        config = with_changes(self._toy.config, {"train.steps": case.steps})
+        reference = self._reference(config, aim.step if case.numeric else 0)
+        store = prepared(case, aim, config, name)
         ended = Rehearsal(store, case, aim, self._watching(f"{place} {name}")).play()
         return report.judge(
             name,
@@ -105,31 +108,40 @@ class Programme:
             aim,
             gather(case, aim, ended),
             compare(store, reference),
-            problem=_problem(ended),
+            problem=_problem(case, ended),
             precision=self._toy.config.train.precision,
         )
 
-    def _reference(self, skipped: int) -> RunStore:
+    def _reference(self, config: Config, skipped: int) -> RunStore:
         """The undisturbed run, or the one that leaves out the samples of a step from the beginning; made once."""
-        if skipped not in self._references:
-            config, name = self._toy.config, UNDISTURBED
+        steps, name = config.train.steps, UNDISTURBED
+        if (steps, skipped) not in self._references:
+            if steps != STEPS:
+                name = f"{name}-{steps}"
             if skipped:
                 skip = Skip(step=skipped, samples=config.train.global_batch)
-                config, name = replace(config, train=replace(config.train, skips=(skip,))), f"{UNDISTURBED}-{skipped}"
+                config, name = replace(config, train=replace(config.train, skips=(skip,))), f"{name}-without-{skipped}"
             store = create(config, name, ())
             undisturbed(store, self._watching(name))
             self._screen.say(f"{name}: step {store.run().step}, weights {str(store.run().weights_digest)[:16]}")
-            self._references[skipped] = store
-        return self._references[skipped]
+            self._references[steps, skipped] = store
+        return self._references[steps, skipped]
 
     def _watching(self, title: str) -> Callable[[str], None]:
         return lambda line: self._screen.progress(f"{title}: {line}")
 
 
-def _problem(ended: Ended) -> str:
-    if ended.left and not ended.problem:
-        return f"processes of the run were left: {'; '.join(ended.left)}"
-    return ended.problem
+def _problem(case: Case, ended: Ended) -> str:
+    """What is wrong although the run may be right: how its last controller ended, and what it has left."""
+    if ended.problem:
+        return ended.problem
+    wrong = []
+    code = -signal.SIGKILL if case.ambush and not case.resumes else 0
+    if ended.exits[-1] != code:
+        wrong.append(f"the last controller ended with {ended.exits[-1]} instead of {code}, see drill.log")
+    if ended.left:
+        wrong.append(f"processes of the run were left: {'; '.join(ended.left)}")
+    return "; ".join(wrong)
 
 
 def keeper(toy: Toy, *, seed: int | None) -> Callable[[Sequence[Result]], None]:

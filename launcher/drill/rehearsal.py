@@ -13,10 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from jobs import checkpoint
 from jobs.faults import named
 from jobs.paths import RunPaths
 from jobs.tail import Tail
@@ -60,11 +62,12 @@ class Ended:
     left: tuple[str, ...] = ()
 
 
-def with_changes(config: Config, changes: dict[str, object]) -> Config:
+def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
     """The configuration with dotted keys changed."""
     for key, value in changes.items():
         group, _, name = key.partition(".")
-        config = replace(config, **{group: replace(getattr(config, group), **{name: value})})
+        changed: dict[str, Any] = {group: replace(getattr(config, group), **{name: value})}
+        config = replace(config, **changed)
     return config
 
 
@@ -134,6 +137,13 @@ class Rehearsal:
             names = [f"node{index}" for index in range(cluster.nodes + cluster.spares)]
             return next(name for name in names if name not in gang)
         return gang[self._aim.node if which == "target" else self._aim.other]
+
+    def saved(self) -> bool:
+        """Whether the checkpoint that is due before the step of the fault is committed."""
+        assert self._aim is not None
+        every = self._store.request().job.checkpoint.every
+        there = checkpoint.list_checkpoints(self.paths.checkpoints)  # the log learns of it when the ranks go on
+        return bool(there) and there[0].step >= (self._aim.step - 1) // every * every
 
     # -- the whole -------------------------------------------------------------------------------------------------
 
@@ -291,4 +301,4 @@ def undisturbed(store: RunStore, watch: Callable[[str], None]) -> Ended:
 
 def prepared(case: Case, aim: Aim, config: Config, name: str) -> RunStore:
     """The run directory of a fault's rehearsal."""
-    return create(with_changes(config, dict(case.changes)), name, faults_of(case, aim))
+    return create(with_changes(config, case.changes), name, faults_of(case, aim))

@@ -22,7 +22,6 @@ NODES = 2
 STEPS = 20
 EVERY = 3  # steps between checkpoints
 NUMERIC_STEP = 18  # of the faults that spoil numbers: all share one oracle; a spike needs 16 losses before it
-SHRINK_AFTER_S = 1.0
 SAVE_TIMEOUT_S = 6.0
 _HEAD_WIDTH = 16
 _VOCAB, _SEQ = 300, 16
@@ -115,7 +114,7 @@ def _small(config: Config, plan: ParallelPlan, degrees: Mapping[str, int]) -> Co
         data=DataConfig(kind="text", path=config.data.path, cache=None),
         train=_train(config.train, degrees["dp"]),
         checkpoint=replace(config.checkpoint, every=EVERY, keep=max(3, config.checkpoint.keep)),
-        recovery=replace(config.recovery, shrink_after_s=SHRINK_AFTER_S, save_timeout_s=SAVE_TIMEOUT_S),
+        recovery=replace(config.recovery, save_timeout_s=SAVE_TIMEOUT_S),
         tracking=replace(config.tracking, kind="none"),
         experiment=replace(config.experiment, require_faults=False),
         planner=replace(config.planner, framework="megatron"),

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+_EXITING = 0x4  # PF_EXITING of the kernel's task flags
+
 MARK = "PHALANX_HOST"
 """Environment variable that marks a process: ``<incarnation of the agent>.<generation of its pool>``."""
 
@@ -28,6 +30,15 @@ def state(pid: int) -> str:
     except OSError:
         return ""
     return text.rpartition(")")[2].split()[0]
+
+
+def is_ending(pid: int) -> bool:
+    """Whether ``pid`` has begun to exit, is a zombie, or does not exist: whatever ends it has happened already."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return True
+    return fields[0] in "ZX" or bool(int(fields[6]) & _EXITING)
 
 
 def parent_and_session(pid: int) -> tuple[int, int]:

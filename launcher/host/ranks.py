@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.checkpoint.persister import PERSISTER
-from launcher.host import wire
+from launcher.host import process, wire
 from launcher.host.child import EXIT_CANNOT_START
 from launcher.host.environment import Environments
 from launcher.host.events import AGENT_KINDS, EventLog
@@ -43,6 +43,7 @@ class Rank:
     log: Path
     report: int = -1
     pid: int = 0
+    fell: bool = False
     status: dict[str, Any] | None = None
     reader: LineReader = field(default_factory=lambda: LineReader(_MAX_REPORT_BYTES))
 
@@ -191,6 +192,8 @@ class Ranks:
             then()
             return
         self._on_empty.append(then)
+        if not self._stopping:
+            self._note_the_fallen()
         self._stopping = True
         self._close_store()
         if self._order is not None:  # nothing was handed to the pool yet
@@ -202,6 +205,11 @@ class Ranks:
             self._signal(signal.SIGTERM)
         self.tick(time.monotonic())
         self._check_empty()
+
+    def _note_the_fallen(self) -> None:
+        """Ranks that are dying already did not die of our order, even if it is here before the news of their end."""
+        for rank in self._living():
+            rank.fell = bool(rank.pid) and process.is_ending(rank.pid)
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -323,7 +331,7 @@ class Ranks:
             "pid": rank.pid,
             "code": code,
             "signal": signum,
-            "requested": self._stopping,
+            "requested": self._stopping and not rank.fell,
             "log_tail": log_tail,
             "time": time.time(),
         }

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs.paths import RunPaths
+from launcher import sites
 from launcher.backend import AgentAddress
 from launcher.host import announce, process
 from launcher.host.agent import AgentOptions
@@ -71,6 +72,21 @@ class TestLocalBackend(BackendContract):
             kinder.request_agents(3)
             self.wait_for_agents(site, kinder, 3)
             kinder.release()
+
+    def test_a_node_elsewhere_is_entered_and_cannot_be_killed_from_here(self, site: Site) -> None:
+        """A rehearsal's node in a namespace: what is cut off lives on, until all is given back."""
+        sites.write(site.paths, {"node1": sites.Site(address="127.0.0.2", enter=("env", "PHALANX_ELSEWHERE=1"))})
+        with self.backend(site) as backend:
+            backend.request_agents(2)
+            here, there = self.wait_for_agents(site, backend, 2)
+            assert [node.address for node in backend.nodes()] == ["127.0.0.1", "127.0.0.2", "127.0.0.1"]
+            assert (here.host, there.host) == ("127.0.0.1", "127.0.0.2")
+            assert process.environment(there.pid)["PHALANX_ELSEWHERE"] == "1"
+            for agent in (here, there):
+                backend.forget(agent)
+            assert backend.agents() == []
+            assert (process.is_running(here.pid), process.is_running(there.pid)) == (False, True)
+        assert not process.is_running(there.pid)
 
     def test_agents_survive_kill_9_of_the_process_that_started_them(self, site: Site, tmp_path: Path) -> None:
         code = (

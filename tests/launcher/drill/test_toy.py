@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 
 from launcher import build
 from launcher.config import compose
-from launcher.drill.toy import MOST_RANKS, fit, shrink
+from launcher.drill.toy import MOST_RANKS, Toy, fit, shrink
+from launcher.schema import Config
 from strategies.errors import ConfigError, PlanInfeasible
 
 EXPERIMENTS = {
@@ -26,35 +28,42 @@ EXPERIMENTS = {
 DEGREES = ("tp", "pp", "dp")
 
 
-@pytest.mark.parametrize("words", EXPERIMENTS.values(), ids=EXPERIMENTS.keys())
-def test_every_degree_above_one_stays_above_one(words: list[str]) -> None:
-    config = compose(words)
-    wanted, toy = build.outline(config).plan, shrink(config)
+@cache
+def of(name: str) -> tuple[Config, Toy]:
+    """An experiment and its rehearsal."""
+    config = compose(EXPERIMENTS[name])
+    return config, shrink(config)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_degree_above_one_stays_above_one(name: str) -> None:
+    config, toy = of(name)
+    wanted = build.outline(config).plan
     assert toy.plan.world_size <= MOST_RANKS
-    for name in DEGREES:
-        was, now = getattr(wanted, name), getattr(toy.plan, name)
-        assert (now > 1) == (was > 1), name
+    for degree in DEGREES:
+        was, now = getattr(wanted, degree), getattr(toy.plan, degree)
+        assert (now > 1) == (was > 1), degree
         assert now <= was
     assert build.outline(toy.config).violations == ()
     assert shrink(config) == toy
 
 
-@pytest.mark.parametrize("words", EXPERIMENTS.values(), ids=EXPERIMENTS.keys())
-def test_a_node_can_be_lost(words: list[str]) -> None:
-    cluster = shrink(compose(words)).config.cluster
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_node_can_be_lost(name: str) -> None:
+    cluster = of(name)[1].config.cluster
     assert cluster.kind == "process"
     assert cluster.nodes is not None
     assert cluster.nodes > 1
 
 
 def test_what_fits_already_keeps_its_degrees() -> None:
-    toy = shrink(compose(EXPERIMENTS["three stages"]))
+    toy = of("three stages")[1]
     assert toy.plan.pp == 3
     assert not [change for change in toy.changes if change.key.startswith("strategy.")]
 
 
 def test_what_can_only_be_planned_is_replaced_and_said_so() -> None:
-    toy = shrink(compose(["experiment=gpt4_1800b"]))
+    toy = of("gpt4_1800b")[1]
     said = {change.key: (change.was, change.now) for change in toy.changes}
     assert said["strategy.ep"] == (16, 1)
     assert said["strategy.schedule"] == ("interleaved", "1f1b")
@@ -64,7 +73,7 @@ def test_what_can_only_be_planned_is_replaced_and_said_so() -> None:
 
 
 def test_grouped_heads_stay_grouped() -> None:
-    model = shrink(compose(["experiment=llama3_405b"])).config.model
+    model = of("llama3_405b")[1].config.model
     assert model.kv_heads is not None
     assert 1 < model.kv_heads < model.heads
 

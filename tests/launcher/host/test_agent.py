@@ -103,6 +103,26 @@ def test_kill_is_gentle_first_and_then_not(agents: Agents) -> None:
     assert endings == {0: (signal.SIGKILL, True), 1: (signal.SIGTERM, True)}
 
 
+def test_a_rank_that_fell_before_the_order_is_not_taken_for_killed_by_it(agents: Agents) -> None:
+    """Its peers lose their connection and are heard of first; the cause must not be lost over that."""
+    agents.start()
+    watcher = agents.watch("n0")
+    pids = watcher.spawn(1, {"n0": [0, 1]}, FAKE="step=1,wait")
+    for rank in (0, 1):
+        watcher.report("step", rank=rank)
+    pool, _ = process.parent_and_session(pids[0])
+    process.send(pool, signal.SIGSTOP)  # it brings the news of ends
+    process.send(pids[0], signal.SIGKILL)
+    assert process.wait_until(lambda: process.is_ending(pids[0]), 5.0)
+    assert not process.is_ending(pids[1])
+    watcher.gang.kill(1)
+    watcher.listen(0.5)
+    process.send(pool, signal.SIGCONT)
+    watcher.until_kind("killed")
+    endings = {o.data["rank"]: (o.data["signal"], o.data["requested"]) for o in watcher.seen if o.kind == "exit"}
+    assert endings == {0: (signal.SIGKILL, False), 1: (signal.SIGKILL, True)}
+
+
 def test_kill_of_an_attempt_that_is_not_there_is_answered(agents: Agents) -> None:
     agents.start()
     watcher = agents.watch("n0")
