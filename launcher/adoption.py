@@ -110,6 +110,7 @@ def _adopt(controller: Controller, resume: Mapping[str, Any]) -> None:
         resume_from=attempt.resume_from,
         spawned=spawned,
         commits={int(e.data["step"]) for e in mine if e.kind is EventKind.CHECKPOINT_COMMITTED},
+        afresh={str(e.data["node"]) for e in mine if e.kind is EventKind.POOL_UNSAFE},
         first_step=attempt.first_step,
         last_step=max(attempt.last_step, last_metric_step(controller, attempt.number)),
         training=controller.run.state is RunState.RUNNING,

@@ -86,7 +86,7 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "loss": _losses(store, last),
         "tokens_per_s": last.get("tokens_per_s"),
         "attempts": [_attempt(attempt, store.paths) for attempt in run.attempts],
-        "slow_starts": [dict(event.data) for event in events if event.kind is EventKind.POOL_UNSAFE],
+        "slow_starts": [{"attempt": e.attempt, **e.data} for e in events if e.kind is EventKind.POOL_UNSAFE],
         "ranks": _ranks(store.paths, run),
         "steps_lost": run.steps_lost,
         "restarts": run.restarts,

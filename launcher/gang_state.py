@@ -45,6 +45,7 @@ class GangState:
         finished: Ranks that exited with code 0.
         errors: ``error`` reports by rank.
         commits: Steps of this attempt whose checkpoint is in the log already.
+        afresh: Nodes whose ranks did not come from the warm pool, as far as it is in the log already.
         evidence: Failures, in order of arrival.
         first_step: First step that the attempt runs.
         last_step: Highest step that a rank has reported.
@@ -63,6 +64,7 @@ class GangState:
     finished: set[int] = field(default_factory=set)
     errors: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     commits: set[int] = field(default_factory=set)
+    afresh: set[str] = field(default_factory=set)
     evidence: list[Failure] = field(default_factory=list)
     first_step: int = 1
     last_step: int = 0
@@ -147,8 +149,9 @@ class GangState:
         return []
 
     def _on_pool(self, seen: Observation) -> list[Note | Failure]:
-        if seen.data.get("state") != "fresh":
+        if seen.data.get("state") != "fresh" or seen.node in self.afresh:
             return []
+        self.afresh.add(seen.node)
         return [Note(kind=EventKind.POOL_UNSAFE, data={"node": seen.node, "reason": seen.data.get("reason", "")})]
 
     def _on_exit(self, seen: Observation) -> list[Note | Failure]:
