@@ -209,6 +209,7 @@ def _attempt(attempt: Attempt, paths: RunPaths) -> dict[str, Any]:
         "reason": attempt.reason,
         "wanted": to_json(attempt.wanted),
         "resume_from": attempt.resume_from,
+        "restored_s": attempt.restored_s,
         "errors": rank_errors.read(paths, attempt.number),
     }
 

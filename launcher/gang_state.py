@@ -49,6 +49,7 @@ class GangState:
         evidence: Failures, in order of arrival.
         first_step: First step that the attempt runs.
         last_step: Highest step that a rank has reported.
+        restored: What ranks have read back: ``restored_s`` of the slowest, ``restored_bytes`` of all; empty for nothing.
         training: The first step has begun.
         leaving: The ranks were asked to leave at their next checkpoint.
     """
@@ -68,6 +69,7 @@ class GangState:
     evidence: list[Failure] = field(default_factory=list)
     first_step: int = 1
     last_step: int = 0
+    restored: dict[str, float] = field(default_factory=dict)
     training: bool = False
     leaving: bool = False
 
@@ -177,6 +179,8 @@ class GangState:
             return [Note(kind=EventKind.CHECKPOINT_COMMITTED, data=fields)]
         elif kind == "error":
             self.errors[rank] = data
+        elif kind == "restored":
+            self._note_restored(data)
         elif kind == "blow_up":
             step, detail = int(data["step"]), f"training blew up at step {data['step']}: {data.get('why', '')}"
             found = Failure(kind=FailureKind.NUMERIC, time=seen.time, node=seen.node, rank=rank, step=step)
@@ -199,7 +203,14 @@ class GangState:
         if self.training:
             return []
         self.training = True
-        return [Note(kind=EventKind.TRAINING_STARTED, data={"step": step})]
+        return [Note(kind=EventKind.TRAINING_STARTED, data={"step": step, **self.restored})]
+
+    def _note_restored(self, data: Mapping[str, Any]) -> None:
+        """Once per rank and attempt, as a report of a rank is: ranks say it before rank 0 says that training begins."""
+        known = self.restored
+        known["restored_s"] = max(known.get("restored_s", 0.0), float(data.get("seconds", 0.0)))
+        if "bytes" in data:
+            known["restored_bytes"] = known.get("restored_bytes", 0.0) + float(data["bytes"])
 
 
 def spawn(gang: Gang, request: LaunchRequest, state: GangState, epoch: int) -> None:

@@ -145,3 +145,17 @@ def fail(store: RunStore, attempt: int, at: float, what: dict[str, Any], delay_s
     verdict = {"cause": what["detail"], "failure": what["kind"], "node": what["node"], "rank": what["rank"]}
     put(store, at + 1.5, EventKind.GANG_STOPPED, attempt=attempt, signature="", **verdict)
     put(store, at + 1.5, EventKind.DECISION, attempt=attempt, action="restart", reason="", delay_s=delay_s)
+
+
+def test_how_long_the_slowest_rank_read_is_told_once_training_begins() -> None:
+    plan = make_plan(dataclasses.replace(GPT, layers=2), 2)
+    state = GangState(attempt=1, plan=plan, placement={"a": [0, 1]})
+    reports = [
+        {"kind": "restored", "rank": rank, "attempt": 1, "step": 4, "seconds": 0.5 + rank, "bytes": 10}
+        for rank in (0, 1)
+    ]
+    reports.append({"kind": "training", "rank": 0, "attempt": 1, "step": 4})
+    notes = [
+        note for data in reports for note in state.observe(Observation(node="a", kind="report", time=1.0, data=data))
+    ]
+    assert [getattr(note, "data", None) for note in notes] == [{"step": 4, "restored_s": 1.5, "restored_bytes": 20.0}]
