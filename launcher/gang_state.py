@@ -49,7 +49,7 @@ class GangState:
         evidence: Failures, in order of arrival.
         first_step: First step that the attempt runs.
         last_step: Highest step that a rank has reported.
-        restored: What ranks have read back: ``restored_s`` of the slowest, ``restored_bytes`` of all; empty for nothing.
+        restored: What ranks have read back: ``restored_s`` of the slowest, ``restored_bytes`` of all; may be empty.
         training: The first step has begun.
         leaving: The ranks were asked to leave at their next checkpoint.
     """
