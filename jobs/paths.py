@@ -23,6 +23,7 @@
         attempts/N/job.json     the JobSpec of attempt N
         attempts/N/ranks.json   rank -> node, pid, coordinates
         attempts/N/leave.json   a request to the ranks: leave after your next checkpoint
+        attempts/N/memory.json  where the parts of the generation are that attempt N restores from memory
         attempts/N/errors.json  what its ranks died of, equal errors grouped
         attempts/N/hang.json    where every rank stood when the gang made no progress
         attempts/N/rank-R.log   logs of rank 0 and of the first failing rank; the others stay on their node
@@ -31,6 +32,8 @@
         control/cancel.json     a request to cancel (create-exclusive)
         control/proposals/      requests of resumes that have not won control (yet)
         control/ballast         room for the end of the log on a full disk
+        control/ambush.json     where in its table a controller kills itself (rehearsals)
+        sites.json              how the nodes of plain processes are entered (rehearsals)
 """
 
 from __future__ import annotations
@@ -68,6 +71,8 @@ class RunPaths:
         self.faults = self.root / "faults"
         self.control = self.root / "control"
         self.cancel = self.control / "cancel.json"
+        self.ambush = self.control / "ambush.json"
+        self.sites = self.root / "sites.json"
 
     def attempt(self, number: int) -> Path:
         """Folder of attempt ``number``."""
@@ -84,6 +89,10 @@ class RunPaths:
     def leave(self, number: int) -> Path:
         """The ranks of attempt ``number`` leave after their next checkpoint once this exists."""
         return self.attempt(number) / "leave.json"
+
+    def memory(self, number: int) -> Path:
+        """Where the parts of the generation are that attempt ``number`` restores."""
+        return self.attempt(number) / "memory.json"
 
     def hang(self, number: int) -> Path:
         """Where the ranks of attempt ``number`` stood when it hung."""

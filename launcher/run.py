@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from launcher import roster
 from strategies.codec import from_json
 from strategies.schedule import Skip
 
@@ -43,7 +44,8 @@ class EventKind(enum.StrEnum):
 
     RUN_SUBMITTED = "run_submitted"  # request: digest
     CONTROLLER_STARTED = "controller_started"  # host, pid, adopted
-    # plan, wanted (where it is not the plan), nodes, resume_from, first_step, reason: start | restart | resume | grow
+    # plan, wanted (where it is not the plan), nodes or moved (launcher.roster), resume_from, first_step,
+    # reason: start | restart | resume | grow
     ATTEMPT_PLANNED = "attempt_planned"
     RANKS_SPAWNED = "ranks_spawned"  # pids: number of ranks
     TRAINING_STARTED = "training_started"  # step, restored_s (slowest rank) and restored_bytes, as far as reported
@@ -236,7 +238,7 @@ def _planned(run: Run, event: RunEvent) -> Run:
         number=event.attempt,
         epoch=event.epoch,
         plan=data["plan"],
-        nodes=tuple(data["nodes"]),
+        nodes=roster.read(run.attempts[-1].nodes if run.attempts else (), data),
         started=event.time,
         first_step=data["first_step"],
         last_step=data["first_step"] - 1,
