@@ -92,6 +92,7 @@ def test_without_a_store_the_cluster_ends_and_resume_goes_on(
         assert not run.run().attempt or run.run().attempt.reason in ("resume", "restart")  # type: ignore[union-attr]
 
 
+@redis.needed
 @pytest.mark.parametrize("moment", ["recovery", "start"])
 def test_with_a_store_the_run_goes_on_by_itself(
     folder: Path, undisturbed: RunStore, moment: str, tmp_path: Path
@@ -107,6 +108,7 @@ def test_with_a_store_the_run_goes_on_by_itself(
         assert_same(run, undisturbed)
 
 
+@redis.needed
 def test_a_rank_that_dies_while_the_head_is_away_is_recovered_from_afterwards(
     folder: Path, undisturbed: RunStore, tmp_path: Path
 ) -> None:
