@@ -23,7 +23,7 @@ from tests.support import cli, netns, redis
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600), needs_namespaces]
 
 GONE_S = 90.0
-"""Ray gives a head 60 s to come back (RAY_gcs_rpc_server_reconnect_timeout_s), then every other node ends."""
+"""Ray gives a head 60 s to come back (RAY_gcs_rpc_server_reconnect_timeout_s), then it ends what runs on other nodes."""
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,12 @@ def seen(run: RunStore, kind: EventKind) -> bool:
     return run.paths.events.exists() and any(event.kind is kind for event in run.events())
 
 
+def ours(made: netns.RayCluster, run: RunStore) -> list[int]:
+    """Processes of a run on the nodes of the cluster."""
+    inside = {pid for index in range(4) for pid in made.net.pids(index)}
+    return [pid for pid, _ in cli.processes_of(run.paths.root) if pid in inside]
+
+
 MOMENTS: dict[str, Callable[[RunStore], bool]] = {
     "start": lambda run: seen(run, EventKind.ATTEMPT_PLANNED),
     "training": lambda run: max(cli.curve(run), default=0) >= 7,
@@ -80,9 +86,11 @@ def test_without_a_store_the_cluster_ends_and_resume_goes_on(
         run, end = begin(made, folder, f"gone-{moment}", *([fault] if moment == "recovery" else []))
         cli.wait_for(lambda: MOMENTS[moment](run), moment)
         made.net.kill(0)
-        cli.wait_for(lambda: not any(made.net.pids(index) for index in (1, 2, 3)), "the end of the others", GONE_S)
+        cli.wait_for(lambda: not ours(made, run), "the end of agents and ranks", GONE_S)
         status = cli.phalanx("status", run.name, "--json", "--dir", str(run.paths.root.parent), cwd=folder).document
         assert status["orphaned"] is True
+        for index in (1, 2, 3):
+            made.net.kill(index)  # what Ray has left of itself there
         made.start(nodes=4)
         words = ("resume", run.name, "--dir", str(run.paths.root.parent), "--yes")
         resumed = cli.phalanx(*words, cwd=folder, env=on_cluster(made, folder))
