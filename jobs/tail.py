@@ -19,12 +19,16 @@ class Tail:
         self._path = path
         self._offset = 0
 
-    def read(self) -> list[dict[str, Any]]:
-        """Lines since the last call; damaged ones are left out, as is everything while the file cannot be read."""
+    def read(self, most_bytes: int = -1) -> list[dict[str, Any]]:
+        """Lines since the last call; damaged ones are left out, as is everything while the file cannot be read.
+
+        Args:
+            most_bytes: Read no more at a time, which must be longer than any line; -1 for all there is.
+        """
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
-                data = file.read()
+                data = file.read(most_bytes)
         except OSError:
             return []
         complete = data[: data.rfind(b"\n") + 1]

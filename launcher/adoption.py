@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from launcher import progress
 from launcher.controller import LEFT, STOP_PATIENCE_S, Controller, Phase
 from launcher.gang import Observation
 from launcher.gang_state import GangState
@@ -110,6 +111,7 @@ def _adopt(controller: Controller, resume: Mapping[str, Any]) -> None:
         resume_from=attempt.resume_from,
         spawned=spawned,
         commits={int(e.data["step"]) for e in mine if e.kind is EventKind.CHECKPOINT_COMMITTED},
+        afresh={str(e.data["node"]) for e in mine if e.kind is EventKind.POOL_UNSAFE},
         first_step=attempt.first_step,
         last_step=max(attempt.last_step, last_metric_step(controller, attempt.number)),
         training=controller.run.state is RunState.RUNNING,
@@ -152,7 +154,7 @@ def _lost_gang(controller: Controller) -> None:
     failure = _known_failure(controller, attempt.number) or Failure(
         kind=FailureKind.NODE_LOST, time=now, step=last, detail="the gang was gone when a new controller came"
     )
-    seen = max((float(line["time"]) for line in controller.store.metrics()), default=0.0)  # the last sign of life
+    seen = float(progress.last_metric(controller.store.paths).get("time", 0.0))  # the last sign of life
     controller.record(
         EventKind.FAILURE_DETECTED, attempt=attempt.number, failure=failure, last_step=last, failed_at=min(seen, now)
     )
@@ -171,5 +173,8 @@ def _known_failure(controller: Controller, attempt: int) -> Failure | None:
 
 def last_metric_step(controller: Controller, attempt: int) -> int:
     """Highest step of an attempt in metrics.jsonl; 0 for none."""
-    lines = controller.store.metrics()
+    last = progress.last_metric(controller.store.paths)
+    if int(last.get("attempt", 0)) == attempt:
+        return int(last["step"])
+    lines = controller.store.metrics()  # somebody who was cut off has written since
     return max((int(line["step"]) for line in lines if int(line["attempt"]) == attempt), default=0)

@@ -18,7 +18,6 @@ Of what a run has cost:
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
     request, events = store.request(), store.events()
     run, script = fold(events), request.job.kind == "script"
     alive = None if run.state.terminal else _controller_alive(store.paths, watch_s)
-    last = last_metric(store.paths.metrics)
+    last = progress.last_metric(store.paths)
     end = now if alive is not False else max(float(last.get("time", 0.0)), events[-1].time)
     books = account(events, store.metrics(), end, script=script)
     return {
@@ -86,7 +85,7 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "loss": _losses(store, last),
         "tokens_per_s": last.get("tokens_per_s"),
         "attempts": [_attempt(attempt, store.paths) for attempt in run.attempts],
-        "slow_starts": [dict(event.data) for event in events if event.kind is EventKind.POOL_UNSAFE],
+        "slow_starts": [{"attempt": e.attempt, **e.data} for e in events if e.kind is EventKind.POOL_UNSAFE],
         "ranks": _ranks(store.paths, run),
         "steps_lost": run.steps_lost,
         "restarts": run.restarts,
@@ -108,7 +107,7 @@ def brief(store: RunStore) -> dict[str, Any]:
     """One line of the table of runs; cheap, and it never waits. A damaged run is a line too."""
     try:
         run, request = store.run(), store.request()
-        last = last_metric(store.paths.metrics)
+        last = progress.last_metric(store.paths)
         return {
             "run": store.name,
             "state": run.state.value,
@@ -155,24 +154,6 @@ def plan_line(request: LaunchRequest, run: Run | None = None) -> str:
     return plan.describe() if request.job.kind == "pretrain" else f"script on {plan.world_size} ranks"
 
 
-def last_metric(path: Path) -> Mapping[str, Any]:
-    """The newest whole line of metrics.jsonl; empty if there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
-            lines = file.read().split(b"\n")[:-1]
-    except OSError:
-        return {}
-    for line in reversed(lines):
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            return value
-    return {}
-
-
 def _step(run: Run, last: Mapping[str, Any]) -> int:
     """The last step that is done: of an ended run as recorded, of a live one as measured."""
     if run.state is RunState.SUCCEEDED:
@@ -209,6 +190,7 @@ def _attempt(attempt: Attempt, paths: RunPaths) -> dict[str, Any]:
         "reason": attempt.reason,
         "wanted": to_json(attempt.wanted),
         "resume_from": attempt.resume_from,
+        "restored_s": attempt.restored_s,
         "errors": rank_errors.read(paths, attempt.number),
     }
 

@@ -45,9 +45,11 @@ class GangState:
         finished: Ranks that exited with code 0.
         errors: ``error`` reports by rank.
         commits: Steps of this attempt whose checkpoint is in the log already.
+        afresh: Nodes whose ranks did not come from the warm pool, as far as it is in the log already.
         evidence: Failures, in order of arrival.
         first_step: First step that the attempt runs.
         last_step: Highest step that a rank has reported.
+        restored: What ranks have read back: ``restored_s`` of the slowest, ``restored_bytes`` of all; may be empty.
         training: The first step has begun.
         leaving: The ranks were asked to leave at their next checkpoint.
     """
@@ -63,9 +65,11 @@ class GangState:
     finished: set[int] = field(default_factory=set)
     errors: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     commits: set[int] = field(default_factory=set)
+    afresh: set[str] = field(default_factory=set)
     evidence: list[Failure] = field(default_factory=list)
     first_step: int = 1
     last_step: int = 0
+    restored: dict[str, float] = field(default_factory=dict)
     training: bool = False
     leaving: bool = False
     _world: int = field(init=False)
@@ -151,8 +155,9 @@ class GangState:
         return []
 
     def _on_pool(self, seen: Observation) -> list[Note | Failure]:
-        if seen.data.get("state") != "fresh":
+        if seen.data.get("state") != "fresh" or seen.node in self.afresh:
             return []
+        self.afresh.add(seen.node)
         return [Note(kind=EventKind.POOL_UNSAFE, data={"node": seen.node, "reason": seen.data.get("reason", "")})]
 
     def _on_exit(self, seen: Observation) -> list[Note | Failure]:
@@ -178,6 +183,8 @@ class GangState:
             return [Note(kind=EventKind.CHECKPOINT_COMMITTED, data=fields)]
         elif kind == "error":
             self.errors[rank] = data
+        elif kind == "restored":
+            self._note_restored(data)
         elif kind == "blow_up":
             step, detail = int(data["step"]), f"training blew up at step {data['step']}: {data.get('why', '')}"
             found = Failure(kind=FailureKind.NUMERIC, time=seen.time, node=seen.node, rank=rank, step=step)
@@ -200,7 +207,14 @@ class GangState:
         if self.training:
             return []
         self.training = True
-        return [Note(kind=EventKind.TRAINING_STARTED, data={"step": step})]
+        return [Note(kind=EventKind.TRAINING_STARTED, data={"step": step, **self.restored})]
+
+    def _note_restored(self, data: Mapping[str, Any]) -> None:
+        """Once per rank and attempt, as a report of a rank is: ranks say it before rank 0 says that training begins."""
+        known = self.restored
+        known["restored_s"] = max(known.get("restored_s", 0.0), float(data.get("seconds", 0.0)))
+        if "bytes" in data:
+            known["restored_bytes"] = known.get("restored_bytes", 0.0) + float(data["bytes"])
 
 
 def spawn(gang: Gang, request: LaunchRequest, state: GangState, epoch: int) -> None:

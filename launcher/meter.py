@@ -25,6 +25,7 @@ from strategies.codec import from_json
 from strategies.plan import ParallelPlan
 
 PERIOD_S = 5.0
+CHUNK_BYTES = 1 << 20
 
 
 class Meter:
@@ -51,8 +52,7 @@ class Meter:
             now: UTC seconds.
         """
         events = [from_json(RunEvent, line, where="events.jsonl") for line in self._events.read()]
-        lines = self._lines.read()
-        self._book.follow(events, lines, now)
+        self._book.follow(events, self._new_lines(), now)
         for event in events:
             if 0 < event.epoch < self._run.epoch:
                 continue
@@ -60,8 +60,13 @@ class Meter:
                 self._run = apply(self._run, event)
             if event.kind is EventKind.CHECKPOINT_COMMITTED:
                 self._checkpoint = {"time": event.time, **event.data}
-        self._metric = lines[-1] if lines else self._metric
         return exposition(self._store.name, metrics(self._facts(now)))
+
+    def _new_lines(self) -> Iterator[Mapping[str, Any]]:
+        """Bit by bit: a run of months has more lines than fit into memory."""
+        while lines := self._lines.read(CHUNK_BYTES):
+            self._metric = lines[-1]
+            yield from lines
 
     def _facts(self, now: float) -> Facts:
         job, cluster = self._request.job, self._request.cluster

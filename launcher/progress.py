@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,3 +79,21 @@ def fault_records(paths: RunPaths) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return sorted(records, key=lambda record: float(record.get("time", 0.0)))
+
+
+def last_metric(paths: RunPaths) -> Mapping[str, Any]:
+    """The newest whole line of metrics.jsonl; empty if there is none."""
+    try:
+        with paths.metrics.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+            lines = file.read().split(b"\n")[:-1]
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            return value
+    return {}

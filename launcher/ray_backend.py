@@ -302,14 +302,14 @@ def create_controller(run_dir: Path, resume: Mapping[str, Any] | None, adopt: bo
 
 
 def _at_the_head() -> dict[str, Any]:
-    """Options that place an actor on the head's node, if it has one that lives.
+    """Options that place an actor on the head's node, if the cluster has one that says so.
 
     Where the head falls everything has to start again anyway, while a controller that falls with a worker node is
-    started again only when Ray has noticed, a minute later at its defaults.
+    started again only when Ray has noticed, a minute later at its defaults. A grain of the head's own resource is what
+    binds it: of an actor that asks for nothing, Ray picks the node by chance, whatever its scheduling strategy says.
     """
-    heads = (node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"])
-    head = next(heads, None)
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(head, soft=True)} if head else {}
+    known = any(node["Alive"] and HEAD in node["Resources"] for node in ray.nodes())
+    return {"resources": {HEAD: 0.001}} if known else {}
 
 
 def ask(actor: Any, method: str, *arguments: Any, timeout_s: float) -> Any:

@@ -176,7 +176,7 @@ def _cost(run: Mapping[str, Any]) -> list[str]:
         lines = {f"  node {node_name(str(one.get('node')))}: {one.get('reason')}" for one in run["slow_starts"]}
         blocks.append("ranks that started afresh, not from the warm pool:\n" + "\n".join(sorted(lines)))
     if run["incidents"]:
-        blocks.append(incidents_table(run["incidents"]))
+        blocks.append(incidents_table(run["incidents"], live=not run["ended"]))
     if run["ledger"].get("wall"):
         blocks.append(ledger_table(run["ledger"]))
         if run["step"]:

@@ -64,6 +64,10 @@ def _waiting(event: RunEvent) -> str:
     return f"waiting for nodes: {data.get('have')} of {data.get('need')} are here; {why}"
 
 
+def _restored(data: Mapping[str, Any]) -> str:
+    return f"; the state was read in {seconds(float(data['restored_s']))}" if "restored_s" in data else ""
+
+
 def _pool_unsafe(event: RunEvent) -> str:
     node = node_name(str(event.data.get("node")))
     return f"node {node} starts its ranks afresh, which is slower: {event.data.get('reason')}"
@@ -79,7 +83,7 @@ _SENTENCES: dict[EventKind, Callable[[RunEvent], str | None]] = {
     EventKind.WAITING_FOR_NODES: _waiting,
     EventKind.POOL_UNSAFE: _pool_unsafe,
     EventKind.RANKS_SPAWNED: lambda e: f"{plural(int(e.data.get('ranks', 0)), 'rank')} running, loading",
-    EventKind.TRAINING_STARTED: lambda e: f"training from step {e.data.get('step')}",
+    EventKind.TRAINING_STARTED: lambda e: f"training from step {e.data.get('step')}" + _restored(e.data),
     EventKind.RESUME_REQUESTED: lambda e: "resumed by a person; the budget of restarts is renewed",
     EventKind.CANCEL_REQUESTED: lambda e: "cancelling: the ranks are asked to stop",
     EventKind.RUN_SUCCEEDED: lambda e: f"succeeded at step {e.data.get('step')}",

@@ -21,8 +21,13 @@ _TITLES = {
 }
 
 
-def incidents_table(incidents: Sequence[Mapping[str, Any]]) -> str:
-    """One line per incident: what failed, seconds by class, steps lost; the newest last."""
+def incidents_table(incidents: Sequence[Mapping[str, Any]], *, live: bool) -> str:
+    """One line per incident: what failed, seconds by class, steps lost; the newest last.
+
+    Args:
+        incidents: As in the status document.
+        live: The run has not ended.
+    """
     header = ("#", "UTC", "WHAT FAILED", *(name.upper() for name in INCIDENT_CLASSES), "TOTAL", "STEPS LOST", "THEN")
     rows: list[tuple[object, ...]] = []
     for one in incidents[-_SHOWN:]:
@@ -35,7 +40,7 @@ def incidents_table(incidents: Sequence[Mapping[str, Any]]) -> str:
                 *spent,
                 _short(one["total_s"]),
                 one["steps_lost"],
-                _then(one),
+                _then(one, live=live, newest=one is incidents[-1]),
             )
         )
     text = table(header, rows, right=(0, *range(3, 11)))
@@ -44,16 +49,21 @@ def incidents_table(incidents: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _what(one: Mapping[str, Any]) -> str:
-    where = f"rank {one['rank']}" if one["rank"] >= 0 else ""
+    rank = f"rank {one['rank']}" if one["rank"] >= 0 else ""
     node = node_name(str(one["node"])) if one["node"] else ""
-    text = " ".join(part for part in (str(one["kind"]).replace("_", " "), where, f"on {node}" if node else "") if part)
+    where = " on ".join(part for part in (rank, node) if part)
+    text = str(one["kind"]).replace("_", " ") + (f": {where}" if where else "")
     return text if len(text) <= _WHAT_WIDTH else text[: _WHAT_WIDTH - 3] + "..."
 
 
-def _then(one: Mapping[str, Any]) -> str:
+def _then(one: Mapping[str, Any], *, live: bool, newest: bool) -> str:
     if one["recovered"]:
         return "trains again"
-    return {"give_up": "gave up", "resume": "a person resumed"}.get(one["action"], "did not train again")
+    if one["action"] in ("give_up", "resume"):
+        return "gave up" if one["action"] == "give_up" else "a person resumed"
+    if newest:
+        return "recovering" if live else "the run ended"
+    return "failed again"
 
 
 def _short(number: float) -> str:

@@ -11,7 +11,7 @@ from jobs.paths import RunPaths
 from jobs.spec import JobSpec
 from launcher import build, launch, progress, proposal, render
 from launcher.config import recompose
-from launcher.describe import last_metric, plan_line
+from launcher.describe import plan_line
 from launcher.follow import Screen
 from launcher.lock import controlled
 from launcher.request import LaunchRequest
@@ -151,7 +151,7 @@ def _live_steps(store: RunStore, run: Run) -> int | None:
     """Last step of a gang that may still live; None when the last attempt has ended."""
     if run.attempt is None or run.attempt.ended is not None or run.state.terminal:
         return None
-    return max(run.attempt.last_step, int(last_metric(store.paths.metrics).get("step", 0)))
+    return max(run.attempt.last_step, int(progress.last_metric(store.paths).get("step", 0)))
 
 
 def _with_data(config: Config, before: LaunchRequest, after: LaunchRequest) -> LaunchRequest:

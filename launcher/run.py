@@ -48,7 +48,7 @@ class EventKind(enum.StrEnum):
     # reason: start | restart | resume | grow
     ATTEMPT_PLANNED = "attempt_planned"
     RANKS_SPAWNED = "ranks_spawned"  # pids: number of ranks
-    TRAINING_STARTED = "training_started"  # step
+    TRAINING_STARTED = "training_started"  # step, restored_s (slowest rank) and restored_bytes, as far as reported
     CHECKPOINT_COMMITTED = "checkpoint_committed"  # step, path, bytes, stall_s
     CHECKPOINT_REJECTED = "checkpoint_rejected"  # path, reason
     FAULT_FIRED = "fault_fired"  # fault, and the record that the injector left
@@ -105,6 +105,7 @@ class Attempt:
         reason: ``start``, ``restart``, ``resume`` or ``grow``.
         wanted: The plan that was asked for, if the attempt's own is smaller because nodes were missing.
         trained: When its first step began (UTC seconds), or None.
+        restored_s: Seconds in which its slowest rank read the checkpoint, or None.
     """
 
     number: int
@@ -120,6 +121,7 @@ class Attempt:
     reason: str = "start"
     wanted: Mapping[str, Any] | None = None
     trained: float | None = None
+    restored_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -267,7 +269,7 @@ def _committed(run: Run, event: RunEvent) -> Run:
 
 
 def _training(run: Run, event: RunEvent) -> Run:
-    return _with_attempt(run, trained=event.time)
+    return _with_attempt(run, trained=event.time, restored_s=event.data.get("restored_s"))
 
 
 def _failure(run: Run, event: RunEvent) -> Run:

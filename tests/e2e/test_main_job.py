@@ -183,7 +183,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[netns.RayClust
     The head keeps its tables in a Redis, which only the test that kills it needs.
     """
     with netns.network(4) as net, contextlib.ExitStack() as stack:
-        store = stack.enter_context(redis.server(net.host_address, tmp_path_factory.mktemp("redis")))
+        logs = tmp_path_factory.mktemp("redis")
+        store = stack.enter_context(redis.server(net.host_address, logs)) if redis.binary() else ""
         made = netns.RayCluster(net, token=TOKEN, head_cpus=0, redis=store)
         try:
             made.start(nodes=4)
@@ -235,6 +236,7 @@ def test_a_torch_script_on_somebody_elses_cluster(cluster: netns.RayCluster, tmp
 
 
 @needs_namespaces
+@redis.needed
 def test_a_head_that_comes_back_with_its_store_has_cost_nothing(
     cluster: netns.RayCluster, folder: Path, undisturbed_60: RunStore
 ) -> None:

