@@ -18,6 +18,7 @@ from launcher.run import Attempt, EventKind, Run, RunEvent, RunState
 from launcher.sizing import plan_of
 from launcher.store import RunStore
 from strategies.codec import to_json
+from strategies.errors import StorageError
 
 SCHEMA_VERSION = 1
 WATCH_S = 2.5  # a controller on another machine beats every second
@@ -59,7 +60,7 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "steps_lost": run.steps_lost,
         "restarts": run.restarts,
         "recoveries": recoveries(events),
-        "checkpoint": _checkpoint(store.paths, script=request.job.kind == "script"),
+        "checkpoint": _checkpoint(store.paths, events, script=request.job.kind == "script"),
         "skips": skips.skipped(request.job, run),
         "faults": progress.fault_records(store.paths),
         "ledger": books,
@@ -172,11 +173,15 @@ def _ranks(paths: RunPaths, run: Run) -> list[dict[str, Any]]:
     return rows if isinstance(rows, list) else []
 
 
-def _checkpoint(paths: RunPaths, *, script: bool) -> dict[str, Any] | None:
+def _checkpoint(paths: RunPaths, events: Sequence[RunEvent], *, script: bool) -> dict[str, Any] | None:
     if script:
         point = progress.resume_point(paths, script=True)
         return {"step": point.step, "path": point.path} if point.path else None
-    found = list_checkpoints(paths.checkpoints)
+    try:
+        found = list_checkpoints(paths.checkpoints)
+    except StorageError:  # a store that does not answer: what the log knows
+        commits = [event.data for event in events if event.kind is EventKind.CHECKPOINT_COMMITTED]
+        return {"step": commits[-1]["step"], "path": commits[-1]["path"]} if commits else None
     return {"step": found[0].step, "path": str(found[0].path)} if found else None
 
 

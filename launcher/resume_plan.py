@@ -77,6 +77,7 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
     """
     run, before = store.run(), store.request()
     _check_free(store, run)
+    store.require_checkpoints()
     config = recompose(store.paths.config, overrides)
     here = store.paths.root.absolute()
     config = replace(config, run=replace(config.run, dir=str(here.parent)))

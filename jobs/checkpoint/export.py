@@ -21,6 +21,7 @@ import numpy.typing as npt
 from jobs.checkpoint.errors import storage_error
 from jobs.checkpoint.layout import sync_dir
 from jobs.checkpoint.reader import Reader
+from jobs.location import Location
 from strategies.errors import ConfigError
 from strategies.specs import ModelSpec
 
@@ -67,7 +68,7 @@ class Exported:
 
 
 def export(
-    manifest: str | Path,
+    manifest: str | Location,
     target: Path,
     *,
     dtype: Dtype = "fp32",

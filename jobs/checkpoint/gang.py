@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from jobs.checkpoint.digest import combine_digests, partial_digest
 from jobs.checkpoint.errors import CheckpointConflict, CorruptCheckpoint
 from jobs.checkpoint.manifest import read_manifest
+from jobs.location import Location
 from strategies.errors import PhalanxError, ResumeRefused, StorageError
 
 _KINDS: dict[str, type[PhalanxError]] = {
@@ -94,7 +94,7 @@ def _revive(description: dict[str, str], where: str) -> PhalanxError:
     return cls(where + description["what"], why=description["why"], hint=description["hint"])
 
 
-def gang_weights_digest(manifest: str | Path) -> str:
+def gang_weights_digest(manifest: str | Location) -> str:
     """The digest of the weights of a checkpoint, each rank reading a share of them. Collective.
 
     Raises:

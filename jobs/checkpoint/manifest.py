@@ -1,21 +1,21 @@
 """The manifest: the record whose existence makes a checkpoint, and the questions that are asked of it.
 
-Standard library only: the controller lists, picks and verifies checkpoints where neither torch nor numpy is installed.
+No torch, no numpy: the controller lists, picks and verifies checkpoints where neither is installed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jobs.checkpoint.errors import CheckpointConflict, CorruptCheckpoint, storage_error
-from jobs.checkpoint.layout import Place, Token, manifests, place_of, sync_dir, write_durably, writers
+from jobs.checkpoint.layout import Place, Token, manifests, place_of, writers
 from jobs.checkpoint.shardfile import KINDS, DamagedShard, block_count, read_block, read_header
+from jobs.checkpoint.storage import storage_of
+from jobs.location import L, Location, locate
 from strategies.codec import from_json, to_json
 from strategies.errors import ConfigError, StorageError
 from strategies.plan import ParallelPlan
@@ -111,20 +111,20 @@ class Checkpoint:
 
     step: int
     token: Token
-    path: Path
+    path: Location
     bytes: int
     plan: ParallelPlan
     time: float
 
 
-def list_checkpoints(root: str | Path) -> list[Checkpoint]:
+def list_checkpoints(root: str | Location) -> list[Checkpoint]:
     """All committed checkpoints below ``root``, best first: by step, then by token. Unreadable manifests are left out.
 
     Raises:
         StorageError: The folder cannot be listed.
     """
     found = []
-    for place in _best_first(Path(root)):
+    for place in _best_first(locate(root)):
         try:
             manifest = read_manifest(place.manifest)
         except CorruptCheckpoint:
@@ -142,14 +142,14 @@ def list_checkpoints(root: str | Path) -> list[Checkpoint]:
     return found
 
 
-def damaged(root: str | Path) -> list[tuple[Path, str]]:
+def damaged(root: str | Location) -> list[tuple[Location, str]]:
     """Manifests below ``root`` that :func:`list_checkpoints` leaves out, best first, each with the reason.
 
     Raises:
         StorageError: The folder cannot be listed, or a manifest cannot be read.
     """
     found = []
-    for place in _best_first(Path(root)):
+    for place in _best_first(locate(root)):
         try:
             read_manifest(place.manifest)
         except CorruptCheckpoint as error:
@@ -157,7 +157,7 @@ def damaged(root: str | Path) -> list[tuple[Path, str]]:
     return found
 
 
-def newest(root: str | Path, exclude: Collection[str | Path] = frozenset()) -> Path | None:
+def newest(root: str | Location, exclude: Collection[str | Location] = frozenset()) -> Location | None:
     """The checkpoint to restore: the highest step, and of that step the highest token.
 
     Args:
@@ -170,8 +170,8 @@ def newest(root: str | Path, exclude: Collection[str | Path] = frozenset()) -> P
     Raises:
         StorageError: The folder cannot be listed.
     """
-    excluded = {Path(path).absolute() for path in exclude}
-    for place in _best_first(Path(root)):
+    excluded = {locate(path).absolute() for path in exclude}
+    for place in _best_first(locate(root)):
         if place.manifest.absolute() in excluded:
             continue
         try:
@@ -182,23 +182,23 @@ def newest(root: str | Path, exclude: Collection[str | Path] = frozenset()) -> P
     return None
 
 
-def _best_first(root: Path) -> list[Place]:
+def _best_first(root: Location) -> list[Place[Location]]:
     try:
         return sorted(manifests(root), key=lambda place: (place.step, place.token), reverse=True)
     except OSError as error:
         raise storage_error("list the checkpoints", root, error) from error
 
 
-def read_manifest(path: str | Path) -> Manifest:
+def read_manifest(path: str | Location) -> Manifest:
     """Read a manifest and check that it is whole.
 
     Raises:
         CorruptCheckpoint: It is missing, damaged, of another version, or does not belong where it lies.
         StorageError: It cannot be read.
     """
-    path = Path(path)
+    path = locate(path)
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(storage_of(path).read(path))
         digest = document.pop("digest")
         if digest != _digest(document):
             raise CorruptCheckpoint(path, "the manifest does not match its own digest")
@@ -215,7 +215,7 @@ def read_manifest(path: str | Path) -> Manifest:
     return manifest
 
 
-def commit(root: Path, manifest: Manifest) -> Path:
+def commit(root: L, manifest: Manifest) -> L:
     """Make the checkpoint exist. Its shards must be durable.
 
     Returns:
@@ -228,18 +228,13 @@ def commit(root: Path, manifest: Manifest) -> Path:
     place = Place(root, manifest.step, Token(manifest.epoch, manifest.attempt))
     document = to_json(manifest)
     document["digest"] = _digest(document)
-    temporary = place.manifest.with_suffix(f".{os.getpid()}.tmp")
+    storage = place.storage
     try:
         _refuse_if_fenced(place)
         _require_shards(place, manifest)
-        for folder in (place.shard_dir, place.step_dir, root):
-            sync_dir(folder)
-        write_durably(temporary, json.dumps(document, indent=1).encode() + b"\n")
-        try:
-            os.link(temporary, place.manifest)  # fails when it exists, also over NFS; a rename would overwrite
-        finally:
-            os.unlink(temporary)
-        sync_dir(place.step_dir)
+        storage.settle(place.shard_dir, place.step_dir, root)
+        storage.create(place.manifest, [json.dumps(document, indent=1).encode() + b"\n"])
+        storage.settle(place.step_dir)
     except FileExistsError:
         raise CheckpointConflict(
             f"The checkpoint {place.manifest} is committed already.",
@@ -251,7 +246,7 @@ def commit(root: Path, manifest: Manifest) -> Path:
     return place.manifest
 
 
-def _refuse_if_fenced(place: Place) -> None:
+def _refuse_if_fenced(place: Place[Any]) -> None:
     highest = max((other.token for other in writers(place.root)), default=place.token)
     if highest > place.token:
         raise CheckpointConflict(
@@ -261,7 +256,7 @@ def _refuse_if_fenced(place: Place) -> None:
         )
 
 
-def _require_shards(place: Place, manifest: Manifest) -> None:
+def _require_shards(place: Place[Any], manifest: Manifest) -> None:
     problems = _missing(place, manifest)
     if problems:
         raise StorageError(
@@ -271,7 +266,7 @@ def _require_shards(place: Place, manifest: Manifest) -> None:
         )
 
 
-def verify(path: str | Path, deep: bool = False) -> list[str]:
+def verify(path: str | Location, deep: bool = False) -> list[str]:
     """Look for damage.
 
     Args:
@@ -283,31 +278,32 @@ def verify(path: str | Path, deep: bool = False) -> list[str]:
     """
     try:
         manifest = read_manifest(path)
+        place = place_of(locate(path))
+        problems = _missing(place, manifest)
     except StorageError as error:
         return [error.why or error.what]
-    place = place_of(Path(path))
-    problems = _missing(place, manifest)
+    except OSError as error:
+        return [f"{path}: {error.strerror or error}"]
     if deep and not problems:
         for shard in manifest.shards:
             problems += _check_shard(place.shard(shard.rank), shard)
     return problems
 
 
-def _missing(place: Place, manifest: Manifest) -> list[str]:
-    problems = []
+def _missing(place: Place[Any], manifest: Manifest) -> list[str]:
+    """Shards that are not there or not of their size; one listing, however many there are. Raises OSError."""
+    there, problems = place.storage.sizes(place.shard_dir), []
     for shard in manifest.shards:
         path = place.shard(shard.rank)
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            problems.append(f"{path}: {error.strerror}")
-            continue
-        if size != shard.bytes:
+        size = there.get(path.name)
+        if size is None:
+            problems.append(f"{path} is missing")
+        elif size != shard.bytes:
             problems.append(f"{path} has {size} bytes instead of {shard.bytes}")
     return problems
 
 
-def _check_shard(path: Path, shard: ShardRecord) -> list[str]:
+def _check_shard(path: Location, shard: ShardRecord) -> list[str]:
     try:
         header = read_header(path, size=shard.bytes, digest=shard.digest)
         for stored in header.slices:
@@ -317,7 +313,7 @@ def _check_shard(path: Path, shard: ShardRecord) -> list[str]:
     except DamagedShard as error:
         return [str(error)]
     except OSError as error:
-        return [f"{path}: {error.strerror}"]
+        return [f"{path}: {error.strerror or error}"]
     return []
 
 

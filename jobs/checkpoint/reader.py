@@ -14,6 +14,7 @@ from jobs.checkpoint.manifest import Manifest
 from jobs.checkpoint.shardfile import BLOCK_ELEMENTS, ELEMENT_BYTES, ShardHeader, Slice, StoredSlice
 from jobs.checkpoint.slices import Overlap, copy_runs, overlap, whole
 from jobs.checkpoint.source import DiskSource, ShardSource
+from jobs.location import Location, Url
 
 Array = npt.NDArray[np.float32]
 _FLOAT = np.dtype("<f4")
@@ -35,8 +36,8 @@ class Reader:
         StorageError: It cannot be read.
     """
 
-    def __init__(self, source: str | Path | ShardSource, rank: int = 0) -> None:
-        self._source: ShardSource = DiskSource(source) if isinstance(source, str | Path) else source
+    def __init__(self, source: str | Location | ShardSource, rank: int = 0) -> None:
+        self._source: ShardSource = DiskSource(source) if isinstance(source, str | Path | Url) else source
         self.path = self._source.path
         self.manifest: Manifest = self._source.manifest
         self._index: dict[str, list[tuple[ShardHeader, StoredSlice]]] = {}
@@ -44,7 +45,7 @@ class Reader:
         count = len(self.manifest.shards)
         first = rank % count if count else 0
         self._unread = [self.manifest.shards[(first + i) % count] for i in range(count - 1, -1, -1)]
-        self._blocks: OrderedDict[tuple[Path, int], Array] = OrderedDict()
+        self._blocks: OrderedDict[tuple[Location, int], Array] = OrderedDict()
 
     @property
     def names(self) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from jobs.checkpoint.manifest import Manifest
 from jobs.checkpoint.reader import Reader
 from jobs.checkpoint.state import set_rng_state, set_trainer_state
 from jobs.hooks import Hooks, NoHooks
+from jobs.location import Location
 from strategies.errors import ResumeRefused, StorageError
 
 
@@ -34,7 +34,7 @@ class RestoredState:
     manifest: Manifest
 
 
-def restore(engine: Any, manifest_path: str | Path, *, hooks: Hooks | None = None) -> RestoredState:
+def restore(engine: Any, manifest_path: str | Location, *, hooks: Hooks | None = None) -> RestoredState:
     """Bring a fresh engine to the state of a checkpoint. Collective.
 
     Under the plan that wrote it, training goes on bit-identically. After an error the engine's state is undefined, and

@@ -6,11 +6,9 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +18,13 @@ import torch
 from jobs.checkpoint.errors import CheckpointConflict, storage_error
 from jobs.checkpoint.fragments import MOMENTS, Fragment, OptimizerAccess, access
 from jobs.checkpoint.gang import agree, rank_and_world
-from jobs.checkpoint.layout import Place, Token, sync_dir, write_durably
+from jobs.checkpoint.layout import Place, Token
 from jobs.checkpoint.manifest import Manifest, ShardRecord, TrainerState, commit
 from jobs.checkpoint.shardfile import Slice, write_shard
 from jobs.checkpoint.state import rng_state, trainer_state
+from jobs.checkpoint.storage import storage_of
 from jobs.hooks import Hooks, NoHooks
+from jobs.location import Location
 from jobs.paths import RunPaths
 from jobs.spec import JobSpec
 from strategies.errors import PhalanxError, StorageError
@@ -61,7 +61,7 @@ class Saved:
         stall_s: Seconds for which training stood still: the copy, and the writing where the caller waited for it.
     """
 
-    path: Path
+    path: Location
     bytes: int
     stall_s: float
 
@@ -168,11 +168,10 @@ def persist(
     return Saved(path=place.manifest, bytes=int(total or 0), stall_s=snap.stall_s)
 
 
-def _write_part(place: Place, rank: int, snap: Snapshot) -> None:
+def _write_part(place: Place[Location], rank: int, snap: Snapshot) -> None:
     """This rank's shard and, once that is durable, its sidecar."""
     shard, sidecar = place.shard(rank), place.sidecar(rank)
     try:
-        os.makedirs(place.shard_dir, exist_ok=True)
         views = [(piece, {kind: array.data for kind, array in data.items()}) for piece, data in snap.pieces]
         size, digest = write_shard(shard, views, snap.rank_state)
         part = {
@@ -183,8 +182,8 @@ def _write_part(place: Place, rank: int, snap: Snapshot) -> None:
             "tensors": {piece.name: piece.shape for piece, _ in snap.pieces},
             "optimizer_steps": snap.trainer.optimizer_steps,
         }
-        write_durably(sidecar, json.dumps(part).encode())
-        sync_dir(place.shard_dir)
+        place.storage.create(sidecar, [json.dumps(part).encode()])
+        place.storage.settle(place.shard_dir)
     except FileExistsError:
         raise CheckpointConflict(
             f"The shard {shard} exists already.",
@@ -196,14 +195,14 @@ def _write_part(place: Place, rank: int, snap: Snapshot) -> None:
         raise storage_error("write the checkpoint shard", shard, error) from error
 
 
-def _withdraw(place: Place, rank: int) -> None:
+def _withdraw(place: Place[Location], rank: int) -> None:
     """Delete what this rank wrote and nobody will commit: a full disk gets room, another try of ours is not refused."""
     with contextlib.suppress(OSError):
-        place.sidecar(rank).unlink(missing_ok=True)
-        place.shard(rank).unlink(missing_ok=True)
+        place.storage.delete(place.sidecar(rank))
+        place.storage.delete(place.shard(rank))
 
 
-def _commit(place: Place, world: int, job: JobSpec, snap: Snapshot, extra: Mapping[str, Any]) -> int:
+def _commit(place: Place[Location], world: int, job: JobSpec, snap: Snapshot, extra: Mapping[str, Any]) -> int:
     parts = [_read_part(place.sidecar(rank)) for rank in range(world)]
     tensors = _tensors(parts)
     if len({part["optimizer_steps"] for part in parts}) > 1:
@@ -227,9 +226,9 @@ def _commit(place: Place, world: int, job: JobSpec, snap: Snapshot, extra: Mappi
     return manifest.bytes
 
 
-def _read_part(path: Path) -> dict[str, Any]:
+def _read_part(path: Location) -> dict[str, Any]:
     try:
-        part: dict[str, Any] = json.loads(path.read_bytes())
+        part: dict[str, Any] = json.loads(storage_of(path).read(path))
     except OSError as error:
         raise storage_error("read what another rank wrote", path, error) from error
     return part

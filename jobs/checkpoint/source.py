@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 from jobs.checkpoint.errors import CorruptCheckpoint, storage_error
 from jobs.checkpoint.layout import place_of
 from jobs.checkpoint.manifest import Manifest, ShardRecord, read_manifest
 from jobs.checkpoint.shardfile import DamagedShard, ShardHeader, StoredSlice, read_block, read_header
+from jobs.location import Location, locate
 
 
 class ShardSource(Protocol):
@@ -20,7 +20,7 @@ class ShardSource(Protocol):
     """
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Location:
         """Names the checkpoint in errors."""
 
     @property
@@ -45,8 +45,8 @@ class DiskSource:
         StorageError: It cannot be read.
     """
 
-    def __init__(self, manifest: str | Path) -> None:
-        self.path = Path(manifest)
+    def __init__(self, manifest: str | Location) -> None:
+        self.path = locate(manifest)
         self.manifest = read_manifest(self.path)
         self._place = place_of(self.path)
 

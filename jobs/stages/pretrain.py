@@ -21,6 +21,7 @@ from jobs.checkpoint.retention import prune
 from jobs.checkpoint.save import save
 from jobs.data import TokenStore
 from jobs.hooks import Hooks
+from jobs.location import Location, locate
 from jobs.metrics import MetricsWriter
 from jobs.numerics import BlowUp, LossWatch
 from jobs.parallel.vocabulary import IGNORE
@@ -83,7 +84,7 @@ class Pretrain:
             BlowUp: A step's numbers cannot be right; nothing of it was kept.
         """
         self._hooks.model_ready(self._engine.module)
-        done, manifest = 0, Path(self._env.resume_from)
+        done, manifest = 0, locate(self._env.resume_from)
         if self._env.resume_from:
             done = self._restore(manifest)
         dist.barrier()
@@ -102,7 +103,7 @@ class Pretrain:
                     return
         self._finish(max(done, steps), manifest)
 
-    def _restore(self, manifest: Path) -> int:
+    def _restore(self, manifest: Location) -> int:
         begin = time.perf_counter()
         restored = restore(self._engine, manifest, hooks=self._hooks)
         refuse_another_run(restored, self._job)
@@ -161,7 +162,7 @@ class Pretrain:
                 tokens[row], targets[row] = sample[:-1], sample[1:]
         return tokens, targets
 
-    def _save(self, step: int) -> Path:
+    def _save(self, step: int) -> Location:
         if self._metrics is not None:
             self._metrics.sync()  # the lines of what a checkpoint holds are never lost
         token = (self._env.epoch, self._env.attempt)
@@ -198,7 +199,7 @@ class Pretrain:
         dist.barrier()
         self._reporter.send("done", step=step)
 
-    def _finish(self, step: int, manifest: Path) -> None:
+    def _finish(self, step: int, manifest: Location) -> None:
         """From the last checkpoint to the end: its digest, a sample of text, and nobody leaves before all are here."""
         self._counter.step = step
         digest = gang_weights_digest(manifest)
@@ -212,7 +213,7 @@ class Pretrain:
         dist.barrier()
         self._reporter.send("done", step=step)
 
-    def _sample(self, manifest: Path) -> None:
+    def _sample(self, manifest: Location) -> None:
         """Text for people to look at. The run is done: whatever fails here is told in its place and fails nothing."""
         try:
             text = generate(self._job, manifest, self._store)
