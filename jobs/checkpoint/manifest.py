@@ -25,6 +25,31 @@ MANIFEST_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """The shard of an earlier checkpoint of the run that holds the tensors of a shard in which nothing has changed.
+
+    Attributes:
+        step: Step of that checkpoint.
+        epoch: Epoch of its writers.
+        attempt: Attempt of its writers.
+        rank: Rank that wrote it.
+        bytes: Size of the file.
+        digest: SHA-256 of its header.
+    """
+
+    step: int
+    epoch: int
+    attempt: int
+    rank: int
+    bytes: int
+    digest: str
+
+    def place(self, root: L) -> Place[L]:
+        """The checkpoint whose file it is."""
+        return Place(root, self.step, Token(self.epoch, self.attempt))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ShardRecord:
     """One shard, as promised by the manifest.
 
@@ -33,12 +58,14 @@ class ShardRecord:
         bytes: Size of the file.
         digest: SHA-256 of its header, which holds the digests of the data (:mod:`jobs.checkpoint.shardfile`).
         elements: Elements per kind.
+        origin: Where its tensors are, if they are those of an earlier checkpoint; the file then has none.
     """
 
     rank: int
     bytes: int
     digest: str
     elements: int
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,8 +119,20 @@ class Manifest:
 
     @property
     def bytes(self) -> int:
-        """Size of all shards."""
+        """Size of all shards, those of earlier checkpoints included."""
+        return self.written_bytes + sum(shard.origin.bytes for shard in self.shards if shard.origin)
+
+    @property
+    def written_bytes(self) -> int:
+        """Size of the files that were written for it."""
         return sum(shard.bytes for shard in self.shards)
+
+    def files(self, root: L) -> list[tuple[Place[L], int, int, str]]:
+        """Every file that it consists of: checkpoint, rank, size in bytes, digest of the header."""
+        own = Place(root, self.step, Token(self.epoch, self.attempt))
+        found = [(own, shard.rank, shard.bytes, shard.digest) for shard in self.shards]
+        earlier = [shard.origin for shard in self.shards if shard.origin]
+        return found + [(one.place(root), one.rank, one.bytes, one.digest) for one in earlier]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +143,8 @@ class Checkpoint:
         step: Optimizer steps that the state contains.
         token: (epoch, attempt) of the writers.
         path: The manifest.
-        bytes: Size of all shards.
+        bytes: Size of all shards, those of earlier checkpoints included.
+        written_bytes: Size of the files that were written for it.
         plan: The plan of the writers.
         time: When it was committed, UTC seconds.
     """
@@ -113,6 +153,7 @@ class Checkpoint:
     token: Token
     path: Location
     bytes: int
+    written_bytes: int
     plan: ParallelPlan
     time: float
 
@@ -135,6 +176,7 @@ def list_checkpoints(root: str | Location) -> list[Checkpoint]:
                 token=place.token,
                 path=place.manifest,
                 bytes=manifest.bytes,
+                written_bytes=manifest.written_bytes,
                 plan=manifest.plan,
                 time=manifest.time,
             )
@@ -285,27 +327,30 @@ def verify(path: str | Location, deep: bool = False) -> list[str]:
     except OSError as error:
         return [f"{path}: {error.strerror or error}"]
     if deep and not problems:
-        for shard in manifest.shards:
-            problems += _check_shard(place.shard(shard.rank), shard)
+        for home, rank, size, header in manifest.files(place.root):
+            problems += _check_shard(home.shard(rank), size, header)
     return problems
 
 
 def _missing(place: Place[Any], manifest: Manifest) -> list[str]:
-    """Shards that are not there or not of their size; one listing, however many there are. Raises OSError."""
-    there, problems = place.storage.sizes(place.shard_dir), []
-    for shard in manifest.shards:
-        path = place.shard(shard.rank)
-        size = there.get(path.name)
-        if size is None:
+    """Shards that are not there or not of their size; one listing per folder. Raises OSError."""
+    there: dict[Place[Any], dict[str, int]] = {}
+    problems = []
+    for home, rank, size, _ in manifest.files(place.root):
+        if home not in there:
+            there[home] = place.storage.sizes(home.shard_dir)
+        path = home.shard(rank)
+        found = there[home].get(path.name)
+        if found is None:
             problems.append(f"{path} is missing")
-        elif size != shard.bytes:
-            problems.append(f"{path} has {size} bytes instead of {shard.bytes}")
+        elif found != size:
+            problems.append(f"{path} has {found} bytes instead of {size}")
     return problems
 
 
-def _check_shard(path: Location, shard: ShardRecord) -> list[str]:
+def _check_shard(path: Location, size: int, digest: str) -> list[str]:
     try:
-        header = read_header(path, size=shard.bytes, digest=shard.digest)
+        header = read_header(path, size=size, digest=digest)
         for stored in header.slices:
             for kind in KINDS:
                 for index in range(block_count(stored)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from jobs.checkpoint.errors import CorruptCheckpoint, storage_error
 from jobs.checkpoint.layout import Place, Token, manifests, writers
@@ -48,16 +48,41 @@ def prune(
         kept |= {place for place in committed if place.manifest.absolute() in protected}
         best = newest(root)
         doomed = [place for place in committed if place not in kept and place.manifest != best]
+        needed = _needed(place for place in committed if place not in doomed)
         removed = [place.manifest for place in doomed]
-        _remove(doomed)
-        # Listed again: a folder whose manifest has just gone is unfinished business too.
-        still = set(manifests(root))
-        left_over = [p for p in writers(root) if me is not None and p.token < me and p not in still]
-        removed += [place.shard_dir for place in left_over if place not in doomed]
-        _remove(left_over)
+        for place in doomed:
+            _remove(place, needed)
+        removed += [place.shard_dir for place in _left_over(root, me, doomed) if _remove(place, needed)]
     except OSError as error:
         raise storage_error("prune the checkpoints", root, error) from error
     return removed
+
+
+def _left_over(root: Location, me: Token | None, doomed: Collection[Place[Location]]) -> list[Place[Location]]:
+    """Folders without a manifest that nobody is writing: of lower tokens, and of this gang's earlier steps.
+
+    (Of those, files may have been needed by a later checkpoint when their own was deleted.)
+    """
+    if me is None:
+        return []
+    committed = manifests(root)  # again: a folder whose manifest has just gone is unfinished business too
+    done = max((place.step for place in committed if place.token == me), default=-1)
+    idle = [p for p in writers(root) if p.token < me or (p.token == me and p.step < done)]
+    return [place for place in idle if place not in committed and place not in doomed]
+
+
+def _needed(places: Iterable[Place[Location]]) -> dict[Place[Location], set[str]]:
+    """The files of other checkpoints that these ones refer to: names by checkpoint."""
+    needed: dict[Place[Location], set[str]] = {}
+    for place in places:
+        try:
+            files = read_manifest(place.manifest).files(place.root)
+        except CorruptCheckpoint:
+            continue
+        for home, rank, _, _ in files:
+            if home != place:
+                needed.setdefault(home, set()).add(home.shard(rank).name)
+    return needed
 
 
 def _kept(committed: Iterable[Place[Location]], keep: int) -> set[Place[Location]]:
@@ -79,11 +104,17 @@ def _readable(place: Place[Location]) -> bool:
     return True
 
 
-def _remove(places: Iterable[Place[Location]]) -> None:
-    for place in places:
-        storage = place.storage
-        # The manifest first, and durably: a checkpoint must stop existing before it stops being whole.
-        storage.delete(place.manifest)
-        storage.settle(place.step_dir)
+def _remove(place: Place[Location], needed: Mapping[Place[Location], set[str]]) -> bool:
+    """Delete a checkpoint but for the files that others need; returns whether there was anything to delete."""
+    storage, spared = place.storage, needed.get(place, set())
+    # The manifest first, and durably: a checkpoint must stop existing before it stops being whole.
+    storage.delete(place.manifest)
+    storage.settle(place.step_dir)
+    if not spared:
         storage.delete_tree(place.shard_dir)
         storage.drop(place.step_dir)
+        return True
+    doomed = [name for name in storage.names(place.shard_dir) if name not in spared]
+    for name in doomed:
+        storage.delete(place.shard_dir / name)
+    return bool(doomed)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -15,16 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from jobs.checkpoint.errors import CheckpointConflict, storage_error
 from jobs.checkpoint.fragments import MOMENTS, Fragment, OptimizerAccess, access
 from jobs.checkpoint.gang import agree, rank_and_world
-from jobs.checkpoint.layout import Place, Token
-from jobs.checkpoint.manifest import Manifest, ShardRecord, TrainerState, commit
-from jobs.checkpoint.shardfile import Slice, write_shard
+from jobs.checkpoint.layout import Place, Token, place_of
+from jobs.checkpoint.manifest import Manifest, TrainerState, commit
+from jobs.checkpoint.part import read_part, record_of, withdraw, write_part
+from jobs.checkpoint.shardfile import Slice
 from jobs.checkpoint.state import rng_state, trainer_state
-from jobs.checkpoint.storage import storage_of
 from jobs.hooks import Hooks, NoHooks
-from jobs.location import Location
+from jobs.location import Location, locate
 from jobs.paths import RunPaths
 from jobs.spec import JobSpec
 from strategies.errors import PhalanxError, StorageError
@@ -57,12 +54,14 @@ class Saved:
 
     Attributes:
         path: Its manifest.
-        bytes: Size of all shards.
+        bytes: Size of all shards, those of earlier checkpoints included.
+        written_bytes: Size of the files that were written.
         stall_s: Seconds for which training stood still: the copy, and the writing where the caller waited for it.
     """
 
     path: Location
     bytes: int
+    written_bytes: int
     stall_s: float
 
 
@@ -75,6 +74,7 @@ def save(
     token: tuple[int, int],
     extra: Mapping[str, Any],
     hooks: Hooks | None = None,
+    base: str | Location | None = None,
 ) -> Saved:
     """Save the state after ``step`` optimizer steps and commit it. Collective.
 
@@ -86,6 +86,8 @@ def save(
         token: (epoch, attempt) of this gang.
         extra: JSON values that :func:`jobs.checkpoint.restore.restore` gives back; those of rank 0 are kept.
         hooks: Whom to tell.
+        base: The manifest of the run's last committed checkpoint; shards that have not changed since are not written
+            again. It must not be pruned before this one is committed.
 
     Raises:
         CheckpointConflict: Another gang has taken over; on every rank.
@@ -93,7 +95,7 @@ def save(
     """
     begin = time.perf_counter()
     snap = snapshot(engine, step)
-    saved = persist(snap, run_paths=run_paths, job=job, token=token, extra=extra, hooks=hooks)
+    saved = persist(snap, run_paths=run_paths, job=job, token=token, extra=extra, hooks=hooks, base=base)
     return dataclasses.replace(saved, stall_s=time.perf_counter() - begin)
 
 
@@ -140,6 +142,7 @@ def persist(
     token: tuple[int, int],
     extra: Mapping[str, Any],
     hooks: Hooks | None = None,
+    base: str | Location | None = None,
 ) -> Saved:
     """Write a snapshot and commit it. Collective; arguments and errors as in :func:`save`."""
     hooks = hooks or NoHooks()
@@ -148,7 +151,7 @@ def persist(
     hooks.checkpoint_begin(snap.step)
     error: Exception | None = None
     try:
-        _write_part(place, rank, snap)
+        _write_part(place, rank, snap, place_of(locate(base)) if base else None)
         hooks.checkpoint_shards_written(snap.step)
     except StorageError as caught:
         error = caught
@@ -156,54 +159,28 @@ def persist(
         agree(error)
     except PhalanxError:
         if error is None:
-            _withdraw(place, rank)
+            withdraw(place, rank)
         raise
-    total: int | None = None
+    total: list[int] | None = None
     try:
         if rank == 0:
             total = _commit(place, world, job, snap, extra)
     except (PhalanxError, TypeError, ValueError) as caught:  # also what is no JSON in extra
         error = caught
     total = agree(error, total)[0]
-    return Saved(path=place.manifest, bytes=int(total or 0), stall_s=snap.stall_s)
+    whole, written = total or (0, 0)
+    return Saved(path=place.manifest, bytes=whole, written_bytes=written, stall_s=snap.stall_s)
 
 
-def _write_part(place: Place[Location], rank: int, snap: Snapshot) -> None:
+def _write_part(place: Place[Location], rank: int, snap: Snapshot, base: Place[Location] | None) -> None:
     """This rank's shard and, once that is durable, its sidecar."""
-    shard, sidecar = place.shard(rank), place.sidecar(rank)
-    try:
-        views = [(piece, {kind: array.data for kind, array in data.items()}) for piece, data in snap.pieces]
-        size, digest = write_shard(shard, views, snap.rank_state)
-        part = {
-            "rank": rank,
-            "bytes": size,
-            "digest": digest,
-            "elements": sum(piece.elements for piece, _ in snap.pieces),
-            "tensors": {piece.name: piece.shape for piece, _ in snap.pieces},
-            "optimizer_steps": snap.trainer.optimizer_steps,
-        }
-        place.storage.create(sidecar, [json.dumps(part).encode()])
-        place.storage.settle(place.shard_dir)
-    except FileExistsError:
-        raise CheckpointConflict(
-            f"The shard {shard} exists already.",
-            why=f"something has written it under the same token {place.token} before",
-            hint="Nothing is lost; start one controller only for this run.",
-        ) from None
-    except OSError as error:
-        _withdraw(place, rank)
-        raise storage_error("write the checkpoint shard", shard, error) from error
+    views = [(piece, {kind: array.data for kind, array in data.items()}) for piece, data in snap.pieces]
+    steps = snap.trainer.optimizer_steps
+    write_part(place, rank, views, snap.rank_state, optimizer_steps=steps, base=base)
 
 
-def _withdraw(place: Place[Location], rank: int) -> None:
-    """Delete what this rank wrote and nobody will commit: a full disk gets room, another try of ours is not refused."""
-    with contextlib.suppress(OSError):
-        place.storage.delete(place.sidecar(rank))
-        place.storage.delete(place.shard(rank))
-
-
-def _commit(place: Place[Location], world: int, job: JobSpec, snap: Snapshot, extra: Mapping[str, Any]) -> int:
-    parts = [_read_part(place.sidecar(rank)) for rank in range(world)]
+def _commit(place: Place[Location], world: int, job: JobSpec, snap: Snapshot, extra: Mapping[str, Any]) -> list[int]:
+    parts = [read_part(place, rank) for rank in range(world)]
     tensors = _tensors(parts)
     if len({part["optimizer_steps"] for part in parts}) > 1:
         raise PhalanxError(f"The ranks have made different numbers of optimizer steps at step {snap.step}.")
@@ -216,22 +193,12 @@ def _commit(place: Place[Location], world: int, job: JobSpec, snap: Snapshot, ex
         plan=job.plan,
         model=job.model,
         tensors=tensors,
-        shards=tuple(
-            ShardRecord(rank=p["rank"], bytes=p["bytes"], digest=p["digest"], elements=p["elements"]) for p in parts
-        ),
+        shards=tuple(record_of(part) for part in parts),
         trainer=snap.trainer,
         extra=extra,
     )
     commit(place.root, manifest)
-    return manifest.bytes
-
-
-def _read_part(path: Location) -> dict[str, Any]:
-    try:
-        part: dict[str, Any] = json.loads(storage_of(path).read(path))
-    except OSError as error:
-        raise storage_error("read what another rank wrote", path, error) from error
-    return part
+    return [manifest.bytes, manifest.written_bytes]
 
 
 def _tensors(parts: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:

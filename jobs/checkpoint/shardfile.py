@@ -90,6 +90,8 @@ def write_shard(
     path: Location,
     pieces: Sequence[tuple[Slice, Mapping[str, memoryview]]],
     rank_state: Mapping[str, Any],
+    *,
+    table: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[int, str]:
     """Write a new shard, durably.
 
@@ -97,6 +99,7 @@ def write_shard(
         path: The file, which must not exist.
         pieces: Each slice with the bytes of every kind of :data:`KINDS`.
         rank_state: JSON values to keep beside the slices.
+        table: The :func:`slice_table` of the pieces, if it is known already.
 
     Returns:
         Size in bytes, and digest.
@@ -106,12 +109,35 @@ def write_shard(
         OSError: It cannot be written; nothing is left of it.
         StorageError: Nothing here can reach such a place.
     """
-    header = _encode_header(pieces, rank_state)
+    header = _encode_header(pieces, slice_table(pieces) if table is None else table, rank_state)
     parts = [memoryview(header), *(data[kind] for kind in KINDS for _, data in pieces)]
     return storage_of(path).create(path, parts), hashlib.sha256(header).hexdigest()
 
 
-def _encode_header(pieces: Sequence[tuple[Slice, Mapping[str, memoryview]]], rank_state: Mapping[str, Any]) -> bytes:
+def slice_table(pieces: Sequence[tuple[Slice, Mapping[str, memoryview]]]) -> list[dict[str, Any]]:
+    """What a header says of its slices: what they are, and the digests of their blocks. Reads every byte."""
+    return [
+        {
+            "name": piece.name,
+            "shape": piece.shape,
+            "box": piece.box,
+            "range": (piece.start, piece.stop),
+            "blocks": {kind: _digests(data[kind].cast("B")) for kind in KINDS},
+        }
+        for piece, data in pieces
+    ]
+
+
+def content_digest(table: Sequence[Mapping[str, Any]]) -> str:
+    """The digest of slices and data alone, whatever else the file holds."""
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def _encode_header(
+    pieces: Sequence[tuple[Slice, Mapping[str, memoryview]]],
+    table: Sequence[Mapping[str, Any]],
+    rank_state: Mapping[str, Any],
+) -> bytes:
     tensors: dict[str, Any] = {}
     offset = 0
     for kind in KINDS:  # by kind, so that a reader of weights only reads one contiguous part
@@ -123,17 +149,7 @@ def _encode_header(pieces: Sequence[tuple[Slice, Mapping[str, memoryview]]], ran
                 "data_offsets": [offset, end],
             }
             offset = end
-    table = [
-        {
-            "name": piece.name,
-            "shape": piece.shape,
-            "box": piece.box,
-            "range": (piece.start, piece.stop),
-            "blocks": {kind: _digests(data[kind].cast("B")) for kind in KINDS},
-        }
-        for piece, data in pieces
-    ]
-    ours = {"version": SHARD_VERSION, "slices": table, "rank_state": dict(rank_state)}
+    ours = {"version": SHARD_VERSION, "slices": list(table), "rank_state": dict(rank_state)}
     text = json.dumps({"__metadata__": {"format": "pt", "phalanx": json.dumps(ours)}, **tensors}).encode()
     text += b" " * (-len(text) % 8)  # data stays aligned
     return len(text).to_bytes(8, "little") + text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 from jobs.checkpoint.errors import CorruptCheckpoint, storage_error
@@ -52,9 +53,16 @@ class DiskSource:
 
     def header(self, shard: ShardRecord) -> ShardHeader:
         """See :class:`ShardSource`."""
-        path = self._place.shard(shard.rank)
+        own = self._header(self._place.shard(shard.rank), shard.bytes, shard.digest)
+        if shard.origin is None:
+            return own
+        home = shard.origin.place(self._place.root)
+        held = self._header(home.shard(shard.origin.rank), shard.origin.bytes, shard.origin.digest)
+        return replace(held, rank_state=own.rank_state)
+
+    def _header(self, path: Location, size: int, digest: str) -> ShardHeader:
         try:
-            return read_header(path, size=shard.bytes, digest=shard.digest)
+            return read_header(path, size=size, digest=digest)
         except DamagedShard as error:
             raise CorruptCheckpoint(self.path, str(error)) from error
         except OSError as error:

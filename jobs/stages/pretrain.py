@@ -87,6 +87,7 @@ class Pretrain:
         done, manifest = 0, locate(self._env.resume_from)
         if self._env.resume_from:
             done = self._restore(manifest)
+        base = manifest if self._env.resume_from else None
         dist.barrier()
         steps = self._job.train.steps
         if done < steps:
@@ -95,7 +96,7 @@ class Pretrain:
             due = step == steps or bool(self._job.checkpoint.every and step % self._job.checkpoint.every == 0)
             self._step(step, then="save" if due else "step")
             if due:
-                manifest = self._save(step)
+                manifest = base = self._save(step, base)
                 leaving = step < steps and self._is_to_leave()
                 self._reporter.send("step", step=step, next="finish" if leaving or step == steps else "step")
                 if leaving:
@@ -162,7 +163,7 @@ class Pretrain:
                 tokens[row], targets[row] = sample[:-1], sample[1:]
         return tokens, targets
 
-    def _save(self, step: int) -> Location:
+    def _save(self, step: int, base: Location | None) -> Location:
         if self._metrics is not None:
             self._metrics.sync()  # the lines of what a checkpoint holds are never lost
         token = (self._env.epoch, self._env.attempt)
@@ -181,9 +182,17 @@ class Pretrain:
             token=token,
             extra=extra,
             hooks=self._hooks,
+            base=base,
         )
         if self._env.rank == 0:
-            self._reporter.send("checkpoint", step=step, path=str(saved.path), bytes=saved.bytes, stall_s=saved.stall_s)
+            self._reporter.send(
+                "checkpoint",
+                step=step,
+                path=str(saved.path),
+                bytes=saved.bytes,
+                written_bytes=saved.written_bytes,
+                stall_s=saved.stall_s,
+            )
             prune(self._paths.checkpoints, self._job.checkpoint.keep, token=token)
         return saved.path
 

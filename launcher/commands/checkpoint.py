@@ -161,6 +161,7 @@ def _row(one: Checkpoint) -> dict[str, Any]:
         "attempt": one.token.attempt,
         "time": one.time,
         "bytes": one.bytes,
+        "written_bytes": one.written_bytes,
         "plan": one.plan.describe(),
         "path": str(one.path),
     }
