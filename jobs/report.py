@@ -3,7 +3,8 @@
 Kinds, with their fields beside ``kind`` and ``time`` (UTC seconds):
 
 ``started``     the process runs our code: ``pid``
-``restored``    state is in place: ``step`` (next step to run), ``seconds``
+``restored``    state is in place: ``step`` (next step to run), ``seconds``; in bytes of tensors, what the rank has
+                read from the checkpoint and got from other ranks: ``read_bytes``, ``received_bytes``
 ``training``    every rank is ready and the first step begins: ``step``
 ``step``        an optimizer step is done: ``step``, and what comes ``next``: ``step``, ``save`` or ``finish`` (sent by
                 every rank; again, with the same ``step``, when a checkpoint is saved)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 from jobs.checkpoint.errors import CorruptCheckpoint, storage_error
 from jobs.checkpoint.layout import place_of
 from jobs.checkpoint.manifest import Manifest, ShardRecord, read_manifest
 from jobs.checkpoint.shardfile import DamagedShard, ShardHeader, StoredSlice, read_block, read_header
-from jobs.location import Location, locate
+from jobs.location import Location, Url, locate
 
 
 class ShardSource(Protocol):
@@ -18,7 +19,11 @@ class ShardSource(Protocol):
     Attributes:
         path: Names the checkpoint in errors.
         manifest: What the checkpoint consists of.
+        shared_reads: Every rank reaches every shard, at a cost: each block is then read by one rank and sent to the
+            others that need it. Without, each rank reads what it needs.
     """
+
+    shared_reads: bool
 
     @property
     def path(self) -> Location:
@@ -45,6 +50,8 @@ class DiskSource:
         CorruptCheckpoint: The manifest is damaged.
         StorageError: It cannot be read.
     """
+
+    shared_reads = True
 
     def __init__(self, manifest: str | Location) -> None:
         self.path = locate(manifest)
@@ -76,3 +83,8 @@ class DiskSource:
             raise CorruptCheckpoint(self.path, str(error)) from error
         except OSError as error:
             raise storage_error("read the checkpoint shard", header.path, error) from error
+
+
+def source_of(checkpoint: str | Location | ShardSource) -> ShardSource:
+    """The source of a checkpoint that is named by its manifest, or that source itself."""
+    return DiskSource(checkpoint) if isinstance(checkpoint, str | Path | Url) else checkpoint

@@ -112,7 +112,8 @@ class Pretrain:
         recorded = SampleSchedule.from_state(restored.extra["sampler"])
         self._schedule = continued(recorded, restored.step + 1, self._job.batch.global_batch, self._job.skips)
         self._watch = LossWatch(self._job.train.spike_sigmas, restored.extra.get("losses", ()))
-        self._reporter.send("restored", step=restored.step + 1, seconds=time.perf_counter() - begin)
+        seconds, moved = time.perf_counter() - begin, dataclasses.asdict(restored.traffic)
+        self._reporter.send("restored", step=restored.step + 1, seconds=seconds, **moved)
         return restored.step
 
     def _step(self, step: int, *, then: str) -> None:

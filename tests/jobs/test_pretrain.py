@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from jobs.checkpoint import CorruptCheckpoint
+from jobs.checkpoint.exchange import Traffic
 from jobs.checkpoint.manifest import Manifest, TrainerState
 from jobs.checkpoint.restore import RestoredState
 from jobs.numerics import BlowUp, LossWatch
@@ -44,7 +45,7 @@ def restored_from(job: JobSpec) -> RestoredState:
         extra={},
     )
     extra = {"data": {"digest": job.data.digest, "vocab": job.data.vocab}, "seed": job.train.seed}
-    return RestoredState(step=4, extra=extra, manifest=manifest)
+    return RestoredState(step=4, extra=extra, manifest=manifest, traffic=Traffic())
 
 
 def test_the_same_run_is_welcome_under_another_name_and_plan(job: JobSpec) -> None:

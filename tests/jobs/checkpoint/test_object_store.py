@@ -146,7 +146,7 @@ def test_damage_is_found(root: Url) -> None:
     client().rm_file(str(place_of(good).shard(0)))
     assert verify(good) == [f"{place_of(good).shard(0)} is missing"]
     with pytest.raises(CorruptCheckpoint, match="damaged"):
-        Reader(good)._read_next_header()
+        Reader(good).read_flat("w", "master", 0, 300)
 
 
 def test_digest_and_export_read_it(root: Url, tmp_path: Path) -> None:
