@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,10 @@ class RestoredState:
     traffic: Traffic
 
 
-def restore(engine: Any, checkpoint: str | Location | ShardSource, *, hooks: Hooks | None = None) -> RestoredState:
+Source = str | Location | ShardSource
+
+
+def restore(engine: Any, source: Source | Callable[[], Source], *, hooks: Hooks | None = None) -> RestoredState:
     """Bring a fresh engine to the state of a checkpoint. Collective.
 
     Under the plan that wrote it, training goes on bit-identically. After an error the engine's state is undefined, and
@@ -47,7 +50,8 @@ def restore(engine: Any, checkpoint: str | Location | ShardSource, *, hooks: Hoo
 
     Args:
         engine: A :class:`jobs.engine.Engine`, or a DeepSpeed engine.
-        checkpoint: The manifest, or another source of shards.
+        source: Path of the manifest, another source of shards, or what opens one (so that its errors, too, are raised
+            on every rank).
         hooks: Whom to tell.
 
     Raises:
@@ -59,22 +63,22 @@ def restore(engine: Any, checkpoint: str | Location | ShardSource, *, hooks: Hoo
     ds = getattr(engine, "ds", engine)
     optimizer = access(ds)
     error: Exception | None = None
-    source: ShardSource | None = None
+    shards: ShardSource | None = None
     try:
-        source = source_of(checkpoint)
-        _require_same_tensors(optimizer, source)
+        shards = source_of(source() if callable(source) else source)
+        _require_same_tensors(optimizer, shards)
     except (StorageError, ResumeRefused) as caught:
         error = caught
     agree(error)  # before the collectives below, in which a failed rank would be waited for
-    assert source is not None
-    manifest, traffic = source.manifest, Traffic()
+    assert shards is not None
+    manifest, traffic = shards.manifest, Traffic()
     try:
         with torch.no_grad():
             optimizer.create_moments()
-            catalogue = Catalogue(source, rank_and_world()[0])
-            traffic = fill(source, catalogue, _targets(optimizer))
+            catalogue = Catalogue(shards, rank_and_world()[0])
+            traffic = fill(shards, catalogue, _targets(optimizer))
         set_trainer_state(optimizer, manifest.trainer)
-        _restore_rank_state(source, catalogue)
+        _restore_rank_state(shards, catalogue)
     except (StorageError, ResumeRefused) as caught:
         error = caught
     agree(error)

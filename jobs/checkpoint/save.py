@@ -1,11 +1,14 @@
-"""Save: copy the state out of the engine, write it behind, and commit when every rank's part is durable."""
+"""Save: copy the state out of the engine, write it behind, and commit when every rank's part is durable.
+
+:func:`snapshot` is the first phase; the second is :func:`persist` here, for a gang that writes for itself, and the
+persister of the node otherwise (:mod:`jobs.checkpoint.saver`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from jobs.checkpoint.fragments import MOMENTS, Fragment, OptimizerAccess, access
+from jobs.checkpoint.fragments import Fragment, OptimizerAccess, access
 from jobs.checkpoint.gang import agree, rank_and_world
+from jobs.checkpoint.image import Image
 from jobs.checkpoint.layout import Place, Token, place_of
-from jobs.checkpoint.manifest import Manifest, TrainerState, commit
-from jobs.checkpoint.part import read_part, record_of, withdraw, write_part
-from jobs.checkpoint.shardfile import Slice
+from jobs.checkpoint.manifest import TrainerState
+from jobs.checkpoint.parts import Whole, commit_parts, read_part, withdraw_part, write_part
+from jobs.checkpoint.shardfile import KINDS, Slice
 from jobs.checkpoint.state import rng_state, trainer_state
 from jobs.hooks import Hooks, NoHooks
 from jobs.location import Location, locate
@@ -35,14 +39,14 @@ class Snapshot:
 
     Attributes:
         step: Optimizer steps that the state contains.
-        pieces: Each slice with its data per kind.
+        pieces: Each slice with its data per kind: arrays or bytes.
         trainer: State that is the same on every rank.
         rank_state: State of this rank beside the tensors.
         stall_s: Seconds that the copy took.
     """
 
     step: int
-    pieces: tuple[tuple[Slice, Mapping[str, Array]], ...]
+    pieces: tuple[tuple[Slice, Mapping[str, Any]], ...]
     trainer: TrainerState
     rank_state: Mapping[str, Any]
     stall_s: float
@@ -103,35 +107,52 @@ def snapshot(engine: Any, step: int) -> Snapshot:
     """Copy this rank's part of the state to host memory. Not collective; training may go on afterwards."""
     begin = time.perf_counter()
     optimizer = access(getattr(engine, "ds", engine))
-    with torch.no_grad():
-        pieces = tuple(
-            _copy(optimizer, fragment) for fragment in optimizer.fragments() if fragment.save[0] < fragment.save[1]
-        )
+    image = image_of_state(optimizer)
+    buffer = np.empty(image.bytes, np.uint8)
+    copy_state(optimizer, image, buffer.view(np.float32))
     return Snapshot(
         step=step,
-        pieces=pieces,
+        pieces=tuple(image.pieces(buffer.data)),
         trainer=trainer_state(optimizer),
         rank_state={"rng": rng_state()},
         stall_s=time.perf_counter() - begin,
     )
 
 
-def _copy(optimizer: OptimizerAccess, fragment: Fragment) -> tuple[Slice, dict[str, Array]]:
-    low, high = fragment.save
-    whole = fragment.slice
-    piece = Slice(name=whole.name, shape=whole.shape, box=whole.box, start=whole.start + low, stop=whole.start + high)
-    data = {"master": _to_host(fragment.master[low:high])}
-    for kind in MOMENTS:
-        moment = optimizer.moment(fragment, kind)
-        data[kind] = np.zeros(high - low, np.float32) if moment is None else _to_host(moment[low:high])
-    return piece, data
+def image_of_state(optimizer: OptimizerAccess) -> Image:
+    """What this rank saves, and how it lies in a buffer; the same as long as the engine lives."""
+    return Image(slices=tuple(_piece(fragment) for fragment in _saved(optimizer)))
 
 
-def _to_host(view: torch.Tensor) -> Array:
-    if view.dtype != torch.float32:
+def copy_state(optimizer: OptimizerAccess, image: Image, buffer: Array) -> None:
+    """Copy the state into a buffer of ``image.bytes``: all that a step has to stand still for."""
+    with torch.no_grad():
+        for index, fragment in enumerate(_saved(optimizer)):
+            low, high = fragment.save
+            for kind in KINDS:
+                at = image.offset(kind, index)
+                view = fragment.master if kind == "master" else optimizer.moment(fragment, kind)
+                _copy(None if view is None else view[low:high], buffer[at : at + high - low])
+
+
+def _saved(optimizer: OptimizerAccess) -> list[Fragment]:
+    return [fragment for fragment in optimizer.fragments() if fragment.save[0] < fragment.save[1]]
+
+
+def _piece(fragment: Fragment) -> Slice:
+    (low, high), whole = fragment.save, fragment.slice
+    return Slice(name=whole.name, shape=whole.shape, box=whole.box, start=whole.start + low, stop=whole.start + high)
+
+
+def _copy(view: torch.Tensor | None, out: Array) -> None:
+    if view is None:  # a moment before the first step
+        out.fill(0.0)
+    elif view.dtype != torch.float32:
         raise PhalanxError(f"Optimizer state is {view.dtype}, and checkpoints hold float32.")
-    copy: Array = view.detach().to("cpu", copy=True).numpy()
-    return copy
+    elif view.device.type == "cpu":
+        np.copyto(out, view.detach().numpy())  # one memcpy; torch's own copy is slower on one thread
+    else:
+        torch.from_numpy(out).copy_(view.detach())
 
 
 def persist(
@@ -151,7 +172,9 @@ def persist(
     hooks.checkpoint_begin(snap.step)
     error: Exception | None = None
     try:
-        _write_part(place, rank, snap, place_of(locate(base)) if base else None)
+        pieces = [(piece, {kind: memoryview(data[kind]) for kind in KINDS}) for piece, data in snap.pieces]
+        earlier = place_of(locate(base)) if base else None
+        write_part(place, rank, pieces, snap.rank_state, snap.trainer.optimizer_steps, base=earlier)
         hooks.checkpoint_shards_written(snap.step)
     except StorageError as caught:
         error = caught
@@ -159,52 +182,17 @@ def persist(
         agree(error)
     except PhalanxError:
         if error is None:
-            withdraw(place, rank)
+            withdraw_part(place, rank)
         raise
     total: list[int] | None = None
     try:
         if rank == 0:
-            total = _commit(place, world, job, snap, extra)
+            parts = [read_part(place, other) for other in range(world)]
+            whole = Whole(run_id=job.run_id, plan=job.plan, model=job.model, trainer=snap.trainer, extra=extra)
+            manifest = commit_parts(place, parts, whole)
+            total = [manifest.bytes, manifest.written_bytes]
     except (PhalanxError, TypeError, ValueError) as caught:  # also what is no JSON in extra
         error = caught
     total = agree(error, total)[0]
-    whole, written = total or (0, 0)
-    return Saved(path=place.manifest, bytes=whole, written_bytes=written, stall_s=snap.stall_s)
-
-
-def _write_part(place: Place[Location], rank: int, snap: Snapshot, base: Place[Location] | None) -> None:
-    """This rank's shard and, once that is durable, its sidecar."""
-    views = [(piece, {kind: array.data for kind, array in data.items()}) for piece, data in snap.pieces]
-    steps = snap.trainer.optimizer_steps
-    write_part(place, rank, views, snap.rank_state, optimizer_steps=steps, base=base)
-
-
-def _commit(place: Place[Location], world: int, job: JobSpec, snap: Snapshot, extra: Mapping[str, Any]) -> list[int]:
-    parts = [read_part(place, rank) for rank in range(world)]
-    tensors = _tensors(parts)
-    if len({part["optimizer_steps"] for part in parts}) > 1:
-        raise PhalanxError(f"The ranks have made different numbers of optimizer steps at step {snap.step}.")
-    manifest = Manifest(
-        run_id=job.run_id,
-        step=snap.step,
-        epoch=place.token.epoch,
-        attempt=place.token.attempt,
-        time=time.time(),
-        plan=job.plan,
-        model=job.model,
-        tensors=tensors,
-        shards=tuple(record_of(part) for part in parts),
-        trainer=snap.trainer,
-        extra=extra,
-    )
-    commit(place.root, manifest)
-    return [manifest.bytes, manifest.written_bytes]
-
-
-def _tensors(parts: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
-    tensors = {name: tuple(shape) for part in parts for name, shape in part["tensors"].items()}
-    stored = sum(part["elements"] for part in parts)
-    wanted = sum(math.prod(shape) for shape in tensors.values())
-    if stored != wanted:
-        raise PhalanxError(f"The shards hold {stored} elements, and the model has {wanted}.")
-    return dict(sorted(tensors.items()))
+    size, written = total or (0, 0)
+    return Saved(path=place.manifest, bytes=size, written_bytes=written, stall_s=snap.stall_s)

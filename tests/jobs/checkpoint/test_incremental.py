@@ -13,7 +13,7 @@ from jobs.checkpoint.digest import weights_digest
 from jobs.checkpoint.errors import CorruptCheckpoint
 from jobs.checkpoint.layout import Place, Token, place_of
 from jobs.checkpoint.manifest import Origin, commit
-from jobs.checkpoint.part import record_of, write_part
+from jobs.checkpoint.parts import write_part
 from jobs.checkpoint.reader import Reader
 from jobs.checkpoint.shardfile import KINDS, Slice
 from jobs.checkpoint.slices import whole
@@ -34,12 +34,12 @@ def save(
             rank,
             [(piece, filled(piece, value))],
             {"rng": f"rank {rank} at step {step}"},
-            optimizer_steps=step,
+            step,
             base=place_of(base) if base else None,
         )
         for rank, (piece, value) in enumerate(zip(HALVES, values, strict=True))
     ]
-    return commit(root, manifest_of(place, [record_of(part) for part in parts], {"w": SHAPE}))
+    return commit(root, manifest_of(place, [part.record for part in parts], {"w": SHAPE}))
 
 
 def filled(piece: Slice, value: float) -> dict[str, memoryview]:
@@ -128,7 +128,7 @@ def test_what_this_gang_is_writing_stays(tmp_path: Path) -> None:
     first = save(tmp_path, 1, (1.0, 2.0))
     second = save(tmp_path, 2, (1.0, 2.0), first)
     writing = Place(tmp_path, 3, Token(1, 1))
-    write_part(writing, 0, [(HALVES[0], filled(HALVES[0], 9.0))], {}, optimizer_steps=3, base=place_of(second))
+    write_part(writing, 0, [(HALVES[0], filled(HALVES[0], 9.0))], {}, 3, base=place_of(second))
     prune(tmp_path, 1, token=(1, 1))
     assert writing.shard(0).exists()
     assert verify(second, deep=True) == []
@@ -169,11 +169,11 @@ def test_a_commit_checks_what_it_refers_to(tmp_path: Path) -> None:
     first = save(tmp_path, 1, (1.0, 2.0))
     place = Place(tmp_path, 2, Token(1, 1))
     parts = [
-        write_part(place, rank, [(piece, filled(piece, 1.0 + rank))], {}, optimizer_steps=2, base=place_of(first))
+        write_part(place, rank, [(piece, filled(piece, 1.0 + rank))], {}, 2, base=place_of(first))
         for rank, piece in enumerate(HALVES)
     ]
     shard(first, 1).unlink()
-    manifest = manifest_of(place, [record_of(part) for part in parts], {"w": SHAPE})
+    manifest = manifest_of(place, [part.record for part in parts], {"w": SHAPE})
     with pytest.raises(Exception, match="cannot be committed"):
         commit(tmp_path, manifest)
     assert dataclasses.replace(manifest).bytes > manifest.written_bytes
