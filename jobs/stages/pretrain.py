@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from jobs.checkpoint.errors import storage_error
 from jobs.checkpoint.gang import gang_weights_digest, gather
+from jobs.checkpoint.identity import differences
 from jobs.checkpoint.layout import sync_dir, write_durably
 from jobs.checkpoint.memory import generation_of
 from jobs.checkpoint.memory_source import MemorySource, read_point
@@ -247,19 +248,11 @@ def refuse_another_run(restored: RestoredState, job: JobSpec) -> None:
     Raises:
         ResumeRefused: Lists every difference.
     """
-    extra = restored.extra
-    model = dataclasses.replace(restored.manifest.model, name=job.model.name)  # a name changes nothing
-    pairs = [
-        ("model", model, job.model),
-        ("data digest", extra["data"]["digest"], job.data.digest),
-        ("vocabulary", extra["data"]["vocab"], job.data.vocab),
-        ("seed", extra["seed"], job.train.seed),
-    ]
-    differences = [f"{name}: {there} in the checkpoint, {here} here" for name, there, here in pairs if there != here]
-    if differences:
+    found = differences(restored.manifest, job)
+    if found:
         raise ResumeRefused(
             f"The checkpoint of step {restored.step} is of another run.",
-            why="; ".join(differences),
+            why="; ".join(found),
             hint="Resume with the model, corpus, vocabulary and seed of the run, or start a new run.",
         )
 
