@@ -68,8 +68,11 @@ def check_bit_identical(pool: WarmPool, tmp_path: Path, job: dict[str, Any], wor
     assert first[0]["results"][0] != first[0]["results"][1]
     check_stored_once(path)
     check_read_once(path, second)
-    if job["plan"]["zero_stage"] or job["plan"]["dp"] == 1:
-        assert [row["received"] for row in second] == [0] * world, "the same plan finds all of it in its own shards"
+    received = sum(row["received"] for row in second)
+    if job["plan"]["zero_stage"] and job["plan"]["tp"] == job["plan"]["pp"] == 1:
+        assert received == 0, "the same plan finds all of it in its own shards"
+    elif job["plan"]["zero_stage"]:
+        assert received < sum(row["read"] for row in second), "only copies (norms, tied embeddings) travel"
     return path
 
 
@@ -269,7 +272,8 @@ def universal(pool: WarmPool, tmp_path_factory: pytest.TempPathFactory) -> tuple
     rows = pool.run(
         SAVE, world_size=world, timeout_s=TIMEOUT_S, arguments={"job": job, "steps": 3, "more": 3}, run_dir=str(folder)
     )
-    learning = {"lr": 1.0, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    rate = float.fromhex(rows[0]["results"][0][2])  # of the step to come, as the command line computes it
+    learning = {"lr": rate, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     export_universal(rows[0]["path"], folder / "out", learning=learning)
     return folder / "out", rows[0]["results"]
 
