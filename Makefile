@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt setuptools wheel ninja py-cpuinfo
 	$(BIN)/python -m pip install -q -c constraints.txt torch numpy
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation deepspeed
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[ray,train,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[ray,train,s3,dev]'
 	touch $(STAMP)
 
 demo: setup

@@ -27,7 +27,8 @@
         attempts/N/errors.json  what its ranks died of, equal errors grouped
         attempts/N/hang.json    where every rank stood when the gang made no progress
         attempts/N/rank-R.log   logs of rank 0 and of the first failing rank; the others stay on their node
-        checkpoints/            see jobs.checkpoint
+        checkpoints/            see jobs.checkpoint; or, instead of that folder,
+        checkpoints.url         where else they are kept: a path or an object store
         faults/ID.json          proof that an injected fault fired (create-exclusive)
         control/cancel.json     a request to cancel (create-exclusive)
         control/proposals/      requests of resumes that have not won control (yet)
@@ -39,6 +40,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+
+from jobs.location import Location, locate
 
 
 class RunPaths:
@@ -67,12 +70,21 @@ class RunPaths:
         self.controllers = self.root / "controllers"
         self.agents = self.root / "agents"
         self.attempts = self.root / "attempts"
-        self.checkpoints = self.root / "checkpoints"
+        self.checkpoint_dir = self.root / "checkpoints"
+        self.pointer = self.root / "checkpoints.url"
         self.faults = self.root / "faults"
         self.control = self.root / "control"
         self.cancel = self.control / "cancel.json"
         self.ambush = self.control / "ambush.json"
         self.sites = self.root / "sites.json"
+
+    @property
+    def checkpoints(self) -> Location:
+        """Where the checkpoints of the run are kept. Raises OSError: the run directory cannot be read."""
+        try:
+            return locate(self.pointer.read_text().strip())
+        except FileNotFoundError:
+            return self.checkpoint_dir
 
     def attempt(self, number: int) -> Path:
         """Folder of attempt ``number``."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -12,6 +11,7 @@ from jobs.checkpoint.reader import Reader
 from jobs.data import TokenStore
 from jobs.data.tokenizer import END_OF_TEXT_ID
 from jobs.distributed import Grid
+from jobs.location import Location
 from jobs.models.gpt import Decoder, Recipe
 from jobs.parallel.meta import ParamMeta
 from jobs.spec import JobSpec
@@ -20,7 +20,7 @@ TEMPERATURE = 0.7
 TOP_K = 40
 
 
-def generate(job: JobSpec, manifest: Path, store: TokenStore) -> str:
+def generate(job: JobSpec, manifest: Location, store: TokenStore) -> str:
     """Continue the job's prompt by ``train.sample_tokens`` tokens; a pure function of job and checkpoint.
 
     Raises:
@@ -37,7 +37,7 @@ def generate(job: JobSpec, manifest: Path, store: TokenStore) -> str:
     return store.decode(tokens)
 
 
-def load(job: JobSpec, manifest: Path) -> Decoder:
+def load(job: JobSpec, manifest: Location) -> Decoder:
     """The model of a checkpoint as one rank, in fp32 on the CPU."""
     reader = Reader(manifest)
     model = Decoder(Recipe.of(job.model, Grid(), seed=job.train.seed, recompute="none"))

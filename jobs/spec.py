@@ -84,11 +84,14 @@ class CheckpointSpec:
         every: Steps between checkpoints on disk; 0 leaves only the one after the last step.
         memory_every: Steps between checkpoints in memory; 0 for none.
         keep: Number of newest committed checkpoints kept.
+        url: Where else than in the run directory they are kept, for example ``s3://BUCKET/PREFIX``, or a folder; each
+            run has a folder of its name there. Credentials come from the environment.
     """
 
     every: int = 10
     memory_every: int = 0
     keep: int = 3
+    url: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

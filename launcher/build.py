@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from jobs.location import locate
 from jobs.spec import DataSpec, JobSpec, TrainSpec, engine_config
 from launcher.request import LaunchRequest
 from launcher.schema import Config
@@ -68,7 +69,20 @@ def settle(config: Config, *, name: str, cwd: Path) -> Config:
             cache=absolute(cache) if cache else os.path.join(run_dir, ".data"),
         ),
         job=replace(config.job, workdir=absolute(config.job.workdir)),
+        checkpoint=replace(config.checkpoint, url=_address(config.checkpoint.url, absolute)),
     )
+
+
+def _address(url: str | None, absolute: Callable[[str], str]) -> str | None:
+    """Where checkpoints are kept, checked; None for the run directory.
+
+    Raises:
+        ConfigError: Nothing is known of such a place, or it carries credentials.
+    """
+    if not url:
+        return None
+    place = locate(url)
+    return absolute(str(place)) if isinstance(place, Path) else str(place)
 
 
 def default_name(config: Config, stamp: str, token: str) -> str:
@@ -196,7 +210,9 @@ def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
         batch=sketch.batch,
         train=train,
         data=DataSpec(kind=config.data.kind, path=config.data.path or "", vocab=0),
-        checkpoint=config.checkpoint,
+        checkpoint=replace(config.checkpoint, url=f"{config.checkpoint.url}/{run_dir.name}")
+        if config.checkpoint.url
+        else config.checkpoint,
         deepspeed={} if script else engine_config(sketch.plan, train),
         skips=config.train.skips,
         faults=resolved_faults(config, sketch),

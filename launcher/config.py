@@ -358,6 +358,9 @@ def _contradictions(config: Config) -> list[Problem]:
         found.append(
             Problem(key="faults", message="are injected by our own worker, not into scripts", hint="Use faults=[].")
         )
+    if config.job.kind == "script" and config.checkpoint.url:
+        message = "a script writes its checkpoints itself, to $PHALANX_CKPT_DIR in the run directory"
+        found.append(Problem(key="checkpoint.url", message=message, hint="Leave it out."))
     if config.strategy.auto and config.job.kind == "script":
         message = "a script brings its own parallelism: there is nothing to choose"
         found.append(Problem(key="strategy.auto", message=message, hint="Use strategy=default."))

@@ -33,6 +33,7 @@ from launcher.run import Attempt, EventKind, Run, RunEvent, RunState, fold
 from launcher.sizing import plan_of
 from launcher.store import RunStore
 from strategies.codec import to_json
+from strategies.errors import StorageError
 from strategies.plan import ParallelPlan
 
 SCHEMA_VERSION = 1
@@ -91,7 +92,7 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "restarts": run.restarts,
         "recoveries": recoveries(events),
         "incidents": [_incident(one) for one in books.incidents],
-        "checkpoint": _checkpoint(store.paths, script=script),
+        "checkpoint": _checkpoint(store.paths, events, script=script),
         "skips": skips.skipped(request.job, run),
         "faults": progress.fault_records(store.paths),
         "ledger": dict(books.seconds),
@@ -207,11 +208,15 @@ def _ranks(paths: RunPaths, run: Run) -> list[dict[str, Any]]:
     return rows if isinstance(rows, list) else []
 
 
-def _checkpoint(paths: RunPaths, *, script: bool) -> dict[str, Any] | None:
+def _checkpoint(paths: RunPaths, events: Sequence[RunEvent], *, script: bool) -> dict[str, Any] | None:
     if script:
         point = progress.resume_point(paths, script=True)
         return {"step": point.step, "path": point.path} if point.path else None
-    found = list_checkpoints(paths.checkpoints)
+    try:
+        found = list_checkpoints(paths.checkpoints)
+    except StorageError:  # a store that does not answer: what the log knows
+        commits = [event.data for event in events if event.kind is EventKind.CHECKPOINT_COMMITTED]
+        return {"step": commits[-1]["step"], "path": commits[-1]["path"]} if commits else None
     return {"step": found[0].step, "path": str(found[0].path)} if found else None
 
 

@@ -179,7 +179,9 @@ class GangState:
             return self._begin_training(int(data["step"]))
         elif kind == "checkpoint" and int(data["step"]) not in self.commits:
             self.commits.add(int(data["step"]))
-            fields: dict[str, Any] = {key: data[key] for key in ("step", "path", "bytes", "stall_s") if key in data}
+            fields: dict[str, Any] = {
+                key: data[key] for key in ("step", "path", "bytes", "written_bytes", "stall_s") if key in data
+            }
             return [Note(kind=EventKind.CHECKPOINT_COMMITTED, data=fields)]
         elif kind == "error":
             self.errors[rank] = data

@@ -129,6 +129,7 @@ def create(request: LaunchRequest, config: Config, shipment: Shipment | None) ->
         ship_code(store.paths.code)
         if shipment is not None:
             ship_project(shipment, Path(request.job.workdir))
+        store.place_checkpoints(request)  # last: what is elsewhere does not go away with the run directory
     except BaseException:
         shutil.rmtree(store.paths.root, ignore_errors=True)
         raise

@@ -51,9 +51,9 @@ def _manifest_point(paths: RunPaths, rejected: frozenset[str]) -> ResumePoint:
 
 def _script_point(paths: RunPaths, rejected: frozenset[str]) -> ResumePoint:
     """A script's checkpoint is a folder named by its step with a file COMMIT in it."""
-    if not paths.checkpoints.is_dir():
+    if not paths.checkpoint_dir.is_dir():
         return ResumePoint()
-    steps = [path for path in paths.checkpoints.iterdir() if path.name.isdigit() and (path / "COMMIT").exists()]
+    steps = [path for path in paths.checkpoint_dir.iterdir() if path.name.isdigit() and (path / "COMMIT").exists()]
     usable = [path for path in steps if str(path) not in rejected]
     if not usable:
         return ResumePoint()

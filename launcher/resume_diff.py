@@ -60,6 +60,7 @@ _RULES: tuple[tuple[str, Verdict | None, str], ...] = (
     ("data.vocab", "refused", "the vocabulary of the checkpoints is another one"),
     ("data", "refused", "other text would be other samples under the same numbers"),
     ("plan", "changes the run", "the same losses, but only to rounding: no longer bit-identical"),
+    ("checkpoint.url", "refused", "the checkpoints of the run lie where it began"),
     ("checkpoint", "safe", "when checkpoints are made does not change the numbers"),
     ("skips", "changes the run", "other samples at the steps to come"),
     ("faults", "safe", "recovery is exact"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs.paths import RunPaths
 from jobs.spec import JobSpec
-from launcher import build, launch, progress, proposal, render
+from launcher import build, launch, progress, proposal, render, resume_checks
 from launcher.config import recompose
 from launcher.describe import plan_line
 from launcher.follow import Screen
@@ -72,11 +72,13 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
         say: Told about the preparation of data.
 
     Raises:
-        ResumeRefused: The run has succeeded, or a live controller owns it.
+        ResumeRefused: The run has succeeded, a live controller owns it, or its checkpoints are another run's.
+        StorageError: None of its checkpoints can be used.
         PlanInfeasible: The new plan breaks rules.
     """
     run, before = store.run(), store.request()
     _check_free(store, run)
+    passed_over = resume_checks.check(store, run, before)
     config = recompose(store.paths.config, overrides)
     here = store.paths.root.absolute()
     config = replace(config, run=replace(config.run, dir=str(here.parent)))
@@ -101,6 +103,7 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
         changes=changes,
         live=_live_steps(store, run),
     )
+    text = "\n".join([text, *(f"passed over, damaged: {one}" for one in passed_over)])
     return ResumePlan(
         name=store.name,
         config=config,

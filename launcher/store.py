@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -11,7 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.checkpoint.claim import claim, require_ours
 from jobs.checkpoint.layout import sync_dir
+from jobs.location import locate
 from jobs.paths import RunPaths
 from launcher.host.logs import KEPT_ATTEMPTS
 from launcher.request import LaunchRequest
@@ -189,6 +192,33 @@ class RunStore:
     def secret(self) -> bytes:
         """Key of the control connections."""
         return self.paths.secret.read_bytes().strip()
+
+    @property
+    def owner(self) -> str:
+        """What identifies the run where others keep checkpoints too; says nothing about the secret."""
+        return hashlib.sha256(b"checkpoints of " + self.secret()).hexdigest()[:32]
+
+    def place_checkpoints(self, request: LaunchRequest) -> None:
+        """Claim the place of the checkpoints, if it is not the run directory.
+
+        Raises:
+            ConfigError: Another run keeps its checkpoints there.
+            StorageError: They cannot be kept there.
+        """
+        url = request.job.checkpoint.url
+        if url:
+            claim(locate(url), run=self.name, owner=self.owner)
+            write_atomic(self.paths.pointer, url.encode() + b"\n")
+
+    def require_checkpoints(self) -> None:
+        """Refuse to go on with what another run has saved, or where everything is gone.
+
+        Raises:
+            ResumeRefused: The checkpoints are another run's.
+            StorageError: They are gone, or cannot be read.
+        """
+        if self.paths.pointer.exists():
+            require_ours(self.paths.checkpoints, run=self.name, owner=self.owner)
 
     def append(self, kind: EventKind, *, epoch: int = 0, attempt: int = 0, **data: Any) -> RunEvent:
         """Append one event, durably.

@@ -9,6 +9,10 @@ On disk::
                 shard-00003.json               size and digest of the shard, written once the shard is durable
             e0001-a0002.manifest.json          the commit: created exclusively, after everything above is durable
 
+The folder may as well be a prefix of an object store (:mod:`jobs.checkpoint.storage`), where ``run.json`` says whose
+checkpoints these are (:mod:`jobs.checkpoint.claim`). A shard whose data have not changed since an earlier checkpoint
+holds the state of its rank alone; the manifest says in which earlier shard the data are.
+
 What is called from outside (all other names are internal)::
 
     jobs.checkpoint.manifest   newest, list_checkpoints, damaged, verify, Checkpoint            pure, no numpy

@@ -11,14 +11,14 @@ import hashlib
 import math
 from collections.abc import Sequence
 from itertools import chain
-from pathlib import Path
 
 from jobs.checkpoint.manifest import Manifest
 from jobs.checkpoint.reader import Reader
 from jobs.checkpoint.shardfile import BLOCK_ELEMENTS
+from jobs.location import Location
 
 
-def partial_digest(manifest: str | Path, rank: int, world: int) -> list[str]:
+def partial_digest(manifest: str | Location, rank: int, world: int) -> list[str]:
     """The block digests of one share of the blocks, in order.
 
     Args:
@@ -55,7 +55,7 @@ def combine_digests(manifest: Manifest, partials: Sequence[Sequence[str]]) -> st
     return total.hexdigest()
 
 
-def weights_digest(manifest: str | Path) -> str:
+def weights_digest(manifest: str | Location) -> str:
     """The digest of the weights, computed by this process alone; raises as :func:`partial_digest`."""
     return combine_digests(Reader(manifest).manifest, [partial_digest(manifest, 0, 1)])
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-from pathlib import Path
 
+from jobs.location import Location, Url
 from strategies.errors import StorageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -18,7 +18,7 @@ class CorruptCheckpoint(StorageError):
         reason: What does not match, naming the file.
     """
 
-    def __init__(self, path: str | Path, reason: str) -> None:
+    def __init__(self, path: str | Location, reason: str) -> None:
         super().__init__(
             f"The checkpoint {path} is damaged.",
             why=reason,
@@ -32,7 +32,7 @@ class CheckpointConflict(StorageError):
     """Another writer has committed, or holds a higher token: this writer has been fenced."""
 
 
-def storage_error(doing: str, path: str | Path, error: OSError) -> StorageError:
+def storage_error(doing: str, path: str | Location, error: OSError) -> StorageError:
     """Explain a failed system call.
 
     Args:
@@ -40,7 +40,9 @@ def storage_error(doing: str, path: str | Path, error: OSError) -> StorageError:
         path: The file or folder.
         error: What the operating system said.
     """
-    if error.errno in _FULL:
+    if isinstance(path, Url) or "://" in str(path):
+        hint = "Check checkpoint.url, that the store answers, and the credentials in the environment of every node."
+    elif error.errno in _FULL:
         hint = "Free space there (or lower checkpoint.keep), then resume the run: committed checkpoints are intact."
     else:
         hint = "Check that the file system is mounted, healthy and writable, then resume the run."

@@ -7,6 +7,7 @@ appears at once and whole, or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from jobs.checkpoint.errors import storage_error
 from jobs.checkpoint.layout import sync_dir
 from jobs.checkpoint.reader import Reader
+from jobs.location import Location
 from strategies.errors import ConfigError
 from strategies.specs import ModelSpec
 
@@ -67,7 +69,7 @@ class Exported:
 
 
 def export(
-    manifest: str | Path,
+    manifest: str | Location,
     target: Path,
     *,
     dtype: Dtype = "fp32",
@@ -90,21 +92,33 @@ def export(
     """
     reader = Reader(manifest)
     config, parts = layout(reader.manifest.model)
+    with appearing(target) as folder:
+        written = _write(reader, parts, folder, dtype, file_bytes, progress)
+        config |= {"torch_dtype": _NAMES[dtype][1]}
+        _write_json(folder / "config.json", config)
+    return Exported(path=target, files=written[0], tensors=len(parts), bytes=written[1])
+
+
+@contextlib.contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``target`` at once and whole, or not at all.
+
+    Raises:
+        ConfigError: ``target`` exists.
+        StorageError: It cannot be written.
+    """
     if target.exists():
         raise ConfigError(f"{target} exists already.", hint="Give --to the name of a folder that does not exist yet.")
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         aside.mkdir(parents=True)
-        written = _write(reader, parts, aside, dtype, file_bytes, progress)
-        config |= {"torch_dtype": _NAMES[dtype][1]}
-        _write_json(aside / "config.json", config)
+        yield aside
         os.rename(aside, target)
         sync_dir(target.parent)
     except OSError as error:
         raise storage_error("export the checkpoint to", target, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return Exported(path=target, files=written[0], tensors=len(parts), bytes=written[1])
 
 
 def layout(model: ModelSpec) -> tuple[dict[str, Any], list[Part]]:

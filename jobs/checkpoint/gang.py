@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from jobs.checkpoint.digest import combine_digests, partial_digest
 from jobs.checkpoint.errors import CheckpointConflict, CorruptCheckpoint
 from jobs.checkpoint.manifest import read_manifest
+from jobs.location import Location
 from strategies.errors import PhalanxError, ResumeRefused, StorageError
 
 _KINDS: dict[str, type[PhalanxError]] = {
@@ -31,20 +31,26 @@ def gather(value: Any) -> list[Any]:
 
     (``all_gather_object`` would do it with pickles.)
     """
+    if rank_and_world()[1] == 1:
+        return [value]
+    return [json.loads(text) for text in gather_bytes(json.dumps(value).encode())]
+
+
+def gather_bytes(value: bytes) -> list[bytes]:
+    """Every rank's bytes (at least one), in the order of ranks. Collective."""
     _, world = rank_and_world()
     if world == 1:
         return [value]
-    device = _device()
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
-    dist.all_gather(sizes, torch.tensor([data.numel()], dtype=torch.int64, device=device))
+    where = device()
+    data = torch.frombuffer(bytearray(value), dtype=torch.uint8).to(where)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=where) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([data.numel()], dtype=torch.int64, device=where))
     longest = max(int(size) for size in sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=where)
     padded[: data.numel()] = data
-    rows = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in range(world)]
+    rows = [torch.zeros(longest, dtype=torch.uint8, device=where) for _ in range(world)]
     dist.all_gather(rows, padded)
-    texts = (bytes(row[: int(size)].cpu().numpy()) for row, size in zip(rows, sizes, strict=True))
-    return [json.loads(text) for text in texts]
+    return [bytes(row[: int(size)].cpu().numpy()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def agree(error: Exception | None, value: Any = None) -> list[Any]:
@@ -95,7 +101,7 @@ def revive(description: dict[str, str], where: str = "") -> PhalanxError:
     return cls(where + description["what"], why=description["why"], hint=description["hint"])
 
 
-def gang_weights_digest(manifest: str | Path) -> str:
+def gang_weights_digest(manifest: str | Location) -> str:
     """The digest of the weights of a checkpoint, each rank reading a share of them. Collective.
 
     Raises:
@@ -111,7 +117,8 @@ def gang_weights_digest(manifest: str | Path) -> str:
     return combine_digests(read_manifest(manifest), agree(error, share))
 
 
-def _device() -> torch.device:
+def device() -> torch.device:
+    """Where tensors have to be that ranks send to each other."""
     if "gloo" in dist.get_backend():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

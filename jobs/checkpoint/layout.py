@@ -1,12 +1,18 @@
-"""Names of the files of a checkpoint, and how to make them durable. Standard library only."""
+"""Names of the files of a checkpoint."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple
+
+from jobs.checkpoint.storage import Storage, storage_of, sync_dir, write_all
+from jobs.location import L, Location
+
+__all__ = ["Place", "Token", "manifests", "place_of", "sync_dir", "write_durably", "writers"]
 
 _STEP = re.compile(r"step-(\d{8,})")
 _TOKEN = re.compile(r"e(\d{4,})-a(\d{4,})")
@@ -23,44 +29,50 @@ class Token(NamedTuple):
         return f"e{self.epoch:04d}-a{self.attempt:04d}"
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Place(Generic[L]):
     """Where one step written by one token lives.
 
     Attributes:
-        root: Folder of all checkpoints of the run.
+        root: Folder or address of all checkpoints of the run.
         step: Optimizer steps that the state contains.
         token: Who writes.
     """
 
-    root: Path
+    root: L
     step: int
     token: Token
 
     @property
-    def step_dir(self) -> Path:
+    def storage(self) -> Storage:
+        """What holds it; raises StorageError."""
+        return storage_of(self.root)
+
+    @property
+    def step_dir(self) -> L:
         """Folder of all tokens of this step."""
         return self.root / f"step-{self.step:08d}"
 
     @property
-    def shard_dir(self) -> Path:
+    def shard_dir(self) -> L:
         """Folder of the shards."""
         return self.step_dir / str(self.token)
 
     @property
-    def manifest(self) -> Path:
+    def manifest(self) -> L:
         """The commit."""
         return self.step_dir / f"{self.token}.manifest.json"
 
-    def shard(self, rank: int) -> Path:
+    def shard(self, rank: int) -> L:
         """Tensors of one rank."""
         return self.shard_dir / f"shard-{rank:05d}.safetensors"
 
-    def sidecar(self, rank: int) -> Path:
+    def sidecar(self, rank: int) -> L:
         """Size and digest of the shard of one rank."""
         return self.shard_dir / f"shard-{rank:05d}.json"
 
 
-def place_of(manifest: Path) -> Place:
+def place_of(manifest: L) -> Place[L]:
     """The place that a manifest's path names.
 
     Raises:
@@ -73,55 +85,34 @@ def place_of(manifest: Path) -> Place:
     return Place(manifest.parent.parent, int(step[1]), Token(int(token[1]), int(token[2])))
 
 
-def manifests(root: Path) -> list[Place]:
+def manifests(root: L) -> list[Place[L]]:
     """Places of which a manifest exists: committed, not necessarily intact. In no particular order."""
     return [Place(root, step, token) for step, token, committed in _scan(root) if committed]
 
 
-def writers(root: Path) -> list[Place]:
+def writers(root: L) -> list[Place[L]]:
     """Places of which a shard folder exists, committed or not. In no particular order."""
     return [Place(root, step, token) for step, token, committed in _scan(root) if not committed]
 
 
-def _scan(root: Path) -> Iterator[tuple[int, Token, bool]]:
-    for step_name in _names(root):
+def _scan(root: Location) -> Iterator[tuple[int, Token, bool]]:
+    storage = storage_of(root)
+    for step_name in storage.names(root):
         step = _STEP.fullmatch(step_name)
         if step is None:
             continue
-        for name in _names(root / step_name):
+        for name in storage.names(root / step_name):
             committed = _MANIFEST.fullmatch(name)
             match = committed or _TOKEN.fullmatch(name)
             if match is not None:
                 yield int(step[1]), Token(int(match[1]), int(match[2])), committed is not None
 
 
-def _names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):  # nothing written yet, or pruned while we look
-        return []
-
-
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a new file and fsync it; the folder's entry is the caller's to sync. Raises ``OSError``."""
+    """Write a file and fsync it; the folder's entry is the caller's to sync. Raises ``OSError``."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         write_all(fd, memoryview(data))
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_all(fd: int, data: memoryview) -> None:
-    """Write all of ``data``; a single call may write less (and at most 2 GiB)."""
-    while len(data):
-        data = data[os.write(fd, data) :]
-
-
-def sync_dir(folder: Path) -> None:
-    """Make the entries of a folder durable. Raises ``OSError``."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -1,27 +1,52 @@
 """The manifest: the record whose existence makes a checkpoint, and the questions that are asked of it.
 
-Standard library only: the controller lists, picks and verifies checkpoints where neither torch nor numpy is installed.
+No torch, no numpy: the controller lists, picks and verifies checkpoints where neither is installed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jobs.checkpoint.errors import CheckpointConflict, CorruptCheckpoint, storage_error
-from jobs.checkpoint.layout import Place, Token, manifests, place_of, sync_dir, write_durably, writers
+from jobs.checkpoint.layout import Place, Token, manifests, place_of, writers
 from jobs.checkpoint.shardfile import KINDS, DamagedShard, block_count, read_block, read_header
+from jobs.checkpoint.storage import storage_of
+from jobs.location import L, Location, locate
 from strategies.codec import from_json, to_json
 from strategies.errors import ConfigError, StorageError
 from strategies.plan import ParallelPlan
 from strategies.specs import ModelSpec
 
 MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """The shard of an earlier checkpoint of the run that holds the tensors of a shard in which nothing has changed.
+
+    Attributes:
+        step: Step of that checkpoint.
+        epoch: Epoch of its writers.
+        attempt: Attempt of its writers.
+        rank: Rank that wrote it.
+        bytes: Size of the file.
+        digest: SHA-256 of its header.
+    """
+
+    step: int
+    epoch: int
+    attempt: int
+    rank: int
+    bytes: int
+    digest: str
+
+    def place(self, root: L) -> Place[L]:
+        """The checkpoint whose file it is."""
+        return Place(root, self.step, Token(self.epoch, self.attempt))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,12 +58,14 @@ class ShardRecord:
         bytes: Size of the file.
         digest: SHA-256 of its header, which holds the digests of the data (:mod:`jobs.checkpoint.shardfile`).
         elements: Elements per kind.
+        origin: Where its tensors are, if they are those of an earlier checkpoint; the file then has none.
     """
 
     rank: int
     bytes: int
     digest: str
     elements: int
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,8 +119,20 @@ class Manifest:
 
     @property
     def bytes(self) -> int:
-        """Size of all shards."""
+        """Size of all shards, those of earlier checkpoints included."""
+        return self.written_bytes + sum(shard.origin.bytes for shard in self.shards if shard.origin)
+
+    @property
+    def written_bytes(self) -> int:
+        """Size of the files that were written for it."""
         return sum(shard.bytes for shard in self.shards)
+
+    def files(self, root: L) -> list[tuple[Place[L], int, int, str]]:
+        """Every file that it consists of: checkpoint, rank, size in bytes, digest of the header."""
+        own = Place(root, self.step, Token(self.epoch, self.attempt))
+        found = [(own, shard.rank, shard.bytes, shard.digest) for shard in self.shards]
+        earlier = [shard.origin for shard in self.shards if shard.origin]
+        return found + [(one.place(root), one.rank, one.bytes, one.digest) for one in earlier]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,27 +143,29 @@ class Checkpoint:
         step: Optimizer steps that the state contains.
         token: (epoch, attempt) of the writers.
         path: The manifest.
-        bytes: Size of all shards.
+        bytes: Size of all shards, those of earlier checkpoints included.
+        written_bytes: Size of the files that were written for it.
         plan: The plan of the writers.
         time: When it was committed, UTC seconds.
     """
 
     step: int
     token: Token
-    path: Path
+    path: Location
     bytes: int
+    written_bytes: int
     plan: ParallelPlan
     time: float
 
 
-def list_checkpoints(root: str | Path) -> list[Checkpoint]:
+def list_checkpoints(root: str | Location) -> list[Checkpoint]:
     """All committed checkpoints below ``root``, best first: by step, then by token. Unreadable manifests are left out.
 
     Raises:
         StorageError: The folder cannot be listed.
     """
     found = []
-    for place in _best_first(Path(root)):
+    for place in _best_first(locate(root)):
         try:
             manifest = read_manifest(place.manifest)
         except CorruptCheckpoint:
@@ -135,6 +176,7 @@ def list_checkpoints(root: str | Path) -> list[Checkpoint]:
                 token=place.token,
                 path=place.manifest,
                 bytes=manifest.bytes,
+                written_bytes=manifest.written_bytes,
                 plan=manifest.plan,
                 time=manifest.time,
             )
@@ -142,14 +184,14 @@ def list_checkpoints(root: str | Path) -> list[Checkpoint]:
     return found
 
 
-def damaged(root: str | Path) -> list[tuple[Path, str]]:
+def damaged(root: str | Location) -> list[tuple[Location, str]]:
     """Manifests below ``root`` that :func:`list_checkpoints` leaves out, best first, each with the reason.
 
     Raises:
         StorageError: The folder cannot be listed, or a manifest cannot be read.
     """
     found = []
-    for place in _best_first(Path(root)):
+    for place in _best_first(locate(root)):
         try:
             read_manifest(place.manifest)
         except CorruptCheckpoint as error:
@@ -157,7 +199,7 @@ def damaged(root: str | Path) -> list[tuple[Path, str]]:
     return found
 
 
-def newest(root: str | Path, exclude: Collection[str | Path] = frozenset()) -> Path | None:
+def newest(root: str | Location, exclude: Collection[str | Location] = frozenset()) -> Location | None:
     """The checkpoint to restore: the highest step, and of that step the highest token.
 
     Args:
@@ -170,8 +212,8 @@ def newest(root: str | Path, exclude: Collection[str | Path] = frozenset()) -> P
     Raises:
         StorageError: The folder cannot be listed.
     """
-    excluded = {Path(path).absolute() for path in exclude}
-    for place in _best_first(Path(root)):
+    excluded = {locate(path).absolute() for path in exclude}
+    for place in _best_first(locate(root)):
         if place.manifest.absolute() in excluded:
             continue
         try:
@@ -182,23 +224,23 @@ def newest(root: str | Path, exclude: Collection[str | Path] = frozenset()) -> P
     return None
 
 
-def _best_first(root: Path) -> list[Place]:
+def _best_first(root: Location) -> list[Place[Location]]:
     try:
         return sorted(manifests(root), key=lambda place: (place.step, place.token), reverse=True)
     except OSError as error:
         raise storage_error("list the checkpoints", root, error) from error
 
 
-def read_manifest(path: str | Path) -> Manifest:
+def read_manifest(path: str | Location) -> Manifest:
     """Read a manifest and check that it is whole.
 
     Raises:
         CorruptCheckpoint: It is missing, damaged, of another version, or does not belong where it lies.
         StorageError: It cannot be read.
     """
-    path = Path(path)
+    path = locate(path)
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(storage_of(path).read(path))
         digest = document.pop("digest")
         if digest != _digest(document):
             raise CorruptCheckpoint(path, "the manifest does not match its own digest")
@@ -215,7 +257,7 @@ def read_manifest(path: str | Path) -> Manifest:
     return manifest
 
 
-def commit(root: Path, manifest: Manifest) -> Path:
+def commit(root: L, manifest: Manifest) -> L:
     """Make the checkpoint exist. Its shards must be durable.
 
     Returns:
@@ -228,18 +270,13 @@ def commit(root: Path, manifest: Manifest) -> Path:
     place = Place(root, manifest.step, Token(manifest.epoch, manifest.attempt))
     document = to_json(manifest)
     document["digest"] = _digest(document)
-    temporary = place.manifest.with_suffix(f".{os.getpid()}.tmp")
+    storage = place.storage
     try:
         _refuse_if_fenced(place)
         _require_shards(place, manifest)
-        for folder in (place.shard_dir, place.step_dir, root):
-            sync_dir(folder)
-        write_durably(temporary, json.dumps(document, indent=1).encode() + b"\n")
-        try:
-            os.link(temporary, place.manifest)  # fails when it exists, also over NFS; a rename would overwrite
-        finally:
-            os.unlink(temporary)
-        sync_dir(place.step_dir)
+        storage.settle(place.shard_dir, place.step_dir, root)
+        storage.create(place.manifest, [json.dumps(document, indent=1).encode() + b"\n"])
+        storage.settle(place.step_dir)
     except FileExistsError:
         raise CheckpointConflict(
             f"The checkpoint {place.manifest} is committed already.",
@@ -251,7 +288,7 @@ def commit(root: Path, manifest: Manifest) -> Path:
     return place.manifest
 
 
-def _refuse_if_fenced(place: Place) -> None:
+def _refuse_if_fenced(place: Place[Any]) -> None:
     highest = max((other.token for other in writers(place.root)), default=place.token)
     if highest > place.token:
         raise CheckpointConflict(
@@ -261,7 +298,7 @@ def _refuse_if_fenced(place: Place) -> None:
         )
 
 
-def _require_shards(place: Place, manifest: Manifest) -> None:
+def _require_shards(place: Place[Any], manifest: Manifest) -> None:
     problems = _missing(place, manifest)
     if problems:
         raise StorageError(
@@ -271,7 +308,7 @@ def _require_shards(place: Place, manifest: Manifest) -> None:
         )
 
 
-def verify(path: str | Path, deep: bool = False) -> list[str]:
+def verify(path: str | Location, deep: bool = False) -> list[str]:
     """Look for damage.
 
     Args:
@@ -283,33 +320,37 @@ def verify(path: str | Path, deep: bool = False) -> list[str]:
     """
     try:
         manifest = read_manifest(path)
+        place = place_of(locate(path))
+        problems = _missing(place, manifest)
     except StorageError as error:
         return [error.why or error.what]
-    place = place_of(Path(path))
-    problems = _missing(place, manifest)
+    except OSError as error:
+        return [f"{path}: {error.strerror or error}"]
     if deep and not problems:
-        for shard in manifest.shards:
-            problems += _check_shard(place.shard(shard.rank), shard)
+        for home, rank, size, header in manifest.files(place.root):
+            problems += _check_shard(home.shard(rank), size, header)
     return problems
 
 
-def _missing(place: Place, manifest: Manifest) -> list[str]:
+def _missing(place: Place[Any], manifest: Manifest) -> list[str]:
+    """Shards that are not there or not of their size; one listing per folder. Raises OSError."""
+    there: dict[Place[Any], dict[str, int]] = {}
     problems = []
-    for shard in manifest.shards:
-        path = place.shard(shard.rank)
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            problems.append(f"{path}: {error.strerror}")
-            continue
-        if size != shard.bytes:
-            problems.append(f"{path} has {size} bytes instead of {shard.bytes}")
+    for home, rank, size, _ in manifest.files(place.root):
+        if home not in there:
+            there[home] = place.storage.sizes(home.shard_dir)
+        path = home.shard(rank)
+        found = there[home].get(path.name)
+        if found is None:
+            problems.append(f"{path} is missing")
+        elif found != size:
+            problems.append(f"{path} has {found} bytes instead of {size}")
     return problems
 
 
-def _check_shard(path: Path, shard: ShardRecord) -> list[str]:
+def _check_shard(path: Location, size: int, digest: str) -> list[str]:
     try:
-        header = read_header(path, size=shard.bytes, digest=shard.digest)
+        header = read_header(path, size=size, digest=digest)
         for stored in header.slices:
             for kind in KINDS:
                 for index in range(block_count(stored)):
@@ -317,7 +358,7 @@ def _check_shard(path: Path, shard: ShardRecord) -> list[str]:
     except DamagedShard as error:
         return [str(error)]
     except OSError as error:
-        return [f"{path}: {error.strerror}"]
+        return [f"{path}: {error.strerror or error}"]
     return []
 
 

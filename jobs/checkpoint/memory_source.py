@@ -15,6 +15,7 @@ from jobs.checkpoint.memory import Located, MemoryPoint, StreamInfo
 from jobs.checkpoint.persister import PersisterLink
 from jobs.checkpoint.shardfile import BLOCK_ELEMENTS, ELEMENT_BYTES, ShardHeader, StoredSlice
 from jobs.frames import FrameError, Message
+from jobs.location import Location
 from strategies.codec import from_json, to_json
 from strategies.plan import ParallelPlan
 from strategies.specs import ModelSpec
@@ -33,12 +34,14 @@ class MemorySource:
         CorruptCheckpoint: A part is not there any more.
     """
 
+    shared_reads = False  # what is here is read at no cost, and the persisters send just what is asked of them
+
     def __init__(self, point: MemoryPoint, link: PersisterLink) -> None:
         self.path = Path(str(point.generation))
         self._point = point
         self._link = link
-        self._where: dict[Path, Located] = {}
-        self._maps: dict[Path, mmap.mmap] = {}
+        self._where: dict[Location, Located] = {}
+        self._maps: dict[Location, mmap.mmap] = {}
         self._records: dict[int, Message] = {}
         self.manifest = self._manifest()
 

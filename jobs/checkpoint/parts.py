@@ -1,4 +1,7 @@
-"""The part of one rank on the disk tier, and the commit of all of them. Standard library only.
+"""The part of one rank on the disk tier, and the commit of all of them. No torch, no numpy.
+
+A shard whose slices and data are those of the same rank in an earlier checkpoint is not written again: the new file
+holds the rank's state alone, and its record says where the tensors are (:class:`~jobs.checkpoint.manifest.Origin`).
 
 Whoever holds the bytes calls this: the rank itself, or the persister of its node behind it. A part is durable when its
 sidecar exists; the checkpoint exists once its manifest does.
@@ -9,17 +12,17 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jobs.checkpoint.errors import CheckpointConflict, storage_error
-from jobs.checkpoint.layout import Place, sync_dir, write_durably
-from jobs.checkpoint.manifest import Manifest, ShardRecord, TrainerState, commit
-from jobs.checkpoint.shardfile import Slice, write_shard
-from strategies.errors import PhalanxError
+from jobs.checkpoint.layout import Place
+from jobs.checkpoint.manifest import Manifest, Origin, ShardRecord, TrainerState, commit
+from jobs.checkpoint.shardfile import Slice, content_digest, slice_table, write_shard
+from strategies.codec import from_json, to_json
+from strategies.errors import ConfigError, PhalanxError
 from strategies.plan import ParallelPlan
 from strategies.specs import ModelSpec
 
@@ -37,6 +40,8 @@ class Part:
         elements: Elements per kind.
         tensors: Global name -> global shape of every tensor that it holds a piece of.
         optimizer_steps: Updates that Adam has made, as this rank counts.
+        content: Digest of slices and data, without what else the shard holds.
+        origin: The earlier shard that holds the data, if they have not changed.
     """
 
     rank: int
@@ -45,6 +50,15 @@ class Part:
     elements: int
     tensors: Mapping[str, tuple[int, ...]]
     optimizer_steps: int
+    content: str = ""
+    origin: Origin | None = None
+
+    @property
+    def record(self) -> ShardRecord:
+        """What the manifest says of it."""
+        return ShardRecord(
+            rank=self.rank, bytes=self.bytes, digest=self.digest, elements=self.elements, origin=self.origin
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,17 +80,36 @@ class Whole:
     extra: Mapping[str, Any]
 
 
-def write_part(place: Place, rank: int, pieces: Pieces, rank_state: Mapping[str, Any], optimizer_steps: int) -> Part:
+def write_part(
+    place: Place[Any],
+    rank: int,
+    pieces: Pieces,
+    rank_state: Mapping[str, Any],
+    optimizer_steps: int,
+    *,
+    base: Place[Any] | None = None,
+) -> Part:
     """Write the shard of one rank and, once that is durable, its sidecar.
+
+    Args:
+        place: The checkpoint.
+        rank: Whose part it is.
+        pieces: Each slice with the bytes of every kind.
+        rank_state: JSON values to keep beside the slices.
+        optimizer_steps: Updates that the optimizer has made.
+        base: A committed checkpoint of this run, whose data are not written again where nothing has changed. It must
+            not be pruned before this one is committed.
 
     Raises:
         CheckpointConflict: Something of the same token has written it before.
         StorageError: It cannot be written; nothing of it is left then.
     """
-    shard, sidecar = place.shard(rank), place.sidecar(rank)
+    shard = place.shard(rank)
     try:
-        os.makedirs(place.shard_dir, exist_ok=True)
-        size, digest = write_shard(shard, pieces, rank_state)
+        table = slice_table(pieces)
+        content = content_digest(table)
+        origin = _unchanged(base, rank, content) if base is not None else None
+        size, digest = write_shard(shard, () if origin else pieces, rank_state, table=() if origin else table)
         part = Part(
             rank=rank,
             bytes=size,
@@ -84,11 +117,11 @@ def write_part(place: Place, rank: int, pieces: Pieces, rank_state: Mapping[str,
             elements=sum(piece.elements for piece, _ in pieces),
             tensors={piece.name: piece.shape for piece, _ in pieces},
             optimizer_steps=optimizer_steps,
+            content=content,
+            origin=origin,
         )
-        text = {"rank": rank, "bytes": size, "digest": digest, "elements": part.elements}
-        more = {"tensors": part.tensors, "optimizer_steps": optimizer_steps}
-        write_durably(sidecar, json.dumps(text | more).encode())
-        sync_dir(place.shard_dir)
+        place.storage.create(place.sidecar(rank), [json.dumps(to_json(part)).encode()])
+        place.storage.settle(place.shard_dir)
     except FileExistsError:
         raise CheckpointConflict(
             f"The shard {shard} exists already.",
@@ -101,25 +134,39 @@ def write_part(place: Place, rank: int, pieces: Pieces, rank_state: Mapping[str,
     return part
 
 
-def withdraw_part(place: Place, rank: int) -> None:
+def withdraw_part(place: Place[Any], rank: int) -> None:
     """Delete what was written and nobody will commit: a full disk gets room, another try of ours is not refused."""
     with contextlib.suppress(OSError):
-        place.sidecar(rank).unlink(missing_ok=True)
-        place.shard(rank).unlink(missing_ok=True)
+        place.storage.delete(place.sidecar(rank))
+        place.storage.delete(place.shard(rank))
 
 
-def read_part(place: Place, rank: int) -> Part:
+def read_part(place: Place[Any], rank: int) -> Part:
     """What another rank has written; raises StorageError."""
     path = place.sidecar(rank)
     try:
-        part: dict[str, Any] = json.loads(path.read_bytes())
+        return from_json(Part, json.loads(place.storage.read(path)), where="sidecar")
     except OSError as error:
         raise storage_error("read what another rank wrote", path, error) from error
-    tensors = {name: tuple(shape) for name, shape in part.pop("tensors").items()}
-    return Part(tensors=tensors, **part)
 
 
-def commit_parts(place: Place, parts: Sequence[Part], whole: Whole) -> Manifest:
+def _unchanged(base: Place[Any], rank: int, content: str) -> Origin | None:
+    """Where the same slices with the same data lie already, whole in size; None when they have to be written."""
+    try:
+        part = from_json(Part, json.loads(base.storage.read(base.sidecar(rank))), where="sidecar")
+        if part.content != content or not part.elements:
+            return None
+        epoch, attempt = base.token
+        origin = part.origin or Origin(
+            step=base.step, epoch=epoch, attempt=attempt, rank=rank, bytes=part.bytes, digest=part.digest
+        )
+        there = base.storage.size(origin.place(base.root).shard(rank))
+    except (OSError, ValueError, ConfigError):
+        return None  # an earlier checkpoint that cannot be read saves nothing
+    return origin if there == origin.bytes else None
+
+
+def commit_parts(place: Place[Any], parts: Sequence[Part], whole: Whole) -> Manifest:
     """Make the checkpoint exist, of the parts of all ranks in their order.
 
     Raises:
@@ -129,7 +176,6 @@ def commit_parts(place: Place, parts: Sequence[Part], whole: Whole) -> Manifest:
     """
     if len({part.optimizer_steps for part in parts}) > 1:
         raise PhalanxError(f"The ranks have made different numbers of optimizer steps at step {place.step}.")
-    shards = (ShardRecord(rank=p.rank, bytes=p.bytes, digest=p.digest, elements=p.elements) for p in parts)
     manifest = Manifest(
         run_id=whole.run_id,
         step=place.step,
@@ -139,7 +185,7 @@ def commit_parts(place: Place, parts: Sequence[Part], whole: Whole) -> Manifest:
         plan=whole.plan,
         model=whole.model,
         tensors=all_tensors(parts),
-        shards=tuple(shards),
+        shards=tuple(part.record for part in parts),
         trainer=whole.trainer,
         extra=whole.extra,
     )

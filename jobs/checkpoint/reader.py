@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from jobs.checkpoint.errors import CorruptCheckpoint
+from jobs.checkpoint.catalogue import Catalogue, Found, blocks_of, within
 from jobs.checkpoint.manifest import Manifest
 from jobs.checkpoint.shardfile import BLOCK_ELEMENTS, ELEMENT_BYTES, ShardHeader, Slice, StoredSlice
-from jobs.checkpoint.slices import Overlap, copy_runs, overlap, whole
-from jobs.checkpoint.source import DiskSource, ShardSource
+from jobs.checkpoint.slices import copy_runs, whole
+from jobs.checkpoint.source import ShardSource, source_of
+from jobs.location import Location
 
 Array = npt.NDArray[np.float32]
 _FLOAT = np.dtype("<f4")
@@ -35,16 +35,12 @@ class Reader:
         StorageError: It cannot be read.
     """
 
-    def __init__(self, source: str | Path | ShardSource, rank: int = 0) -> None:
-        self._source: ShardSource = DiskSource(source) if isinstance(source, str | Path) else source
+    def __init__(self, source: str | Location | ShardSource, rank: int = 0) -> None:
+        self._source = source_of(source)
         self.path = self._source.path
         self.manifest: Manifest = self._source.manifest
-        self._index: dict[str, list[tuple[ShardHeader, StoredSlice]]] = {}
-        self._headers: dict[int, ShardHeader] = {}
-        count = len(self.manifest.shards)
-        first = rank % count if count else 0
-        self._unread = [self.manifest.shards[(first + i) % count] for i in range(count - 1, -1, -1)]
-        self._blocks: OrderedDict[tuple[Path, int], Array] = OrderedDict()
+        self._catalogue = Catalogue(self._source, rank)
+        self._blocks: OrderedDict[tuple[Location, int], Array] = OrderedDict()
 
     @property
     def names(self) -> list[str]:
@@ -57,10 +53,7 @@ class Reader:
 
     def rank_state(self, rank: int) -> dict[str, Any] | None:
         """What rank ``rank`` of the writers kept of itself; None when there was no such rank."""
-        while rank not in self._headers and self._unread:
-            self._read_next_header()
-        header = self._headers.get(rank)
-        return dict(header.rank_state) if header is not None else None
+        return self._catalogue.rank_state(rank)
 
     def read_flat(self, name: str, kind: str, start: int, stop: int) -> Array:
         """Elements [start, stop) of a tensor in its global flat order.
@@ -82,56 +75,14 @@ class Reader:
 
     def read_slice(self, wanted: Slice, kind: str, out: Array) -> None:
         """Fill ``out`` with a slice of any box; raises as :meth:`read_flat`."""
-        for header, stored, shared in self._sources(wanted):
-            self._copy(header, stored, kind, shared, out)
+        for found in self._catalogue.find(wanted):
+            self._copy(found, kind, out)
 
-    def _sources(self, wanted: Slice) -> list[tuple[ShardHeader, StoredSlice, Overlap]]:
-        """Stored slices that together are ``wanted``. Reads further headers until they are."""
-        sources: list[tuple[ShardHeader, StoredSlice, Overlap]] = []
-        missing = wanted.elements
-        seen = 0
-        while missing > 0:
-            known = self._index.get(wanted.name, [])
-            if seen == len(known):
-                if not self._unread:
-                    raise CorruptCheckpoint(self.path, f"{missing} elements of {wanted.name} are in no shard")
-                self._read_next_header()
-                continue
-            header, stored = known[seen]
-            seen += 1
-            shared = self._match(wanted, stored)
-            if shared.elements:
-                sources.append((header, stored, shared))
-                missing -= shared.elements
-        if missing < 0:
-            raise CorruptCheckpoint(self.path, f"{wanted.name} is stored more than once")
-        return sources
-
-    def _match(self, wanted: Slice, stored: StoredSlice) -> Overlap:
-        try:
-            return overlap(wanted, stored.slice)
-        except ValueError as error:
-            raise CorruptCheckpoint(self.path, f"the tensors do not fit the model: {error}") from error
-
-    def _read_next_header(self) -> None:
-        shard = self._unread.pop()
-        header = self._source.header(shard)
-        self._headers[shard.rank] = header
-        for stored in header.slices:
-            self._index.setdefault(stored.slice.name, []).append((header, stored))
-
-    def _copy(self, header: ShardHeader, stored: StoredSlice, kind: str, shared: Overlap, out: Array) -> None:
-        # Runs that cross the border of a block are cut there; b ascends, because runs do.
-        first, last = int(shared.b[0]), int(shared.b[-1] + shared.length[-1] - 1)
-        for index in range(first // BLOCK_ELEMENTS, last // BLOCK_ELEMENTS + 1):
-            low = index * BLOCK_ELEMENTS
-            begin = np.maximum(shared.b, low)
-            end = np.minimum(shared.b + shared.length, low + BLOCK_ELEMENTS)
-            live = end > begin
-            if not live.any():
-                continue
-            at = (shared.a + begin - shared.b)[live]
-            copy_runs(out, at, self._block(header, stored, kind, index), begin[live] - low, (end - begin)[live])
+    def _copy(self, found: Found, kind: str, out: Array) -> None:
+        for index in blocks_of(found.shared):
+            block = self._block(found.header, found.stored, kind, index)
+            at, begin, length = within(found.shared, index)
+            copy_runs(out, at, block, begin, length)
 
     def _block(self, header: ShardHeader, stored: StoredSlice, kind: str, index: int) -> Array:
         key = (header.path, stored.offsets[kind] + index * BLOCK_ELEMENTS * ELEMENT_BYTES)

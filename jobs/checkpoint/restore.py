@@ -1,23 +1,25 @@
-"""Restore: each rank reads the slices it needs, verified, into the live optimizer state. Any plan reads any plan's."""
+"""Restore: what each rank needs comes, verified, into the live optimizer state. Any plan reads any plan's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from jobs.checkpoint.catalogue import Catalogue
+from jobs.checkpoint.exchange import Target, Traffic, fill
 from jobs.checkpoint.fragments import MOMENTS, Fragment, OptimizerAccess, access
 from jobs.checkpoint.gang import agree, rank_and_world
 from jobs.checkpoint.manifest import Manifest
-from jobs.checkpoint.reader import Reader
-from jobs.checkpoint.source import ShardSource
+from jobs.checkpoint.source import ShardSource, source_of
 from jobs.checkpoint.state import set_rng_state, set_trainer_state
 from jobs.hooks import Hooks, NoHooks
+from jobs.location import Location
 from strategies.errors import ResumeRefused, StorageError
+
+_NAMED = 5  # of the tensors that do not fit, the others are counted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,14 +30,16 @@ class RestoredState:
         step: Optimizer steps that the state contains; the next one to run is ``step + 1``.
         extra: What the saver gave.
         manifest: The whole record.
+        traffic: What this rank has read and received.
     """
 
     step: int
     extra: Mapping[str, Any]
     manifest: Manifest
+    traffic: Traffic
 
 
-Source = str | Path | ShardSource
+Source = str | Location | ShardSource
 
 
 def restore(engine: Any, source: Source | Callable[[], Source], *, hooks: Hooks | None = None) -> RestoredState:
@@ -58,61 +62,74 @@ def restore(engine: Any, source: Source | Callable[[], Source], *, hooks: Hooks 
     (hooks or NoHooks()).restore_begin()
     ds = getattr(engine, "ds", engine)
     optimizer = access(ds)
-    rank, world = rank_and_world()
     error: Exception | None = None
-    manifest: Manifest | None = None
+    shards: ShardSource | None = None
     try:
-        reader = Reader(source() if callable(source) else source, rank)
-        manifest = reader.manifest
-        with torch.no_grad():
-            optimizer.create_moments()
-            _fill(optimizer, reader)
-        set_trainer_state(optimizer, manifest.trainer)
-        if len(manifest.shards) == world:
-            _restore_rank_state(reader, rank)
+        shards = source_of(source() if callable(source) else source)
+        _require_same_tensors(optimizer, shards)
     except (StorageError, ResumeRefused) as caught:
         error = caught
     agree(error)  # before the collectives below, in which a failed rank would be waited for
-    assert manifest is not None
+    assert shards is not None
+    manifest, traffic = shards.manifest, Traffic()
+    try:
+        with torch.no_grad():
+            optimizer.create_moments()
+            catalogue = Catalogue(shards, rank_and_world()[0])
+            traffic = fill(shards, catalogue, _targets(optimizer))
+        set_trainer_state(optimizer, manifest.trainer)
+        _restore_rank_state(shards, catalogue)
+    except (StorageError, ResumeRefused) as caught:
+        error = caught
+    agree(error)
     with torch.no_grad():
         optimizer.publish()
     if hasattr(engine, "set_position"):
         engine.set_position(manifest.step)
-    return RestoredState(step=manifest.step, extra=manifest.extra, manifest=manifest)
+    return RestoredState(step=manifest.step, extra=manifest.extra, manifest=manifest, traffic=traffic)
 
 
-def _fill(optimizer: OptimizerAccess, reader: Reader) -> None:
+def _targets(optimizer: OptimizerAccess) -> list[Target]:
+    """Where masters and moments of this rank are, which must exist."""
+    targets = []
     for fragment in optimizer.fragments():
-        _require_same_tensor(fragment, reader)
-        if not fragment.slice.elements:
-            continue
-        _fill_view(fragment.master, fragment, "master", reader)
-        for kind in MOMENTS:
-            moment = optimizer.moment(fragment, kind)
-            assert moment is not None, "create_moments came first"
-            _fill_view(moment, fragment, kind, reader)
+        if fragment.slice.elements:
+            views = {"master": fragment.master} | {kind: _moment(optimizer, fragment, kind) for kind in MOMENTS}
+            targets.append(Target(slice=fragment.slice, views=views))
+    return targets
 
 
-def _fill_view(view: torch.Tensor, fragment: Fragment, kind: str, reader: Reader) -> None:
-    count = fragment.slice.elements
-    buffer = np.empty(count, dtype=np.float32)
-    reader.read_slice(fragment.slice, kind, buffer)
-    view[:count].copy_(torch.from_numpy(buffer))
+def _moment(optimizer: OptimizerAccess, fragment: Fragment, kind: str) -> torch.Tensor:
+    moment = optimizer.moment(fragment, kind)
+    assert moment is not None, "create_moments came first"
+    return moment
 
 
-def _require_same_tensor(fragment: Fragment, reader: Reader) -> None:
-    piece = fragment.slice
-    stored = reader.manifest.tensors.get(piece.name)
-    if stored != piece.shape:
+def _require_same_tensors(optimizer: OptimizerAccess, source: ShardSource) -> None:
+    stored = source.manifest.tensors
+    wrong = {
+        piece.name: f"{piece.name} has shape {list(piece.shape)} here and {_shape(stored.get(piece.name))} there"
+        for piece in (fragment.slice for fragment in optimizer.fragments())
+        if stored.get(piece.name) != piece.shape
+    }
+    if wrong:
+        more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
         raise ResumeRefused(
-            f"The checkpoint {reader.path} is of another model.",
-            why=f"{piece.name} has shape {list(piece.shape)} here and {list(stored) if stored else 'is missing'} there",
+            f"The checkpoint {source.path} is of another model.",
+            why="; ".join(list(wrong.values())[:_NAMED]) + more,
             hint="Resume with the model of the run, or start a new run.",
         )
 
 
-def _restore_rank_state(reader: Reader, rank: int) -> None:
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "is missing" if shape is None else str(list(shape))
+
+
+def _restore_rank_state(source: ShardSource, catalogue: Catalogue) -> None:
     # Under another number of ranks there is nothing to restore: nothing that trains draws from these generators.
-    state = reader.rank_state(rank)
-    if state is not None:
+    rank, world = rank_and_world()
+    if len(source.manifest.shards) != world:
+        return
+    state = catalogue.rank_state(rank)
+    if state:
         set_rng_state(state["rng"])

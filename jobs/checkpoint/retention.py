@@ -1,24 +1,22 @@
-"""Which checkpoints stay. Deletes only what a newer committed checkpoint replaces. Standard library only."""
+"""Which checkpoints stay. Deletes only what a newer committed checkpoint replaces. No torch, no numpy."""
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-from collections.abc import Collection, Iterable
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping
 
 from jobs.checkpoint.errors import CorruptCheckpoint, storage_error
-from jobs.checkpoint.layout import Place, Token, manifests, sync_dir, writers
+from jobs.checkpoint.layout import Place, Token, manifests, writers
 from jobs.checkpoint.manifest import newest, read_manifest
+from jobs.location import Location, locate
 
 
 def prune(
-    root: str | Path,
+    root: str | Location,
     keep: int,
     *,
     token: tuple[int, int] | None = None,
-    protect: Collection[str | Path] = frozenset(),
-) -> list[Path]:
+    protect: Collection[str | Location] = frozenset(),
+) -> list[Location]:
     """Delete old checkpoints and what dead gangs left unfinished.
 
     The newest ``keep`` steps of the youngest gangs stay, and always the one that a restart would pick. Folders without
@@ -37,7 +35,7 @@ def prune(
     Raises:
         StorageError: Something cannot be deleted.
     """
-    root = Path(root)
+    root = locate(root)
     me = Token(*token) if token is not None else None
     try:
         committed = manifests(root)
@@ -46,23 +44,49 @@ def prune(
         kept = _kept(committed, max(keep, 1))
         if not kept:
             return []
-        protected = {Path(path).absolute() for path in protect}
+        protected = {locate(path).absolute() for path in protect}
         kept |= {place for place in committed if place.manifest.absolute() in protected}
         best = newest(root)
         doomed = [place for place in committed if place not in kept and place.manifest != best]
+        needed = _needed(place for place in committed if place not in doomed)
         removed = [place.manifest for place in doomed]
-        _remove(doomed)
-        # Listed again: a folder whose manifest has just gone is unfinished business too.
-        left_over = [p for p in writers(root) if me is not None and p.token < me and not p.manifest.exists()]
-        removed += [place.shard_dir for place in left_over if place not in doomed]
-        _remove(left_over)
+        for place in doomed:
+            _remove(place, needed)
+        removed += [place.shard_dir for place in _left_over(root, me, doomed) if _remove(place, needed)]
     except OSError as error:
         raise storage_error("prune the checkpoints", root, error) from error
     return removed
 
 
-def _kept(committed: Iterable[Place], keep: int) -> set[Place]:
-    kept: dict[int, Place] = {}
+def _left_over(root: Location, me: Token | None, doomed: Collection[Place[Location]]) -> list[Place[Location]]:
+    """Folders without a manifest that nobody is writing: of lower tokens, and of this gang's earlier steps.
+
+    (Of those, files may have been needed by a later checkpoint when their own was deleted.)
+    """
+    if me is None:
+        return []
+    committed = manifests(root)  # again: a folder whose manifest has just gone is unfinished business too
+    done = max((place.step for place in committed if place.token == me), default=-1)
+    idle = [p for p in writers(root) if p.token < me or (p.token == me and p.step < done)]
+    return [place for place in idle if place not in committed and place not in doomed]
+
+
+def _needed(places: Iterable[Place[Location]]) -> dict[Place[Location], set[str]]:
+    """The files of other checkpoints that these ones refer to: names by checkpoint."""
+    needed: dict[Place[Location], set[str]] = {}
+    for place in places:
+        try:
+            files = read_manifest(place.manifest).files(place.root)
+        except CorruptCheckpoint:
+            continue
+        for home, rank, _, _ in files:
+            if home != place:
+                needed.setdefault(home, set()).add(home.shard(rank).name)
+    return needed
+
+
+def _kept(committed: Iterable[Place[Location]], keep: int) -> set[Place[Location]]:
+    kept: dict[int, Place[Location]] = {}
     # By token first: after a fall back to an older step, the steps of the abandoned branch must not push out ours.
     for place in sorted(committed, key=lambda place: (place.token, place.step), reverse=True):
         if len(kept) == keep:
@@ -72,7 +96,7 @@ def _kept(committed: Iterable[Place], keep: int) -> set[Place]:
     return set(kept.values())
 
 
-def _readable(place: Place) -> bool:
+def _readable(place: Place[Location]) -> bool:
     try:
         read_manifest(place.manifest)
     except CorruptCheckpoint:
@@ -80,11 +104,17 @@ def _readable(place: Place) -> bool:
     return True
 
 
-def _remove(places: Iterable[Place]) -> None:
-    for place in places:
-        # The manifest first, and durably: a checkpoint must stop existing before it stops being whole.
-        place.manifest.unlink(missing_ok=True)
-        sync_dir(place.step_dir)
-        shutil.rmtree(place.shard_dir, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another token's files are in it
-            place.step_dir.rmdir()
+def _remove(place: Place[Location], needed: Mapping[Place[Location], set[str]]) -> bool:
+    """Delete a checkpoint but for the files that others need; returns whether there was anything to delete."""
+    storage, spared = place.storage, needed.get(place, set())
+    # The manifest first, and durably: a checkpoint must stop existing before it stops being whole.
+    storage.delete(place.manifest)
+    storage.settle(place.step_dir)
+    if not spared:
+        storage.delete_tree(place.shard_dir)
+        storage.drop(place.step_dir)
+        return True
+    doomed = [name for name in storage.names(place.shard_dir) if name not in spared]
+    for name in doomed:
+        storage.delete(place.shard_dir / name)
+    return bool(doomed)

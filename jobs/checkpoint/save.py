@@ -10,7 +10,6 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,13 @@ import torch
 from jobs.checkpoint.fragments import Fragment, OptimizerAccess, access
 from jobs.checkpoint.gang import agree, rank_and_world
 from jobs.checkpoint.image import Image
-from jobs.checkpoint.layout import Place, Token
+from jobs.checkpoint.layout import Place, Token, place_of
 from jobs.checkpoint.manifest import TrainerState
 from jobs.checkpoint.parts import Whole, commit_parts, read_part, withdraw_part, write_part
 from jobs.checkpoint.shardfile import KINDS, Slice
 from jobs.checkpoint.state import rng_state, trainer_state
 from jobs.hooks import Hooks, NoHooks
+from jobs.location import Location, locate
 from jobs.paths import RunPaths
 from jobs.spec import JobSpec
 from strategies.errors import PhalanxError, StorageError
@@ -58,12 +58,14 @@ class Saved:
 
     Attributes:
         path: Its manifest.
-        bytes: Size of all shards.
+        bytes: Size of all shards, those of earlier checkpoints included.
+        written_bytes: Size of the files that were written.
         stall_s: Seconds for which training stood still: the copy, and the writing where the caller waited for it.
     """
 
-    path: Path
+    path: Location
     bytes: int
+    written_bytes: int
     stall_s: float
 
 
@@ -76,6 +78,7 @@ def save(
     token: tuple[int, int],
     extra: Mapping[str, Any],
     hooks: Hooks | None = None,
+    base: str | Location | None = None,
 ) -> Saved:
     """Save the state after ``step`` optimizer steps and commit it. Collective.
 
@@ -87,6 +90,8 @@ def save(
         token: (epoch, attempt) of this gang.
         extra: JSON values that :func:`jobs.checkpoint.restore.restore` gives back; those of rank 0 are kept.
         hooks: Whom to tell.
+        base: The manifest of the run's last committed checkpoint; shards that have not changed since are not written
+            again. It must not be pruned before this one is committed.
 
     Raises:
         CheckpointConflict: Another gang has taken over; on every rank.
@@ -94,7 +99,7 @@ def save(
     """
     begin = time.perf_counter()
     snap = snapshot(engine, step)
-    saved = persist(snap, run_paths=run_paths, job=job, token=token, extra=extra, hooks=hooks)
+    saved = persist(snap, run_paths=run_paths, job=job, token=token, extra=extra, hooks=hooks, base=base)
     return dataclasses.replace(saved, stall_s=time.perf_counter() - begin)
 
 
@@ -185,6 +190,7 @@ def persist(
     token: tuple[int, int],
     extra: Mapping[str, Any],
     hooks: Hooks | None = None,
+    base: str | Location | None = None,
 ) -> Saved:
     """Write a snapshot and commit it. Collective; arguments and errors as in :func:`save`."""
     hooks = hooks or NoHooks()
@@ -194,7 +200,8 @@ def persist(
     error: Exception | None = None
     try:
         pieces = [(piece, {kind: memoryview(data[kind]) for kind in KINDS}) for piece, data in snap.pieces]
-        write_part(place, rank, pieces, snap.rank_state, snap.trainer.optimizer_steps)
+        earlier = place_of(locate(base)) if base else None
+        write_part(place, rank, pieces, snap.rank_state, snap.trainer.optimizer_steps, base=earlier)
         hooks.checkpoint_shards_written(snap.step)
     except StorageError as caught:
         error = caught
@@ -204,13 +211,15 @@ def persist(
         if error is None:
             withdraw_part(place, rank)
         raise
-    total: int | None = None
+    total: list[int] | None = None
     try:
         if rank == 0:
             parts = [read_part(place, other) for other in range(world)]
             whole = Whole(run_id=job.run_id, plan=job.plan, model=job.model, trainer=snap.trainer, extra=extra)
-            total = commit_parts(place, parts, whole).bytes
+            manifest = commit_parts(place, parts, whole)
+            total = [manifest.bytes, manifest.written_bytes]
     except (PhalanxError, TypeError, ValueError) as caught:  # also what is no JSON in extra
         error = caught
     total = agree(error, total)[0]
-    return Saved(path=place.manifest, bytes=int(total or 0), stall_s=snap.stall_s)
+    size, written = total or (0, 0)
+    return Saved(path=place.manifest, bytes=size, written_bytes=written, stall_s=snap.stall_s)

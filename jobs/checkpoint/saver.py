@@ -8,11 +8,11 @@ rank.
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +29,7 @@ from jobs.checkpoint.save import copy_state, image_of_state, save
 from jobs.checkpoint.state import rng_state, trainer_state
 from jobs.frames import FrameError, Message
 from jobs.hooks import Hooks
+from jobs.location import Location, locate
 from jobs.paths import RunPaths
 from jobs.report import Reporter
 from jobs.spec import JobSpec, RankEnv
@@ -45,7 +46,7 @@ class Saver(Protocol):
     def keep(self, step: int, extra: Mapping[str, Any]) -> None:
         """After every step at which no checkpoint on disk is due."""
 
-    def save(self, step: int, extra: Mapping[str, Any], *, wait: bool) -> Path:
+    def save(self, step: int, extra: Mapping[str, Any], *, wait: bool) -> Location:
         """A checkpoint on disk is due; returns the path of its manifest, which exists when ``wait`` is true.
 
         Raises:
@@ -72,6 +73,7 @@ class DirectSaver:
         self._hooks = hooks
         self._reporter = reporter
         self._paths = RunPaths(env.run_dir)
+        self._base = restored_from(env)
 
     def open(self) -> None:
         """See :class:`Saver`."""
@@ -79,7 +81,7 @@ class DirectSaver:
     def keep(self, step: int, extra: Mapping[str, Any]) -> None:
         """See :class:`Saver`."""
 
-    def save(self, step: int, extra: Mapping[str, Any], *, wait: bool) -> Path:
+    def save(self, step: int, extra: Mapping[str, Any], *, wait: bool) -> Location:
         """See :class:`Saver`."""
         token = (self._env.epoch, self._env.attempt)
         saved = save(
@@ -90,9 +92,12 @@ class DirectSaver:
             token=token,
             extra=extra,
             hooks=self._hooks,
+            base=self._base,
         )
+        self._base = saved.path
         if self._env.rank == 0:
-            self._reporter.send("checkpoint", step=step, path=str(saved.path), bytes=saved.bytes, stall_s=saved.stall_s)
+            told = dataclasses.asdict(saved) | {"path": str(saved.path)}
+            self._reporter.send("checkpoint", step=step, **told)
             prune(self._paths.checkpoints, self._job.checkpoint.keep, token=token)
         return saved.path
 
@@ -117,6 +122,8 @@ class BehindSaver:
         self._in_memory = False
         self._rank_state: dict[str, Any] = {}
         self._warned = ""
+        self._base = restored_from(env)  # the newest checkpoint on disk of which every rank knows
+        self._last: Location | None = None  # the one that is being written
 
     @property
     def image_bytes(self) -> int:
@@ -163,7 +170,7 @@ class BehindSaver:
             self._seal(step, extra, flush=False)
         self._settle(wait=False)
 
-    def save(self, step: int, extra: Mapping[str, Any], *, wait: bool) -> Path:
+    def save(self, step: int, extra: Mapping[str, Any], *, wait: bool) -> Location:
         """See :class:`Saver`."""
         begin = time.perf_counter()
         self._copy()
@@ -172,6 +179,7 @@ class BehindSaver:
         hold = self._hooks.holds_commit(step)
         self._seal(step, extra, flush=True, hold=hold)
         self._pending = {"step": step, "stall_s": time.perf_counter() - begin}
+        self._last = manifest = Place(self._root, step, self._token).manifest
         if hold:
             self._ask("durable")
             self._hooks.checkpoint_shards_written(step)
@@ -179,7 +187,7 @@ class BehindSaver:
         if wait:
             self._pending["since"] = begin
             self._agree_on_the_last()
-        return Place(self._root, step, self._token).manifest
+        return manifest
 
     def _copy(self) -> None:
         answer, _, fds = self._ask("begin")
@@ -196,7 +204,8 @@ class BehindSaver:
             self._rank_state = record["rank_state"] = rank_state
         if self._env.rank == 0:
             record["extra"] = dict(extra)
-        answer = self._ask("seal", step=step, record=record, flush=flush, hold=hold)[0]
+        base = str(self._base or "") if flush else ""
+        answer = self._ask("seal", step=step, record=record, flush=flush, hold=hold, base=base)[0]
         if answer["broken"] and answer["broken"] != self._warned:
             self._warned = answer["broken"]
             print(f"warning: {self._warned}; the newest steps are only on their own nodes", flush=True)
@@ -210,6 +219,7 @@ class BehindSaver:
             error = caught
         self._pending = None
         agree(error)
+        self._base, self._last = self._last or self._base, None
 
     def _settle(self, *, wait: bool) -> None:
         """Rank 0 asks what has become of the checkpoint on its way, and reports it."""
@@ -230,6 +240,11 @@ class BehindSaver:
             return self._link.ask(op, **fields)
         except FrameError as error:
             raise unreachable(error) from error
+
+
+def restored_from(env: RankEnv) -> Location | None:
+    """The checkpoint on disk that this gang goes on from, if it is one."""
+    return locate(env.resume_from) if env.resume_from and generation_of(env.resume_from) is None else None
 
 
 def _mapped(fd: int, size: int) -> npt.NDArray[np.float32]:

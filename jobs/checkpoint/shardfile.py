@@ -5,7 +5,7 @@ because a reader of another plan wants byte ranges (the package's own reader ope
 
 The digest of a shard is the SHA-256 of its header, and the header holds the SHA-256 of every block of
 :data:`BLOCK_ELEMENTS` elements of every tensor. So the one digest in the manifest vouches for every byte, each byte is
-hashed once, and a reader that needs a part verifies just the blocks it touches. Standard library only.
+hashed once, and a reader that needs a part verifies just the blocks it touches. No torch, no numpy.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from jobs.checkpoint.layout import write_all
+from jobs.checkpoint.storage import storage_of
+from jobs.location import Location
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 BLOCK_ELEMENTS = 1 << 20
 ELEMENT_BYTES = 4  # float32, little-endian
 SHARD_VERSION = 1
 _MAX_HEADER_BYTES = 1 << 30
+_GLANCE_BYTES = 1 << 16  # most headers are shorter: one read instead of two
 
 
 class DamagedShard(Exception):
@@ -81,47 +81,63 @@ class ShardHeader:
         rank_state: State of the writing rank that belongs to no tensor (random number generators).
     """
 
-    path: Path
+    path: Location
     slices: tuple[StoredSlice, ...]
     rank_state: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_shard(
-    path: Path,
+    path: Location,
     pieces: Sequence[tuple[Slice, Mapping[str, memoryview]]],
     rank_state: Mapping[str, Any],
+    *,
+    table: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[int, str]:
-    """Write a new shard and fsync it.
+    """Write a new shard, durably.
 
     Args:
         path: The file, which must not exist.
         pieces: Each slice with the bytes of every kind of :data:`KINDS`.
         rank_state: JSON values to keep beside the slices.
+        table: The :func:`slice_table` of the pieces, if it is known already.
 
     Returns:
         Size in bytes, and digest.
 
     Raises:
-        OSError: The file cannot be written; what was written of it is removed again.
+        FileExistsError: It exists.
+        OSError: It cannot be written; nothing is left of it.
+        StorageError: Nothing here can reach such a place.
     """
-    header = _encode_header(pieces, rank_state)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
-        write_all(fd, memoryview(header))
-        for kind in KINDS:
-            for _, data in pieces:
-                write_all(fd, data[kind].cast("B"))
-        os.fsync(fd)
-        size = os.fstat(fd).st_size
-    except OSError:
-        os.unlink(path)  # gives the space back on a full disk
-        raise
-    finally:
-        os.close(fd)
-    return size, hashlib.sha256(header).hexdigest()
+    header = _encode_header(pieces, slice_table(pieces) if table is None else table, rank_state)
+    parts = [memoryview(header), *(data[kind] for kind in KINDS for _, data in pieces)]
+    return storage_of(path).create(path, parts), hashlib.sha256(header).hexdigest()
 
 
-def _encode_header(pieces: Sequence[tuple[Slice, Mapping[str, memoryview]]], rank_state: Mapping[str, Any]) -> bytes:
+def slice_table(pieces: Sequence[tuple[Slice, Mapping[str, memoryview]]]) -> list[dict[str, Any]]:
+    """What a header says of its slices: what they are, and the digests of their blocks. Reads every byte."""
+    return [
+        {
+            "name": piece.name,
+            "shape": piece.shape,
+            "box": piece.box,
+            "range": (piece.start, piece.stop),
+            "blocks": {kind: _digests(data[kind].cast("B")) for kind in KINDS},
+        }
+        for piece, data in pieces
+    ]
+
+
+def content_digest(table: Sequence[Mapping[str, Any]]) -> str:
+    """The digest of slices and data alone, whatever else the file holds."""
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def _encode_header(
+    pieces: Sequence[tuple[Slice, Mapping[str, memoryview]]],
+    table: Sequence[Mapping[str, Any]],
+    rank_state: Mapping[str, Any],
+) -> bytes:
     tensors: dict[str, Any] = {}
     offset = 0
     for kind in KINDS:  # by kind, so that a reader of weights only reads one contiguous part
@@ -133,17 +149,7 @@ def _encode_header(pieces: Sequence[tuple[Slice, Mapping[str, memoryview]]], ran
                 "data_offsets": [offset, end],
             }
             offset = end
-    table = [
-        {
-            "name": piece.name,
-            "shape": piece.shape,
-            "box": piece.box,
-            "range": (piece.start, piece.stop),
-            "blocks": {kind: _digests(data[kind].cast("B")) for kind in KINDS},
-        }
-        for piece, data in pieces
-    ]
-    ours = {"version": SHARD_VERSION, "slices": table, "rank_state": dict(rank_state)}
+    ours = {"version": SHARD_VERSION, "slices": list(table), "rank_state": dict(rank_state)}
     text = json.dumps({"__metadata__": {"format": "pt", "phalanx": json.dumps(ours)}, **tensors}).encode()
     text += b" " * (-len(text) % 8)  # data stays aligned
     return len(text).to_bytes(8, "little") + text
@@ -154,7 +160,7 @@ def _digests(data: memoryview) -> list[str]:
     return [hashlib.sha256(data[at : at + step]).hexdigest() for at in range(0, len(data), step)]
 
 
-def read_header(path: Path, *, size: int, digest: str) -> ShardHeader:
+def read_header(path: Location, *, size: int, digest: str) -> ShardHeader:
     """Read and verify the header of a shard.
 
     Args:
@@ -166,16 +172,17 @@ def read_header(path: Path, *, size: int, digest: str) -> ShardHeader:
         DamagedShard: It is missing, or does not match.
         OSError: It cannot be read.
     """
+    storage = storage_of(path)
     try:
-        with path.open("rb") as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != size:
-                raise DamagedShard(f"{path} has {found} bytes instead of {size}")
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
-                raise DamagedShard(f"{path}: the header claims {length} bytes")
-            text = file.read(length)
+        found = storage.size(path)
+        if found != size:
+            raise DamagedShard(f"{path} has {found} bytes instead of {size}")
+        start = storage.read(path, 0, min(size, _GLANCE_BYTES))
+        prefix, text = start[:8], start[8:]
+        length = int.from_bytes(prefix, "little")
+        if not 0 < length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise DamagedShard(f"{path}: the header claims {length} bytes")
+        text = text[:length] if len(text) >= length else text + storage.read(path, len(start), 8 + length)
     except FileNotFoundError:
         raise DamagedShard(f"{path} is missing") from None
     if hashlib.sha256(prefix + text).hexdigest() != digest:
@@ -183,7 +190,7 @@ def read_header(path: Path, *, size: int, digest: str) -> ShardHeader:
     return _decode_header(path, json.loads(text), data_start=8 + length)
 
 
-def _decode_header(path: Path, document: dict[str, Any], *, data_start: int) -> ShardHeader:
+def _decode_header(path: Location, document: dict[str, Any], *, data_start: int) -> ShardHeader:
     # The digest has vouched for the content, so what is wrong here is a newer version, not damage.
     ours = json.loads(document["__metadata__"]["phalanx"])
     if ours["version"] != SHARD_VERSION:
@@ -214,26 +221,11 @@ def read_block(header: ShardHeader, stored: StoredSlice, kind: str, index: int) 
     """
     first = index * BLOCK_ELEMENTS
     count = min(BLOCK_ELEMENTS, stored.slice.elements - first)
-    fd = os.open(header.path, os.O_RDONLY)
-    try:
-        data = _pread(fd, count * ELEMENT_BYTES, stored.offsets[kind] + first * ELEMENT_BYTES)
-    finally:
-        os.close(fd)
+    start = stored.offsets[kind] + first * ELEMENT_BYTES
+    data = storage_of(header.path).read(header.path, start, start + count * ELEMENT_BYTES)
     if hashlib.sha256(data).hexdigest() != stored.blocks[kind][index]:
         raise DamagedShard(f"{header.path}: block {index} of {kind}/{stored.slice.name} does not match its digest")
     return data
-
-
-def _pread(fd: int, count: int, offset: int) -> bytes:
-    parts = []
-    while count:
-        part = os.pread(fd, count, offset)
-        if not part:
-            break  # truncated: the digest will not match
-        parts.append(part)
-        count -= len(part)
-        offset += len(part)
-    return b"".join(parts)
 
 
 def block_count(stored: StoredSlice) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +10,7 @@ from jobs.checkpoint.errors import CorruptCheckpoint, storage_error
 from jobs.checkpoint.layout import place_of
 from jobs.checkpoint.manifest import Manifest, ShardRecord, read_manifest
 from jobs.checkpoint.shardfile import DamagedShard, ShardHeader, StoredSlice, read_block, read_header
+from jobs.location import Location, Url, locate
 
 
 class ShardSource(Protocol):
@@ -17,10 +19,14 @@ class ShardSource(Protocol):
     Attributes:
         path: Names the checkpoint in errors.
         manifest: What the checkpoint consists of.
+        shared_reads: Every rank reaches every shard, at a cost: each block is then read by one rank and sent to the
+            others that need it. Without, each rank reads what it needs.
     """
 
+    shared_reads: bool
+
     @property
-    def path(self) -> Path:
+    def path(self) -> Location:
         """Names the checkpoint in errors."""
 
     @property
@@ -45,16 +51,25 @@ class DiskSource:
         StorageError: It cannot be read.
     """
 
-    def __init__(self, manifest: str | Path) -> None:
-        self.path = Path(manifest)
+    shared_reads = True
+
+    def __init__(self, manifest: str | Location) -> None:
+        self.path = locate(manifest)
         self.manifest = read_manifest(self.path)
         self._place = place_of(self.path)
 
     def header(self, shard: ShardRecord) -> ShardHeader:
         """See :class:`ShardSource`."""
-        path = self._place.shard(shard.rank)
+        own = self._header(self._place.shard(shard.rank), shard.bytes, shard.digest)
+        if shard.origin is None:
+            return own
+        home = shard.origin.place(self._place.root)
+        held = self._header(home.shard(shard.origin.rank), shard.origin.bytes, shard.origin.digest)
+        return replace(held, rank_state=own.rank_state)
+
+    def _header(self, path: Location, size: int, digest: str) -> ShardHeader:
         try:
-            return read_header(path, size=shard.bytes, digest=shard.digest)
+            return read_header(path, size=size, digest=digest)
         except DamagedShard as error:
             raise CorruptCheckpoint(self.path, str(error)) from error
         except OSError as error:
@@ -68,3 +83,8 @@ class DiskSource:
             raise CorruptCheckpoint(self.path, str(error)) from error
         except OSError as error:
             raise storage_error("read the checkpoint shard", header.path, error) from error
+
+
+def source_of(checkpoint: str | Location | ShardSource) -> ShardSource:
+    """The source of a checkpoint that is named by its manifest, or that source itself."""
+    return DiskSource(checkpoint) if isinstance(checkpoint, str | Path | Url) else checkpoint

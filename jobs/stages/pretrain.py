@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from jobs.checkpoint.errors import storage_error
 from jobs.checkpoint.gang import gang_weights_digest, gather
+from jobs.checkpoint.identity import differences
 from jobs.checkpoint.layout import sync_dir, write_durably
 from jobs.checkpoint.memory import generation_of
 from jobs.checkpoint.memory_source import MemorySource, read_point
@@ -24,6 +25,7 @@ from jobs.checkpoint.saver import BehindSaver, DirectSaver, Saver
 from jobs.checkpoint.source import ShardSource
 from jobs.data import TokenStore
 from jobs.hooks import Hooks
+from jobs.location import Location, locate
 from jobs.metrics import MetricsWriter
 from jobs.numerics import BlowUp, LossWatch
 from jobs.parallel.vocabulary import IGNORE
@@ -91,7 +93,7 @@ class Pretrain:
             BlowUp: A step's numbers cannot be right; nothing of it was kept.
         """
         self._hooks.model_ready(self._engine.module)
-        done, manifest = 0, Path(self._env.resume_from)
+        done, manifest = 0, locate(self._env.resume_from)
         if self._env.resume_from:
             done = self._restore()
         dist.barrier()
@@ -115,10 +117,10 @@ class Pretrain:
                 return
         self._finish(max(done, steps), manifest)
 
-    def _source(self) -> Path | ShardSource:
+    def _source(self) -> Location | ShardSource:
         """What there is to restore: on disk, or in the memory of the nodes."""
         if generation_of(self._env.resume_from) is None:
-            return Path(self._env.resume_from)
+            return locate(self._env.resume_from)
         if self._link is None:
             raise StorageError(
                 f"{self._env.resume_from} cannot be restored here.",
@@ -134,7 +136,8 @@ class Pretrain:
         recorded = SampleSchedule.from_state(restored.extra["sampler"])
         self._schedule = continued(recorded, restored.step + 1, self._job.batch.global_batch, self._job.skips)
         self._watch = LossWatch(self._job.train.spike_sigmas, restored.extra.get("losses", ()))
-        self._reporter.send("restored", step=restored.step + 1, seconds=time.perf_counter() - begin)
+        seconds, moved = time.perf_counter() - begin, dataclasses.asdict(restored.traffic)
+        self._reporter.send("restored", step=restored.step + 1, seconds=seconds, **moved)
         return restored.step
 
     def _step(self, step: int, *, then: str) -> None:
@@ -185,7 +188,7 @@ class Pretrain:
                 tokens[row], targets[row] = sample[:-1], sample[1:]
         return tokens, targets
 
-    def _save(self, step: int, *, wait: bool) -> Path:
+    def _save(self, step: int, *, wait: bool) -> Location:
         if self._metrics is not None:
             self._metrics.sync()  # the lines of what a checkpoint holds are never lost
         return self._saver.save(step, self._extra(step), wait=wait)
@@ -211,7 +214,7 @@ class Pretrain:
         dist.barrier()
         self._reporter.send("done", step=step)
 
-    def _finish(self, step: int, manifest: Path) -> None:
+    def _finish(self, step: int, manifest: Location) -> None:
         """From the last checkpoint to the end: its digest, a sample of text, and nobody leaves before all are here."""
         self._counter.step = step
         digest = gang_weights_digest(manifest)
@@ -225,7 +228,7 @@ class Pretrain:
         dist.barrier()
         self._reporter.send("done", step=step)
 
-    def _sample(self, manifest: Path) -> None:
+    def _sample(self, manifest: Location) -> None:
         """Text for people to look at. The run is done: whatever fails here is told in its place and fails nothing."""
         try:
             text = generate(self._job, manifest, self._store)
@@ -245,19 +248,11 @@ def refuse_another_run(restored: RestoredState, job: JobSpec) -> None:
     Raises:
         ResumeRefused: Lists every difference.
     """
-    extra = restored.extra
-    model = dataclasses.replace(restored.manifest.model, name=job.model.name)  # a name changes nothing
-    pairs = [
-        ("model", model, job.model),
-        ("data digest", extra["data"]["digest"], job.data.digest),
-        ("vocabulary", extra["data"]["vocab"], job.data.vocab),
-        ("seed", extra["seed"], job.train.seed),
-    ]
-    differences = [f"{name}: {there} in the checkpoint, {here} here" for name, there, here in pairs if there != here]
-    if differences:
+    found = differences(restored.manifest, job)
+    if found:
         raise ResumeRefused(
             f"The checkpoint of step {restored.step} is of another run.",
-            why="; ".join(differences),
+            why="; ".join(found),
             hint="Resume with the model, corpus, vocabulary and seed of the run, or start a new run.",
         )
 

@@ -12,6 +12,7 @@ from launcher.commands.common import dir_option, find, json_option, print_json, 
 
 if TYPE_CHECKING:
     from jobs.checkpoint import Checkpoint
+    from jobs.checkpoint.export import Exported
     from launcher.store import RunStore
 
 SCHEMA_VERSION = 1
@@ -86,32 +87,65 @@ def verify(
         ctx.exit(7)
 
 
-@command.command("export", short_help="Write it as a Hugging Face folder.")
+@command.command("export", short_help="Write it as Hugging Face or DeepSpeed load it.")
 @json_option
 @dir_option
 @step_option
 @click.option("--to", "target", required=True, type=click.Path(path_type=Path), help="Folder to make.")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", help="Type of the weights.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), help="Type of the weights (hf; default: fp32).")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["hf", "universal"]),
+    default="hf",
+    help="For whom (default: hf).",
+    show_choices=True,
+)
 @run_argument
 def export_(
-    as_json: bool, folder: str | None, step: int | None, target: Path, dtype: Any, words: tuple[str, ...]
+    as_json: bool, folder: str | None, step: int | None, target: Path, dtype: Any, kind: str, words: tuple[str, ...]
 ) -> None:
-    """Write a checkpoint of RUN as config.json and safetensors, which transformers loads.
+    """Write a checkpoint of RUN for others.
+
+    hf: config.json and safetensors, which transformers loads. universal: DeepSpeed's universal checkpoint with both
+    Adam moments, which an engine with {"checkpoint": {"load_universal": true}} loads at any degree of parallelism.
 
     Whatever plan wrote it: no conversion, no cluster, no GPU. The folder appears whole or not at all.
     """
-    from jobs.checkpoint.export import export
-
+    if kind == "universal" and dtype not in (None, "fp32"):
+        raise click.UsageError("--dtype is for --format hf: a universal checkpoint holds fp32 masters.")
+    dtype = dtype or "fp32"
     store = _store(words, folder)
     one = _picked(store, step)[0]
-    done = export(one.path, target.absolute(), dtype=dtype, progress=_Progress())
+    done = _export(store, one, kind, target.absolute(), dtype)
     if as_json:
         print_json(
             {"schema_version": SCHEMA_VERSION, "run": store.name, "step": one.step, "path": str(done.path)}
-            | {"files": done.files, "tensors": done.tensors, "bytes": done.bytes, "dtype": dtype}
+            | {"files": done.files, "tensors": done.tensors, "bytes": done.bytes, "dtype": dtype, "format": kind}
         )
     else:
         say(f"{done.tensors} tensors, {done.bytes / 1e6:,.1f} MB in {dtype}, of step {one.step}: {done.path}")
+
+
+def _export(store: RunStore, one: Checkpoint, kind: str, target: Path, dtype: Any) -> Exported:
+    if kind == "hf":
+        from jobs.checkpoint.export import export
+
+        return export(one.path, target, dtype=dtype, progress=_Progress())
+    from jobs.checkpoint.universal import export_universal
+    from strategies.deepspeed_config import learning_rate
+
+    train = store.request().job.train
+    rate = learning_rate(
+        one.step + 1, lr=train.lr, min_lr=train.min_lr, warmup_steps=train.warmup_steps, steps=train.steps
+    )
+    learning = {
+        "lr": rate,
+        "betas": (train.beta1, train.beta2),
+        "eps": train.eps,
+        "weight_decay": train.weight_decay,
+    }
+    return export_universal(one.path, target, learning=learning, progress=_Progress())
 
 
 class _Progress:
@@ -161,6 +195,7 @@ def _row(one: Checkpoint) -> dict[str, Any]:
         "attempt": one.token.attempt,
         "time": one.time,
         "bytes": one.bytes,
+        "written_bytes": one.written_bytes,
         "plan": one.plan.describe(),
         "path": str(one.path),
     }

@@ -209,10 +209,10 @@ def spoil_manifest(stage: Stage) -> str:
 
 
 def _newest(stage: Stage) -> Path:
-    found = checkpoint.list_checkpoints(stage.paths.checkpoints)
+    found = checkpoint.list_checkpoints(stage.paths.checkpoint_dir)
     if not found:
         raise ClusterError("There is no checkpoint yet that could be damaged.")
-    return found[0].path
+    return Path(str(found[0].path))
 
 
 def _shard(stage: Stage) -> Path:
@@ -223,7 +223,7 @@ def _shard(stage: Stage) -> Path:
 
 
 def _told(path: Path, stage: Stage) -> str:
-    return str(path.relative_to(stage.paths.checkpoints))
+    return str(path.relative_to(stage.paths.checkpoint_dir))
 
 
 # ---- file systems -----------------------------------------------------------------------------------------------
@@ -256,18 +256,18 @@ def free_disk(stage: Stage) -> str:
 
 
 def _filler(stage: Stage) -> Path:
-    return stage.paths.checkpoints / "filler"
+    return stage.paths.checkpoint_dir / "filler"
 
 
 def freeze_disk(stage: Stage) -> str:
     """Whoever writes to the file system of the checkpoints hangs in the kernel from now on."""
-    _command("fsfreeze", "--freeze", str(stage.paths.checkpoints))
+    _command("fsfreeze", "--freeze", str(stage.paths.checkpoint_dir))
     return "the file system of the checkpoints is frozen"
 
 
 def thaw_disk(stage: Stage) -> str:
     """It goes on."""
-    _command("fsfreeze", "--unfreeze", str(stage.paths.checkpoints))
+    _command("fsfreeze", "--unfreeze", str(stage.paths.checkpoint_dir))
     return "the file system of the checkpoints goes on"
 
 

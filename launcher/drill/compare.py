@@ -80,7 +80,7 @@ def _weights(run: RunStore, reference: RunStore) -> float | None:
     from jobs.checkpoint import newest
     from jobs.checkpoint.reader import Reader
 
-    entries = [newest(one.paths.checkpoints) for one in (run, reference)]
+    entries = [newest(one.paths.checkpoint_dir) for one in (run, reference)]
     if entries[0] is None or entries[1] is None:
         return None
     mine, other = Reader(entries[0]), Reader(entries[1])

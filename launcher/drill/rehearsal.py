@@ -152,7 +152,7 @@ class Rehearsal:
         case, problem = self._case, ""
         image = self.paths.root / "checkpoints.img"
         with contextlib.ExitStack() as cleanup:
-            cleanup.enter_context(disks.mounted(case.disk if case else "", self.paths.checkpoints, image))
+            cleanup.enter_context(disks.mounted(case.disk if case else "", self.paths.checkpoint_dir, image))
             if case is not None and case.network:
                 self._make_machines(cleanup)
             if case is not None and case.ambush:

@@ -113,7 +113,7 @@ def _small(config: Config, plan: ParallelPlan, degrees: Mapping[str, int]) -> Co
         model=_model(config.model, tp=degrees["tp"], pp=degrees["pp"]),
         data=DataConfig(kind="text", path=config.data.path, cache=None),
         train=_train(config.train, degrees["dp"]),
-        checkpoint=replace(config.checkpoint, every=EVERY, keep=max(3, config.checkpoint.keep)),
+        checkpoint=replace(config.checkpoint, every=EVERY, keep=max(3, config.checkpoint.keep), url=None),
         recovery=replace(config.recovery, save_timeout_s=SAVE_TIMEOUT_S),
         tracking=replace(config.tracking, kind="none"),
         experiment=replace(config.experiment, require_faults=False),

@@ -56,8 +56,10 @@ def test_nan_on_one_rank(folder: Path, submit: Submit, without_eight: RunStore) 
     assert status["skips"] == [{"step": 8, "samples": 8, "first": 56, "last": 63, "by": "recovery"}]
     told = cli.phalanx("status", "nan", "--dir", str(folder / "runs"), cwd=folder).out
     assert "samples 56 to 63, before step 8 (by recovery)" in told
-    newest = list_checkpoints(run.paths.checkpoints)[0]
-    assert json.loads(newest.path.read_text())["extra"]["sampler"]["schedule"]["skips"] == [{"step": 8, "samples": 8}]
+    newest = list_checkpoints(run.paths.checkpoint_dir)[0]
+    assert json.loads(Path(str(newest.path)).read_text())["extra"]["sampler"]["schedule"]["skips"] == [
+        {"step": 8, "samples": 8}
+    ]
 
 
 def test_the_oracle_sees_the_skip(submit: Submit, without_eight: RunStore) -> None:

@@ -15,6 +15,7 @@ from jobs.checkpoint.digest import weights_digest
 from jobs.checkpoint.layout import place_of
 from jobs.checkpoint.reader import Reader
 from jobs.checkpoint.shardfile import KINDS
+from jobs.checkpoint.universal import export_universal
 from strategies.codec import to_json
 from tests.support.checkpoints import flip_and_sign_again, flip_bit
 from tests.support.gang import WarmPool
@@ -66,7 +67,20 @@ def check_bit_identical(pool: WarmPool, tmp_path: Path, job: dict[str, Any], wor
         assert before["end"] == after["end"]
     assert first[0]["results"][0] != first[0]["results"][1]
     check_stored_once(path)
+    check_read_once(path, second)
+    received = sum(row["received"] for row in second)
+    if job["plan"]["zero_stage"] and job["plan"]["tp"] == job["plan"]["pp"] == 1:
+        assert received == 0, "the same plan finds all of it in its own shards"
+    elif job["plan"]["zero_stage"]:
+        assert received < sum(row["read"] for row in second), "only copies (norms, tied embeddings) travel"
     return path
+
+
+def check_read_once(path: Path, rows: list[dict[str, Any]]) -> None:
+    """All ranks together have read every byte of the model's state once, and no rank nearly all of it."""
+    model = read_manifest(path).model
+    assert sum(row["read"] for row in rows) == len(KINDS) * 4 * model.parameters
+    assert len(rows) == 1 or max(row["read"] for row in rows) < 2 * sum(row["read"] for row in rows) / len(rows)
 
 
 def check_stored_once(path: Path) -> None:
@@ -232,6 +246,8 @@ def test_another_plan_trains_on(pool: WarmPool, tmp_path: Path) -> None:
     second = pool.run(
         RESTORE, world_size=world, timeout_s=TIMEOUT_S, arguments={"job": job, "manifest": first[0]["path"], "more": 3}
     )
+    check_read_once(Path(first[0]["path"]), second)
+    assert sum(row["received"] for row in second) > 0
     there, here = (
         [[float.fromhex(value) for value in step] for step in rows[0]["results"]] for rows in (first, second)
     )
@@ -239,8 +255,53 @@ def test_another_plan_trains_on(pool: WarmPool, tmp_path: Path) -> None:
         assert after == pytest.approx(before, rel=1e-5)
 
 
+UNIVERSAL = [
+    pytest.param({"dp": 2, "zero_stage": 1}, "fp32", id="dp2-zero1"),
+    pytest.param({"dp": 2, "zero_stage": 3}, "fp32", id="dp2-zero3"),
+    pytest.param({"tp": 2, "dp": 2, "zero_stage": 1}, "fp32", id="tp2-dp2-zero1", marks=pytest.mark.full),
+    pytest.param({"tp": 2, "pp": 2, "zero_stage": 1}, "fp32", id="tp2-pp2-zero1", marks=pytest.mark.full),
+    pytest.param({"dp": 2, "zero_stage": 2}, "bf16", id="dp2-zero2-bf16", marks=pytest.mark.full),
+]
+
+
+@pytest.fixture(scope="module")
+def universal(pool: WarmPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """What 4 ranks (TP2 x PP2) have saved after 3 steps, in DeepSpeed's layout, and how they went on."""
+    folder = tmp_path_factory.mktemp("universal")
+    job, world = job_of(PLANS[2])
+    rows = pool.run(
+        SAVE, world_size=world, timeout_s=TIMEOUT_S, arguments={"job": job, "steps": 3, "more": 3}, run_dir=str(folder)
+    )
+    rate = float.fromhex(rows[0]["results"][0][2])  # of the step to come, as the command line computes it
+    learning = {"lr": rate, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    export_universal(rows[0]["path"], folder / "out", learning=learning)
+    return folder / "out", rows[0]["results"]
+
+
+@pytest.mark.parametrize(("plan", "precision"), UNIVERSAL)
+def test_deepspeed_loads_the_universal_layout(
+    pool: WarmPool, universal: tuple[Path, list[Any]], plan: dict[str, Any], precision: str
+) -> None:
+    """DeepSpeed's own loader, at another degree of parallelism: the losses go on as they would have."""
+    folder, expected = universal
+    job, world = job_of(plan, precision=precision)
+    rows = pool.run(
+        "tests.support.checkpoint_ranks:load_universal_then_train",
+        world_size=world,
+        timeout_s=TIMEOUT_S,
+        arguments={"job": job, "folder": str(folder), "first": 4, "last": 6},
+    )
+    assert all(row["loaded"] for row in rows)
+    assert rows[0]["steps"] == 3
+    assert rows[0]["lr"] == expected[0][2]
+    rel = 1e-5 if precision == "fp32" else 2e-2
+    for before, after in zip(expected, rows[0]["results"], strict=True):
+        there, here = ([float.fromhex(value) for value in some] for some in (before, after))
+        assert here == pytest.approx(there, rel=rel)
+
+
 def test_another_plan_reads_it_without_loss(pool: WarmPool, tmp_path: Path) -> None:
-    """TP2 x PP2 -> DP2 ZeRO-3 -> 1 rank -> TP2 x PP2: weights and moments are the same to the last bit."""
+    """TP2 x PP2, DP2 ZeRO-3, 1 rank, TP2 x PP2, DP4 ZeRO-1: weights and moments are the same to the last bit."""
     job, world = job_of(PLANS[2])
     run = pool.run(
         SAVE,
@@ -251,16 +312,17 @@ def test_another_plan_reads_it_without_loss(pool: WarmPool, tmp_path: Path) -> N
     )
     source = Path(run[0]["path"])
     original, path = Reader(source), source
-    for hop, plan in enumerate([PLANS[1], PLANS[0], PLANS[2]], start=1):
+    for hop, plan in enumerate([PLANS[1], PLANS[0], PLANS[2], {"dp": 4, "zero_stage": 1}], start=1):
         job, world = job_of(plan)
-        paths = pool.run(
+        rows = pool.run(
             "tests.support.checkpoint_ranks:reshape",
             world_size=world,
             timeout_s=TIMEOUT_S,
             arguments={"job": job, "manifest": str(path)},
             run_dir=str(tmp_path / str(hop)),
         )
-        path = Path(paths[0])
+        check_read_once(path, rows)
+        path = Path(rows[0]["path"])
         reader = Reader(path)
         assert reader.manifest.trainer.optimizer_steps == 2
         assert weights_digest(path) == weights_digest(source)

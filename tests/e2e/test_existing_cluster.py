@@ -250,7 +250,7 @@ def test_a_killed_or_interrupted_controller_is_restarted_and_adopts_the_gang(
 ) -> None:
     store = make_run(cluster, tmp_path, 1000, 0.3)
     ray_client.start_controller(store.paths.root, cluster.address)
-    wait(lambda: (store.paths.checkpoints / "2" / "COMMIT").exists(), 90.0, store)
+    wait(lambda: (store.paths.checkpoint_dir / "2" / "COMMIT").exists(), 90.0, store)
     with pytest.raises(ResumeRefused):
         ray_client.start_controller(store.paths.root, cluster.address)
     for times, number in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGINT), start=1):
@@ -262,8 +262,8 @@ def test_a_killed_or_interrupted_controller_is_restarted_and_adopts_the_gang(
     assert process.wait_until(lambda: quiet(cluster), 20.0)
     wish: dict[str, list[str]] = {"overrides": [], "changes": []}
     ray_client.start_controller(store.paths.root, cluster.address, resume=wish)
-    before = len(list(store.paths.checkpoints.iterdir()))
-    wait(lambda: len(list(store.paths.checkpoints.iterdir())) > before, 60.0, store)
+    before = len(list(store.paths.checkpoint_dir.iterdir()))
+    wait(lambda: len(list(store.paths.checkpoint_dir.iterdir())) > before, 60.0, store)
     assert [event.kind for event in store.events()].count(EventKind.RESUME_REQUESTED) == 1
     assert int(Path(store.run().attempts[1].resume_from).name) > 1
     supervise.request_cancel(store, by="test")
@@ -276,7 +276,7 @@ def test_sigterm_at_an_agent_gives_its_node_up_and_the_spare_takes_over(
 ) -> None:
     store = make_run(cluster, tmp_path, 1000, 0.3, size=(2, 1))
     ray_client.start_controller(store.paths.root, cluster.address)
-    wait(lambda: (store.paths.checkpoints / "2" / "COMMIT").exists(), 90.0, store)
+    wait(lambda: (store.paths.checkpoint_dir / "2" / "COMMIT").exists(), 90.0, store)
     rows = read_json(store.paths.ranks(1))
     first = store.run().attempts[0].nodes
     agent = read_json(store.paths.agents / f"{first[1]}.json")["pid"]
@@ -303,7 +303,7 @@ def test_an_orphan_is_cancelled_by_the_address_of_a_dashboard(cluster: netns.Ray
 
     store = make_run(cluster, tmp_path, 1000, 0.3, address=cluster.dashboard_url, size=(2, 0))
     ray_client.start_controller(store.paths.root, cluster.dashboard_url)
-    wait(lambda: (store.paths.checkpoints / "2" / "COMMIT").exists(), 90.0, store)
+    wait(lambda: (store.paths.checkpoint_dir / "2" / "COMMIT").exists(), 90.0, store)
     with ray_backend.connected(tmp_path, cluster.address):
         ray_backend.kill(ray_backend.find_actor(f"phalanx-{run_key(store.paths.root)}-controller"))
     pid = read_json(store.paths.controllers / "1.json")["pid"]

@@ -232,7 +232,7 @@ def test_a_torch_script_on_somebody_elses_cluster(cluster: netns.RayCluster, tmp
     first, second = run.run().attempts
     assert "signal 9" in str(first.cause)
     assert int(Path(second.resume_from).name) == 4
-    assert float((run.paths.checkpoints / "6" / "total").read_text()) == sum(10.0 * step for step in range(1, 7))
+    assert float((run.paths.checkpoint_dir / "6" / "total").read_text()) == sum(10.0 * step for step in range(1, 7))
 
 
 @needs_namespaces

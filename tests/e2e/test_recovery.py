@@ -252,7 +252,7 @@ def test_damaged_checkpoint_falls_back_to_the_older(folder: Path, undisturbed: R
     done = cli.phalanx(*words, cwd=folder)
     assert done.code == 100, done.err
     run = cli.store(folder, "damaged")
-    shards = sorted((run.paths.checkpoints / "step-00000006").rglob("*.safetensors"))
+    shards = sorted((run.paths.checkpoint_dir / "step-00000006").rglob("*.safetensors"))
     assert shards
     flip_a_bit(shards[0])
     resumed = cli.phalanx(

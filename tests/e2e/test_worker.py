@@ -74,13 +74,13 @@ class Run:
 
     def resume(self, **options: Any) -> None:
         """One more attempt, from the newest checkpoint."""
-        self.attempt(str(newest(self.paths.checkpoints) or ""), **options)
+        self.attempt(str(newest(self.paths.checkpoint_dir) or ""), **options)
 
     def newest_step(self) -> int:
         """Step of the newest checkpoint."""
-        path = newest(self.paths.checkpoints)
+        path = newest(self.paths.checkpoint_dir)
         assert path is not None
-        return int(json.loads(path.read_text())["step"])
+        return int(json.loads(Path(str(path)).read_text())["step"])
 
     def lines(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
@@ -136,7 +136,7 @@ def test_an_undisturbed_run_tells_everything(undisturbed: Run) -> None:
     assert undisturbed.final()["step"] == undisturbed.newest_step() == 6
     assert len(undisturbed.final()["weights_digest"]) == 64
     assert undisturbed.paths.sample.read_text().startswith("def ")
-    assert len(list(undisturbed.paths.checkpoints.glob("*/*.manifest.json"))) == 2, "older ones are pruned"
+    assert len(list(undisturbed.paths.checkpoint_dir.glob("*/*.manifest.json"))) == 2, "older ones are pruned"
 
 
 @pytest.mark.parametrize(
@@ -216,10 +216,10 @@ def test_an_error_is_reported_with_its_traceback(start: Callable[..., Run]) -> N
 
 def test_a_damaged_checkpoint_is_rejected(start: Callable[..., Run], undisturbed: Run) -> None:
     run = start()
-    shutil.copytree(undisturbed.paths.checkpoints, run.paths.checkpoints)
-    path = newest(run.paths.checkpoints)
+    shutil.copytree(undisturbed.paths.checkpoint_dir, run.paths.checkpoint_dir)
+    path = newest(run.paths.checkpoint_dir)
     assert path is not None
-    shard = next(path.parent.glob("e*/shard-00002.safetensors"))
+    shard = next(Path(str(path.parent)).glob("e*/shard-00002.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-5] ^= 1
     shard.write_bytes(content)
@@ -244,7 +244,7 @@ def test_another_run_is_refused(
     run = start(**{key: value for key, value in change.items() if key == "seed"})
     fields = {key: value for key, value in change.items() if key != "seed"}
     run.job = dataclasses.replace(run.job, data=dataclasses.replace(run.job.data, **fields))
-    shutil.copytree(undisturbed.paths.checkpoints, run.paths.checkpoints)
+    shutil.copytree(undisturbed.paths.checkpoint_dir, run.paths.checkpoint_dir)
     with pytest.raises(GangFailed, match=f"ended with {code}"):
         run.resume()
     errors = [report for report in run.reports() if report["kind"] == "error"]

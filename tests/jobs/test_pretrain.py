@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from jobs.checkpoint import CorruptCheckpoint
+from jobs.checkpoint.exchange import Traffic
 from jobs.checkpoint.manifest import Manifest, TrainerState
 from jobs.checkpoint.restore import RestoredState
 from jobs.numerics import BlowUp, LossWatch
@@ -41,10 +42,9 @@ def restored_from(job: JobSpec) -> RestoredState:
         tensors={},
         shards=(),
         trainer=trainer,
-        extra={},
+        extra={"data": {"digest": job.data.digest, "vocab": job.data.vocab}, "seed": job.train.seed},
     )
-    extra = {"data": {"digest": job.data.digest, "vocab": job.data.vocab}, "seed": job.train.seed}
-    return RestoredState(step=4, extra=extra, manifest=manifest)
+    return RestoredState(step=4, extra=manifest.extra, manifest=manifest, traffic=Traffic())
 
 
 def test_the_same_run_is_welcome_under_another_name_and_plan(job: JobSpec) -> None:
@@ -61,7 +61,12 @@ def test_another_run_is_refused_with_every_difference(job: JobSpec) -> None:
     )
     with pytest.raises(ResumeRefused) as caught:
         refuse_another_run(restored_from(job), other)
-    for words in ("model: ", "data digest: abc", "vocabulary: 128 in the checkpoint, 129 here", "seed: 3"):
+    for words in (
+        "model.norm_eps: 1e-05 in the checkpoint, 1e-06 here",
+        "data digest: abc",
+        "vocabulary: 128 in the checkpoint, 129 here",
+        "seed: 3",
+    ):
         assert words in str(caught.value)
 
 

@@ -31,8 +31,8 @@ def run(tmp_path: Path) -> Path:
     """A run with the checkpoints of steps 4 and 8, and a manifest of step 12 that was cut short."""
     store = make_run(tmp_path, "one")
     for step in (4, 8):
-        write_checkpoint(store.paths.checkpoints, step=step)
-    cut = write_checkpoint(store.paths.checkpoints, step=12)
+        write_checkpoint(store.paths.checkpoint_dir, step=step)
+    cut = write_checkpoint(store.paths.checkpoint_dir, step=12)
     cut.write_bytes(cut.read_bytes()[:-20])
     return store.paths.root
 
@@ -82,7 +82,7 @@ def test_export_writes_a_folder(tmp_path: Path, invoke: Invoke) -> None:
     from tests.support.jobspecs import GPT
 
     store = make_run(tmp_path, "two")
-    write_model_checkpoint(store.paths.checkpoints, GPT, step=3)
+    write_model_checkpoint(store.paths.checkpoint_dir, GPT, step=3)
     code, out, _ = invoke(
         "export", "two", "-C", str(tmp_path), "--to", str(tmp_path / "hf"), "--dtype", "bf16", "--json"
     )

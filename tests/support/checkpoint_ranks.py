@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import resource
 from typing import Any
@@ -111,6 +112,8 @@ def restore_then_train(env: RankEnv, job: dict[str, Any], manifest: str, more: i
     out = {
         "step": restored.step,
         "extra": dict(restored.extra),
+        "read": restored.traffic.read_bytes,
+        "received": restored.traffic.received_bytes,
         "noise": noise,
         "at_restore": at_restore,
         "results": results,
@@ -130,15 +133,15 @@ def save_initial(env: RankEnv, job: dict[str, Any]) -> str:
     return digest
 
 
-def reshape(env: RankEnv, job: dict[str, Any], manifest: str) -> str:
-    """Restore what another plan has written, save it at once; returns the digest of the weights."""
+def reshape(env: RankEnv, job: dict[str, Any], manifest: str) -> dict[str, Any]:
+    """Restore what another plan has written, save it at once; returns the manifest and what the restore has moved."""
     spec = from_json(JobSpec, job)
     engine = Engine.build(spec, env)
     restored = restore(engine, manifest)
     token = (env.epoch, env.attempt)
     saved = save(engine, run_paths=RunPaths(env.run_dir), job=spec, step=restored.step, token=token, extra={})
     engine.close()
-    return str(saved.path)
+    return {"path": str(saved.path), "read": restored.traffic.read_bytes, "received": restored.traffic.received_bytes}
 
 
 def restore_damaged(env: RankEnv, job: dict[str, Any], damaged: str, good: str) -> dict[str, Any]:
@@ -175,3 +178,15 @@ def save_without_room(env: RankEnv, job: dict[str, Any], rank: int) -> dict[str,
     saved = attempt()
     engine.close()
     return {"message": message, "path": str(saved.path)}
+
+
+def load_universal_then_train(env: RankEnv, job: dict[str, Any], folder: str, first: int, last: int) -> dict[str, Any]:
+    """DeepSpeed itself loads its universal layout into a fresh engine, which then trains ``first`` to ``last``."""
+    spec = from_json(JobSpec, job)
+    config = dict(spec.deepspeed) | {"checkpoint": {"load_universal": True}}
+    engine = Engine.build(dataclasses.replace(spec, deepspeed=config), env)
+    loaded, _ = engine.ds.load_checkpoint(folder)
+    steps, rate = engine.ds.global_steps, engine.ds.get_lr()[0]
+    out = {"loaded": bool(loaded), "steps": steps, "lr": rate.hex(), "results": _train(engine, spec, first, last)}
+    engine.close()
+    return out

@@ -17,6 +17,7 @@ from jobs.checkpoint.manifest import Manifest, ShardRecord, TrainerState, commit
 from jobs.checkpoint.shardfile import BLOCK_ELEMENTS, ELEMENT_BYTES, KINDS, Slice, write_shard
 from jobs.checkpoint.slices import copy_runs, overlap, whole
 from jobs.distributed import Grid
+from jobs.location import L
 from jobs.models.gpt import Decoder, Recipe
 from strategies.specs import ModelSpec
 from tests.support.jobspecs import GPT, make_plan
@@ -39,10 +40,9 @@ def cut(piece: Slice, tensor: Array) -> Array:
 
 
 def write_shards(
-    place: Place, ranks: Sequence[Sequence[Slice]], seed: int = 0, *, scale: float = 1.0
+    place: Place[L], ranks: Sequence[Sequence[Slice]], seed: int = 0, *, scale: float = 1.0
 ) -> list[ShardRecord]:
     """One shard per rank, uncommitted; ``scale`` is the deviation of the values."""
-    place.shard_dir.mkdir(parents=True)
     records = []
     for rank, pieces in enumerate(ranks):
         views = [
@@ -56,7 +56,7 @@ def write_shards(
 
 
 def manifest_of(
-    place: Place, records: Sequence[ShardRecord], tensors: Mapping[str, tuple[int, ...]], model: ModelSpec = GPT
+    place: Place[L], records: Sequence[ShardRecord], tensors: Mapping[str, tuple[int, ...]], model: ModelSpec = GPT
 ) -> Manifest:
     """A manifest, uncommitted."""
     return Manifest(
@@ -75,14 +75,14 @@ def manifest_of(
 
 
 def write_checkpoint(
-    root: Path,
+    root: L,
     step: int = 1,
     token: tuple[int, int] = (1, 1),
     ranks: Sequence[Sequence[Slice]] | None = None,
     *,
     model: ModelSpec = GPT,
     scale: float = 1.0,
-) -> Path:
+) -> L:
     """A committed checkpoint; by default of one tensor in two shards. Returns its manifest."""
     place = Place(root, step, Token(*token))
     ranks = ranks or [[whole("w", (30, 10), 0, 120)], [whole("w", (30, 10), 120, 300)]]
@@ -91,7 +91,7 @@ def write_checkpoint(
     return commit(root, manifest_of(place, records, tensors, model))
 
 
-def write_model_checkpoint(root: Path, model: ModelSpec, *, step: int = 1, scale: float = 0.3) -> Path:
+def write_model_checkpoint(root: L, model: ModelSpec, *, step: int = 1, scale: float = 0.3) -> L:
     """A committed checkpoint of a whole model with random weights, dealt to two shards. Returns its manifest."""
     decoder = Decoder(Recipe.of(model, Grid(), seed=0))
     metas = {p.phalanx.name: p.phalanx for p in decoder.parameters()}  # type: ignore[attr-defined]

@@ -9,14 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from jobs.checkpoint.errors import CheckpointConflict
-from jobs.checkpoint.layout import Place, Token
+from jobs.checkpoint.layout import Place, Token, place_of
 from jobs.checkpoint.manifest import TrainerState
 from jobs.checkpoint.parts import Part, Whole, commit_parts, withdraw_part, write_part
 from jobs.checkpoint.retention import prune
+from jobs.location import Location, locate
 from launcher.host.persist.shelf import Held, Shelf
 from strategies.codec import from_json, to_json
 from strategies.errors import PhalanxError
@@ -34,12 +34,14 @@ class Writing:
     Attributes:
         held: The part.
         place: Where it goes.
+        base: The last committed checkpoint.
         durable: Set once it is written, or has failed.
         released: Set once the commit may go on without asking its rank.
     """
 
     held: Held
-    place: Place
+    place: Place[Location]
+    base: Place[Location] | None = None
     durable: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
 
@@ -55,10 +57,10 @@ class Pending:
         world: Number of parts; 0 until then.
         keep: Checkpoints to keep; 0 until then.
         committing: All parts are there, and the manifest is being written.
-        done: What became of it: ``step``, ``path``, ``bytes``; or ``error``.
+        done: What became of it: ``step``, ``path``, ``bytes``, ``written_bytes``; or ``error``.
     """
 
-    place: Place
+    place: Place[Location]
     parts: dict[int, Part] = field(default_factory=dict)
     whole: Whole | None = None
     world: int = 0
@@ -72,20 +74,28 @@ class Flusher:
 
     Args:
         shelf: Where the parts are.
-        root: Folder of all checkpoints of the run.
+        root: Where all checkpoints of the run are.
         tell: How to reach the coordinator of an attempt.
     """
 
-    def __init__(self, shelf: Shelf, root: Path, tell: Tell) -> None:
+    def __init__(self, shelf: Shelf, root: Location, tell: Tell) -> None:
         self._shelf = shelf
         self._root = root
         self._tell = tell
         self._pending: dict[tuple[int, Token], Pending] = {}
         self._busy = 0
 
-    def start(self, held: Held, *, hold: bool, keep: int) -> Writing:
-        """Write a sealed part; with ``hold`` it does not count before :attr:`Writing.released` is set."""
-        writing = Writing(held, Place(self._root, held.step, held.stream.info.token))
+    def start(self, held: Held, *, hold: bool, keep: int, base: str = "") -> Writing:
+        """Write a sealed part.
+
+        Args:
+            held: The part.
+            hold: It does not count before :attr:`Writing.released` is set.
+            keep: Checkpoints to keep.
+            base: Manifest of the last committed checkpoint; "" for none. What has not changed since is not written.
+        """
+        place = Place(self._root, held.step, held.stream.info.token)
+        writing = Writing(held, place, place_of(locate(base)) if base else None)
         if not hold:
             writing.released.set()
         self._shelf.pin(held)
@@ -107,6 +117,7 @@ class Flusher:
                 held.stream.image.pieces(held.buffer.view),
                 held.record["rank_state"],
                 int(held.record["trainer"]["optimizer_steps"]),
+                base=writing.base,
             )
             report = {"part": to_json(part)}
         except PhalanxError as error:
@@ -125,7 +136,7 @@ class Flusher:
 
     # -- the coordinator -------------------------------------------------------------------------------------------
 
-    def _of(self, place: Place) -> Pending:
+    def _of(self, place: Place[Location]) -> Pending:
         return self._pending.setdefault((place.step, place.token), Pending(place))
 
     def take(self, message: Mapping[str, Any]) -> None:
@@ -158,7 +169,8 @@ class Flusher:
         try:
             manifest = commit_parts(pending.place, [pending.parts[r] for r in range(pending.world)], pending.whole)
             prune(self._root, pending.keep, token=pending.place.token)
-            done = {"step": pending.place.step, "path": str(pending.place.manifest), "bytes": manifest.bytes}
+            done = {"step": pending.place.step, "path": str(pending.place.manifest)}
+            done |= {"bytes": manifest.bytes, "written_bytes": manifest.written_bytes}
         except (PhalanxError, TypeError, ValueError) as error:  # also what is no JSON in extra
             done = {"error": describe(error)}
         with self._shelf.changed:

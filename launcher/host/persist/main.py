@@ -13,7 +13,6 @@ import signal
 import socket
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 from jobs.checkpoint.layout import Token
@@ -44,7 +43,7 @@ class Persister:
         secret = wire.read_secret(paths.secret)
         self.shelf = Shelf()
         self.directory = Directory(secret)
-        self.flusher = Flusher(self.shelf, Path(paths.checkpoints), self._tell)
+        self.flusher = Flusher(self.shelf, paths.checkpoints, self._tell)
         self._guests = Guests(self.shelf, self.flusher)
         self.server = PeerServer(host, secret, self._guests.handle)
 

@@ -5,7 +5,8 @@
              ``keep``
 ``begin``    a buffer to copy into; waits until the replica of the part before is confirmed
 ``seal``     the buffer is full: ``step``, ``record`` (its ``rank_state`` only if it is another than before), and with
-             ``flush`` it goes to the disk, too
+             ``flush`` it goes to the disk, too (``base``: the last checkpoint there, whose data are not written again
+             where they have not changed)
 ``durable``  wait until this rank's part is on the disk; ``release`` lets the commit go on (after ``hold``)
 ``outcome``  rank 0: what became of the checkpoint of ``step``; with ``wait``, once it is known
 ``part``     a part of a generation to restore: its record, and the descriptor if it lies here
@@ -168,7 +169,8 @@ class Desk:
         self._rank_state = message["record"].setdefault("rank_state", self._rank_state)
         self._shelf.seal(held, int(message["step"]), message["record"])
         if message["flush"]:
-            self._writing = self._flusher.start(held, hold=bool(message["hold"]), keep=self._keep)
+            hold, base = bool(message["hold"]), str(message.get("base", ""))
+            self._writing = self._flusher.start(held, hold=hold, keep=self._keep, base=base)
         if self._replicator is not None:
             self._replicator.submit(held)
         return {"broken": self._replicator.broken if self._replicator is not None else ""}, b"", []

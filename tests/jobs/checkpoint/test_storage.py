@@ -35,7 +35,9 @@ def snapshot(elements: int, step: int = 1) -> Snapshot:
 
 
 def save_to(root: Path, snap: Snapshot, token: tuple[int, int] = (1, 1)) -> Path:
-    return persist(snap, run_paths=RunPaths(root), job=make_job(), token=token, extra={}).path
+    saved = persist(snap, run_paths=RunPaths(root), job=make_job(), token=token, extra={})
+    assert isinstance(saved.path, Path)
+    return saved.path
 
 
 @pytest.fixture

@@ -1,0 +1,66 @@
+"""What must be right before a run is resumed: its checkpoints are its own and some are whole, and clocks agree.
+
+The ranks would find out too, but only after a gang was started for it. Here nothing has been written yet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from jobs.checkpoint import damaged, list_checkpoints, read_manifest
+from jobs.checkpoint.identity import differences
+from launcher.request import LaunchRequest
+from launcher.run import Run
+from launcher.store import RunStore
+from strategies.errors import ResumeRefused, StorageError
+
+SKEW_S = 300.0  # clocks of healthy machines agree far better; S3 refuses requests from 900 s on
+
+
+def check(store: RunStore, run: Run, request: LaunchRequest, *, clock: Callable[[], float] = time.time) -> list[str]:
+    """Look at what a resume would start from.
+
+    Args:
+        store: The run.
+        run: What its log says.
+        request: What the run was; a resume may change it later.
+        clock: UTC seconds.
+
+    Returns:
+        Checkpoints that will be passed over, each with the reason.
+
+    Raises:
+        ResumeRefused: The directory was renamed; or the checkpoints are another run's, or the clock is wrong.
+        StorageError: There was a checkpoint, and none can be used; or the store cannot be reached.
+    """
+    if request.run_name != store.name:
+        raise ResumeRefused(
+            f"The run directory is called '{store.name}', and the run in it '{request.run_name}'.",
+            why="the name is the run's identity",
+            hint=f"Give it back its name; it may lie anywhere: mv {store.paths.root} .../{request.run_name}",
+        )
+    if request.job.kind == "script":
+        return []
+    store.require_checkpoints()
+    root = store.paths.checkpoints
+    whole = [one for one in list_checkpoints(root) if str(one.path) not in run.rejected]
+    broken = [f"{path}: {reason}" for path, reason in damaged(root)]
+    problems = differences(read_manifest(whole[0].path), request.job) if whole else []
+    last = max([event.time for event in store.events()] + [one.time for one in whole], default=0.0)
+    ahead = last - clock()
+    if ahead > SKEW_S:
+        problems.append(f"the clock here is {ahead:.0f} s behind the one that wrote the run's newest record")
+    if problems:
+        raise ResumeRefused(
+            f"'{store.name}' cannot go on from what is in {root}.",
+            why="; ".join(problems),
+            hint="Bring the run's own checkpoints back and set the clock, or phalanx submit a new run.",
+        )
+    if run.committed_step and not whole:
+        raise StorageError(
+            f"'{store.name}' has committed step {run.committed_step}, and no checkpoint of it can be used.",
+            why="; ".join(broken) or f"there is none in {root}",
+            hint="Bring one back, or phalanx submit a new run: this one would begin again at step 1.",
+        )
+    return broken

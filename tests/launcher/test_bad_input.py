@@ -1,0 +1,227 @@
+"""Resumes that would start from the wrong thing: refused with every reason, and nothing is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.checkpoint.layout import Place, Token, place_of
+from jobs.checkpoint.manifest import commit, read_manifest
+from jobs.checkpoint.slices import whole
+from jobs.spec import DataSpec
+from launcher import resume_checks
+from launcher.cli import main
+from launcher.lock import ControllerLock
+from launcher.run import EventKind
+from launcher.store import RunStore, dump
+from tests.support.checkpoints import manifest_of, write_shards
+from tests.support.runs import begin_attempt, make_run, put
+
+Resume = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Resume:
+    """Runs ``phalanx resume demo --yes`` and proves that it has written nothing."""
+
+    def call(*words: str, folder: Path = tmp_path, name: str = "demo") -> tuple[int, str]:
+        before = tree(folder)
+        with pytest.raises(SystemExit) as ended:
+            main(["resume", name, *words, "--yes", "--dir", str(folder)])
+        assert tree(folder) == before
+        return int(ended.value.code or 0), capsys.readouterr().err
+
+    return call
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    """A failed run with prepared data and the checkpoints of steps 5 and 10."""
+    store = make_run(tmp_path)
+    request = store.request()
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    data = DataSpec(kind="stdlib", store=str(cache), digest="abc", vocab=request.job.model.vocab)
+    request = dataclasses.replace(request, job=dataclasses.replace(request.job, data=data))
+    store.paths.request.write_bytes(dump(request))
+    begin_attempt(store, 1, 2.0, nodes=["a", "b", "c", "d"], step=1, reason="start")
+    for step in (5, 10):
+        path = save(store, step)
+        put(store, 10.0 + step, EventKind.CHECKPOINT_COMMITTED, attempt=1, step=step, path=str(path), bytes=1)
+    put(store, 30.0, EventKind.RUN_FAILED, attempt=1, reason="all restarts are used")
+    return RunStore.open(store.paths.root)
+
+
+def save(store: RunStore, step: int, *, token: tuple[int, int] = (1, 1), **changes: Any) -> Path:
+    """A committed checkpoint of the run, or of one that differs from it."""
+    job = store.request().job
+    place = Place(store.paths.checkpoint_dir, step, Token(*token))
+    manifest = manifest_of(place, write_shards(place, [[whole("w", (30, 10))]]), {"w": (30, 10)}, job.model)
+    extra = {"data": {"digest": job.data.digest, "vocab": job.data.vocab}, "seed": job.train.seed}
+    return commit(place.root, dataclasses.replace(manifest, **{"extra": extra} | changes))
+
+
+def test_the_runs_own_checkpoint_is_welcome(store: RunStore) -> None:
+    assert resume_checks.check(store, store.run(), store.request()) == []
+
+
+def test_a_checkpoint_of_another_model_vocabulary_and_seed(store: RunStore, resume: Resume) -> None:
+    """All of it at once, before any process is started."""
+    job = store.request().job
+    model = dataclasses.replace(job.model, layers=job.model.layers + 1, vocab=77)
+    save(store, 15, model=model, extra={"data": {"digest": "def", "vocab": 77}, "seed": job.train.seed + 1})
+    code, told = resume()
+    assert code == 6
+    for words in (
+        f"model.layers: {job.model.layers + 1} in the checkpoint, {job.model.layers} here",
+        "model.vocab: 77 in the checkpoint",
+        "vocabulary: 77 in the checkpoint",
+        "data digest: def in the checkpoint, abc here",
+        f"seed: {job.train.seed + 1} in the checkpoint",
+    ):
+        assert words in told
+
+
+def test_a_checkpoint_without_any_word_of_its_samples(store: RunStore, resume: Resume) -> None:
+    save(store, 15, extra={})
+    code, told = resume()
+    assert code == 6
+    assert "seed: None in the checkpoint" in told
+
+
+def edit(manifest: Path, **changes: Any) -> None:
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | changes))
+
+
+def newest(store: RunStore) -> Path:
+    return max(store.paths.checkpoint_dir.glob("*/*.manifest.json"))
+
+
+def test_a_manifest_edited_by_hand_is_passed_over_and_named(
+    store: RunStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(newest(store), step=9)
+    before = tree(store.paths.root)
+    with pytest.raises(SystemExit) as ended:
+        main(["resume", str(store.paths.root), "--dry-run"])
+    told = capsys.readouterr().err
+    assert not ended.value.code
+    assert tree(store.paths.root) == before
+    assert "step-00000005" in told
+    assert f"passed over, damaged: {newest(store)}: the manifest does not match its own digest" in told
+
+
+def test_when_every_manifest_was_edited(store: RunStore, resume: Resume) -> None:
+    """Beginning again at step 1 without a word would throw the run away."""
+    for path in store.paths.checkpoint_dir.glob("*/*.manifest.json"):
+        edit(path, time=3.0)
+    code, told = resume()
+    assert code == 7
+    assert told.count("does not match its own digest") == 2
+    assert "committed step 10" in told
+
+
+def test_when_the_checkpoints_were_deleted(store: RunStore, resume: Resume) -> None:
+    shutil.rmtree(store.paths.checkpoint_dir)
+    code, told = resume()
+    assert code == 7
+    assert "there is none in" in told
+
+
+def test_a_manifest_under_another_name(store: RunStore, resume: Resume) -> None:
+    """Nobody makes a later step of an earlier one by renaming."""
+    path = newest(store)
+    place = Place(store.paths.checkpoint_dir, 20, Token(1, 1))
+    place.step_dir.mkdir()
+    shutil.copy(path, place.manifest)
+    shutil.copytree(place_of(path).shard_dir, place.shard_dir)
+    assert any("not what its name says" in one for one in resume_checks.check(store, store.run(), store.request()))
+
+
+def test_a_run_directory_that_was_moved_goes_on(store: RunStore, tmp_path: Path) -> None:
+    """Nothing in it knows where it lies."""
+    moved = tmp_path / "elsewhere" / "demo"
+    moved.parent.mkdir()
+    os.rename(store.paths.root, moved)
+    there = RunStore.open(moved)
+    assert resume_checks.check(there, there.run(), there.request()) == []
+
+
+def test_a_run_directory_under_another_name(store: RunStore, tmp_path: Path, resume: Resume) -> None:
+    os.rename(store.paths.root, tmp_path / "other")
+    code, told = resume(name="other")
+    assert code == 6
+    assert "is called 'other', and the run in it 'demo'" in told
+
+
+def test_a_run_that_is_moved_while_it_runs(store: RunStore, tmp_path: Path, resume: Resume) -> None:
+    ControllerLock.acquire(store.paths)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    os.rename(store.paths.root, moved / "demo")
+    code, told = resume(folder=moved)
+    assert code == 6
+    assert "live controller" in told
+
+
+def test_a_run_that_runs(store: RunStore, resume: Resume) -> None:
+    ControllerLock.acquire(store.paths)
+    for words in ((), ("train.lr=0.5",)):
+        code, told = resume(*words)
+        assert code == 6
+        assert "live controller" in told
+
+
+def test_a_clock_that_is_behind(store: RunStore, resume: Resume) -> None:
+    """A manifest and an event from the future: ages, and the seconds of the ledger, would be nonsense."""
+    save(store, 15, time=time.time() + 7200)
+    code, told = resume()
+    assert code == 6
+    assert "the clock here is 7" in told
+    assert "set the clock" in told
+
+
+def test_a_log_from_the_future(store: RunStore, resume: Resume) -> None:
+    put(store, time.time() + 3600 - 1_750_000_000.0, EventKind.RUN_FAILED, attempt=1, reason="later")
+    code, told = resume()
+    assert code == 6
+    assert "the clock here is 3" in told
+
+
+def test_clocks_that_differ_a_little_or_are_ahead_do_no_harm(store: RunStore) -> None:
+    now = max(event.time for event in store.events())
+    run, request = store.run(), store.request()
+    assert resume_checks.check(store, run, request, clock=lambda: now - 200.0) == []
+    assert resume_checks.check(store, run, request, clock=lambda: now + 86_400.0) == []
+
+
+def test_a_lock_from_the_future_is_judged_by_its_process(store: RunStore, tmp_path: Path) -> None:
+    """Locks hold no times at all: who is alive is looked up or watched, on any clock."""
+    lock = ControllerLock.acquire(store.paths)
+    record = store.paths.controllers / f"{lock.epoch}.json"
+    future = time.time() + 1e7
+    os.utime(record, (future, future))
+    document = json.loads(record.read_text())
+    record.write_text(json.dumps(document | {"pid": 2**22 + 1}))
+    assert ControllerLock.acquire(store.paths).epoch == lock.epoch + 1
+
+
+def test_everything_wrong_at_once(store: RunStore, resume: Resume) -> None:
+    save(store, 15, time=time.time() + 7200, extra={"data": {"digest": "abc", "vocab": 128}, "seed": 99})
+    code, told = resume()
+    assert code == 6
+    assert "seed: 99" in told
+    assert "the clock here" in told
+    assert read_manifest(newest(store)).extra["seed"] == 99
