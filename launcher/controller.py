@@ -131,14 +131,15 @@ class Controller:
             self.observe(seen)
         if not self._cancelling and self.store.paths.cancel.exists():
             self._begin_cancel()
-        handler = {
-            Phase.GATHER: self._gather,
-            Phase.RUN: self._watch,
-            Phase.STOP: self._stop,
-            Phase.BACKOFF: self._back_off,
-        }.get(self.phase)
-        if handler is not None:
-            handler()
+        done: Phase | None = None
+        while self.phase not in (done, Phase.END):  # a phase that was just entered acts at once: nothing need be seen
+            done = self.phase
+            {
+                Phase.GATHER: self._gather,
+                Phase.RUN: self._watch,
+                Phase.STOP: self._stop,
+                Phase.BACKOFF: self._back_off,
+            }[done]()
         self._observer(None)
 
     # --- recording ------------------------------------------------------------------------------------------------
