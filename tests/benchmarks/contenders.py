@@ -22,7 +22,8 @@ from jobs import checkpoint
 from jobs.paths import RunPaths
 from launcher.embedded import descendants
 from launcher.host import process
-from launcher.store import read_lines
+from launcher.run import EventKind
+from launcher.store import RunStore, read_lines
 from tests.benchmarks.peers import JOB
 from tests.support import cli
 
@@ -171,6 +172,18 @@ class Running:
         """Step of the newest committed checkpoint; 0 for none."""
         found = checkpoint.list_checkpoints(self.paths.checkpoints)
         return max((entry.step for entry in found), default=0)
+
+    def timeline(self, since: float) -> str:
+        """What phalanx recorded after a moment up to its next first step, each with its seconds; empty for peers."""
+        if not self.contender.ours:
+            return ""
+        words = []
+        for event in RunStore(self.run_dir).events():
+            if event.time >= since:
+                words.append(f"{event.kind} {event.time - since:.2f}")
+            if event.time >= since and event.kind is EventKind.TRAINING_STARTED:
+                break
+        return f" ({', '.join(words)})"
 
     def finish(self) -> dict[int, float]:
         """Wait for a good end; returns the losses, each step as it was computed last."""

@@ -38,6 +38,7 @@ def measure(
         first = run.wait_for_step(0, attempt=2)
         assert first["step"] in (EVERY + 1, 2 * EVERY + 1), "training did not go on from the checkpoint"
         assert not {run.pid_of(rank, 2) for rank in range(RANKS)} & set(where.net.pids(victim))
+        print(f"  {contender.name}: {first['time'] - killed:.2f} s{run.timeline(killed)}", flush=True)
         losses = run.finish()
     where.start_node(victim)
     return first["time"] - killed, losses
@@ -57,7 +58,6 @@ def test_node_killed(tmp_path: Path) -> None:
         took, losses = measure(where, contender, tmp_path / name / "run", document)
         seconds.setdefault(contender.name, []).append(took)
         curves.append(losses)
-        print(f"  {contender.name}: {took:.2f} s", flush=True)
 
     def round_on(extra: Mapping[str, str], name: str, number: int, *, ours: bool) -> None:
         with cluster(NODES, extra) as where:

@@ -31,6 +31,7 @@ def measure(contender: Contender, run_dir: Path, job: dict[str, object]) -> tupl
         killed = run.kill_rank(VICTIM, attempt=1)
         first = run.wait_for_step(0, attempt=2)
         assert first["step"] in (EVERY + 1, 2 * EVERY + 1), "training did not go on from the checkpoint"
+        print(f"  {contender.name}: {first['time'] - killed:.2f} s{run.timeline(killed)}", flush=True)
         return first["time"] - killed, run.finish()
 
 
@@ -53,7 +54,6 @@ def test_rank_killed(tmp_path: Path) -> None:
             took, losses = measure(contender, tmp_path / f"{number}-{index}" / "run", document)
             seconds[contender.name].append(took)
             curves.append(losses)
-            print(f"  {contender.name}: {took:.2f} s", flush=True)
     assert len(curves[0]) == STEPS
     assert all(curve == curves[0] for curve in curves), "not everybody computed the same"
     show("SIGKILL of a rank -> first new step, 4 ranks, PP2 x TP2", seconds)
