@@ -202,10 +202,17 @@ class RankEnv:
 
     def variables(self) -> dict[str, str]:
         """The environment variables that carry this view to the rank's process."""
-        return {name: str(getattr(self, field)) for field, name in _VARIABLES.items()} | {
-            "GROUP_RANK": str(self.node_rank),
-            "PHALANX_CKPT_DIR": self.checkpoint_dir,
-        }
+        return (
+            {name: str(getattr(self, field)) for field, name in _VARIABLES.items()}
+            | {"PHALANX_CKPT_DIR": self.checkpoint_dir}
+            | self.own(rank=self.rank, local_rank=self.local_rank, node_rank=self.node_rank)
+        )
+
+    @staticmethod
+    def own(*, rank: int, local_rank: int, node_rank: int) -> dict[str, str]:
+        """The variables in which the ranks of one attempt differ; all others are the same for all of them."""
+        node = str(node_rank)
+        return {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "NODE_RANK": node, "GROUP_RANK": node}
 
     @classmethod
     def read(cls, environ: Mapping[str, str]) -> RankEnv:

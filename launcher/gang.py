@@ -3,15 +3,20 @@
 A single-threaded loop that never blocks longer than :meth:`Gang.poll` is told to. A node is lost when its connection
 ends or when nothing was heard of it for ``detect_s`` *while we listened*: time in which this process itself was
 stopped does not count against the nodes.
+
+One wake-up costs what it brings, not what the gang has of nodes: thousands of agents beat all the time, so links stand
+in the order in which they were last heard, and whether one is silent is seen at the head of that queue.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import selectors
 import socket
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,17 +44,16 @@ class Link:
         address: Where the agent is.
         up: The handshake is done.
         step: Newest step that the agent told of.
-        silent_s: Seconds of listening in which nothing was heard.
+        heard_s: How long its gang had listened (in all, seconds) when the agent was last heard.
     """
 
     address: AgentAddress
     stream: Stream
-    since: float
     up: bool = False
     greeted: bool = False
     leaving: bool = False
     step: int = 0
-    silent_s: float = 0.0
+    heard_s: float = 0.0
     nonces: tuple[str, str] = ("", "")
 
 
@@ -75,6 +79,7 @@ class Gang:
         clock: Monotonic seconds.
         detect_s: A node that is silent for so long is lost.
         wall: UTC seconds.
+        selector: Where it waits; a simulation brings one that moves ``clock``. Owned by the gang from now on.
 
     Attributes:
         links: Node to its living link, in the order of their connection; not all need be up yet.
@@ -88,6 +93,7 @@ class Gang:
         *,
         detect_s: float = 5.0,
         wall: Callable[[], float] = time.time,
+        selector: selectors.BaseSelector | None = None,
     ) -> None:
         self.links: dict[str, Link] = {}
         self._secret = secret
@@ -95,11 +101,13 @@ class Gang:
         self._clock = clock
         self._detect_s = detect_s
         self._beat_s = detect_s / 5
-        self._selector = selectors.DefaultSelector()
+        self._selector = selector or selectors.DefaultSelector()
         self._inbox = Inbox(wall)
         self._lost: set[str] = set()
         self._order: _Order | None = None
         self._listened_at = self._beat_at = clock()
+        self._listened_s = 0.0
+        self._quiet: OrderedDict[Link, None] = OrderedDict()  # every link, the one that is silent for longest first
 
     # -- connections -----------------------------------------------------------------------------------------------
 
@@ -115,8 +123,9 @@ class Gang:
 
     def _connect(self, address: AgentAddress) -> None:
         sock = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
-        link = Link(address, Stream(sock), self._clock())
+        link = Link(address, Stream(sock), heard_s=self._listened_s)
         self.links[address.node] = link
+        self._quiet[link] = None
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             sock.connect((address.host, address.port))
@@ -131,6 +140,7 @@ class Gang:
         if self.links.get(link.address.node) is not link:
             return
         del self.links[link.address.node]
+        self._quiet.pop(link, None)
         self._lost.add(link.address.incarnation)
         if link.stream.sock in self._selector.get_map():
             self._selector.unregister(link.stream.sock)
@@ -165,8 +175,11 @@ class Gang:
             return
         if events & selectors.EVENT_WRITE:
             link.stream.flush()
-        for message in link.stream.receive():
-            link.silent_s = 0.0
+        messages = link.stream.receive()
+        if messages:
+            link.heard_s = self._listened_s
+            self._quiet.move_to_end(link)
+        for message in messages:
             self._hear(link, message)
             if link.stream.closed:
                 break
@@ -193,25 +206,36 @@ class Gang:
         link.stream.send(message)
         self._settle(link)
 
+    def _send_all(self, message: Message) -> None:
+        """One message to every agent, made once."""
+        line = wire.encode(message)
+        for link in [link for link in self.links.values() if link.up]:
+            link.stream.send_line(line)
+            if link.stream.closed or link.stream.pending:  # else the selector knows all there is
+                self._settle(link)
+
     def _beat(self) -> None:
         now = self._clock()
         if now < self._beat_at:
             return
         self._beat_at = now + self._beat_s
-        for link in [link for link in self.links.values() if link.up]:
-            self._send(link, {"op": "beat"})
+        self._send_all({"op": "beat"})
 
     def _judge_silence(self) -> None:
         now = self._clock()
         # A gap longer than a beat is ours: we did not listen, so it says little about the others.
-        listened_s = min(now - self._listened_at, self._beat_s)
+        self._listened_s += min(now - self._listened_at, self._beat_s)
         self._listened_at = now
-        for link in list(self.links.values()):
-            link.silent_s += listened_s
-            if link.up and link.silent_s > self._detect_s:
+        silent = itertools.takewhile(lambda link: self._silent_s(link) > self._detect_s, self._quiet)
+        for link in list(silent):
+            if link.up:
                 self._lose(link, f"nothing was heard for {self._detect_s:g} s")
-            elif not link.up and link.silent_s > max(self._detect_s, _CONNECT_S):
+            elif self._silent_s(link) > max(self._detect_s, _CONNECT_S):
                 self._lose(link, f"no answer from {link.address.host}:{link.address.port}")
+
+    def _silent_s(self, link: Link) -> float:
+        """Seconds of listening in which nothing was heard of it."""
+        return self._listened_s - link.heard_s
 
     def _hear(self, link: Link, message: Message) -> None:
         try:
@@ -249,6 +273,8 @@ class Gang:
             link.step = max(link.step, int(message["step"]))
         elif op == "refused":
             self._fenced(link, message)
+        elif op == "holdings":
+            self._inbox.add("holdings", link.address.node, message)
         elif op == "event":
             self._hear_event(link, message["event"])
 
@@ -329,20 +355,25 @@ class Gang:
     def kill(self, attempt: int, grace_s: float = 0.0) -> None:
         """End the ranks of an attempt everywhere: SIGTERM, after ``grace_s`` SIGKILL; each node answers ``killed``."""
         self._order = None
-        for link in [link for link in self.links.values() if link.up]:
-            self._send(link, {"op": "kill", "attempt": attempt, "grace_s": grace_s})
+        self._send_all({"op": "kill", "attempt": attempt, "grace_s": grace_s})
 
     def dump(self, attempt: int) -> None:
         """Ask every node where the ranks of an attempt stand; each rank answers with ``stack``."""
-        for link in [link for link in self.links.values() if link.up]:
-            self._send(link, {"op": "dump", "attempt": attempt})
+        self._send_all({"op": "dump", "attempt": attempt})
+
+    def ask_holdings(self, number: int) -> set[str]:
+        """Ask what every node holds in memory; each answers with ``holdings``, and the returned nodes were asked."""
+        asked = [link for link in self.links.values() if link.up]
+        for link in asked:
+            self._send(link, {"op": "holdings", "id": number})
+        return {link.address.node for link in asked}
 
     def shutdown_agents(self) -> None:
         """Tell every agent to end its ranks and itself; the links vanish without ``agent_lost``."""
         self._order = None
         for link in [link for link in self.links.values() if link.up]:
-            self._send(link, {"op": "shutdown"})
             link.leaving = True
+        self._send_all({"op": "shutdown"})
 
     def close(self) -> None:
         """Drop every connection; agents and ranks go on, and can be adopted."""
@@ -350,4 +381,5 @@ class Gang:
             link.stream.flush()
             link.stream.close("closed")
         self.links.clear()
+        self._quiet.clear()
         self._selector.close()

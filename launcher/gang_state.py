@@ -5,6 +5,7 @@ No I/O but for :func:`spawn`.
 
 from __future__ import annotations
 
+import functools
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,6 @@ from launcher.gang import EnvOf, Gang, Observation
 from launcher.recovery import Failure, FailureKind
 from launcher.request import LaunchRequest
 from launcher.run import EventKind
-from strategies.codec import to_json
 from strategies.plan import ParallelPlan
 from strategies.topology import Topology
 
@@ -68,16 +68,20 @@ class GangState:
     last_step: int = 0
     training: bool = False
     leaving: bool = False
+    _world: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._world = sum(len(ranks) for ranks in self.placement.values())
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return sum(len(ranks) for ranks in self.placement.values())
+        return self._world
 
     @property
     def all_spawned(self) -> bool:
         """Every node has told the process ids of its ranks."""
-        return set(self.spawned) == set(self.placement)
+        return len(self.spawned) == len(self.placement)
 
     @property
     def all_finished(self) -> bool:
@@ -92,12 +96,12 @@ class GangState:
     def rank_table(self) -> list[dict[str, Any]]:
         """Where every rank runs: rank, node, process id and coordinates, in the order of the ranks."""
         topology = Topology(self.plan)
-        rows = [
-            {"rank": rank, "node": node, "pid": pid, "coordinates": to_json(topology.coordinates(rank))}
-            for node, pids in self.spawned.items()
-            for rank, pid in pids.items()
+        where = sorted((rank, node, pid) for node, pids in self.spawned.items() for rank, pid in pids.items())
+        at = [topology.coordinates(rank) for rank, _, _ in where]
+        return [
+            {"rank": rank, "node": node, "pid": pid, "coordinates": {"pipe": c.pipe, "data": c.data, "model": c.model}}
+            for (rank, node, pid), c in zip(where, at, strict=True)
         ]
-        return sorted(rows, key=lambda row: int(row["rank"]))
 
     def observe(self, seen: Observation) -> list[Note | Failure]:
         """Take in what one agent says; returns what to record and what to suspect.
@@ -219,15 +223,14 @@ def spawn(gang: Gang, request: LaunchRequest, state: GangState, epoch: int) -> N
 def _environment_of(request: LaunchRequest, state: GangState, epoch: int) -> EnvOf:
     """What makes the variables of each rank of an attempt, once the rendezvous is known."""
 
-    def variables(
-        rank: int, node_rank: int, local_rank: int, local_world_size: int, address: str, port: int
-    ) -> dict[str, str]:
+    @functools.cache
+    def shared(local_world_size: int, address: str, port: int) -> dict[str, str]:
         return RankEnv(
-            rank=rank,
-            local_rank=local_rank,
+            rank=0,
+            local_rank=0,
             world_size=state.world_size,
             local_world_size=local_world_size,
-            node_rank=node_rank,
+            node_rank=0,
             master_addr=address,
             master_port=port,
             run_id=request.run_name,
@@ -236,5 +239,11 @@ def _environment_of(request: LaunchRequest, state: GangState, epoch: int) -> Env
             attempt=state.attempt,
             resume_from=state.resume_from,
         ).variables()
+
+    def variables(
+        rank: int, node_rank: int, local_rank: int, local_world_size: int, address: str, port: int
+    ) -> dict[str, str]:
+        own = RankEnv.own(rank=rank, local_rank=local_rank, node_rank=node_rank)
+        return shared(local_world_size, address, port) | own
 
     return variables

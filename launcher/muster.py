@@ -40,6 +40,7 @@ class Muster:
         self._wanted = cluster.nodes + cluster.spares
         self._clock = clock
         self._asked = float("-inf")
+        self._known: dict[str, AgentAddress] = {}  # all that have announced themselves, when we last looked
         self._cold: dict[str, float] = {}  # since when (monotonic)
 
     def call_up(self, gang: Gang, *, urgent: bool) -> None:
@@ -56,7 +57,7 @@ class Muster:
         if len(self.up) < self._wanted and now - self._asked >= every_s:
             self._asked = now
             self._backend.request_agents(self._wanted)
-            gang.connect(self._backend.agents())
+            gang.connect(list(self._look().values()))
 
     def warm(self, busy: Collection[str]) -> int:
         """How many nodes would start their ranks at once.
@@ -71,10 +72,22 @@ class Muster:
         """A node has come, or gone."""
         if seen.kind == "agent_up":
             self._cold[seen.node] = self._clock.monotonic()
-            self.up.update({agent.node: agent for agent in self._backend.agents() if agent.node == seen.node})
+            self._add(seen.node, seen.data.get("incarnation"))
         elif seen.kind == "pool":
             self._cold.pop(seen.node, None)
         elif seen.kind in ("agent_lost", "leaving"):
             lost = self.up.pop(seen.node, None)
             if lost is not None:
                 self._backend.forget(lost)
+
+    def _look(self) -> dict[str, AgentAddress]:
+        self._known = {agent.node: agent for agent in self._backend.agents()}
+        return self._known
+
+    def _add(self, node: str, incarnation: str | None) -> None:
+        """An agent has answered. Looks again only for one that is not known: a look asks the cluster or a disk."""
+        known = self._known.get(node)
+        if known is None or known.incarnation != incarnation:
+            known = self._look().get(node)
+        if known is not None:
+            self.up[node] = known

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.faults import NUMERIC, Fault, named
+from launcher import roster
 from launcher.recovery import FailureKind
 from launcher.run import EventKind, RunEvent
 
@@ -104,7 +105,7 @@ def _falls(events: Iterable[RunEvent]) -> list[_Fall]:
     nodes: dict[int, Sequence[str]] = {}
     for event in events:
         if event.kind is EventKind.ATTEMPT_PLANNED:
-            nodes[event.attempt] = [str(node) for node in event.data["nodes"]]
+            nodes[event.attempt] = roster.read(nodes.get(event.attempt - 1, ()), event.data)
         elif event.kind is EventKind.FAILURE_DETECTED:
             failure = event.data.get("failure")
             told = failure if isinstance(failure, Mapping) else {}

@@ -19,10 +19,12 @@ def event_line(event: RunEvent) -> str | None:
 
 def _attempt_planned(event: RunEvent) -> str:
     data = event.data
-    nodes = [node_name(str(node)) for node in data.get("nodes", [])]
+    moved = data.get("moved")
+    nodes = [node_name(str(node)) for node in (data.get("nodes", []) if moved is None else moved.values())]
     step = int(data.get("first_step", 1))
     source = f"from the checkpoint of step {step - 1}" if data.get("resume_from") else f"from step {step}"
-    where = f"{plural(len(nodes), 'node')} ({', '.join(nodes[:8])}{', ...' if len(nodes) > 8 else ''})"
+    names = f"({', '.join(nodes[:8])}{', ...' if len(nodes) > 8 else ''})" if nodes else ""
+    where = f"{plural(len(nodes), 'node' if moved is None else 'new node')} {names}".rstrip()
     smaller = " (nodes are missing)" if data.get("wanted") else ""
     return f"attempt {event.attempt} on {where}, {source}: {plan_words(data.get('plan', {}))}{smaller}"
 

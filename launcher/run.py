@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from launcher import roster
 from strategies.codec import from_json
 from strategies.schedule import Skip
 
@@ -43,7 +44,8 @@ class EventKind(enum.StrEnum):
 
     RUN_SUBMITTED = "run_submitted"  # request: digest
     CONTROLLER_STARTED = "controller_started"  # host, pid, adopted
-    # plan, wanted (where it is not the plan), nodes, resume_from, first_step, reason: start | restart | resume | grow
+    # plan, wanted (where it is not the plan), nodes or moved (launcher.roster), resume_from, first_step,
+    # reason: start | restart | resume | grow
     ATTEMPT_PLANNED = "attempt_planned"
     RANKS_SPAWNED = "ranks_spawned"  # pids: number of ranks
     TRAINING_STARTED = "training_started"  # step
@@ -51,11 +53,13 @@ class EventKind(enum.StrEnum):
     CHECKPOINT_REJECTED = "checkpoint_rejected"  # path, reason
     FAULT_FIRED = "fault_fired"  # fault, and the record that the injector left
     FAILURE_DETECTED = "failure_detected"  # failure, last_step, failed_at
-    GANG_STOPPED = "gang_stopped"  # cause, failure (after all evidence is in; "" if it left on purpose), last_step
+    # cause, failure, node, rank (after all evidence is in; failure is "" if it left on purpose), last_step
+    GANG_STOPPED = "gang_stopped"
     DECISION = "decision"  # action, reason, delay_s, skip: samples to leave out from now on, or null
     WAITING_FOR_NODES = "waiting_for_nodes"  # have, need, why
     POOL_UNSAFE = "pool_unsafe"  # node, reason: ranks there start as fresh processes
-    RESUME_REQUESTED = "resume_requested"  # overrides, changes, request: digest
+    # overrides, changes, request: digest; last_step of an attempt that has no recorded end
+    RESUME_REQUESTED = "resume_requested"
     CANCEL_REQUESTED = "cancel_requested"  # by
     RUN_SUCCEEDED = "run_succeeded"  # step, weights_digest
     RUN_FAILED = "run_failed"  # reason
@@ -211,6 +215,8 @@ def _submitted(run: Run, event: RunEvent) -> Run:
 
 
 def _resume_requested(run: Run, event: RunEvent) -> Run:
+    if run.attempt is not None and run.attempt.ended is None:
+        run = _with_attempt(run, last_step=_last_step(run, event))
     closed = _close_attempt(run, event, "orphaned: its controller was gone and a person resumed the run")
     return replace(
         closed,
@@ -230,7 +236,7 @@ def _planned(run: Run, event: RunEvent) -> Run:
         number=event.attempt,
         epoch=event.epoch,
         plan=data["plan"],
-        nodes=tuple(data["nodes"]),
+        nodes=roster.read(run.attempts[-1].nodes if run.attempts else (), data),
         started=event.time,
         first_step=data["first_step"],
         last_step=data["first_step"] - 1,

@@ -7,12 +7,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs.checkpoint.layout import sync_dir
 from jobs.paths import RunPaths
+from launcher.host.logs import KEPT_ATTEMPTS
 from launcher.request import LaunchRequest
 from launcher.run import EventKind, Run, RunEvent, fold
 from strategies.codec import from_json, to_json
@@ -84,10 +85,12 @@ class RunStore:
 
     Args:
         root: An existing run directory.
+        wall: UTC seconds; every event carries them.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, wall: Callable[[], float] = time.time) -> None:
         self.paths = RunPaths(root)
+        self._wall = wall
         self._seq = 0
 
     @property
@@ -198,7 +201,7 @@ class RunStore:
     def draft(self, kind: EventKind, *, epoch: int = 0, attempt: int = 0, **data: Any) -> RunEvent:
         """The event that would be next; nothing is written."""
         number = max(self._seq, self._last_seq()) + 1
-        return RunEvent(seq=number, time=time.time(), epoch=epoch, attempt=attempt, kind=kind, data=to_json(data))
+        return RunEvent(seq=number, time=self._wall(), epoch=epoch, attempt=attempt, kind=kind, data=to_json(data))
 
     def commit(self, event: RunEvent) -> RunEvent:
         """Append a drafted event, durably.
@@ -215,6 +218,17 @@ class RunStore:
             ) from error
         self._seq = event.seq
         return event
+
+    def write_ranks(self, attempt: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write where the ranks of an attempt run, one line each, and forget tables whose logs the agents forgot, too.
+
+        Raises:
+            StorageError: The file system refuses.
+        """
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        write_atomic(self.paths.ranks(attempt), f"[\n{lines}\n]\n".encode())
+        with contextlib.suppress(OSError):
+            self.paths.ranks(attempt - KEPT_ATTEMPTS).unlink(missing_ok=True)
 
     def events(self) -> list[RunEvent]:
         """Every event so far."""

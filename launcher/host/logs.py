@@ -18,7 +18,7 @@ MAX_LOG_BYTES = 64 << 20
 TAIL_BYTES = 4096
 _MAX_COPY_BYTES = 1 << 20
 _MAX_PIECE_BYTES = 128 << 10
-_KEPT_ATTEMPTS = 8
+KEPT_ATTEMPTS = 8
 
 
 class RankLogs:
@@ -83,7 +83,7 @@ class RankLogs:
     def forget_old_attempts(self, newest: int) -> None:
         """Delete the logs of all but the last few attempts."""
         for folder in self.folder.iterdir():
-            if folder.name.isdigit() and int(folder.name) <= newest - _KEPT_ATTEMPTS:
+            if folder.name.isdigit() and int(folder.name) <= newest - KEPT_ATTEMPTS:
                 shutil.rmtree(folder, ignore_errors=True)
 
     @property
