@@ -41,11 +41,11 @@ def measure(contender: Contender, run_dir: Path, job: dict[str, object]) -> tupl
 def test_rank_killed(tmp_path: Path) -> None:
     job = words(tmp_path, steps=STEPS, every=EVERY)
     contenders = [
+        phalanx(job, *PROCESS),
+        module("bare fork", "bare_fork"),
+        phalanx(job, *RAY),
         torchrun(),
         module("Ray Train", "ray_train"),
-        module("bare fork", "bare_fork"),
-        phalanx(job, *PROCESS),
-        phalanx(job, *RAY),
     ]
     document = job_of(job, tmp_path)
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
