@@ -132,9 +132,11 @@ class Controller:
             self.observe(seen)
         if not self._cancelling and self.store.paths.cancel.exists():
             self._begin_cancel()
-        handlers = {Phase.GATHER: self._gather, Phase.RUN: self._watch, Phase.STOP: self._stop}
-        handlers |= {Phase.BACKOFF: self._back_off, Phase.END: lambda: None}
-        handlers[self.phase]()
+        do = {Phase.GATHER: self._gather, Phase.RUN: self._watch, Phase.STOP: self._stop, Phase.BACKOFF: self._back_off}
+        done: Phase | None = None
+        while self.phase not in (done, Phase.END):  # one that was just entered acts at once: nothing need be seen
+            done = self.phase
+            do[done]()
         self._observer(None)
 
     # --- recording ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from launcher.clock import Clock
 from launcher.observation import Observation
 from strategies.specs import ClusterSpec
 
-REQUEST_EVERY_S = 1.0
+REQUEST_EVERY_S = 0.3
 SPARE_EVERY_S = 5.0  # while the gang runs
 WARM_S = 60.0  # a node that has not said by then that its pool is warm is not waited for any more
 

@@ -20,9 +20,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from jobs.paths import RunPaths
 from launcher.aside import Aside
+from launcher.backend import NodeInfo
 from launcher.backends import agent_options as options_of
 from launcher.ray_actors import AgentHost, ControllerHost, die, on_termination
-from launcher.ray_client import cluster_record, describe_all, reach, wait_gone
+from launcher.ray_client import cluster_record, reach, wait_gone
 from launcher.ray_errors import auth_environment, no_head, refused, unknown_ray, unwell
 from launcher.ray_node import VISITOR, local_node
 from launcher.ray_placement import AgentPlacement, Bundle, RayNode, Resources, device_count, run_key
@@ -196,7 +197,7 @@ def connected(run_dir: Path, address: str) -> Iterator[None]:
             reach(address)
             gcs_nodes(address)  # refuses a wrong token at once; ray.init would take 20 s over it
         elif address:
-            own = stack.enter_context(local_node(address, describe_all(address)))
+            own = stack.enter_context(local_node(address, [NodeInfo(**node) for node in gcs_nodes(address)]))
         else:
             address, own = "auto", None
         quiet = RunPaths(run_dir).agents

@@ -103,7 +103,7 @@ def start_controller(
         if is_dashboard(address):
             answer = ray_jobs.run_entrypoint(address, paths, told, timeout_s=SUBMIT_S)
         else:
-            describe(address)  # quick and short errors first
+            reach(address)  # a quick and short error first
             what = f"The cluster at {address} does not answer."
             answer = _ask_ray(["submit", str(paths.root), told], SUBMIT_S, what=what)
     except BaseException as error:

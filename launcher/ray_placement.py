@@ -149,6 +149,11 @@ class AgentPlacement:
         self._wanted = count
         self._advance({node.node: node for node in self._ray.nodes()})
 
+    @property
+    def starting(self) -> int:
+        """How many agents this object has started."""
+        return len(self._starts)
+
     def _advance(self, nodes: Mapping[str, RayNode]) -> None:
         """The next of: reserve the gang, reserve spares once it has its place, start agents."""
         count, bundles = self._wanted, self._ray.bundles(self._prefix)

@@ -28,6 +28,7 @@ _PREFIX = "phxt"
 _HOST = 254
 _numbers = itertools.count()  # names and subnets of the networks of this process differ
 _LISTS = (("netns", "list"), ("-o", "link"))
+_FILES = Path("/etc/netns")  # what "ip netns exec" shows in the place of files of /etc
 
 
 def available() -> bool:
@@ -82,6 +83,14 @@ class Network:
             for server in _name_servers():
                 _ip("-n", namespace, "addr", "add", f"{server}/32", "dev", "lo")
             _ip("-n", namespace, "route", "add", "default", "via", self.host_address)
+            self._name_machines(namespace)
+
+    def _name_machines(self, namespace: str) -> None:
+        """Let every address have a name there: torch asks for one at each connection, and no name server answers."""
+        names = "".join(f"{address} machine{index}\n" for index, address in enumerate(self.addresses))
+        folder = _FILES / namespace
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "hosts").write_text(f"{Path('/etc/hosts').read_text()}\n{names}{self.host_address} outside\n")
 
     def down(self) -> None:
         """Kill every process in the namespaces and remove everything."""
@@ -150,6 +159,7 @@ def remove(name: str, namespaces: Sequence[str]) -> None:
         # The kernel takes its time over a namespace; the outer end of its cable must not outlive its owner.
         _quiet("ip", "link", "del", _cable(namespace))
         _quiet("ip", "netns", "del", namespace)
+        shutil.rmtree(_FILES / namespace, ignore_errors=True)
     _quiet("ip", "link", "del", name)
 
 

@@ -57,21 +57,28 @@ def cluster(nodes: int, extra: Mapping[str, str] | None = None) -> Iterator[Clus
 
 
 def phalanx_on(where: Cluster, job: Sequence[str], folder: Path, *, spares: int = 0) -> Contender:
-    """phalanx as a client of the cluster, from a machine that is no node of it."""
+    """phalanx as a client of the cluster, submitted on the head (elsewhere a Ray node joins first, for seconds)."""
     place = ["cluster=existing", f"cluster.address={where.address}", f"cluster.nodes={RANKS // SLOTS}"]
     place += [f"cluster.slots_per_node={SLOTS}", f"cluster.spares={spares}"]
     bare = phalanx(job, *place, name="phalanx")
     environment = {"RAY_AUTH_TOKEN": TOKEN, "RAY_AUTH_MODE": "token", "HOME": str(folder)}
-    return Contender(name=bare.name, command=bare.command, environment=environment, ours=True)
+
+    def command(run_dir: Path) -> list[str]:
+        return ["ip", "netns", "exec", where.net.namespace(0), *bare.command(run_dir)]
+
+    return Contender(name=bare.name, command=command, environment=environment, ours=True)
 
 
 def ray_train_on(where: Cluster, name: str) -> Contender:
-    """Ray Train with its driver on the head: a driver of Ray has to stand on a node."""
+    """Ray Train with its driver on the head: a driver of Ray has to stand on a node.
+
+    gloo has to be told the interface: the names of these machines resolve to loopback addresses.
+    """
 
     def command(run_dir: Path) -> list[str]:
         inside = ["ip", "netns", "exec", where.net.namespace(0)]
         driver = [sys.executable, "-m", "tests.benchmarks.peers.ray_train", str(run_dir), str(RANKS), where.address]
         return [*inside, *driver]
 
-    variables = where.environment() | PEER_ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    variables = where.environment() | PEER_ENVIRONMENT | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "eth0"}
     return Contender(name=name, command=command, environment=variables)

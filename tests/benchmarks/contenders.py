@@ -22,7 +22,8 @@ from jobs import checkpoint
 from jobs.paths import RunPaths
 from launcher.embedded import descendants
 from launcher.host import process
-from launcher.store import read_lines
+from launcher.run import EventKind
+from launcher.store import RunStore, read_lines
 from tests.benchmarks.peers import JOB
 from tests.support import cli
 
@@ -167,10 +168,39 @@ class Running:
         os.kill(pid, signal.SIGKILL)
         return at
 
-    def newest_step(self) -> int:
-        """Step of the newest committed checkpoint; 0 for none."""
+    def wait_for_checkpoint(self, step: int) -> None:
+        """Wait until the checkpoint of a step is committed on disk; there must not be a newer one."""
+        deadline = time.monotonic() + PATIENCE_S
+        while (newest := self._newest_step()) < step:
+            assert time.monotonic() < deadline, f"{self.contender.name}: no checkpoint of step {step}\n{self.tail()}"
+            time.sleep(0.005)
+        assert newest == step, f"{self.contender.name} is past the checkpoint of step {step} already"
+
+    def _newest_step(self) -> int:
         found = checkpoint.list_checkpoints(self.paths.checkpoints)
         return max((entry.step for entry in found), default=0)
+
+    def steps_lost(self, every: int) -> int:
+        """Steps that the second attempt repeats; it must go on from a checkpoint.
+
+        Only phalanx has any between those on disk: in the memory of the nodes.
+        """
+        last, first = self.lines(1)[-1]["step"], self.lines(2)[0]["step"]
+        assert self.contender.ours or first % every == 1, "training did not go on from the checkpoint"
+        assert every < first <= last + 1, f"training went on from step {first}, the last one was {last}"
+        return int(last + 1 - first)
+
+    def timeline(self, since: float) -> str:
+        """What phalanx recorded after a moment up to its next first step, each with its seconds; empty for peers."""
+        if not self.contender.ours:
+            return ""
+        words = []
+        for event in RunStore(self.run_dir).events():
+            if event.time >= since:
+                words.append(f"{event.kind} {event.time - since:.2f}")
+            if event.time >= since and event.kind is EventKind.TRAINING_STARTED:
+                break
+        return f" ({', '.join(words)})"
 
     def finish(self) -> dict[int, float]:
         """Wait for a good end; returns the losses, each step as it was computed last."""

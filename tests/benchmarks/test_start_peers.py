@@ -1,8 +1,9 @@
 """``phalanx submit`` on a running Ray cluster -> first step, beside torchrun from a cold start.
 
 Four ranks, PP2 x TP2, two nodes of two slots. From the start of the command to the ``time`` of the first line of
-``metrics.jsonl``; the data is prepared before for both. Nothing of phalanx runs on the cluster beforehand: controller,
-agents and warm pools are started within the time. Asserted: the runs end well with equal losses.
+``metrics.jsonl``; the data is prepared before for both, and both commands are given on a node. Nothing of phalanx runs
+on the cluster beforehand: controller, agents and warm pools are started within the time. Asserted: the runs end well
+with equal losses.
 
 ``python -m pytest tests/benchmarks/test_start_peers.py -m full -s``; needs root and ``ip netns``.
 """

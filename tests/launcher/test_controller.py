@@ -58,6 +58,18 @@ def test_lost_node_takes_the_spare_in_its_place(tmp_path: Path) -> None:
     assert run.restarts == 1
 
 
+def test_the_next_attempt_is_ordered_in_the_turn_that_ends_the_last(tmp_path: Path) -> None:
+    """Nothing more will be seen until ranks run again: waiting for something to be seen would be lost time."""
+    stage = Stage(tmp_path)
+    stage.start()
+    stage.gang.say("exit", "b", rank=3, attempt=1, code=None, signal=9)
+    stage.turn()
+    for node in "ab":
+        stage.gang.say("killed", node, attempt=1)
+    stage.turn()
+    assert [call[1] for call in stage.gang.calls if call[0] == "spawn"] == [1, 2]
+
+
 def test_peers_of_a_killed_rank_are_not_the_culprit(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     stage.start()

@@ -41,8 +41,8 @@ def main() -> None:
     from ray.train.torch import TorchTrainer
 
     run_dir, ranks, address = Path(sys.argv[1]), int(sys.argv[2]), (sys.argv[3:] or ["local"])[0]
-    names = ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "RAY_TRAIN_V2_ENABLED")
-    variables = {name: os.environ[name] for name in names}
+    names = ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "RAY_TRAIN_V2_ENABLED", "GLOO_SOCKET_IFNAME")
+    variables = {name: os.environ[name] for name in names if name in os.environ}
     size = {"num_cpus": ranks, "include_dashboard": False} if address == "local" else {}
     ray.init(address, runtime_env={"env_vars": variables}, log_to_driver=False, **size)
     trainer = TorchTrainer(
