@@ -146,6 +146,8 @@ class Stream:
 
     Attributes:
         closed: Why the stream is over; empty as long as it is not.
+        sent: Bytes that the kernel has taken so far.
+        received: Bytes that were read so far.
     """
 
     def __init__(self, sock: socket.socket, *, limit: int = MAX_LINE_BYTES, max_pending: int = 8 << 20) -> None:
@@ -153,6 +155,7 @@ class Stream:
         self.sock = sock
         self.reader = LineReader(limit)
         self.closed = ""
+        self.sent = self.received = 0
         self._max_pending = max_pending
         self._pending = bytearray()
 
@@ -175,6 +178,7 @@ class Stream:
         if not data:
             self.close("the connection was closed")
             return []
+        self.received += len(data)
         messages: list[Message] = []
         try:
             messages.extend(decode(line) for line in self.reader.feed(data))
@@ -202,11 +206,14 @@ class Stream:
         if self.closed or not self._pending:
             return
         try:
-            del self._pending[: self.sock.send(self._pending)]
+            taken = self.sock.send(self._pending)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
             self.close(error.strerror or type(error).__name__)
+            return
+        self.sent += taken
+        del self._pending[:taken]
 
     def close(self, reason: str) -> None:
         """End the connection; the first reason stays."""
