@@ -50,7 +50,9 @@ def control(
         StorageError: The run directory cannot be written.
     """
     request = store.request()
-    gang = Gang(secret=store.secret(), epoch=lock.epoch, detect_s=request.recovery.detect_s)
+    gang = Gang(
+        secret=store.secret(), epoch=lock.epoch, detect_s=request.recovery.detect_s, lease_s=request.recovery.lease_s
+    )
     try:
         with _tracker(store.paths, request):
             controller = Controller(store, request, backend, gang=gang, lock=lock, clock=time, observer=observer)

@@ -29,6 +29,8 @@ MAX_LINE_BYTES = 1 << 20
 MAX_HELLO_BYTES = 4096
 HANDSHAKE_S = 2.0
 _READ_BYTES = 1 << 18
+_ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make one for every message
+_DECODER = json.JSONDecoder()
 
 
 class WireError(Exception):
@@ -97,7 +99,7 @@ def same(left: Any, right: str) -> bool:
 
 def encode(message: Message) -> bytes:
     """One line; raises :class:`WireError` when it would be too long for the other side."""
-    line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
+    line = _ENCODER.encode(message).encode() + b"\n"
     if len(line) > MAX_LINE_BYTES:
         raise WireError(f"a message of {len(line)} bytes is longer than {MAX_LINE_BYTES}")
     return line
@@ -116,9 +118,11 @@ class LineReader:
 
     def feed(self, data: bytes) -> list[bytes]:
         """Add bytes; returns the lines that they complete, raises :class:`WireError` for one that is too long."""
+        if not self._rest and data.find(b"\n") == len(data) - 1 <= self.limit:
+            return [data[:-1]]  # one short message, as nearly always
         self._rest += data
         *lines, rest = self._rest.split(b"\n")
-        self._rest = bytearray(rest)
+        self._rest = rest
         if len(rest) > self.limit or any(len(line) > self.limit for line in lines):
             self._rest.clear()
             raise WireError(f"a line is longer than {self.limit} bytes")
@@ -128,7 +132,7 @@ class LineReader:
 def decode(line: bytes) -> Message:
     """One message; raises :class:`WireError` unless it is a JSON object."""
     try:
-        message = json.loads(line)
+        message = _DECODER.decode(line.decode())
     except (ValueError, RecursionError) as error:
         raise WireError("a line is not JSON") from error
     if not isinstance(message, dict):

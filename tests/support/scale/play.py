@@ -110,7 +110,9 @@ class SimBackend:
         return self.world.nodes[node].address
 
 
-def request_for(root: Path, scenario: Scenario, model: ModelSpec, plan: ParallelPlan, batch: BatchSpec) -> LaunchRequest:
+def request_for(
+    root: Path, scenario: Scenario, model: ModelSpec, plan: ParallelPlan, batch: BatchSpec
+) -> LaunchRequest:
     """What the controller is asked to run: no end of steps, no end of patience."""
     job = JobSpec(
         run_id=root.name,
@@ -177,9 +179,7 @@ def play(root: Path, scenario: Scenario, *, model: ModelSpec, plan: ParallelPlan
         world.close()
 
 
-def _control(
-    store: RunStore, request: LaunchRequest, world: World, clock: SimClock, until_s: float
-) -> RunState:
+def _control(store: RunStore, request: LaunchRequest, world: World, clock: SimClock, until_s: float) -> RunState:
     """What :func:`launcher.supervise.control` does, with this clock, until the last day is over."""
     lock = ControllerLock.acquire(store.paths)
     world.stop_at(until_s)

@@ -22,6 +22,7 @@ from tests.support.scale.pace import Pace, Stretch
 from tests.support.scale.storage import Storage
 
 IMPATIENCE_S = 60.0  # real seconds in which everything that was sent must have been read
+END_S = 1e9  # later than any run
 IDLE_STEP_S = 60.0  # longest step of the clock while the controller waits for something
 
 
@@ -101,7 +102,8 @@ class World:
         self._numbers = itertools.count()
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._gang_faults = iter([fault.at_s for fault in faults if fault.kind != "spare"])
-        self._next_fault_s = next(self._gang_faults, float("inf"))
+        self._next_fault_s = next(self._gang_faults, END_S)
+        self._end_s = END_S
         self._played: Played | None = None
         self._beat_at = self._idle_since = 0.0
         self._forgotten: set[str] = set()
@@ -159,7 +161,9 @@ class World:
                 continue
             if node.gone or node.address != link.address or not link.up or not node.delivered(link.stream):
                 self._waited_since = self._waited_since or time.monotonic()
-                assert time.monotonic() - self._waited_since < IMPATIENCE_S, f"{name} and its controller are out of step"
+                assert time.monotonic() - self._waited_since < IMPATIENCE_S, (
+                    f"{name} and its controller are out of step"
+                )
                 return False
         self._waited_since = 0.0
         return True
@@ -244,7 +248,7 @@ class World:
         played.stretch = Stretch(pace=self._pace, begin_s=self.clock.now, base=played.base)
         played.reported = played.stretch.copies(played.base)
         self._first(played).report("training", step=played.base + 1)
-        last_s = played.stretch.last_commit_s(self._next_fault_s)
+        last_s = played.stretch.last_commit_s(min(self._next_fault_s, self._end_s))
         if last_s is not None:
             self._at(last_s, lambda: self._report_saves(played))
 
@@ -270,6 +274,7 @@ class World:
 
     def stop_at(self, at_s: float) -> None:
         """The clock passes no further than the last day without a look at it."""
+        self._end_s = at_s
         self._at(at_s, lambda: None)
 
     def finish(self) -> None:
@@ -282,7 +287,7 @@ class World:
         if fault.kind == "spare":
             self._strike_spare(fault)
             return
-        self._next_fault_s = next(self._gang_faults, float("inf"))
+        self._next_fault_s = next(self._gang_faults, END_S)
         played = self._played
         self.struck.append((self.clock.now, fault.kind))
         self.struck_in_recovery += played is None or played.broken or played.stretch is None
