@@ -140,7 +140,8 @@ class Gang:
             return
         self._selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, link)
 
-    def _lose(self, link: Link, why: str) -> None:
+    def _lose(self, link: Link, why: str, *, silent_s: float = 0.0) -> None:
+        """End a link. It was lost when its agent was last heard, ``silent_s`` ago."""
         if self.links.get(link.address.node) is not link:
             return
         del self.links[link.address.node]
@@ -150,7 +151,10 @@ class Gang:
             self._selector.unregister(link.stream.sock)
         link.stream.close(why)
         if not link.leaving:
-            self._inbox.add("agent_lost", link.address.node, {"why": why, "incarnation": link.address.incarnation})
+            data: dict[str, Any] = {"why": why, "incarnation": link.address.incarnation}
+            if silent_s:
+                data["time"] = self._inbox.wall() - silent_s
+            self._inbox.add("agent_lost", link.address.node, data)
 
     def drop(self, node: str, why: str) -> None:
         """Give a node up: its link ends with ``agent_lost``, and this incarnation of its agent is not met again."""
@@ -234,7 +238,7 @@ class Gang:
         silent = itertools.takewhile(lambda link: self._silent_s(link) > self._detect_s, self._quiet)
         for link in list(silent):
             if link.up:
-                self._lose(link, f"nothing was heard for {self._detect_s:g} s")
+                self._lose(link, f"nothing was heard for {self._detect_s:g} s", silent_s=self._silent_s(link))
             elif self._silent_s(link) > max(self._detect_s, _CONNECT_S):
                 self._lose(link, f"no answer from {link.address.host}:{link.address.port}")
 

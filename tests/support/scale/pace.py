@@ -1,4 +1,4 @@
-"""How far a gang has got: whole steps, one stall for the copy of both tiers, saves that commit late. Arithmetic only."""
+"""How far a gang has got: whole steps, one stall for the copy of both tiers, saves that commit late. Pure."""
 
 from __future__ import annotations
 
@@ -79,11 +79,12 @@ class Stretch:
         return step if step > self.base else 0
 
     def last_commit_s(self, before_s: float) -> float | None:
-        """When either tier commits for the last time before ``before_s``."""
+        """When either tier commits for the last time before the last step that ends before ``before_s``."""
+        last_s = self.ends_s(self.done(before_s))
         times = [
             self.committed_s(step, self._tier(disk)[1])
             for disk in (False, True)
-            if (step := self.saved(before_s, disk=disk))
+            if (step := self.saved(last_s, disk=disk))
         ]
         return max(times, default=None)
 

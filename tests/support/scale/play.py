@@ -5,13 +5,13 @@ from __future__ import annotations
 import resource
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.paths import RunPaths
 from jobs.spec import CheckpointSpec, DataSpec, JobSpec, TrainSpec
 from launcher import adoption
-from launcher.backend import AgentAddress, NodeInfo
+from launcher.backend import NodeInfo
 from launcher.controller import Controller, Phase
 from launcher.gang import Gang
 from launcher.ledger import ledger
@@ -44,6 +44,7 @@ class Scenario:
         pace: How fast the gang works and how it saves.
         rates: How often things fail.
         seed: Of the trace.
+        patience_s: How long the controller waits for nodes before it gives up.
     """
 
     gang_nodes: int
@@ -53,6 +54,7 @@ class Scenario:
     pace: Pace
     rates: Rates
     seed: int = 0
+    patience_s: float = NEVER_S
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,10 +107,6 @@ class SimBackend:
         """The nodes that exist."""
         return self.world.infos()
 
-    def agents_of(self, node: str) -> AgentAddress:
-        """Where one agent is."""
-        return self.world.nodes[node].address
-
 
 def request_for(
     root: Path, scenario: Scenario, model: ModelSpec, plan: ParallelPlan, batch: BatchSpec
@@ -135,7 +133,7 @@ def request_for(
         recovery=RecoverySpec(
             max_restarts=10**9,
             shrink=False,
-            wait_for_nodes_s=NEVER_S,
+            wait_for_nodes_s=scenario.patience_s,
             start_timeout_s=100 * (scenario.pace.restart_s + scenario.pace.write_s) + 3600.0,
             detect_s=DETECT_S,
         ),
@@ -250,8 +248,3 @@ def allow_sockets(count: int) -> None:
     wanted = count + 256
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard) if hard > 0 else wanted, hard))
-
-
-def folded(scenario: Scenario, nodes: int) -> Scenario:
-    """The same failures on fewer simulated nodes."""
-    return replace(scenario, nodes=nodes)

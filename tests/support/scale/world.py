@@ -9,6 +9,7 @@ import selectors
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from jobs.paths import RunPaths
 from jobs.spec import JobSpec
@@ -239,7 +240,7 @@ class World:
             self._at(self.clock.now + self._pace.restart_s + read_s, lambda: self._train(played))
 
     def _step_of(self, manifest: str) -> int:
-        return int(json.loads(open(manifest).read())["step"]) if manifest else 0
+        return int(json.loads(Path(manifest).read_text())["step"]) if manifest else 0
 
     def _train(self, played: Played) -> None:
         """The first step begins."""
