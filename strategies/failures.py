@@ -247,11 +247,14 @@ def shares(what: Process, standby: Standby | None = None) -> Shares:
     pace = 1 / (1 + copy_s / min(memory_s, disk_s))
     if correlated < 1:
         simple = rate * (1 - correlated)
-        exposed = min(simple * memory_s / pace, _HOPELESS)
-        pace *= exposed / math.expm1(exposed) * math.exp(-simple * replica_s)
-    exposed = min(rate * correlated * disk_s / max(pace, _TAIL), _HOPELESS)
-    kept = exposed / math.expm1(exposed) * math.exp(-rate * correlated * write_s)
+        pace *= _renewed(simple * memory_s / pace) * math.exp(-simple * replica_s)
+    kept = _renewed(rate * correlated * disk_s / max(pace, _TAIL)) * math.exp(-rate * correlated * write_s)
     return Shares(1 - shortage(what, standby).lost if standby else 1.0, 1 / (1 + down), pace, kept)
+
+
+def _renewed(exposed: float) -> float:
+    exposed = min(exposed, _HOPELESS)
+    return exposed / math.expm1(exposed) if exposed else 1.0
 
 
 def _grown(exposed: float) -> float:

@@ -183,13 +183,11 @@ class Stream:
             self.close("the connection was closed")
             return []
         self.received += len(data)
-        messages: list[Message] = []
         try:
-            messages.extend(decode(line) for line in self.reader.feed(data))
+            return [decode(line) for line in self.reader.feed(data)]
         except WireError as error:
             self.close(str(error))
             return []
-        return messages
 
     def send(self, message: Message) -> None:
         """Queue a message and send what the kernel takes now."""

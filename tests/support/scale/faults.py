@@ -42,6 +42,7 @@ class Rates:
         silent: Share of the single failures that end no connection.
         crash: Share of the single failures that break no node.
         repair_s: Until a broken node is back.
+        apart: Replicas lie in another rack, so that one rack takes nobody's memory and replica both.
     """
 
     per_node_day: float = 0.0065
@@ -49,6 +50,7 @@ class Rates:
     silent: float = 0.1
     crash: float = 0.0
     repair_s: float = 14400.0
+    apart: bool = False
 
     def gang_per_s(self, nodes: int) -> float:
         """Failures of a gang of ``nodes`` per second."""

@@ -168,6 +168,7 @@ def play(root: Path, scenario: Scenario, *, model: ModelSpec, plan: ParallelPlan
         faults=faults,
         nodes=scenario.nodes + scenario.spares,
         repair_s=scenario.rates.repair_s,
+        apart=scenario.rates.apart,
         beat_s=DETECT_S / 5,
     )
     try:
@@ -228,7 +229,7 @@ def predicted(scenario: Scenario) -> float:
     down_s = rates.silent * (1 - rates.correlated) * DETECT_S + pace.restart_s
     what = Process(
         rate=rates.gang_per_s(scenario.gang_nodes),
-        correlated=rates.correlated if tier else 1.0,
+        correlated=(0.0 if rates.apart else rates.correlated) if tier else 1.0,
         copy_s=pace.copy_s,
         replica_s=pace.replica_s if tier else 0.0,
         write_s=pace.write_s,

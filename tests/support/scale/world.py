@@ -67,6 +67,7 @@ class World:
         nodes: Number of nodes, spares included.
         slots: Devices per node.
         repair_s: Until a broken node is back.
+        apart: A rack that fails takes nothing of the memory tier.
         beat_s: Between two signs of life of an agent.
 
     Attributes:
@@ -88,6 +89,7 @@ class World:
         nodes: int,
         slots: int = 8,
         repair_s: float = 14400.0,
+        apart: bool = False,
         beat_s: float = 1.0,
     ) -> None:
         self.clock = clock
@@ -98,7 +100,7 @@ class World:
         self.worst = {False: 0, True: 0}
         self._paths, self._secret = paths, secret
         self._pace, self._slots, self._repair_s, self._beat_s = pace, slots, repair_s, beat_s
-        self._storage = Storage(paths, job)
+        self._apart, self._storage = apart, Storage(paths, job)
         self._selector = selectors.DefaultSelector()
         self._numbers = itertools.count()
         self._due: list[tuple[float, int, Callable[[], None]]] = []
@@ -293,7 +295,7 @@ class World:
         self.struck.append((self.clock.now, fault.kind))
         self.struck_in_recovery += played is None or played.broken or played.stretch is None
         victims = self._victims(fault.place, RACK_NODES if fault.kind == "rack" else 1)
-        self._break(memory_lost=fault.kind == "rack")
+        self._break(memory_lost=fault.kind == "rack" and not self._apart)
         for node in victims:
             if fault.kind == "crash":
                 self._crash(node)
