@@ -43,7 +43,9 @@ test: setup
 test-full: setup
 	$(BIN)/python -m pytest -m 'full or not full'
 
+# The peers that phalanx is measured against come on top.
 bench: setup
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[bench]'
 	$(BIN)/python -m pytest tests/benchmarks -m 'full or not full' -s
 
 lint: setup

@@ -282,6 +282,10 @@ class FaultInjector:
         """See :class:`jobs.hooks.Hooks`."""
         self._reached("checkpoint", step)
 
+    def holds_commit(self, step: int) -> bool:
+        """See :class:`jobs.hooks.Hooks`."""
+        return any((fault.phase, fault.step) == ("shards_written", step) for _, fault in self._mine)
+
     def checkpoint_shards_written(self, step: int) -> None:
         """See :class:`jobs.hooks.Hooks`."""
         self._reached("shards_written", step)

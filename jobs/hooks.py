@@ -20,6 +20,9 @@ class Hooks(Protocol):
     def checkpoint_begin(self, step: int) -> None:
         """After the state of step ``step`` was copied, before its first byte is written."""
 
+    def holds_commit(self, step: int) -> bool:
+        """Whether :meth:`checkpoint_shards_written` must be called; what writes behind the rank has to wait for it."""
+
     def checkpoint_shards_written(self, step: int) -> None:
         """After this rank's shard is durable, before the manifest exists."""
 
@@ -37,6 +40,9 @@ class NoHooks:
     def step_end(self, step: int) -> None: ...
 
     def checkpoint_begin(self, step: int) -> None: ...
+
+    def holds_commit(self, step: int) -> bool:
+        return False
 
     def checkpoint_shards_written(self, step: int) -> None: ...
 

@@ -11,6 +11,7 @@
         env.json                versions and the (redacted) environment of the submission (mode 0600)
         events.jsonl            append-only, fsynced: every decision
         metrics.jsonl           one line per optimizer step
+        metrics.prom            the run in numbers, in Prometheus' text format; renewed while a controller lives
         cluster.json            how to reach the cluster that runs it
         secret                  key of the control connections of this run (mode 0600)
         sample.txt              text generated from the final weights
@@ -22,6 +23,8 @@
         attempts/N/job.json     the JobSpec of attempt N
         attempts/N/ranks.json   rank -> node, pid, coordinates
         attempts/N/leave.json   a request to the ranks: leave after your next checkpoint
+        attempts/N/memory.json  where the parts of the generation are that attempt N restores from memory
+        attempts/N/errors.json  what its ranks died of, equal errors grouped
         attempts/N/hang.json    where every rank stood when the gang made no progress
         attempts/N/rank-R.log   logs of rank 0 and of the first failing rank; the others stay on their node
         checkpoints/            see jobs.checkpoint
@@ -29,6 +32,8 @@
         control/cancel.json     a request to cancel (create-exclusive)
         control/proposals/      requests of resumes that have not won control (yet)
         control/ballast         room for the end of the log on a full disk
+        control/ambush.json     where in its table a controller kills itself (rehearsals)
+        sites.json              how the nodes of plain processes are entered (rehearsals)
 """
 
 from __future__ import annotations
@@ -53,6 +58,7 @@ class RunPaths:
         self.env = self.root / "env.json"
         self.events = self.root / "events.jsonl"
         self.metrics = self.root / "metrics.jsonl"
+        self.exposition = self.root / "metrics.prom"
         self.cluster = self.root / "cluster.json"
         self.secret = self.root / "secret"
         self.sample = self.root / "sample.txt"
@@ -65,6 +71,8 @@ class RunPaths:
         self.faults = self.root / "faults"
         self.control = self.root / "control"
         self.cancel = self.control / "cancel.json"
+        self.ambush = self.control / "ambush.json"
+        self.sites = self.root / "sites.json"
 
     def attempt(self, number: int) -> Path:
         """Folder of attempt ``number``."""
@@ -82,9 +90,17 @@ class RunPaths:
         """The ranks of attempt ``number`` leave after their next checkpoint once this exists."""
         return self.attempt(number) / "leave.json"
 
+    def memory(self, number: int) -> Path:
+        """Where the parts of the generation are that attempt ``number`` restores."""
+        return self.attempt(number) / "memory.json"
+
     def hang(self, number: int) -> Path:
         """Where the ranks of attempt ``number`` stood when it hung."""
         return self.attempt(number) / "hang.json"
+
+    def errors(self, number: int) -> Path:
+        """What the ranks of attempt ``number`` died of."""
+        return self.attempt(number) / "errors.json"
 
     def rank_log(self, number: int, rank: int) -> Path:
         """Log of one rank of attempt ``number``, where it was brought to the run directory."""

@@ -41,7 +41,8 @@ def begin(controller: Controller, *, resume: Mapping[str, Any] | None = None, ad
     _clear(controller, welcomes)
     controller.record(EventKind.CONTROLLER_STARTED, **identity(), adopted=False)
     if resume is not None:
-        controller.record(EventKind.RESUME_REQUESTED, request=controller.request.digest, **resume)
+        last = last_metric_step(controller, attempt.number) if attempt is not None and unfinished else 0
+        controller.record(EventKind.RESUME_REQUESTED, request=controller.request.digest, last_step=last, **resume)
         controller.start_reason = "resume"
         return
     if attempt is not None:
@@ -151,8 +152,9 @@ def _lost_gang(controller: Controller) -> None:
     failure = _known_failure(controller, attempt.number) or Failure(
         kind=FailureKind.NODE_LOST, time=now, step=last, detail="the gang was gone when a new controller came"
     )
+    seen = max((float(line["time"]) for line in controller.store.metrics()), default=0.0)  # the last sign of life
     controller.record(
-        EventKind.FAILURE_DETECTED, attempt=attempt.number, failure=failure, last_step=last, failed_at=now
+        EventKind.FAILURE_DETECTED, attempt=attempt.number, failure=failure, last_step=last, failed_at=min(seen, now)
     )
     controller.conclude(failure)
 

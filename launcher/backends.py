@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from launcher.aside import Aside
 from launcher.backend import Backend
 from launcher.request import LaunchRequest
 from launcher.store import RunStore
@@ -95,7 +96,7 @@ def _ray(store: RunStore, request: LaunchRequest) -> Iterator[Backend]:
     _need_ray()
     from launcher.ray_backend import RayBackend
 
-    backend = RayBackend(store.paths.root, request.cluster, agent_options=agent_options(request))
+    backend = Aside(RayBackend(store.paths.root, request.cluster, agent_options=agent_options(request)))
     try:
         yield backend
     finally:

@@ -1,7 +1,8 @@
 """The command line. One small module per verb under :mod:`launcher.commands`, imported when its verb is typed.
 
 Exit codes: 0 ok, 1 internal error, 2 usage or invalid configuration, 3 plan infeasible, 4 cluster unreachable or
-authentication, 5 not found, 6 resume refused, 7 storage; following a run: 100 it failed, 103 it was cancelled.
+authentication, 5 not found, 6 resume refused, 7 storage; following a run: 100 it failed, 103 it was cancelled;
+a drill: 104 failed, 105 incomplete.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import click
 from strategies.errors import PhalanxError, PlanInfeasible, did_you_mean
 
 SCHEMA_VERSION = 1
-VERBS = ("plan", "submit", "resume", "status", "logs", "cancel", "checkpoint", "cluster", "completion")
+VERBS = ("plan", "submit", "resume", "status", "logs", "cancel", "checkpoint", "cluster", "drill", "completion")
 
 
 class Verbs(click.Group):

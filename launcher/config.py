@@ -361,9 +361,6 @@ def _contradictions(config: Config) -> list[Problem]:
     if config.strategy.auto and config.job.kind == "script":
         message = "a script brings its own parallelism: there is nothing to choose"
         found.append(Problem(key="strategy.auto", message=message, hint="Use strategy=default."))
-    if config.checkpoint.memory_every:
-        what = "checkpoints in memory are not there yet; those on disk are set by checkpoint.every"
-        found.append(Problem(key="checkpoint.memory_every", message=what, hint="Use checkpoint.memory_every=0."))
     if config.cluster.kind != "existing":
         found += [
             Problem(key=f"cluster.{key}", message="must be given for a cluster that phalanx starts")

@@ -22,7 +22,7 @@ import enum
 from collections.abc import Callable
 from typing import Any
 
-from launcher import progress, recovery, roster
+from launcher import progress, rank_errors, recovery, roster
 from launcher.backend import AgentAddress, Backend
 from launcher.clock import Clock
 from launcher.gang import Gang, Observation
@@ -30,6 +30,7 @@ from launcher.gang_state import GangState, Note, spawn
 from launcher.hang_watch import HangWatch
 from launcher.lineup import form
 from launcher.lock import ControllerLock
+from launcher.memory_tier import MemoryTier
 from launcher.muster import Muster
 from launcher.recovery import Action, Failure, FailureKind
 from launcher.request import LaunchRequest
@@ -95,6 +96,7 @@ class Controller:
         self.start_reason = "start"
         self.muster = Muster(backend, request.cluster, clock)
         self.sizing = Sizing(request)
+        self.memory = MemoryTier(clock)
         self.hangs = HangWatch(
             first_s=request.recovery.start_timeout_s,
             save_s=request.recovery.save_timeout_s,
@@ -103,8 +105,7 @@ class Controller:
         self._since = clock.monotonic()  # of the present phase
         self._until = 0.0  # end of the back-off (monotonic)
         self.first_step_by: float | None = None
-        self._noticed = False
-        self._cancelling = False
+        self._noticed = self._cancelling = False
 
     @property
     def up(self) -> dict[str, AgentAddress]:
@@ -131,14 +132,9 @@ class Controller:
             self.observe(seen)
         if not self._cancelling and self.store.paths.cancel.exists():
             self._begin_cancel()
-        handler = {
-            Phase.GATHER: self._gather,
-            Phase.RUN: self._watch,
-            Phase.STOP: self._stop,
-            Phase.BACKOFF: self._back_off,
-        }.get(self.phase)
-        if handler is not None:
-            handler()
+        handlers = {Phase.GATHER: self._gather, Phase.RUN: self._watch, Phase.STOP: self._stop}
+        handlers |= {Phase.BACKOFF: self._back_off, Phase.END: lambda: None}
+        handlers[self.phase]()
         self._observer(None)
 
     # --- recording ------------------------------------------------------------------------------------------------
@@ -189,6 +185,7 @@ class Controller:
         if seen.kind == "fenced":
             raise Fenced
         self.muster.note(seen)
+        self.memory.note(seen)
 
     def _take_note(self, note: Note) -> None:
         assert self.state is not None
@@ -206,6 +203,8 @@ class Controller:
         if self._already_complete():
             return
         self.muster.call_up(self.gang, urgent=True)
+        if not self.memory.ready(self.gang, self.up):
+            return
         waited, why = self.clock.monotonic() - self._since, self.backend.why_missing
         resumed = self.start_reason == "resume"
         answer = self.sizing.choose(self.run, up=len(self.up), waited_s=waited, resumed=resumed, why=why)
@@ -234,8 +233,10 @@ class Controller:
             if path not in self.run.rejected:
                 self.record(EventKind.CHECKPOINT_REJECTED, path=path, reason=reason)
         point = progress.resume_point(paths, script=script, rejected=self.run.rejected)
+        point = self.memory.better(point, paths, self.run, job)
         self.state = form(self.run, plan, self.up, self.request.cluster, point=point, script=script)
         write_atomic(paths.job(self.state.attempt), dump(job))
+        self.memory.settle(paths.memory(self.state.attempt), point)
         self.record(
             EventKind.ATTEMPT_PLANNED,
             plan=plan,
@@ -340,6 +341,7 @@ class Controller:
         elif state.all_finished:
             self._regroup(state)
         else:
+            rank_errors.keep(self.store.paths, state.attempt, state.evidence)
             self.conclude(recovery.culprit(state.evidence))
 
     def _regroup(self, state: GangState) -> None:
@@ -354,9 +356,7 @@ class Controller:
             self.record(EventKind.FAULT_FIRED, fault=record["id"], record=record)
         if failure.kind is FailureKind.CORRUPT_CHECKPOINT:
             self.record(EventKind.CHECKPOINT_REJECTED, path=failure.path, reason=failure.detail)
-        self.record(
-            EventKind.GANG_STOPPED, cause=failure.detail, failure=failure.kind.value, signature=failure.signature
-        )
+        self.record(EventKind.GANG_STOPPED, **failure.verdict)
         decision = recovery.decide(self.run, failure, self.request.recovery)
         self.record(EventKind.DECISION, **decision.fields)
         self.state = None

@@ -1,4 +1,19 @@
-"""One run as a document: what ``status --json`` prints and what the texts for people are made of. Reads files only."""
+"""One run as a document: what ``status --json`` prints and what the texts for people are made of. Reads files only.
+
+Of what a run has cost:
+
+===============  ======================================================================================================
+``ledger``       seconds per class (:mod:`launcher.account`), and ``wall``, their sum
+``goodput``      productive / wall
+``incidents``    one per failure: ``number``, ``attempt``, ``kind``, ``cause``, ``node``, ``rank`` (-1: none), ``at``
+                 (UTC seconds), ``step``, ``steps_lost``, ``action``, ``recovered``; seconds ``detect_s``, ``decide_s``,
+                 ``place_s``, ``restore_s``, ``replay_s``, ``wait_s``, and ``total_s``, their sum
+``predicted``    the planner's numbers (:mod:`launcher.forecast`), or ``why`` there are none
+``measured``     the same of what happened
+``attempts``     with ``errors``: what the ranks died of, equal errors grouped (:mod:`launcher.rank_errors`)
+``slow_starts``  nodes whose ranks started as fresh processes, not from the warm pool, and why
+===============  ======================================================================================================
+"""
 
 from __future__ import annotations
 
@@ -10,16 +25,31 @@ from typing import Any
 
 from jobs.checkpoint import list_checkpoints
 from jobs.paths import RunPaths
-from launcher import progress, skips
-from launcher.ledger import ledger
+from launcher import forecast, progress, rank_errors, skips
+from launcher.account import INCIDENT_CLASSES, Incident
+from launcher.ledger import account
 from launcher.lock import holder_alive, newest_epoch
 from launcher.request import LaunchRequest
-from launcher.run import Attempt, EventKind, Run, RunEvent, RunState
+from launcher.run import Attempt, EventKind, Run, RunEvent, RunState, fold
 from launcher.sizing import plan_of
 from launcher.store import RunStore
 from strategies.codec import to_json
+from strategies.plan import ParallelPlan
 
 SCHEMA_VERSION = 1
+_INCIDENT_FIELDS = (
+    "number",
+    "attempt",
+    "kind",
+    "cause",
+    "node",
+    "rank",
+    "at",
+    "step",
+    "steps_lost",
+    "action",
+    "recovered",
+)
 WATCH_S = 2.5  # a controller on another machine beats every second
 
 
@@ -35,10 +65,11 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         StorageError: The run directory is damaged.
     """
     request, events = store.request(), store.events()
-    run, metrics = store.run(), list(store.metrics())
+    run, script = fold(events), request.job.kind == "script"
     alive = None if run.state.terminal else _controller_alive(store.paths, watch_s)
-    last = metrics[-1] if metrics else {}
-    books = ledger(events, metrics, now if alive is not False else max(_last_sign(store), events[-1].time))
+    last = last_metric(store.paths.metrics)
+    end = now if alive is not False else max(float(last.get("time", 0.0)), events[-1].time)
+    books = account(events, store.metrics(), end, script=script)
     return {
         "schema_version": SCHEMA_VERSION,
         "run": store.name,
@@ -52,17 +83,22 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "submitted": run.submitted,
         "ended": run.ended,
         "epoch": run.epoch,
-        "loss": {"first": metrics[0]["loss"], "last": last["loss"]} if metrics else None,
+        "loss": _losses(store, last),
         "tokens_per_s": last.get("tokens_per_s"),
-        "attempts": [_attempt(attempt) for attempt in run.attempts],
+        "attempts": [_attempt(attempt, store.paths) for attempt in run.attempts],
+        "slow_starts": [dict(event.data) for event in events if event.kind is EventKind.POOL_UNSAFE],
         "ranks": _ranks(store.paths, run),
         "steps_lost": run.steps_lost,
         "restarts": run.restarts,
         "recoveries": recoveries(events),
-        "checkpoint": _checkpoint(store.paths, script=request.job.kind == "script"),
+        "incidents": [_incident(one) for one in books.incidents],
+        "checkpoint": _checkpoint(store.paths, script=script),
         "skips": skips.skipped(request.job, run),
         "faults": progress.fault_records(store.paths),
-        "ledger": books,
+        "ledger": dict(books.seconds),
+        "goodput": books.goodput,
+        "predicted": forecast.predicted(request, _plan(request, run)),
+        "measured": forecast.measured(books),
         "weights_digest": run.weights_digest,
         "sample": _text(store.paths.sample),
     }
@@ -144,7 +180,23 @@ def _step(run: Run, last: Mapping[str, Any]) -> int:
     return int(last.get("step", run.step))
 
 
-def _attempt(attempt: Attempt) -> dict[str, Any]:
+def _plan(request: LaunchRequest, run: Run) -> ParallelPlan:
+    """The plan that the newest attempt runs."""
+    return (plan_of(run.attempt) if run.attempt else None) or request.job.plan
+
+
+def _losses(store: RunStore, last: Mapping[str, Any]) -> dict[str, Any] | None:
+    first = next(store.metrics(), None)
+    return {"first": first["loss"], "last": last["loss"]} if first and last else None
+
+
+def _incident(one: Incident) -> dict[str, Any]:
+    """Seconds by class as ``detect_s`` to ``wait_s``, and ``total_s``."""
+    plain = {name: getattr(one, name) for name in _INCIDENT_FIELDS}
+    return {**plain, **{f"{name}_s": one.seconds[name] for name in INCIDENT_CLASSES}, "total_s": one.total_s}
+
+
+def _attempt(attempt: Attempt, paths: RunPaths) -> dict[str, Any]:
     return {
         "number": attempt.number,
         "plan": to_json(attempt.plan),
@@ -157,6 +209,7 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
         "reason": attempt.reason,
         "wanted": to_json(attempt.wanted),
         "resume_from": attempt.resume_from,
+        "errors": rank_errors.read(paths, attempt.number),
     }
 
 
@@ -198,11 +251,6 @@ def _local_verdict(paths: RunPaths, epoch: int) -> bool | None:
     except (OSError, ValueError):
         return None
     return False if holder.get("machine") == machine() else None
-
-
-def _last_sign(store: RunStore) -> float:
-    """Time of the last measured step of a run that nobody controls: what came after is not its time."""
-    return float(last_metric(store.paths.metrics).get("time", 0.0))
 
 
 def _text(path: Path) -> str | None:

@@ -282,6 +282,8 @@ class Gang:
             link.step = max(link.step, int(message["step"]))
         elif op == "refused":
             self._fenced(link, message)
+        elif op == "holdings":
+            self._inbox.add("holdings", link.address.node, message)
         elif op == "event":
             self._hear_event(link, message["event"])
 
@@ -367,6 +369,13 @@ class Gang:
     def dump(self, attempt: int) -> None:
         """Ask every node where the ranks of an attempt stand; each rank answers with ``stack``."""
         self._send_all({"op": "dump", "attempt": attempt})
+
+    def ask_holdings(self, number: int) -> set[str]:
+        """Ask what every node holds in memory; each answers with ``holdings``, and the returned nodes were asked."""
+        asked = [link for link in self.links.values() if link.up]
+        for link in asked:
+            self._send(link, {"op": "holdings", "id": number})
+        return {link.address.node for link in asked}
 
     def shutdown_agents(self) -> None:
         """Tell every agent to end its ranks and itself; the links vanish without ``agent_lost``."""

@@ -1,158 +1,312 @@
-"""Every second of a run in one class. Pure: events and metrics in, seconds out; the classes sum to the wall time.
+"""Every second of a run in one class, and of a failure in one incident. Pure: events and metrics in, an account out.
 
-=================  ====================================================================================
-start              from submit (or a person's resume) until ranks exist and have started, without restore
-productive         optimizer steps that count
-checkpoint_stall   steps waiting for a checkpoint to be copied and written
-detect             from the failure (or the last sign of life) until the controller knew
-decide             from knowing until every old rank is gone and the decision is recorded; and, when ranks leave on
-                   purpose at a checkpoint, until they are gone
-place              from the decision until the new ranks exist
-restore            from the new ranks' existence until their first step begins
-replay             work that was lost and done again
-wait               backing off, waiting for nodes, or down until a person resumed
-finish             from the last step to the recorded end: last digest, tear-down
-=================  ====================================================================================
+The classes sum to the wall time, whatever the clocks do: time never goes back here. Detect to wait are also kept for
+each incident; what belongs to none (growing back, a person's resume) is the rest. A failure during a recovery is an
+incident of its own, and work that is done again belongs to the incident that lost it last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from launcher.account import CLASSES, INCIDENT_CLASSES, ORPHANED, Account, Incident
 from launcher.run import EventKind, RunEvent
 
-CLASSES = (
-    "start",
-    "productive",
-    "checkpoint_stall",
-    "detect",
-    "decide",
-    "place",
-    "restore",
-    "replay",
-    "wait",
-    "finish",
-)
-
 _ENDS = (EventKind.RUN_SUCCEEDED, EventKind.RUN_FAILED, EventKind.RUN_CANCELLED)
+_WHILE_TRAINING = (EventKind.CHECKPOINT_COMMITTED, EventKind.DECISION)  # to grow: the ranks go on until they may leave
 
 
-def ledger(events: Sequence[RunEvent], metrics: Iterable[Mapping[str, Any]], now: float) -> dict[str, float]:
+def account(
+    events: Iterable[RunEvent], metrics: Iterable[Mapping[str, Any]], now: float, *, script: bool = False
+) -> Account:
     """Account for the wall time of a run.
 
     Args:
         events: All events, in order.
-        metrics: Lines of metrics.jsonl.
+        metrics: Lines of metrics.jsonl; read once, and not kept.
         now: End of the accounting for a run that has not ended (UTC seconds).
-
-    Returns:
-        Seconds per class of :data:`CLASSES`, and ``wall``, their sum.
+        script: The ranks are a user's script, which reports no steps.
     """
-    book = _Book(metrics)
-    for event in events:
-        book.enter(event)
-    return book.close(now)
+    book = Book(script=script)
+    book.follow(events, metrics, now)
+    return book.account(now)
 
 
-class _Book:
-    def __init__(self, metrics: Iterable[Mapping[str, Any]]) -> None:
+def ledger(
+    events: Iterable[RunEvent], metrics: Iterable[Mapping[str, Any]], now: float, *, script: bool = False
+) -> dict[str, float]:
+    """The seconds of :func:`account` alone."""
+    return dict(account(events, metrics, now, script=script).seconds)
+
+
+class Book:
+    """The account of a run, kept as its events and steps become known. Its size grows with failures only.
+
+    Args:
+        script: The ranks are a user's script, which reports no steps.
+    """
+
+    def __init__(self, *, script: bool = False) -> None:
+        self._script = script
         self._seconds = dict.fromkeys(CLASSES, 0.0)
-        self._steps: dict[int, list[tuple[float, int]]] = {}
-        for line in metrics:
-            self._steps.setdefault(int(line["attempt"]), []).append((float(line["time"]), int(line["step"])))
+        self._incidents: list[Incident] = []
+        self._open: Incident | None = None  # its recovery goes on
+        self._loser: Incident | None = None  # ended the newest attempt; what it lost is known at the next one
+        self._owner: dict[int, Incident] = {}  # a step that is to be done again -> who lost it
         self._class = "start"
         self._since: float | None = None
-        self._first: float | None = None
-        self._attempt = 0
+        self._epoch = 0
         self._restart = False
-        self._training = 0  # attempt whose steps are being made, 0 for none
-        self._stalls: list[tuple[float, float]] = []
+        self.training = 0
+        """Attempt whose steps are being made, 0 for none."""
+        self._attempt = 0  # the newest
+        self._unfinished = False  # it has no recorded end
+        self._last_step = 0  # of the newest attempt, as events tell
+        self._computed = 0  # the same, as metrics tell
         self._done = 0  # highest step that any attempt has completed
+        self._owed = 0.0  # stall of committed checkpoints that no step has paid for yet
+        self._steps = self._saves = 0
         self._ended = False
+        self._early: deque[Mapping[str, Any]] = deque()  # lines of an attempt that no event has told of yet
+
+    def follow(self, events: Iterable[RunEvent], lines: Iterable[Mapping[str, Any]], now: float) -> None:
+        """Take in what is new, each once.
+
+        Args:
+            events: New events, in order.
+            lines: New lines of metrics.jsonl, in order; read once, and not kept.
+            now: The present (UTC seconds).
+        """
+        source = iter(lines)
+        for event in events:
+            if not self.is_stale(event):
+                self._feed(source, event.time, all_of_it=self.ends_training(event))
+                self.enter(event)
+        self._feed(source, now, all_of_it=True)
+        for line in source:
+            if int(line["attempt"]) <= self._attempt:
+                self.add(line, now)
+            else:
+                self._early.append(line)
+
+    def _feed(self, source: Iterator[Mapping[str, Any]], until: float, *, all_of_it: bool) -> None:
+        """Steps of the present attempt: all of them, or those that are complete by ``until``."""
+        while self.training:
+            line = self._early.popleft() if self._early else next(source, None)
+            if line is None:
+                return
+            if int(line["attempt"]) > self.training or (not all_of_it and float(line["time"]) > until):
+                self._early.appendleft(line)
+                return
+            self.add(line, until)
+
+    def add(self, line: Mapping[str, Any], now: float) -> None:
+        """A step is complete.
+
+        Args:
+            line: Of metrics.jsonl; one of an attempt that is over is only noted as done.
+            now: No step can have ended later, whatever the clock of its rank says (UTC seconds).
+        """
+        step, attempt = int(line["step"]), int(line["attempt"])
+        if attempt == self.training and self._since is not None:
+            until = max(self._since, min(float(line["time"]), now))
+            self._pay_stall(until)
+            again = step <= self._done
+            self._put("replay" if again else "productive", until - self._since, self._owner.pop(step, None))
+            self._since = until
+            self._steps += not again
+            self._computed = max(self._computed, step)
+        self._done = max(self._done, step)
+
+    @staticmethod
+    def ends_training(event: RunEvent) -> bool:
+        """Whether no step of the present attempt counts after an event."""
+        return event.kind in _HANDLERS and event.kind not in _WHILE_TRAINING
+
+    def is_stale(self, event: RunEvent) -> bool:
+        """It was written by a controller that had been replaced."""
+        return 0 < event.epoch < self._epoch
 
     def enter(self, event: RunEvent) -> None:
-        if self._first is None:
-            self._first = self._since = event.time
-        if event.kind is EventKind.CHECKPOINT_COMMITTED:
-            self._stalls.append((event.time, float(event.data.get("stall_s", 0.0))))
+        """Something has happened."""
+        if self.is_stale(event):
             return
-        target = self._target(event)
-        if target is None:
+        self._epoch = max(self._epoch, event.epoch)
+        if self._since is None:
+            self._since = event.time
+        handler = _HANDLERS.get(event.kind)
+        if handler is not None:
+            handler(self, event)
+
+    def account(self, now: float) -> Account:
+        """All of it as of now; the book can be kept on."""
+        book = copy.deepcopy(self)
+        if not book._ended:
+            book._charge(now, tail="productive")  # a step in progress is work, not the end
+        seconds = {**book._seconds, "wall": sum(book._seconds.values())}
+        return Account(seconds=seconds, incidents=tuple(book._incidents), steps=book._steps, saves=book._saves)
+
+    # --- charging -------------------------------------------------------------------------------------------------
+
+    def _put(self, name: str, seconds: float, incident: Incident | None) -> None:
+        self._seconds[name] += seconds
+        if incident is not None and name in INCIDENT_CLASSES:
+            incident.seconds[name] += seconds
+
+    def _pay_stall(self, until: float) -> None:
+        assert self._since is not None
+        stall = min(self._owed, until - self._since)
+        self._put("checkpoint_stall", stall, None)
+        self._owed -= stall
+        self._since += stall
+
+    def _charge(self, until: float, *, tail: str = "finish") -> None:
+        """What has passed goes to the present class; while steps are made, what follows the last one to ``tail``."""
+        if self._since is None:
             return
-        left = event.kind is EventKind.GANG_STOPPED
-        failed_at = float(event.data.get("failed_at") or 0.0) if event.kind is EventKind.FAILURE_DETECTED else 0.0
-        self._charge(event.time, failed_at=failed_at, tail="decide" if left else "finish")
-        self._class = target
-        self._training = event.attempt if target == "productive" else 0
-        self._ended = event.kind in _ENDS
-
-    def _target(self, event: RunEvent) -> str | None:
-        kind, data = event.kind, event.data
-        if kind is EventKind.ATTEMPT_PLANNED:
-            self._restart = data.get("reason") in ("restart", "grow")
-            return "place" if self._restart else "start"
-        if kind is EventKind.RANKS_SPAWNED:
-            return "restore" if self._restart or data.get("resume_from") else "start"
-        if kind is EventKind.GANG_STOPPED:
-            return None if data.get("failure", "?") else "place"  # with no failure there is nothing to decide
-        if kind is EventKind.DECISION and data.get("action") == "grow":
-            return None  # the ranks go on until their next checkpoint
-        if kind is EventKind.DECISION:
-            return "wait" if float(data.get("delay_s", 0.0)) > 0 else "place"
-        return {
-            EventKind.TRAINING_STARTED: "productive",
-            EventKind.FAILURE_DETECTED: "decide",
-            EventKind.WAITING_FOR_NODES: "wait",
-            EventKind.RESUME_REQUESTED: "start",
-            EventKind.RUN_SUCCEEDED: "wait",
-            EventKind.RUN_FAILED: "wait",
-            EventKind.RUN_CANCELLED: "wait",
-        }.get(kind)
-
-    def _charge(self, until: float, *, failed_at: float = 0.0, tail: str = "finish") -> None:
-        since = self._since if self._since is not None else until
-        until = max(until, since)  # a clock that was set back must not make negative seconds
-        if self._training:
-            self._charge_steps(since, until, failed_at, tail)
-        else:
-            self._seconds[self._class] += until - since
+        until = max(until, self._since)  # a clock that was set back must not make negative seconds
+        if self.training:
+            self._pay_stall(until)
+        self._put(tail if self.training else self._class, until - self._since, self._open)
         self._since = until
 
-    def _charge_steps(self, since: float, until: float, failed_at: float, tail: str) -> None:
-        at = since
-        for time, step in self._steps.get(self._training, ()):
-            if not at <= time <= until:
-                continue
-            stall = min(time - at, self._stall(at, time))
-            self._seconds["checkpoint_stall"] += stall
-            self._seconds["replay" if step <= self._done else "productive"] += time - at - stall
-            self._done = max(self._done, step)
-            at = time
-        stall = min(until - at, self._stall(at, until))
-        self._seconds["checkpoint_stall"] += stall
-        at += stall
-        if failed_at:
-            failed_at = min(max(failed_at, at), until)
-            # A script reports no steps, so nobody can tell which part of its time was lost.
-            self._seconds["replay" if self._steps else "productive"] += failed_at - at
-            self._seconds["detect"] += until - failed_at
-        else:
-            self._seconds[tail] += until - at
+    def _turn(self, name: str) -> None:
+        """The class of what follows."""
+        self._class, self.training, self._owed = name, 0, 0.0
 
-    def _stall(self, start: float, end: float) -> float:
-        """Stall seconds of the checkpoints that were committed in this interval."""
-        return sum(stall for time, stall in self._stalls if start < time <= end)
+    # --- events ---------------------------------------------------------------------------------------------------
 
-    def close(self, now: float) -> dict[str, float]:
-        """Charge what is open and return the sums."""
-        if self._first is None or self._since is None:
-            return {**self._seconds, "wall": 0.0}
-        if not self._ended:
-            running = self._training
-            before = self._seconds["finish"]
-            self._charge(max(now, self._since))
-            if running:  # a step in progress is work, not the end
-                self._seconds["productive"] += self._seconds["finish"] - before
-                self._seconds["finish"] = before
-        return {**self._seconds, "wall": sum(self._seconds.values())}
+    def _on_committed(self, event: RunEvent) -> None:
+        self._saves += 1
+        if event.attempt == self.training:
+            self._owed += max(0.0, float(event.data.get("stall_s", 0.0)))
+
+    def _on_planned(self, event: RunEvent) -> None:
+        self._charge(event.time)
+        reason, first = event.data.get("reason"), int(event.data.get("first_step", 1))
+        self._restart = reason in ("restart", "grow")
+        self._turn("place" if self._restart else "start")
+        if self._loser is not None:
+            self._loser.steps_lost += max(0, self._last_step - first + 1)
+            self._owner.update(dict.fromkeys(range(first, self._computed + 1), self._loser))
+        if reason != "restart":
+            self._open = None
+        self._loser, self._attempt, self._unfinished = None, event.attempt, True
+        self._last_step = self._computed = first - 1
+
+    def _on_spawned(self, event: RunEvent) -> None:
+        self._charge(event.time)
+        self._turn("restore" if self._restart or event.data.get("resume_from") else "start")
+
+    def _on_training(self, event: RunEvent) -> None:
+        self._charge(event.time)
+        self._turn("productive")
+        self.training = event.attempt
+        if self._open is not None:
+            self._open.recovered, self._open = True, None
+
+    def _on_failure(self, event: RunEvent) -> None:
+        self._note_last_step(event)
+        if self._loser is not None:  # more of what is known already: a new controller found the recovery half done
+            self._charge(event.time)
+            self._turn("decide")
+            return
+        failed_at = float(event.data.get("failed_at") or event.time)
+        failure = event.data.get("failure")
+        known = failure if isinstance(failure, Mapping) else {}
+        before = self._open
+        incident = self._begin(str(known.get("kind", "unknown")), str(known.get("detail", "")), failed_at)
+        incident.node, incident.rank = str(known.get("node", "")), int(known.get("rank", -1))
+        # While steps are made, work is lost by this failure; while recovering, time is spent on the one before.
+        self._open = incident if self.training else before
+        self._charge(min(failed_at, event.time), tail="productive" if self._script else "replay")
+        self._open = incident
+        self._charge(event.time, tail="detect") if self.training else self._detect(event.time)
+        self._turn("decide")
+
+    def _detect(self, until: float) -> None:
+        self._class = "detect"
+        self._charge(until)
+
+    def _begin(self, kind: str, cause: str, at: float) -> Incident:
+        incident = Incident(
+            number=len(self._incidents) + 1,
+            attempt=self._attempt,
+            kind=kind,
+            cause=cause,
+            at=at,
+            step=self._last_step,
+        )
+        self._incidents.append(incident)
+        self._loser = incident
+        return incident
+
+    def _on_stopped(self, event: RunEvent) -> None:
+        data = event.data
+        self._note_last_step(event)
+        self._unfinished = False
+        if data.get("failure", "?"):
+            self._charge(event.time)
+            self._turn("decide")
+            if self._loser is not None:
+                self._judge(self._loser, data)
+        else:  # with no failure there is nothing to decide: the ranks have left as they were asked to
+            self._charge(event.time, tail="decide")
+            self._turn("place")
+
+    def _judge(self, incident: Incident, data: Mapping[str, Any]) -> None:
+        """All evidence is in."""
+        incident.kind, incident.cause = str(data.get("failure", incident.kind)), str(data.get("cause", incident.cause))
+        incident.node, incident.rank = str(data.get("node", incident.node)), int(data.get("rank", incident.rank))
+
+    def _on_decision(self, event: RunEvent) -> None:
+        action = str(event.data.get("action", ""))
+        if action == "grow":
+            return  # the ranks go on until their next checkpoint
+        self._charge(event.time)
+        if self._open is not None:
+            self._open.action = action
+        self._turn("wait" if float(event.data.get("delay_s") or 0.0) > 0 else "place")
+
+    def _on_waiting(self, event: RunEvent) -> None:
+        self._charge(event.time)
+        self._turn("wait")
+
+    def _on_resume(self, event: RunEvent) -> None:
+        """A person continues: the run was down since its recorded end, or since the last that is known of it."""
+        self._note_last_step(event)
+        if self._unfinished and self._loser is None and not self._ended:
+            self._open = self._begin(ORPHANED, "its controller was gone and a person resumed the run", event.time)
+            self._open.at = min(event.time, self._since if self._since is not None else event.time)
+        if not self.training:
+            self._class = "wait"
+        self._charge(event.time, tail="wait")
+        if self._open is not None:
+            self._open.action = "resume"
+        self._open, self._ended, self._unfinished = None, False, False
+        self._turn("start")
+
+    def _on_end(self, event: RunEvent) -> None:
+        self._charge(event.time)
+        self._turn("wait")
+        self._open, self._ended, self._unfinished = None, True, False
+
+    def _note_last_step(self, event: RunEvent) -> None:
+        self._last_step = max(self._last_step, int(event.data.get("last_step") or 0))
+
+
+_HANDLERS = {
+    EventKind.ATTEMPT_PLANNED: Book._on_planned,
+    EventKind.RANKS_SPAWNED: Book._on_spawned,
+    EventKind.TRAINING_STARTED: Book._on_training,
+    EventKind.CHECKPOINT_COMMITTED: Book._on_committed,
+    EventKind.FAILURE_DETECTED: Book._on_failure,
+    EventKind.GANG_STOPPED: Book._on_stopped,
+    EventKind.DECISION: Book._on_decision,
+    EventKind.WAITING_FOR_NODES: Book._on_waiting,
+    EventKind.RESUME_REQUESTED: Book._on_resume,
+    **dict.fromkeys(_ENDS, Book._on_end),
+}

@@ -2,7 +2,7 @@
 
 The agents are detached from the client that started them: they live in sessions of their own, survive its death, and
 are found again by their announcements in the run directory. A node is lost when its agent is; its name is not used
-again unless lost nodes are to be replaced.
+again unless lost nodes are to be replaced. In a rehearsal a node may be elsewhere (:mod:`launcher.sites`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from jobs.paths import RunPaths
+from launcher import sites
 from launcher.backend import AgentAddress, NodeInfo
 from launcher.host import announce, process, wire
 from launcher.host.agent import AgentOptions
@@ -54,6 +55,7 @@ class LocalBackend:
         self._names = [f"node{index}" for index in range(cluster.nodes + cluster.spares)]
         self._options = options or AgentOptions()
         self._replace_lost = replace_lost
+        self._sites = sites.read(paths)
         self._started: dict[str, tuple[str, int]] = {}
         self._lost: set[str] = set()
         self._forgotten: set[str] = set()
@@ -67,7 +69,7 @@ class LocalBackend:
         """The nodes of the configuration; a lost one is not alive."""
         self._note_deaths()
         return [
-            NodeInfo(node=name, address=_LOOPBACK, slots=self._slots, alive=name not in self._lost)
+            NodeInfo(node=name, address=self._address(name), slots=self._slots, alive=name not in self._lost)
             for name in self._names
         ]
 
@@ -98,10 +100,11 @@ class LocalBackend:
         ]
 
     def forget(self, agent: AgentAddress) -> None:
-        """The agent is of no use: kill it if it still lives, and count its node as lost."""
+        """The agent is of no use: kill it if it still lives and is here, and count its node as lost."""
         self._forgotten.add(agent.incarnation)
         self._lost.add(agent.node)
-        self._end(agent.pid, agent.incarnation)
+        if agent.node not in self._sites:
+            self._end(agent.pid, agent.incarnation)
         announce.remove(self._paths, agent)
         self._note_deaths()
 
@@ -145,12 +148,16 @@ class LocalBackend:
     def _log(self, node: str) -> Path:
         return self._paths.agents / f"{node}.log"
 
+    def _address(self, node: str) -> str:
+        return self._sites[node].address if node in self._sites else _LOOPBACK
+
     def _start(self, node: str) -> None:
         incarnation = secrets.token_hex(8)
         options = self._options
-        command = [sys.executable, "-P", "-m", _AGENT_MODULE, "--incarnation", incarnation]
+        enter = self._sites[node].enter if node in self._sites else ()
+        command = [*enter, sys.executable, "-P", "-m", _AGENT_MODULE, "--incarnation", incarnation]
         command += ["--run-dir", str(self._paths.root), "--node", node]
-        command += ["--bind", _LOOPBACK, "--slots", str(self._slots)]
+        command += ["--bind", self._address(node), "--slots", str(self._slots)]
         command += ["--detect-s", str(options.detect_s), "--lease-s", str(options.lease_s)]
         command += ["--grace-s", str(options.grace_s), "--max-log-bytes", str(options.max_log_bytes)]
         command += ["--warm", options.warm, "--target", options.target, "--log-parent", options.log_parent]
@@ -161,7 +168,7 @@ class LocalBackend:
             with open(self._log(node), "ab") as log, open(os.devnull, "rb") as nothing:
                 # Not subprocess: the agents may outlive this object, which a Popen object would complain about.
                 streams = [(os.POSIX_SPAWN_DUP2, file.fileno(), fd) for fd, file in enumerate((nothing, log, log))]
-                pid = os.posix_spawn(sys.executable, command, environment, file_actions=streams, setsid=True)
+                pid = os.posix_spawnp(command[0], command, environment, file_actions=streams, setsid=True)
         except OSError as error:
             raise ClusterError(f"Cannot start an agent for {node}.", why=str(error)) from error
         self._started[node] = (incarnation, pid)

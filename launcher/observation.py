@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 ObservationKind = Literal[
-    "agent_up", "agent_lost", "report", "exit", "killed", "spawned", "leaving", "pool", "stack", "fenced"
+    "agent_up", "agent_lost", "report", "exit", "killed", "spawned", "leaving", "pool", "stack", "fenced", "holdings"
 ]
 
 
@@ -23,7 +23,8 @@ class Observation:
             ``requested``: we had it killed, ``log_tail``), ``spawned`` (``attempt``, ``ranks``), ``killed``
             (``attempt``), ``leaving`` (``reason``),
             ``pool`` (``state``, ``reason``), ``stack`` (``rank``, ``attempt``, ``state``, ``stack``: where a rank
-            stands, see :mod:`launcher.host.stacks`), ``fenced`` (``epoch``: who owns the agent now).
+            stands, see :mod:`launcher.host.stacks`), ``holdings`` (``id``, ``address``, ``held``: what the node holds
+            in memory, see :mod:`launcher.memory_tier`), ``fenced`` (``epoch``: who owns the agent now).
         node: The node.
         time: When it happened, UTC seconds: by the agent's clock if the agent said it, else by ours.
         data: The facts.

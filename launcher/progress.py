@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import checkpoint
+from jobs.checkpoint.memory import MemoryPoint
 from jobs.paths import RunPaths
 
 
@@ -16,12 +17,15 @@ class ResumePoint:
     """Where an attempt begins.
 
     Attributes:
-        path: Manifest of the checkpoint (or the folder of a script's checkpoint); "" for the very beginning.
+        path: Manifest of the checkpoint (or the folder of a script's checkpoint), or the name of a generation in
+            memory; "" for the very beginning.
         step: Step that the checkpoint holds; the attempt runs from the next one.
+        memory: Where the parts of the generation are; None for what is on disk.
     """
 
     path: str = ""
     step: int = 0
+    memory: MemoryPoint | None = None
 
 
 def resume_point(paths: RunPaths, *, script: bool, rejected: frozenset[str] = frozenset()) -> ResumePoint:

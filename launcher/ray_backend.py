@@ -7,7 +7,6 @@ connections of its own.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -20,19 +19,21 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from jobs.paths import RunPaths
+from launcher.aside import Aside
 from launcher.backends import agent_options as options_of
 from launcher.ray_actors import AgentHost, ControllerHost, die, on_termination
-from launcher.ray_client import as_remote, cluster_record, describe_all, reach, wait_gone
+from launcher.ray_client import cluster_record, describe_all, reach, wait_gone
 from launcher.ray_errors import auth_environment, no_head, refused, unknown_ray, unwell
 from launcher.ray_node import VISITOR, local_node
 from launcher.ray_placement import AgentPlacement, Bundle, RayNode, Resources, device_count, run_key
 from launcher.store import RunStore
-from strategies.errors import ClusterError
 from strategies.specs import ClusterSpec
 
 NAMESPACE = "phalanx"
 STEADY = {"num_cpus": 0, "label_selector": {VISITOR[0]: f"!{VISITOR[1]}"}}
 """Options of an actor that needs nothing: Ray would put it anywhere, a client's node included, which soon leaves."""
+HEAD = "node:__internal_head__"
+"""A resource that only the head's node has."""
 
 
 class RayBackend(AgentPlacement):
@@ -281,9 +282,9 @@ class _ControllerActor(ControllerHost):
         super().__init__(run_dir, _backend_of, leave_for_good, order=order, resume=resume, adopt=adopt)
 
 
-def _backend_of(store: RunStore) -> RayBackend:
+def _backend_of(store: RunStore) -> Aside:
     request = store.request()
-    return RayBackend(store.paths.root, request.cluster, agent_options=options_of(request))
+    return Aside(RayBackend(store.paths.root, request.cluster, agent_options=options_of(request)))
 
 
 def create_controller(run_dir: Path, resume: Mapping[str, Any] | None, adopt: bool, order: str) -> Any:
@@ -295,8 +296,20 @@ def create_controller(run_dir: Path, resume: Mapping[str, Any] | None, adopt: bo
     name = f"phalanx-{run_key(run_dir)}-controller"
     with _cluster_errors():
         wait_gone(lambda: find_actor(name), RunPaths(run_dir))
-        actor = _detached(_ControllerActor, name, run_dir, max_restarts=-1, max_task_retries=-1, **STEADY)
+        place = {**STEADY, **_at_the_head()}
+        actor = _detached(_ControllerActor, name, run_dir, max_restarts=-1, max_task_retries=-1, **place)
         return actor.remote(str(run_dir), resume, adopt, order)
+
+
+def _at_the_head() -> dict[str, Any]:
+    """Options that place an actor on the head's node, if it has one that lives.
+
+    Where the head falls everything has to start again anyway, while a controller that falls with a worker node is
+    started again only when Ray has noticed, a minute later at its defaults.
+    """
+    heads = (node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"])
+    head = next(heads, None)
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(head, soft=True)} if head else {}
 
 
 def ask(actor: Any, method: str, *arguments: Any, timeout_s: float) -> Any:
@@ -368,31 +381,7 @@ def start_node(*arguments: str) -> None:
     scripts.main()
 
 
-def main() -> None:
-    """Entry point: ``start ARGS...``, ``describe ADDRESS``, ``submit RUN_DIR ORDER``; the last two answer in JSON."""
-    verb, *rest = sys.argv[1:]
-    if verb == "start":
-        try:
-            start_node(*rest)
-        except ClusterError as error:
-            sys.exit(" ".join(str(error).split()))
-    try:
-        if verb == "describe":
-            answer: dict[str, Any] = {"nodes": gcs_nodes(rest[0])}
-        else:
-            from launcher.ray_submit import submit
-
-            # Whoever asked has lost patience: what has been begun must be taken back.
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
-            answer = submit(Path(rest[0]), rest[1])
-    except Exception as error:
-        answer = {"error": as_remote(error)}
-    print(json.dumps({"phalanx": 1} | answer), flush=True)
-    sys.exit("error" in answer)
-
-
 if __name__ == "__main__":
-    # Actors must be found under the module's own name on the workers, not under __main__.
-    from launcher import ray_backend
+    from launcher import ray_verbs  # actors must be found under this module's own name on the workers, not __main__
 
-    ray_backend.main()
+    ray_verbs.main()

@@ -55,6 +55,12 @@ class Failure:
     path: str = ""
     samples: int = 0
 
+    @property
+    def verdict(self) -> dict[str, Any]:
+        """What the event log keeps of the failure that explains the others."""
+        named = {"cause": self.detail, "failure": self.kind.value, "signature": self.signature}
+        return {**named, "node": self.node, "rank": self.rank}
+
 
 class Action(enum.StrEnum):
     """What the controller does next."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launcher import skips
-from launcher.ledger import CLASSES
+from launcher.account import CLASSES
 from launcher.resume_diff import Change
 from strategies.codec import from_json
 from strategies.errors import ConfigError
@@ -160,9 +160,28 @@ def run_text(run: Mapping[str, Any]) -> str:
         blocks.append(attempts_table(run["attempts"], script=run["kind"] == "script"))
     if run["ranks"]:
         blocks.append(ranks_table(run["ranks"]))
+    blocks += _cost(run)
+    return "\n\n".join(blocks)
+
+
+def _cost(run: Mapping[str, Any]) -> list[str]:
+    """What went wrong, and where the time went."""
+    from launcher.render_incidents import errors_text, forecast_table, incidents_table
+
+    blocks = []
+    failed = next((one for one in reversed(run["attempts"]) if one["errors"]), None)
+    if failed is not None:
+        blocks.append(errors_text(failed["number"], failed["errors"]))
+    if run["slow_starts"]:
+        lines = {f"  node {node_name(str(one.get('node')))}: {one.get('reason')}" for one in run["slow_starts"]}
+        blocks.append("ranks that started afresh, not from the warm pool:\n" + "\n".join(sorted(lines)))
+    if run["incidents"]:
+        blocks.append(incidents_table(run["incidents"]))
     if run["ledger"].get("wall"):
         blocks.append(ledger_table(run["ledger"]))
-    return "\n\n".join(blocks)
+        if run["step"]:
+            blocks.append(forecast_table(run["predicted"], run["measured"]))
+    return blocks
 
 
 def attempts_table(attempts: Sequence[Mapping[str, Any]], *, script: bool = False) -> str:
@@ -195,7 +214,8 @@ def ledger_table(books: Mapping[str, float]) -> str:
         for name in CLASSES
         if books.get(name, 0.0) >= 0.05
     ]
-    rows.append(("wall", f"{books['wall']:.1f}", "100.0 %", ""))
+    goodput = f"goodput {100 * books['productive'] / wall:.1f} %"
+    rows.append(("wall", f"{books['wall']:.1f}", "100.0 %", goodput))
     return table(("WHERE", "SECONDS", "SHARE", ""), rows, right=(1, 2))
 
 

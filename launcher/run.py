@@ -53,11 +53,13 @@ class EventKind(enum.StrEnum):
     CHECKPOINT_REJECTED = "checkpoint_rejected"  # path, reason
     FAULT_FIRED = "fault_fired"  # fault, and the record that the injector left
     FAILURE_DETECTED = "failure_detected"  # failure, last_step, failed_at
-    GANG_STOPPED = "gang_stopped"  # cause, failure (after all evidence is in; "" if it left on purpose), last_step
+    # cause, failure, node, rank (after all evidence is in; failure is "" if it left on purpose), last_step
+    GANG_STOPPED = "gang_stopped"
     DECISION = "decision"  # action, reason, delay_s, skip: samples to leave out from now on, or null
     WAITING_FOR_NODES = "waiting_for_nodes"  # have, need, why
     POOL_UNSAFE = "pool_unsafe"  # node, reason: ranks there start as fresh processes
-    RESUME_REQUESTED = "resume_requested"  # overrides, changes, request: digest
+    # overrides, changes, request: digest; last_step of an attempt that has no recorded end
+    RESUME_REQUESTED = "resume_requested"
     CANCEL_REQUESTED = "cancel_requested"  # by
     RUN_SUCCEEDED = "run_succeeded"  # step, weights_digest
     RUN_FAILED = "run_failed"  # reason
@@ -213,6 +215,8 @@ def _submitted(run: Run, event: RunEvent) -> Run:
 
 
 def _resume_requested(run: Run, event: RunEvent) -> Run:
+    if run.attempt is not None and run.attempt.ended is None:
+        run = _with_attempt(run, last_step=_last_step(run, event))
     closed = _close_attempt(run, event, "orphaned: its controller was gone and a person resumed the run")
     return replace(
         closed,

@@ -16,8 +16,10 @@ from jobs.paths import RunPaths
 from launcher import adoption
 from launcher.backend import AgentAddress, Backend, NodeInfo
 from launcher.controller import Controller
+from launcher.drill.ambush import Waylaid
 from launcher.gang import Gang
 from launcher.lock import ControllerLock
+from launcher.meter import metering
 from launcher.request import LaunchRequest
 from launcher.run import RunEvent, RunState
 from launcher.store import RunStore, create_exclusive
@@ -53,9 +55,15 @@ def control(
     gang = Gang(
         secret=store.secret(), epoch=lock.epoch, detect_s=request.recovery.detect_s, lease_s=request.recovery.lease_s
     )
+    waylaid = Waylaid(store)
+
+    def seen(event: RunEvent | None) -> None:
+        observer(event)
+        waylaid.look(controller, event)
+
     try:
-        with _tracker(store.paths, request):
-            controller = Controller(store, request, backend, gang=gang, lock=lock, clock=time, observer=observer)
+        with _tracker(store.paths, request), metering(store, request):
+            controller = Controller(store, request, backend, gang=gang, lock=lock, clock=time, observer=seen)
             adoption.begin(controller, resume=resume, adopt=adopt)
             state = controller.follow()
     finally:

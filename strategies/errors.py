@@ -10,7 +10,9 @@
     ├── ResumeRefused       6    the change would make another run, or another controller owns it
     ├── StorageError        7    run directory, checkpoint or corpus cannot be read or written
     ├── RunFailed         100    a followed run ended in failure
-    └── RunCancelled      103    a followed run was cancelled
+    ├── RunCancelled      103    a followed run was cancelled
+    ├── DrillFailed       104    a fault of a drill did not fire, or its run did not end as it must
+    └── DrillIncomplete   105    some faults of a drill cannot be rehearsed on this machine; the others passed
 
 Each error says *what* happened, *why* (with the numbers) and *what to do next*. The number is the exit code of the
 command, so that scripts can tell the cases apart.
@@ -90,6 +92,18 @@ class RunCancelled(PhalanxError):
     """A run that was followed was cancelled."""
 
     exit_code = 103
+
+
+class DrillFailed(PhalanxError):
+    """A fault of a drill did not fire, or its run did not end as it must."""
+
+    exit_code = 104
+
+
+class DrillIncomplete(PhalanxError):
+    """Some faults of a drill cannot be rehearsed on this machine; the others passed."""
+
+    exit_code = 105
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -72,7 +72,7 @@ def agree(error: Exception | None, value: Any = None) -> list[Any]:
     if error is not None:
         raise error
     index, description = failed[0]
-    raise _revive(description, f"rank {index}: " if index != rank else "")
+    raise revive(description, f"rank {index}: " if index != rank else "")
 
 
 def _describe(error: Exception | None) -> dict[str, str] | None:
@@ -86,7 +86,8 @@ def _describe(error: Exception | None) -> dict[str, str] | None:
     return {"kind": kind, "what": f"{type(error).__name__}: {error}", "why": "", "hint": ""}
 
 
-def _revive(description: dict[str, str], where: str) -> PhalanxError:
+def revive(description: dict[str, str], where: str = "") -> PhalanxError:
+    """The error that another process has described."""
     kind = description["kind"]
     if kind == "corrupt":
         return CorruptCheckpoint(description["path"], where + description["why"])

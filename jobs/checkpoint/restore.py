@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from jobs.checkpoint.fragments import MOMENTS, Fragment, OptimizerAccess, access
 from jobs.checkpoint.gang import agree, rank_and_world
 from jobs.checkpoint.manifest import Manifest
 from jobs.checkpoint.reader import Reader
+from jobs.checkpoint.source import ShardSource
 from jobs.checkpoint.state import set_rng_state, set_trainer_state
 from jobs.hooks import Hooks, NoHooks
 from strategies.errors import ResumeRefused, StorageError
@@ -34,7 +35,10 @@ class RestoredState:
     manifest: Manifest
 
 
-def restore(engine: Any, manifest_path: str | Path, *, hooks: Hooks | None = None) -> RestoredState:
+Source = str | Path | ShardSource
+
+
+def restore(engine: Any, source: Source | Callable[[], Source], *, hooks: Hooks | None = None) -> RestoredState:
     """Bring a fresh engine to the state of a checkpoint. Collective.
 
     Under the plan that wrote it, training goes on bit-identically. After an error the engine's state is undefined, and
@@ -42,7 +46,8 @@ def restore(engine: Any, manifest_path: str | Path, *, hooks: Hooks | None = Non
 
     Args:
         engine: A :class:`jobs.engine.Engine`, or a DeepSpeed engine.
-        manifest_path: The manifest.
+        source: Path of the manifest, another source of shards, or what opens one (so that its errors, too, are raised
+            on every rank).
         hooks: Whom to tell.
 
     Raises:
@@ -57,7 +62,7 @@ def restore(engine: Any, manifest_path: str | Path, *, hooks: Hooks | None = Non
     error: Exception | None = None
     manifest: Manifest | None = None
     try:
-        reader = Reader(manifest_path, rank)
+        reader = Reader(source() if callable(source) else source, rank)
         manifest = reader.manifest
         with torch.no_grad():
             optimizer.create_moments()

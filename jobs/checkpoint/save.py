@@ -1,14 +1,14 @@
-"""Save: copy the state out of the engine, write it behind, and commit when every rank's part is durable."""
+"""Save: copy the state out of the engine, write it behind, and commit when every rank's part is durable.
+
+:func:`snapshot` is the first phase; the second is :func:`persist` here, for a gang that writes for itself, and the
+persister of the node otherwise (:mod:`jobs.checkpoint.saver`).
+"""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import math
-import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from jobs.checkpoint.errors import CheckpointConflict, storage_error
-from jobs.checkpoint.fragments import MOMENTS, Fragment, OptimizerAccess, access
+from jobs.checkpoint.fragments import Fragment, OptimizerAccess, access
 from jobs.checkpoint.gang import agree, rank_and_world
-from jobs.checkpoint.layout import Place, Token, sync_dir, write_durably
-from jobs.checkpoint.manifest import Manifest, ShardRecord, TrainerState, commit
-from jobs.checkpoint.shardfile import Slice, write_shard
+from jobs.checkpoint.image import Image
+from jobs.checkpoint.layout import Place, Token
+from jobs.checkpoint.manifest import TrainerState
+from jobs.checkpoint.parts import Whole, commit_parts, read_part, withdraw_part, write_part
+from jobs.checkpoint.shardfile import KINDS, Slice
 from jobs.checkpoint.state import rng_state, trainer_state
 from jobs.hooks import Hooks, NoHooks
 from jobs.paths import RunPaths
@@ -38,14 +39,14 @@ class Snapshot:
 
     Attributes:
         step: Optimizer steps that the state contains.
-        pieces: Each slice with its data per kind.
+        pieces: Each slice with its data per kind: arrays or bytes.
         trainer: State that is the same on every rank.
         rank_state: State of this rank beside the tensors.
         stall_s: Seconds that the copy took.
     """
 
     step: int
-    pieces: tuple[tuple[Slice, Mapping[str, Array]], ...]
+    pieces: tuple[tuple[Slice, Mapping[str, Any]], ...]
     trainer: TrainerState
     rank_state: Mapping[str, Any]
     stall_s: float
@@ -101,35 +102,52 @@ def snapshot(engine: Any, step: int) -> Snapshot:
     """Copy this rank's part of the state to host memory. Not collective; training may go on afterwards."""
     begin = time.perf_counter()
     optimizer = access(getattr(engine, "ds", engine))
-    with torch.no_grad():
-        pieces = tuple(
-            _copy(optimizer, fragment) for fragment in optimizer.fragments() if fragment.save[0] < fragment.save[1]
-        )
+    image = image_of_state(optimizer)
+    buffer = np.empty(image.bytes, np.uint8)
+    copy_state(optimizer, image, buffer.view(np.float32))
     return Snapshot(
         step=step,
-        pieces=pieces,
+        pieces=tuple(image.pieces(buffer.data)),
         trainer=trainer_state(optimizer),
         rank_state={"rng": rng_state()},
         stall_s=time.perf_counter() - begin,
     )
 
 
-def _copy(optimizer: OptimizerAccess, fragment: Fragment) -> tuple[Slice, dict[str, Array]]:
-    low, high = fragment.save
-    whole = fragment.slice
-    piece = Slice(name=whole.name, shape=whole.shape, box=whole.box, start=whole.start + low, stop=whole.start + high)
-    data = {"master": _to_host(fragment.master[low:high])}
-    for kind in MOMENTS:
-        moment = optimizer.moment(fragment, kind)
-        data[kind] = np.zeros(high - low, np.float32) if moment is None else _to_host(moment[low:high])
-    return piece, data
+def image_of_state(optimizer: OptimizerAccess) -> Image:
+    """What this rank saves, and how it lies in a buffer; the same as long as the engine lives."""
+    return Image(slices=tuple(_piece(fragment) for fragment in _saved(optimizer)))
 
 
-def _to_host(view: torch.Tensor) -> Array:
-    if view.dtype != torch.float32:
+def copy_state(optimizer: OptimizerAccess, image: Image, buffer: Array) -> None:
+    """Copy the state into a buffer of ``image.bytes``: all that a step has to stand still for."""
+    with torch.no_grad():
+        for index, fragment in enumerate(_saved(optimizer)):
+            low, high = fragment.save
+            for kind in KINDS:
+                at = image.offset(kind, index)
+                view = fragment.master if kind == "master" else optimizer.moment(fragment, kind)
+                _copy(None if view is None else view[low:high], buffer[at : at + high - low])
+
+
+def _saved(optimizer: OptimizerAccess) -> list[Fragment]:
+    return [fragment for fragment in optimizer.fragments() if fragment.save[0] < fragment.save[1]]
+
+
+def _piece(fragment: Fragment) -> Slice:
+    (low, high), whole = fragment.save, fragment.slice
+    return Slice(name=whole.name, shape=whole.shape, box=whole.box, start=whole.start + low, stop=whole.start + high)
+
+
+def _copy(view: torch.Tensor | None, out: Array) -> None:
+    if view is None:  # a moment before the first step
+        out.fill(0.0)
+    elif view.dtype != torch.float32:
         raise PhalanxError(f"Optimizer state is {view.dtype}, and checkpoints hold float32.")
-    copy: Array = view.detach().to("cpu", copy=True).numpy()
-    return copy
+    elif view.device.type == "cpu":
+        np.copyto(out, view.detach().numpy())  # one memcpy; torch's own copy is slower on one thread
+    else:
+        torch.from_numpy(out).copy_(view.detach())
 
 
 def persist(
@@ -148,7 +166,8 @@ def persist(
     hooks.checkpoint_begin(snap.step)
     error: Exception | None = None
     try:
-        _write_part(place, rank, snap)
+        pieces = [(piece, {kind: memoryview(data[kind]) for kind in KINDS}) for piece, data in snap.pieces]
+        write_part(place, rank, pieces, snap.rank_state, snap.trainer.optimizer_steps)
         hooks.checkpoint_shards_written(snap.step)
     except StorageError as caught:
         error = caught
@@ -156,89 +175,15 @@ def persist(
         agree(error)
     except PhalanxError:
         if error is None:
-            _withdraw(place, rank)
+            withdraw_part(place, rank)
         raise
     total: int | None = None
     try:
         if rank == 0:
-            total = _commit(place, world, job, snap, extra)
+            parts = [read_part(place, other) for other in range(world)]
+            whole = Whole(run_id=job.run_id, plan=job.plan, model=job.model, trainer=snap.trainer, extra=extra)
+            total = commit_parts(place, parts, whole).bytes
     except (PhalanxError, TypeError, ValueError) as caught:  # also what is no JSON in extra
         error = caught
     total = agree(error, total)[0]
     return Saved(path=place.manifest, bytes=int(total or 0), stall_s=snap.stall_s)
-
-
-def _write_part(place: Place, rank: int, snap: Snapshot) -> None:
-    """This rank's shard and, once that is durable, its sidecar."""
-    shard, sidecar = place.shard(rank), place.sidecar(rank)
-    try:
-        os.makedirs(place.shard_dir, exist_ok=True)
-        views = [(piece, {kind: array.data for kind, array in data.items()}) for piece, data in snap.pieces]
-        size, digest = write_shard(shard, views, snap.rank_state)
-        part = {
-            "rank": rank,
-            "bytes": size,
-            "digest": digest,
-            "elements": sum(piece.elements for piece, _ in snap.pieces),
-            "tensors": {piece.name: piece.shape for piece, _ in snap.pieces},
-            "optimizer_steps": snap.trainer.optimizer_steps,
-        }
-        write_durably(sidecar, json.dumps(part).encode())
-        sync_dir(place.shard_dir)
-    except FileExistsError:
-        raise CheckpointConflict(
-            f"The shard {shard} exists already.",
-            why=f"something has written it under the same token {place.token} before",
-            hint="Nothing is lost; start one controller only for this run.",
-        ) from None
-    except OSError as error:
-        _withdraw(place, rank)
-        raise storage_error("write the checkpoint shard", shard, error) from error
-
-
-def _withdraw(place: Place, rank: int) -> None:
-    """Delete what this rank wrote and nobody will commit: a full disk gets room, another try of ours is not refused."""
-    with contextlib.suppress(OSError):
-        place.sidecar(rank).unlink(missing_ok=True)
-        place.shard(rank).unlink(missing_ok=True)
-
-
-def _commit(place: Place, world: int, job: JobSpec, snap: Snapshot, extra: Mapping[str, Any]) -> int:
-    parts = [_read_part(place.sidecar(rank)) for rank in range(world)]
-    tensors = _tensors(parts)
-    if len({part["optimizer_steps"] for part in parts}) > 1:
-        raise PhalanxError(f"The ranks have made different numbers of optimizer steps at step {snap.step}.")
-    manifest = Manifest(
-        run_id=job.run_id,
-        step=snap.step,
-        epoch=place.token.epoch,
-        attempt=place.token.attempt,
-        time=time.time(),
-        plan=job.plan,
-        model=job.model,
-        tensors=tensors,
-        shards=tuple(
-            ShardRecord(rank=p["rank"], bytes=p["bytes"], digest=p["digest"], elements=p["elements"]) for p in parts
-        ),
-        trainer=snap.trainer,
-        extra=extra,
-    )
-    commit(place.root, manifest)
-    return manifest.bytes
-
-
-def _read_part(path: Path) -> dict[str, Any]:
-    try:
-        part: dict[str, Any] = json.loads(path.read_bytes())
-    except OSError as error:
-        raise storage_error("read what another rank wrote", path, error) from error
-    return part
-
-
-def _tensors(parts: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
-    tensors = {name: tuple(shape) for part in parts for name, shape in part["tensors"].items()}
-    stored = sum(part["elements"] for part in parts)
-    wanted = sum(math.prod(shape) for shape in tensors.values())
-    if stored != wanted:
-        raise PhalanxError(f"The shards hold {stored} elements, and the model has {wanted}.")
-    return dict(sorted(tensors.items()))

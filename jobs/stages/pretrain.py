@@ -16,9 +16,12 @@ import torch.distributed as dist
 from jobs.checkpoint.errors import storage_error
 from jobs.checkpoint.gang import gang_weights_digest, gather
 from jobs.checkpoint.layout import sync_dir, write_durably
+from jobs.checkpoint.memory import generation_of
+from jobs.checkpoint.memory_source import MemorySource, read_point
+from jobs.checkpoint.persister import link_from_environment
 from jobs.checkpoint.restore import RestoredState, restore
-from jobs.checkpoint.retention import prune
-from jobs.checkpoint.save import save
+from jobs.checkpoint.saver import BehindSaver, DirectSaver, Saver
+from jobs.checkpoint.source import ShardSource
 from jobs.data import TokenStore
 from jobs.hooks import Hooks
 from jobs.metrics import MetricsWriter
@@ -70,6 +73,11 @@ class Pretrain:
         self._schedule = SampleSchedule(global_batch=job.batch.global_batch, skips=job.skips)
         self._watch = LossWatch(job.train.spike_sigmas)
         self._metrics = MetricsWriter(self._paths.metrics) if env.rank == 0 else None
+        self._link = link_from_environment()
+        if self._link is None:
+            self._saver: Saver = DirectSaver(engine, job, env, hooks, reporter)
+        else:
+            self._saver = BehindSaver(engine, job, env, hooks, reporter, self._link)
 
     def run(self) -> None:
         """Run from the checkpoint to restore, or from the start, to the end of the job. Collective.
@@ -85,26 +93,42 @@ class Pretrain:
         self._hooks.model_ready(self._engine.module)
         done, manifest = 0, Path(self._env.resume_from)
         if self._env.resume_from:
-            done = self._restore(manifest)
+            done = self._restore()
         dist.barrier()
+        self._saver.open()
         steps = self._job.train.steps
         if done < steps:
             self._reporter.send("training", step=done + 1)
+        elif generation_of(self._env.resume_from):
+            manifest = self._save(done, wait=True)  # all was done, but not on disk
         for step in range(done + 1, steps + 1):
             due = step == steps or bool(self._job.checkpoint.every and step % self._job.checkpoint.every == 0)
             self._step(step, then="save" if due else "step")
-            if due:
-                manifest = self._save(step)
-                leaving = step < steps and self._is_to_leave()
-                self._reporter.send("step", step=step, next="finish" if leaving or step == steps else "step")
-                if leaving:
-                    self._leave(step)
-                    return
+            if not due:
+                self._saver.keep(step, self._extra(step))
+                continue
+            leaving = step < steps and self._is_to_leave()
+            manifest = self._save(step, wait=leaving or step == steps)
+            self._reporter.send("step", step=step, next="finish" if leaving or step == steps else "step")
+            if leaving:
+                self._leave(step)
+                return
         self._finish(max(done, steps), manifest)
 
-    def _restore(self, manifest: Path) -> int:
+    def _source(self) -> Path | ShardSource:
+        """What there is to restore: on disk, or in the memory of the nodes."""
+        if generation_of(self._env.resume_from) is None:
+            return Path(self._env.resume_from)
+        if self._link is None:
+            raise StorageError(
+                f"{self._env.resume_from} cannot be restored here.",
+                why="this rank has no persister, so it cannot reach the memory of the nodes",
+            )
+        return MemorySource(read_point(self._paths.memory(self._env.attempt)), self._link)
+
+    def _restore(self) -> int:
         begin = time.perf_counter()
-        restored = restore(self._engine, manifest, hooks=self._hooks)
+        restored = restore(self._engine, self._source, hooks=self._hooks)
         refuse_another_run(restored, self._job)
         self._counter.step = restored.step
         recorded = SampleSchedule.from_state(restored.extra["sampler"])
@@ -161,30 +185,19 @@ class Pretrain:
                 tokens[row], targets[row] = sample[:-1], sample[1:]
         return tokens, targets
 
-    def _save(self, step: int) -> Path:
+    def _save(self, step: int, *, wait: bool) -> Path:
         if self._metrics is not None:
             self._metrics.sync()  # the lines of what a checkpoint holds are never lost
-        token = (self._env.epoch, self._env.attempt)
-        extra = {
+        return self._saver.save(step, self._extra(step), wait=wait)
+
+    def _extra(self, step: int) -> dict[str, Any]:
+        return {
             "sampler": self._schedule.state(step + 1),
             "data": {"digest": self._job.data.digest, "vocab": self._job.data.vocab},
             "seed": self._job.train.seed,
             "losses": self._watch.state,
             "tracking": {"step": step},
         }
-        saved = save(
-            self._engine,
-            run_paths=self._paths,
-            job=self._job,
-            step=step,
-            token=token,
-            extra=extra,
-            hooks=self._hooks,
-        )
-        if self._env.rank == 0:
-            self._reporter.send("checkpoint", step=step, path=str(saved.path), bytes=saved.bytes, stall_s=saved.stall_s)
-            prune(self._paths.checkpoints, self._job.checkpoint.keep, token=token)
-        return saved.path
 
     def _is_to_leave(self) -> bool:
         """Whether the ranks have been asked to; rank 0 looks, so that all of them come to the same answer."""

@@ -29,6 +29,7 @@ from launcher.host.environment import Environments
 from launcher.host.events import EventLog
 from launcher.host.logs import MAX_LOG_BYTES, RankLogs, piece_of
 from launcher.host.peers import Identity, Peer, Peers
+from launcher.host.persister_link import PersisterLink
 from launcher.host.pool_link import PoolEvents, PoolLink
 from launcher.host.ranks import Ranks, check_order
 from launcher.host.stacks import Stacks
@@ -142,7 +143,22 @@ class HostAgent:
         )
         cleanup.callback(self._put_logs_away)
         environments = Environments(os.environ, address=self.address.host, extra=options.env)
-        self._ranks = Ranks(selector=self._selector, environments=environments, events=self._events, logs=self._logs)
+        self._persister = PersisterLink(
+            selector=self._selector,
+            environments=environments,
+            run_dir=self._paths.root,
+            host=self.address.host,
+            folder=self._logs.folder,
+            incarnation=self.address.incarnation,
+            died=self._on_persister_died,
+        )
+        self._ranks = Ranks(
+            selector=self._selector,
+            environments=environments,
+            events=self._events,
+            logs=self._logs,
+            persister=self._persister.path,
+        )
         self._pool = PoolLink(
             selector=self._selector,
             environments=environments,
@@ -159,6 +175,7 @@ class HostAgent:
             target=options.target,
         )
         cleanup.callback(self._pool.close)
+        cleanup.callback(self._persister.close)  # first: the pool ends by killing all that carries our mark
         self._ranks.attach(self._pool)
         self._stacks = Stacks()
         self._peers = Peers(
@@ -228,6 +245,9 @@ class HostAgent:
         self._events.append({"kind": "pool", "state": "failed", "reason": reason})
         self._ranks.on_pool_died()
 
+    def _on_persister_died(self, reason: str) -> None:
+        self._events.append({"kind": "pool", "state": "persister", "reason": reason})
+
     # -- the controller --------------------------------------------------------------------------------------------
 
     def _welcome(self) -> Message:
@@ -255,6 +275,7 @@ class HostAgent:
             "beat": lambda: None,
             "reserve": lambda: self._ranks.reserve(self.address.host, int(message["attempt"])),
             "spawn": lambda: self._spawn(peer, message),
+            "holdings": lambda: self._persister.ask(lambda held: self._tell_holdings(peer, message, held)),
             "dump": lambda: self._dump(int(message["attempt"])),
             "kill": lambda: self._kill(int(message["attempt"]), float(message.get("grace_s", 0.0))),
             "shutdown": self._shut_down,
@@ -265,6 +286,10 @@ class HostAgent:
         check_order(message)
         if message["epoch"] == peer.epoch and not self._leaving:
             self._ranks.spawn(message)
+
+    def _tell_holdings(self, peer: Peer, message: Message, held: Message) -> None:
+        if peer is self._peers.owner:
+            self._peers.send(peer, {"op": "holdings", "id": message["id"]} | held)
 
     def _dump(self, attempt: int) -> None:
         """Ask our own ranks where they stand; a script would die of the signal."""

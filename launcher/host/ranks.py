@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jobs.checkpoint.persister import PERSISTER
 from launcher.host import wire
 from launcher.host.child import EXIT_CANNOT_START
 from launcher.host.environment import Environments
@@ -73,15 +74,23 @@ class Ranks:
         environments: Makes the ranks' environments.
         events: Where everything that happens is written.
         logs: Log files.
+        persister: Path of the persister's socket.
     """
 
     def __init__(
-        self, *, selector: selectors.BaseSelector, environments: Environments, events: EventLog, logs: RankLogs
+        self,
+        *,
+        selector: selectors.BaseSelector,
+        environments: Environments,
+        events: EventLog,
+        logs: RankLogs,
+        persister: str = "",
     ) -> None:
         self._selector = selector
         self._environments = environments
         self._events = events
         self._logs = logs
+        self._persister = {PERSISTER: persister} if persister else {}
         self._pool: PoolLink | None = None
         self._by_key: dict[str, Rank] = {}
         self._order: Message | None = None
@@ -150,10 +159,11 @@ class Ranks:
         except OSError as error:
             self._ended(rank, EXIT_CANNOT_START, None, f"the rank could not be started: {error}")
             return
+        variables = order.get("env", {}) | variables | (self._persister if ours else {})
         message = {
             "key": rank.key,
             "name": f"phalanx:r{rank.rank}",
-            "env": self._environments.rank(order.get("env", {}) | variables, ours=ours, mark=self._pool.mark),
+            "env": self._environments.rank(variables, ours=ours, mark=self._pool.mark),
             "cwd": order.get("cwd") or str(self._logs.folder),
             "argv": None if ours else order["argv"],
         }

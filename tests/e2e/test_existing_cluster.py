@@ -204,7 +204,7 @@ def test_the_client_can_go_away(cluster: netns.RayCluster, tmp_path: Path, by: s
     store = make_run(cluster, tmp_path, 3, 0.2, address=address)
     assert ray_client.start_controller(store.paths.root, address) == 1
     (holder,) = [read_json(path) for path in store.paths.controllers.glob("1.json")]
-    assert any(holder["pid"] in cluster.net.pids(index) for index in range(3))
+    assert holder["pid"] in cluster.net.pids(0)  # the head's node: one that falls with a worker is missed late
     wait(lambda: store.run().state.terminal, 90.0, store)
     assert store.run().state is RunState.SUCCEEDED
     assert store.run().step == 3

@@ -5,8 +5,10 @@ The yardstick is an undisturbed run on plain processes: neither the cluster nor 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 
 from launcher.run import EventKind, RunState
 from launcher.store import RunStore, read_json
-from tests.support import cli, netns
+from tests.support import cli, netns, redis
 
 pytestmark = pytest.mark.timeout(420)
 
@@ -175,12 +177,16 @@ needs_namespaces = pytest.mark.skipif(not netns.available(), reason="needs root 
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[netns.RayCluster]:
-    """Three Ray nodes in namespaces of their own, with token authentication and without a dashboard."""
-    with netns.network(4) as net:
-        made = netns.RayCluster(net, token=TOKEN)
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[netns.RayCluster]:
+    """A head and three nodes in namespaces of their own, with token authentication and without a dashboard.
+
+    The head keeps its tables in a Redis, which only the test that kills it needs.
+    """
+    with netns.network(4) as net, contextlib.ExitStack() as stack:
+        store = stack.enter_context(redis.server(net.host_address, tmp_path_factory.mktemp("redis")))
+        made = netns.RayCluster(net, token=TOKEN, head_cpus=0, redis=store)
         try:
-            made.start(nodes=3)
+            made.start(nodes=4)
             yield made
         finally:
             made.close()
@@ -203,7 +209,7 @@ def test_the_same_on_somebody_elses_cluster(cluster: netns.RayCluster, folder: P
     assert len(run.run().attempts) == 2
 
     def gone() -> bool:  # the client need not wait until the controller has given everything back
-        inside = {pid for index in range(3) for pid in cluster.net.pids(index)}
+        inside = {pid for index in range(4) for pid in cluster.net.pids(index)}
         return not [pid for pid, _ in cli.processes_of(run.paths.root) if pid in inside]
 
     cli.wait_for(gone, "nothing of the run is left on the cluster", 30.0)
@@ -229,6 +235,35 @@ def test_a_torch_script_on_somebody_elses_cluster(cluster: netns.RayCluster, tmp
 
 
 @needs_namespaces
+def test_a_head_that_comes_back_with_its_store_has_cost_nothing(
+    cluster: netns.RayCluster, folder: Path, undisturbed_60: RunStore
+) -> None:
+    """The controller falls with the head; Ray, once back, starts it again, and it adopts ranks that never stopped."""
+    words = submit(folder, "head", "cluster=existing", f"cluster.address={cluster.address}", "cluster.nodes=2")
+    more = ("cluster.slots_per_node=2", "cluster.spares=1", "train.steps=60", "recovery.lease_s=60")
+    process = cli.start(*words, *more, cwd=folder, env=on_cluster(cluster, folder))
+    root = folder / "runs" / "head"
+    run = RunStore(root)
+    cli.wait_for(lambda: root.exists() and max(cli.curve(run), default=0) >= 5, "step 5")
+    holder = read_json(root / "controllers" / "1.json")["pid"]
+    ranks = {row["pid"] for row in read_json(root / "attempts" / "1" / "ranks.json")}
+    there = set(cluster.net.pids(0))
+    assert holder in there
+    assert not ranks & there
+    cluster.net.kill(0)
+    killed_at = time.time()
+    cluster.start_node(0)
+    done = cli.end(process)
+    assert done.code == 0, done.err
+    assert_same(run, undisturbed_60)
+    started = [event for event in run.events() if event.kind is EventKind.CONTROLLER_STARTED]
+    assert [event.data["adopted"] for event in started] == [False, True]
+    assert sum(killed_at < float(line["time"]) < started[1].time for line in run.metrics()) > 0
+    assert (len(run.run().attempts), run.run().steps_lost) == (1, 0)
+    assert EventKind.FAILURE_DETECTED not in {event.kind for event in run.events()}
+
+
+@needs_namespaces
 def test_a_node_that_loses_its_power_on_somebody_elses_cluster(
     cluster: netns.RayCluster, folder: Path, undisturbed: RunStore
 ) -> None:
@@ -240,7 +275,8 @@ def test_a_node_that_loses_its_power_on_somebody_elses_cluster(
     cli.wait_for(lambda: (root / "attempts" / "1" / "ranks.json").exists(), "ranks")
     pids = {row["pid"] for row in read_json(root / "attempts" / "1" / "ranks.json")}
     holder = read_json(root / "controllers" / "1.json")["pid"]
-    victim = next(i for i in (2, 1) if pids & set(cluster.net.pids(i)) and holder not in cluster.net.pids(i))
+    assert holder in cluster.net.pids(0)  # with the head, which must live on
+    victim = next(i for i in (3, 2, 1) if pids & set(cluster.net.pids(i)))
     cluster.net.kill(victim)
     done = cli.end(process)
     assert done.code == 0, done.err

@@ -141,7 +141,6 @@ def test_faults_survive_a_shell_that_eats_quotes() -> None:
         (["strategy=auto", "job=script", "job.command=x"], "a script brings its own parallelism"),
         (["job=script"], "job.command: missing"),
         (["job=script", "job.command=x", "faults=[rank_kill@rank=0,step=1]"], "not into scripts"),
-        (["checkpoint.memory_every=5"], "checkpoints in memory are not there yet"),
     ],
 )
 def test_contradictions(words: list[str], part: str) -> None:

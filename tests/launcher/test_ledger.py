@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from launcher.ledger import CLASSES, ledger
-from launcher.run import EventKind, RunEvent
+from launcher.account import CLASSES, INCIDENT_CLASSES, ORPHANED, Account
+from launcher.ledger import Book, account, ledger
+from launcher.run import EventKind, RunEvent, fold
+
+Line = dict[str, Any]
+ENDS = frozenset({EventKind.RUN_SUCCEEDED, EventKind.RUN_FAILED, EventKind.RUN_CANCELLED})
 
 
 def log(*lines: tuple[float, EventKind, int, dict[str, Any]]) -> list[RunEvent]:
@@ -24,10 +30,15 @@ STORY = log(
     (5.0, EventKind.RANKS_SPAWNED, 1, {"resume_from": ""}),
     (10.0, EventKind.TRAINING_STARTED, 1, {"step": 1}),
     (12.4, EventKind.CHECKPOINT_COMMITTED, 1, {"step": 2, "stall_s": 0.4}),
-    (14.0, EventKind.FAILURE_DETECTED, 1, {"failed_at": 13.75}),
-    (14.5, EventKind.GANG_STOPPED, 1, {}),
-    (14.5, EventKind.DECISION, 1, {"delay_s": 0.0}),
-    (15.0, EventKind.ATTEMPT_PLANNED, 2, {"reason": "restart"}),
+    (
+        14.0,
+        EventKind.FAILURE_DETECTED,
+        1,
+        {"failed_at": 13.75, "last_step": 3, "failure": {"kind": "secondary", "rank": 1, "node": "b", "detail": "?"}},
+    ),
+    (14.5, EventKind.GANG_STOPPED, 1, {"failure": "rank_killed", "cause": "rank 3 was killed", "rank": 3, "node": "c"}),
+    (14.5, EventKind.DECISION, 1, {"delay_s": 0.0, "action": "restart"}),
+    (15.0, EventKind.ATTEMPT_PLANNED, 2, {"reason": "restart", "first_step": 3}),
     (15.25, EventKind.RANKS_SPAWNED, 2, {"resume_from": "x"}),
     (16.25, EventKind.TRAINING_STARTED, 2, {"step": 3}),
     (20.0, EventKind.RUN_SUCCEEDED, 2, {"step": 4}),
@@ -59,6 +70,97 @@ def test_story() -> None:
     assert seconds == pytest.approx(expected)
 
 
+def test_incident_of_the_story() -> None:
+    found = account(STORY, METRICS, now=99.0)
+    (one,) = found.incidents
+    assert (one.kind, one.cause, one.node, one.rank) == ("rank_killed", "rank 3 was killed", "c", 3)
+    assert (one.at, one.step, one.steps_lost, one.action, one.recovered) == (13.75, 3, 1, "restart", True)
+    expected = {"detect": 0.25, "decide": 0.5, "place": 0.75, "restore": 1.0, "replay": 1.35, "wait": 0.0}
+    assert one.seconds == pytest.approx(expected)
+    assert one.total_s == pytest.approx(3.85)
+    assert one.restart_s == pytest.approx(2.25)
+    assert found.goodput == pytest.approx(4.0 / 20.0)
+    assert (found.steps, found.saves) == (4, 1)
+
+
+def test_a_failure_during_recovery_is_an_incident_of_its_own() -> None:
+    events = log(
+        (0.0, EventKind.RUN_SUBMITTED, 0, {}),
+        (1.0, EventKind.ATTEMPT_PLANNED, 1, {"reason": "start", "first_step": 1}),
+        (2.0, EventKind.TRAINING_STARTED, 1, {"step": 1}),
+        (7.0, EventKind.FAILURE_DETECTED, 1, {"failed_at": 6.0, "last_step": 3, "failure": {"kind": "node_lost"}}),
+        (8.0, EventKind.GANG_STOPPED, 1, {"failure": "node_lost", "cause": "n"}),
+        (8.0, EventKind.DECISION, 1, {"delay_s": 0, "action": "restart"}),
+        (9.0, EventKind.ATTEMPT_PLANNED, 2, {"reason": "restart", "first_step": 2}),
+        (10.0, EventKind.RANKS_SPAWNED, 2, {"resume_from": "x"}),
+        (14.0, EventKind.FAILURE_DETECTED, 2, {"failed_at": 13.0, "last_step": 1, "failure": {"kind": "rank_error"}}),
+        (14.5, EventKind.GANG_STOPPED, 2, {"failure": "rank_error", "cause": "r"}),
+        (14.5, EventKind.DECISION, 2, {"delay_s": 2.0, "action": "restart"}),
+        (17.0, EventKind.ATTEMPT_PLANNED, 3, {"reason": "restart", "first_step": 2}),
+        (18.0, EventKind.RANKS_SPAWNED, 3, {"resume_from": "x"}),
+        (19.0, EventKind.TRAINING_STARTED, 3, {"step": 2}),
+    )
+    metrics = [{"attempt": 1, "step": s, "time": 2.0 + s} for s in (1, 2, 3)]
+    metrics += [{"attempt": 3, "step": s, "time": 18.0 + s} for s in (2, 3, 4)]
+    first, second = account(events, metrics, now=22.0).incidents
+    assert first.seconds == pytest.approx(
+        {"detect": 1.0, "decide": 1.0, "place": 2.0, "restore": 3.0, "replay": 1.0 + 2.0, "wait": 0.0}
+    )
+    assert second.seconds == pytest.approx(
+        {"detect": 1.0, "decide": 0.5, "place": 1.0, "restore": 1.0, "replay": 0.0, "wait": 2.5}
+    )
+    assert (first.steps_lost, second.steps_lost) == (2, 0)
+    assert (first.recovered, second.recovered) == (False, True)
+
+
+def test_a_run_that_nobody_controlled_waited_for_the_person_who_resumed_it() -> None:
+    days = 3 * 86400.0
+    events = log(
+        (0.0, EventKind.RUN_SUBMITTED, 0, {}),
+        (1.0, EventKind.ATTEMPT_PLANNED, 1, {"reason": "start", "first_step": 1}),
+        (2.0, EventKind.TRAINING_STARTED, 1, {"step": 1}),
+        (days, EventKind.RESUME_REQUESTED, 0, {"last_step": 3}),
+        (days + 1, EventKind.ATTEMPT_PLANNED, 2, {"reason": "resume", "first_step": 3}),
+        (days + 2, EventKind.RANKS_SPAWNED, 2, {"resume_from": "x"}),
+        (days + 3, EventKind.TRAINING_STARTED, 2, {"step": 3}),
+    )
+    metrics = [{"attempt": 1, "step": s, "time": 2.0 + s} for s in (1, 2, 3)]
+    metrics += [{"attempt": 2, "step": s, "time": days + s} for s in (3, 4, 5)]
+    found = account(events, metrics, now=days + 5)
+    (one,) = found.incidents
+    assert (one.kind, one.at, one.steps_lost, one.action) == (ORPHANED, 5.0, 1, "resume")
+    assert one.seconds["wait"] == pytest.approx(days - 5.0)
+    assert found.seconds["finish"] == 0.0
+    assert found.seconds["productive"] == pytest.approx(3.0 + 2.0)
+
+
+def test_growing_back_is_no_incident() -> None:
+    events = log(
+        (0.0, EventKind.RUN_SUBMITTED, 0, {}),
+        (1.0, EventKind.ATTEMPT_PLANNED, 1, {"reason": "start", "first_step": 1}),
+        (2.0, EventKind.TRAINING_STARTED, 1, {"step": 1}),
+        (3.5, EventKind.DECISION, 1, {"action": "grow"}),
+        (4.5, EventKind.GANG_STOPPED, 1, {"failure": "", "last_step": 2}),
+        (5.5, EventKind.ATTEMPT_PLANNED, 2, {"reason": "grow", "first_step": 3}),
+        (6.0, EventKind.RANKS_SPAWNED, 2, {"resume_from": "x"}),
+        (7.0, EventKind.TRAINING_STARTED, 2, {"step": 3}),
+    )
+    metrics = [{"attempt": 1, "step": s, "time": 2.0 + s} for s in (1, 2)]
+    found = account(events, metrics, now=7.0)
+    assert found.incidents == ()
+    assert {name: found.rest[name] for name in ("decide", "place", "restore")} == {
+        "decide": 0.5,
+        "place": 1.5,
+        "restore": 1.0,
+    }
+
+
+def test_a_script_reports_no_steps_so_none_of_its_time_is_called_lost() -> None:
+    events = [event for event in STORY if event.attempt < 2][:6]
+    assert ledger(events, [], 14.0, script=True)["replay"] == 0.0
+    assert ledger(events, [], 14.0)["replay"] == pytest.approx(13.75 - 10.0 - 0.4)
+
+
 def test_sums_to_wall_for_every_prefix() -> None:
     generator = random.Random(0)
     for length in range(1, len(STORY) + 1):
@@ -73,3 +175,201 @@ def test_sums_to_wall_for_every_prefix() -> None:
 def test_clock_set_back_makes_no_negative_seconds() -> None:
     events = log((10.0, EventKind.RUN_SUBMITTED, 0, {}), (5.0, EventKind.ATTEMPT_PLANNED, 1, {"reason": "start"}))
     assert all(value >= 0 for value in ledger(events, [], now=4.0).values())
+
+
+# --- random histories ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Story:
+    """A random history that the state machine of a run allows, as controllers of any epoch would write it."""
+
+    seed: int
+    honest: bool = False  # clocks agree and never go back
+    events: list[RunEvent] = field(default_factory=list)
+    metrics: list[Line] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.dice = random.Random(self.seed)
+        self.now, self.epoch, self.attempt, self.step, self.saved = 1e9, 1, 0, 0, 0
+        self.put(EventKind.RUN_SUBMITTED)
+        alive = True
+        for _ in range(self.dice.randrange(1, 7)):
+            alive = self.run_attempt("start" if not self.attempt else "restart")
+            over = EventKind.RUN_SUCCEEDED in {event.kind for event in self.events}
+            if over or (not alive and self.dice.random() < 0.3):
+                return
+            if not alive:
+                self.resume()
+
+    def put(self, kind: EventKind, **data: Any) -> None:
+        """One event; now and then the clock is set back, or a replaced controller writes once more."""
+        self.now += self.dice.choice([0.0, 0.01, 0.5, 3.0, 200.0])
+        jump = -self.dice.random() * 20 if self.dice.random() < 0.05 and not self.honest else 0.0
+        self.write(self.epoch, self.now + jump, kind, data)
+        if self.epoch > 1 and self.dice.random() < 0.1 and not self.honest:
+            stale = self.dice.choice([EventKind.FAILURE_DETECTED, EventKind.RUN_FAILED, EventKind.TRAINING_STARTED])
+            self.write(self.epoch - 1, self.now + 5.0, stale, {"last_step": 10**6, "step": 10**6})
+
+    def write(self, epoch: int, time: float, kind: EventKind, data: dict[str, Any]) -> None:
+        seq = len(self.events) + 1
+        self.events.append(RunEvent(seq=seq, time=time, epoch=epoch, attempt=self.attempt, kind=kind, data=data))
+
+    def run_attempt(self, reason: str) -> bool:
+        """From plan to end; returns whether the run goes on by itself."""
+        if self.dice.random() < 0.3:
+            self.put(EventKind.WAITING_FOR_NODES, have=1, need=2)
+        if self.dice.random() < 0.2:
+            self.put(EventKind.DECISION, action="shrink", reason="", delay_s=0.0)
+        self.attempt += 1
+        self.step = self.saved
+        source = "x" if self.saved else ""
+        self.put(
+            EventKind.ATTEMPT_PLANNED,
+            plan={},
+            nodes=["a"],
+            resume_from=source,
+            first_step=self.saved + 1,
+            reason=reason,
+        )
+        if self.dice.random() < 0.85:
+            self.put(EventKind.RANKS_SPAWNED, ranks=1, resume_from=source)
+            if self.dice.random() < 0.85:
+                self.put(EventKind.TRAINING_STARTED, step=self.saved + 1)
+                self.train()
+        return self.finish()
+
+    def train(self) -> None:
+        skew = 0.0 if self.honest else self.dice.choice([0.0, 0.0, 4.0, -4.0])
+        for _ in range(self.dice.randrange(0, 8)):
+            self.now += self.dice.random()
+            self.step += 1
+            self.metrics.append({"attempt": self.attempt, "step": self.step, "time": self.now + skew})
+            if self.attempt > 1 and self.dice.random() < 0.1:  # a rank that was cut off still writes
+                self.metrics.append({"attempt": self.attempt - 1, "step": self.step + 1, "time": self.now})
+            if self.dice.random() < 0.4:
+                self.put(EventKind.CHECKPOINT_COMMITTED, step=self.step, stall_s=self.dice.choice([0.0, 0.3, 50.0]))
+                self.saved = self.step
+            if self.dice.random() < 0.1:  # the controller falls, its successor adopts the gang
+                self.epoch += 1
+                self.put(EventKind.CONTROLLER_STARTED, adopted=True)
+
+    def finish(self) -> bool:
+        fate = self.dice.random()
+        if fate < 0.1:
+            self.saved = self.step  # they leave at a checkpoint
+            self.put(EventKind.GANG_STOPPED, failure="", cause="it left", last_step=self.step)
+            return self.run_attempt("grow")
+        if fate < 0.2:
+            self.put(self.dice.choice([EventKind.RUN_SUCCEEDED, EventKind.RUN_CANCELLED]), step=self.step)
+            return False
+        if fate < 0.3:
+            return False  # controller and ranks are gone, and nobody has written so
+        self.fail()
+        return True
+
+    def fail(self) -> None:
+        back = self.dice.choice([0.0, 1.0, 500.0])
+        fields = {"failure": {"kind": "node_lost", "rank": 1, "node": "a"}, "last_step": self.step}
+        self.put(EventKind.FAILURE_DETECTED, failed_at=self.now - back, **fields)
+        if self.dice.random() < 0.2:  # the controller falls in the middle of recovering
+            self.epoch += 1
+            self.put(EventKind.CONTROLLER_STARTED, adopted=False)
+            self.put(EventKind.FAILURE_DETECTED, failed_at=self.now, **fields)
+        if self.dice.random() < 0.9:
+            self.put(EventKind.GANG_STOPPED, failure="node_lost", cause="node a", signature="")
+        self.put(EventKind.DECISION, action="restart", reason="", delay_s=self.dice.choice([0.0, 5.0]))
+
+    def resume(self) -> None:
+        self.now += self.dice.choice([1.0, 5 * 86400.0])
+        self.epoch += 1
+        self.put(EventKind.RESUME_REQUESTED, last_step=self.step)
+
+
+def check(found: Account, least: float, most: float) -> None:
+    """What holds of every account."""
+    assert least - 1e-6 <= found.seconds["wall"] <= most + 1e-6
+    assert sum(found.seconds[name] for name in CLASSES) == pytest.approx(found.seconds["wall"])
+    assert all(value >= -1e-9 for value in found.seconds.values())
+    assert all(value >= 0 for one in found.incidents for value in one.seconds.values())
+    assert all(value >= -1e-6 for value in found.rest.values())
+    inside = sum(one.total_s for one in found.incidents)
+    assert inside + sum(found.rest.values()) == pytest.approx(found.seconds["wall"], abs=1e-5)
+    for name in INCIDENT_CLASSES:
+        assert sum(one.seconds[name] for one in found.incidents) <= found.seconds[name] + 1e-6
+
+
+TIMELESS = frozenset({EventKind.CONTROLLER_STARTED, EventKind.CHECKPOINT_COMMITTED})
+
+
+def wall_of(events: Sequence[RunEvent], now: float, *, without: frozenset[EventKind] = frozenset()) -> float:
+    """From the first event to the last, or to now if it has not ended; a clock that is set back stands still."""
+    newest, latest, ended = 0, events[0].time, False
+    for event in events:
+        if not 0 < event.epoch < newest:
+            newest = max(newest, event.epoch)
+            if event.kind not in without:
+                latest = max(latest, event.time)
+            ended = event.kind in ENDS or (ended and event.kind in TIMELESS)
+    return latest - events[0].time if ended else max(latest, now) - events[0].time
+
+
+def test_random_histories() -> None:
+    seen: set[str] = set()
+    for seed in range(400):
+        story = Story(seed)
+        for length in {len(story.events), 1 + seed % len(story.events)}:
+            events, now = story.events[:length], story.events[length - 1].time + seed % 3
+            known = [line for line in story.metrics if int(line["attempt"]) <= events[-1].attempt]
+            found = account(events, known, now)
+            # A commit moves no time by itself, but steps are known up to it, also if the clock is set back afterwards.
+            check(found, wall_of(events, now, without=TIMELESS), wall_of(events, now))
+            run = fold(events)
+            assert sum(one.steps_lost for one in found.incidents) == run.steps_lost
+            seen |= {one.kind for one in found.incidents}
+            seen |= {name for name in CLASSES if found.seconds[name] > 0}
+    assert seen >= {*CLASSES, "node_lost", ORPHANED}
+
+
+def test_a_book_that_is_kept_says_the_same_as_one_that_is_read() -> None:
+    """As beside a controller: events and steps come bit by bit, and it is looked at in between."""
+    for seed in range(100):
+        story, dice = Story(seed, honest=True), random.Random(seed)
+        book, events, lines = Book(), list(story.events), list(story.metrics)
+        while events or lines:
+            some = [events.pop(0) for _ in range(min(len(events), dice.randrange(4)))]
+            now = events[0].time if events else story.events[-1].time
+            due = [line for line in lines if line["time"] <= now] if events else lines
+            lines = lines[len(due) :]
+            book.follow(some, due, now)
+            check(book.account(now), 0.0, float("inf"))
+        now = story.events[-1].time + 1.0
+        assert book.account(now) == account(story.events, story.metrics, now)
+
+
+def test_ten_thousand_steps_and_checkpoints_cost_no_more_than_once_through() -> None:
+    """An account is one pass: its working memory holds no step that has been accounted for."""
+    count = 10_000
+    events = log((0.0, EventKind.RUN_SUBMITTED, 0, {}), (1.0, EventKind.TRAINING_STARTED, 1, {"step": 1}))
+    read: list[int] = []
+
+    def lines() -> Any:
+        for step in range(1, count + 1):
+            read.append(step)
+            yield {"attempt": 1, "step": step, "time": 1.0 + step}
+
+    commits = [
+        RunEvent(
+            seq=3 + step,
+            time=1.2 + step,
+            epoch=1,
+            attempt=1,
+            kind=EventKind.CHECKPOINT_COMMITTED,
+            data={"step": step, "stall_s": 0.25},
+        )
+        for step in range(1, count)
+    ]
+    found = account([*events, *commits], lines(), now=1.0 + count)
+    assert read == list(range(1, count + 1))
+    assert found.seconds["checkpoint_stall"] == pytest.approx(0.25 * (count - 1))
+    assert found.seconds["productive"] == pytest.approx(count - 0.25 * (count - 1))

@@ -10,10 +10,11 @@ from typing import Any, cast
 import pytest
 
 from launcher import adoption
+from launcher.account import CLASSES
 from launcher.controller import LEFT, Phase
 from launcher.describe import brief, describe
 from launcher.gang import Gang
-from launcher.ledger import CLASSES, ledger
+from launcher.ledger import ledger
 from launcher.render_events import event_line
 from launcher.run import EventKind, Run, RunEvent, RunState
 from launcher.sizing import Sizing, plan_of

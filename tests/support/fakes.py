@@ -73,6 +73,10 @@ class FakeGang:
     def dump(self, attempt: int) -> None:
         self.calls.append(("dump", attempt))
 
+    def ask_holdings(self, number: int) -> set[str]:
+        self.calls.append(("holdings", number))
+        return set()
+
     def drop(self, node: str, why: str) -> None:
         self.calls.append(("drop", node))
 

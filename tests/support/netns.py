@@ -1,20 +1,12 @@
-"""Machines made of network namespaces: a bridge, N namespaces with an address each, links that can be cut. Needs root.
-
-The namespaces share processes, users and files with the host, so a folder of the host is a shared file system; one can
-be hidden from a node. The bridge has an address too: the host itself is a machine of that network which is no node.
-Everything made here carries a prefix with the process id of its owner. It is removed at the end of the context; what a
-killed owner left is removed by the next one.
-"""
+"""A network of namespaces (:mod:`launcher.drill.network`) in which tests start processes, and a Ray cluster on it."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import os
-import re
 import shutil
 import signal
-import string
 import subprocess
 import sys
 import tempfile
@@ -22,63 +14,23 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from launcher.drill import network as base
+from launcher.drill.network import available, kill_all, listing
 from launcher.host.child import die_with_parent
-from launcher.lock import process_started
 
-_PREFIX = "phxt"
-_HOST = 254
-_numbers = itertools.count()  # names and subnets of the networks of this process differ
-_LISTS = (("netns", "list"), ("-o", "link"))
+__all__ = ["Network", "RayCluster", "available", "listing", "network"]
 
 
-def available() -> bool:
-    """Whether this process may make namespaces."""
-    return os.geteuid() == 0 and shutil.which("ip") is not None and _quiet("ip", "netns", "list")
-
-
-class Network:
-    """Namespaces on one bridge, numbered from 0.
-
-    Args:
-        count: Number of namespaces.
-
-    Attributes:
-        addresses: Address of each.
-        host_address: Address of the host on the bridge.
-    """
+class Network(base.Network):
+    """Namespaces in which processes can be started."""
 
     def __init__(self, count: int) -> None:
-        number = next(_numbers)
-        self.name = f"{_PREFIX}{os.getpid()}{string.ascii_lowercase[number]}"
-        subnet = f"10.{100 + (os.getpid() + number) % 100}.{os.getpid() // 100 % 250}"
-        self.addresses = [f"{subnet}.{index + 1}" for index in range(count)]
-        self.host_address = f"{subnet}.{_HOST}"
-        self._subnet = subnet
+        super().__init__(count)
         self._processes: list[subprocess.Popen[bytes]] = []
-
-    def namespace(self, index: int) -> str:
-        """Name of a namespace."""
-        return f"{self.name}n{index}"
-
-    def up(self) -> None:
-        """Make everything."""
-        sweep()
-        _ip("link", "add", self.name, "type", "bridge")
-        _ip("addr", "add", f"{self.host_address}/24", "dev", self.name)
-        _ip("link", "set", self.name, "up")
-        for index, address in enumerate(self.addresses):
-            namespace, outer = self.namespace(index), _cable(self.namespace(index))
-            _ip("netns", "add", namespace)
-            _ip("link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", namespace)
-            _ip("link", "set", outer, "master", self.name, "up")
-            _ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
-            for link in ("lo", "eth0"):
-                _ip("-n", namespace, "link", "set", link, "up")
-            _ip("-n", namespace, "route", "add", "default", "via", self.host_address)
 
     def down(self) -> None:
         """Kill every process in the namespaces and remove everything."""
-        remove(self.name, [self.namespace(index) for index in range(len(self.addresses))])
+        super().down()
         for process in self._processes:
             process.wait()
 
@@ -100,7 +52,7 @@ class Network:
             env: Its whole environment.
             hide: A folder that is empty and its own there, as if it were not shared.
         """
-        prefix = ["ip", "netns", "exec", self.namespace(index)]
+        prefix = self.entering(index)
         if hide is not None:
             prefix += ["sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(hide)]
         parent = os.getpid()
@@ -119,26 +71,10 @@ class Network:
 
     def run(self, index: int, command: Sequence[str], *, env: dict[str, str], timeout_s: float) -> str:
         """Run a command in a namespace to its end and return what it printed."""
-        command = ["ip", "netns", "exec", self.namespace(index), *command]
+        command = [*self.entering(index), *command]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
-
-    def pids(self, index: int) -> list[int]:
-        """Every process in a namespace."""
-        return _pids(self.namespace(index))
-
-    def kill(self, index: int) -> None:
-        """SIGKILL every process in a namespace, as a power cut would."""
-        _kill_all(self.namespace(index))
-
-    def cut(self, index: int) -> None:
-        """Pull the cable of a namespace."""
-        _ip("link", "set", _cable(self.namespace(index)), "down")
-
-    def mend(self, index: int) -> None:
-        """Plug it in again."""
-        _ip("link", "set", _cable(self.namespace(index)), "up")
 
 
 @contextlib.contextmanager
@@ -160,10 +96,22 @@ class RayCluster:
         token: The token that it asks for; empty for none.
         cpus: CPUs per node.
         dashboard: The head runs a dashboard.
+        head_cpus: CPUs of the head, where it has another number.
+        redis: ``HOST:PORT`` of a Redis in which the head keeps its tables; empty: in its own memory.
     """
 
-    def __init__(self, net: Network, *, token: str = "", cpus: int = 2, dashboard: bool = False) -> None:
+    def __init__(
+        self,
+        net: Network,
+        *,
+        token: str = "",
+        cpus: int = 2,
+        dashboard: bool = False,
+        head_cpus: int | None = None,
+        redis: str = "",
+    ) -> None:
         self.net, self.token, self.cpus, self.dashboard = net, token, cpus, dashboard
+        self.head_cpus, self.redis = cpus if head_cpus is None else head_cpus, redis
         self.address = f"{net.addresses[0]}:6379"
         self.dashboard_url = f"http://{net.addresses[0]}:8265"
         self.temp = Path(tempfile.mkdtemp(prefix="pxn-", dir="/tmp"))
@@ -185,9 +133,12 @@ class RayCluster:
 
     def start_node(self, index: int, *, wait: bool = True, hide: Path | None = None) -> None:
         """Start one node."""
-        address = self.net.addresses[index]
-        command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={self.cpus}"]
-        command += ["--num-gpus=0", f"--node-ip-address={address}", f"--temp-dir={self.temp / str(index)}"]
+        address, cpus, environment = self.net.addresses[index], self.cpus, self.environment()
+        if index == 0:
+            cpus = self.head_cpus
+            environment |= {"RAY_REDIS_ADDRESS": self.redis} if self.redis else {}
+        command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={cpus}"]
+        command += ["--num-gpus=0", f"--node-ip-address={address}", f"--temp-dir={self._folder(index)}"]
         command += ["--object-store-memory=83886080", "--disable-usage-stats", "--include-log-monitor=false"]
         if index == 0:
             command += ["--head", "--port=6379", "--no-monitor", f"--include-dashboard={str(self.dashboard).lower()}"]
@@ -195,9 +146,13 @@ class RayCluster:
         else:
             command += [f"--address={self.address}"]
         self._log(index).unlink(missing_ok=True)
-        self.net.popen(index, command, hide=hide, log=self._log(index), env=self.environment())
+        self.net.popen(index, command, hide=hide, log=self._log(index), env=environment)
         if wait:
             self.wait_up(index)
+
+    def _folder(self, index: int) -> Path:
+        """A new folder for each start: Ray takes what an earlier process left there for a cluster that still runs."""
+        return next(path for number in itertools.count() if not (path := self.temp / f"{index}-{number}").exists())
 
     def wait_up(self, index: int, timeout_s: float = 60.0) -> None:
         """Wait until a node has joined."""
@@ -212,59 +167,5 @@ class RayCluster:
     def close(self) -> None:
         """Kill all processes of the network; remove files."""
         for index in range(len(self.net.addresses)):
-            _kill_all(self.net.namespace(index))
+            kill_all(self.net.namespace(index))
         shutil.rmtree(self.temp, ignore_errors=True)
-
-
-def listing() -> list[str]:
-    """Namespaces and links that exist, one a line."""
-    shown = (subprocess.run(["ip", *what], capture_output=True, text=True, check=True) for what in _LISTS)
-    return [line for done in shown for line in done.stdout.splitlines()]
-
-
-def sweep() -> None:
-    """Remove what owners that no longer live have left."""
-    listed = "\n".join(listing())
-    for name, owner in set(re.findall(rf"({_PREFIX}(\d+)[a-z])", listed)):
-        if not process_started(int(owner)):
-            remove(name, sorted({*re.findall(rf"{name}n\d+", listed)}))
-
-
-def remove(name: str, namespaces: Sequence[str]) -> None:
-    """Remove namespaces with everything in them, and the bridge."""
-    for namespace in namespaces:
-        _kill_all(namespace)
-        # The kernel takes its time over a namespace; the outer end of its cable must not outlive the test.
-        _quiet("ip", "link", "del", _cable(namespace))
-        _quiet("ip", "netns", "del", namespace)
-    _quiet("ip", "link", "del", name)
-
-
-def _cable(namespace: str) -> str:
-    """The outer end of the link into a namespace."""
-    name, _, index = namespace.rpartition("n")
-    return f"{name}v{index}"
-
-
-def _kill_all(namespace: str, timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while (pids := _pids(namespace)) and time.monotonic() < deadline:
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.05)
-
-
-def _pids(namespace: str) -> list[int]:
-    done = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False)
-    return [int(pid) for pid in done.stdout.split() if process_started(int(pid))]
-
-
-def _ip(*arguments: str) -> None:
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
-
-
-def _quiet(*command: str) -> bool:
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0

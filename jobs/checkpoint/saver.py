@@ -1,0 +1,230 @@
+"""Who makes the checkpoints of a training loop: the persister of the node behind the rank, or the rank itself.
+
+Behind the rank there are two phases. A step stands still while its state is copied into shared memory; that copy is a
+generation of the memory tier, and where a checkpoint on disk is due, the persister writes it from there while training
+goes on. The next one due waits until the one before is committed, and a failure to write it is raised there, on every
+rank.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from jobs.checkpoint.fragments import access
+from jobs.checkpoint.gang import agree, gather, revive
+from jobs.checkpoint.image import Image
+from jobs.checkpoint.layout import Place, Token
+from jobs.checkpoint.memory import StreamInfo, generation_of
+from jobs.checkpoint.persister import PersisterLink, unreachable
+from jobs.checkpoint.retention import prune
+from jobs.checkpoint.save import copy_state, image_of_state, save
+from jobs.checkpoint.state import rng_state, trainer_state
+from jobs.frames import FrameError, Message
+from jobs.hooks import Hooks
+from jobs.paths import RunPaths
+from jobs.report import Reporter
+from jobs.spec import JobSpec, RankEnv
+from strategies.codec import to_json
+from strategies.errors import PhalanxError
+
+
+class Saver(Protocol):
+    """What the loop calls. Every method is collective."""
+
+    def open(self) -> None:
+        """Once, when every rank has its state."""
+
+    def keep(self, step: int, extra: Mapping[str, Any]) -> None:
+        """After every step at which no checkpoint on disk is due."""
+
+    def save(self, step: int, extra: Mapping[str, Any], *, wait: bool) -> Path:
+        """A checkpoint on disk is due; returns the path of its manifest, which exists when ``wait`` is true.
+
+        Raises:
+            CheckpointConflict: Another gang has taken over; on every rank.
+            StorageError: This one, or the one before, cannot be written; on every rank.
+        """
+
+
+class DirectSaver:
+    """The rank writes for itself, and waits: for gangs without host agents. There is no memory tier.
+
+    Args:
+        engine: The engine.
+        job: The job.
+        env: This rank.
+        hooks: Whom to tell.
+        reporter: Where rank 0 reports ``checkpoint``.
+    """
+
+    def __init__(self, engine: Any, job: JobSpec, env: RankEnv, hooks: Hooks, reporter: Reporter) -> None:
+        self._engine = engine
+        self._job = job
+        self._env = env
+        self._hooks = hooks
+        self._reporter = reporter
+        self._paths = RunPaths(env.run_dir)
+
+    def open(self) -> None:
+        """See :class:`Saver`."""
+
+    def keep(self, step: int, extra: Mapping[str, Any]) -> None:
+        """See :class:`Saver`."""
+
+    def save(self, step: int, extra: Mapping[str, Any], *, wait: bool) -> Path:
+        """See :class:`Saver`."""
+        token = (self._env.epoch, self._env.attempt)
+        saved = save(
+            self._engine,
+            run_paths=self._paths,
+            job=self._job,
+            step=step,
+            token=token,
+            extra=extra,
+            hooks=self._hooks,
+        )
+        if self._env.rank == 0:
+            self._reporter.send("checkpoint", step=step, path=str(saved.path), bytes=saved.bytes, stall_s=saved.stall_s)
+            prune(self._paths.checkpoints, self._job.checkpoint.keep, token=token)
+        return saved.path
+
+
+class BehindSaver:
+    """The persister writes. Arguments as of :class:`DirectSaver`, and ``link``: the persister of this node."""
+
+    def __init__(
+        self, engine: Any, job: JobSpec, env: RankEnv, hooks: Hooks, reporter: Reporter, link: PersisterLink
+    ) -> None:
+        self._optimizer = access(getattr(engine, "ds", engine))
+        self._job = job
+        self._env = env
+        self._hooks = hooks
+        self._reporter = reporter
+        self._link = link
+        self._token = Token(env.epoch, env.attempt)
+        self._root = RunPaths(env.run_dir).checkpoints
+        self._image = Image(slices=())
+        self._buffers: dict[int, npt.NDArray[np.float32]] = {}
+        self._pending: dict[str, Any] | None = None  # the checkpoint that is being written: step, stall_s
+        self._warned = ""
+
+    def open(self) -> None:
+        """See :class:`Saver`."""
+        env, job = self._env, self._job
+        self._image = image_of_state(self._optimizer)
+        address = self._ask("hello")[0]["address"]
+        first = {one.name: one.shape for one in self._image.slices if not one.start and not any(b[0] for b in one.box)}
+        told = gather([address, first])
+        about: dict[str, Any] = {}
+        if env.rank == 0:
+            tensors = {name: shape for _, some in told for name, shape in some.items()}
+            about = {"run_id": job.run_id, "plan": job.plan, "model": job.model, "tensors": tensors}
+        info = StreamInfo(
+            epoch=env.epoch,
+            attempt=env.attempt,
+            rank=env.rank,
+            world=env.world_size,
+            image=tuple(self._image.rows()),
+            about=about,
+            skips=tuple((skip.step, skip.samples) for skip in job.skips),
+        )
+        restored = generation_of(env.resume_from)
+        self._ask(
+            "open",
+            info=to_json(info),
+            peers=[where for where, _ in told],
+            in_memory=job.checkpoint.memory_every > 0,
+            keep=job.checkpoint.keep,
+            restored=restored,
+        )
+
+    def keep(self, step: int, extra: Mapping[str, Any]) -> None:
+        """See :class:`Saver`."""
+        every = self._job.checkpoint.memory_every
+        if every and step % every == 0:
+            self._copy()
+            self._seal(step, extra, flush=False)
+        self._settle(wait=False)
+
+    def save(self, step: int, extra: Mapping[str, Any], *, wait: bool) -> Path:
+        """See :class:`Saver`."""
+        begin = time.perf_counter()
+        self._copy()
+        self._hooks.checkpoint_begin(step)
+        self._agree_on_the_last()
+        hold = self._hooks.holds_commit(step)
+        self._seal(step, extra, flush=True, hold=hold)
+        self._pending = {"step": step, "stall_s": time.perf_counter() - begin}
+        if hold:
+            self._ask("durable")
+            self._hooks.checkpoint_shards_written(step)
+            self._ask("release")
+        if wait:
+            self._pending["since"] = begin
+            self._agree_on_the_last()
+        return Place(self._root, step, self._token).manifest
+
+    def _copy(self) -> None:
+        answer, _, fds = self._ask("begin")
+        number, size = answer["buffer"], answer["bytes"]
+        for fd in fds:
+            self._buffers[number] = _mapped(fd, size)
+        copy_state(self._optimizer, self._image, self._buffers[number])
+
+    def _seal(self, step: int, extra: Mapping[str, Any], *, flush: bool, hold: bool = False) -> None:
+        trainer = trainer_state(self._optimizer)
+        record = {"rank_state": {"rng": rng_state()}, "trainer": to_json(trainer), "time": time.time()}
+        if self._env.rank == 0:
+            record["extra"] = dict(extra)
+        answer = self._ask("seal", step=step, record=record, flush=flush, hold=hold)[0]
+        if answer["broken"] and answer["broken"] != self._warned:
+            self._warned = answer["broken"]
+            print(f"warning: {self._warned}; the newest steps are only on their own nodes", flush=True)
+
+    def _agree_on_the_last(self) -> None:
+        """Wait for the checkpoint that is being written, and tell every rank what became of it."""
+        error: PhalanxError | None = None
+        try:
+            self._settle(wait=True)
+        except PhalanxError as caught:
+            error = caught
+        self._pending = None
+        agree(error)
+
+    def _settle(self, *, wait: bool) -> None:
+        """Rank 0 asks what has become of the checkpoint on its way, and reports it."""
+        pending = self._pending
+        if pending is None or self._env.rank != 0:
+            return
+        done = self._ask("outcome", token=self._token, step=pending["step"], wait=wait)[0]["done"]
+        if done is None or ("error" in done and not wait):
+            return  # a failure is raised where every rank can take part
+        if "error" in done:
+            raise revive(done["error"])
+        stall_s = time.perf_counter() - pending["since"] if "since" in pending else pending["stall_s"]
+        self._reporter.send("checkpoint", stall_s=stall_s, **done)
+        self._pending = None
+
+    def _ask(self, op: str, **fields: Any) -> tuple[Message, bytes, list[int]]:
+        try:
+            return self._link.ask(op, **fields)
+        except FrameError as error:
+            raise unreachable(error) from error
+
+
+def _mapped(fd: int, size: int) -> npt.NDArray[np.float32]:
+    try:
+        if not size:
+            return np.empty(0, np.float32)
+        # Every page now, not one by one under the first copy.
+        return np.frombuffer(mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), np.float32)
+    finally:
+        os.close(fd)

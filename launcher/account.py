@@ -1,0 +1,111 @@
+"""What a run's time went into: the classes of seconds, and one incident per failure. Values only.
+
+=================  ====================================================================================
+start              from submit (or a person's resume) until ranks exist and have started, without restore
+productive         optimizer steps that count
+checkpoint_stall   steps waiting for a checkpoint to be copied and written
+detect             from the failure (or the last sign of life) until the controller knew
+decide             from knowing until every old rank is gone and the decision is recorded; and, when ranks leave on
+                   purpose at a checkpoint, until they are gone
+place              from the decision until the new ranks exist
+restore            from the new ranks' existence until their first step begins
+replay             work that was lost and done again
+wait               backing off, waiting for nodes, or down until a person resumed
+finish             from the last step to the recorded end: last digest, tear-down
+=================  ====================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+CLASSES = (
+    "start",
+    "productive",
+    "checkpoint_stall",
+    "detect",
+    "decide",
+    "place",
+    "restore",
+    "replay",
+    "wait",
+    "finish",
+)
+
+INCIDENT_CLASSES = ("detect", "decide", "place", "restore", "replay", "wait")
+"""Classes that a failure costs."""
+
+ORPHANED = "orphaned"
+"""Kind of an incident that nobody detected: controller and ranks were gone until a person resumed the run."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Incident:
+    """One failure and what it cost.
+
+    Attributes:
+        number: From 1.
+        attempt: The attempt that it ended.
+        kind: A :class:`launcher.recovery.FailureKind` (after all evidence), or :data:`ORPHANED`.
+        cause: One sentence for people.
+        node: Node that it happened on, or "".
+        rank: Rank that it happened to, or -1.
+        at: When it happened (UTC seconds).
+        step: Last step that was complete.
+        steps_lost: Complete steps that had to be done again.
+        action: What was decided: ``restart``, ``shrink``, ``give_up``, ``resume`` (by a person), or "" so far.
+        recovered: The ranks trained again; False while they do not yet, or if they never did before the next failure.
+        seconds: Per class of :data:`INCIDENT_CLASSES`.
+    """
+
+    number: int
+    attempt: int
+    kind: str
+    cause: str
+    node: str = ""
+    rank: int = -1
+    at: float
+    step: int
+    steps_lost: int = 0
+    action: str = ""
+    recovered: bool = False
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(INCIDENT_CLASSES, 0.0))
+
+    @property
+    def total_s(self) -> float:
+        """All that it cost."""
+        return sum(self.seconds.values())
+
+    @property
+    def restart_s(self) -> float:
+        """From its detection until the ranks trained again (or the next failure came)."""
+        return sum(self.seconds[name] for name in ("decide", "place", "restore", "wait"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Account:
+    """A run's time.
+
+    Attributes:
+        seconds: Per class of :data:`CLASSES`, and ``wall``, their sum.
+        incidents: Failures, oldest first.
+        steps: Optimizer steps that count.
+        saves: Checkpoints committed.
+    """
+
+    seconds: Mapping[str, float]
+    incidents: Sequence[Incident]
+    steps: int
+    saves: int
+
+    @property
+    def goodput(self) -> float:
+        """Share of the wall time that was productive."""
+        return self.seconds["productive"] / self.seconds["wall"] if self.seconds["wall"] else 0.0
+
+    @property
+    def rest(self) -> dict[str, float]:
+        """Seconds per class that belong to no incident; with the incidents they sum to ``seconds``."""
+        inside = {name: sum(one.seconds[name] for one in self.incidents) for name in INCIDENT_CLASSES}
+        return {name: self.seconds[name] - inside.get(name, 0.0) for name in CLASSES}

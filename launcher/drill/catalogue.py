@@ -1,0 +1,359 @@
+"""Every fault that a drill knows: a list of values, in the order in which ``--faults all`` takes them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from launcher.drill import acts
+from launcher.drill.acts import Act
+from launcher.drill.case import Case, Outcome
+from launcher.drill.needs import Need
+from launcher.drill.toy import NUMERIC_STEP
+from launcher.recovery import FailureKind
+from launcher.run import EventKind
+
+HANG_STEP = 7  # a gang must have made a few steps before it is known how long one takes
+ONE_SPARE = {"cluster.spares": 1}
+TWO_SPARES = {"cluster.spares": 2}
+FROM_DISK = {"checkpoint.memory_every": 0}
+_RANK_GONE = (FailureKind.RANK_KILLED,)
+_NODE_GONE = (FailureKind.NODE_LOST,)
+_LET_GO = Act(do=acts.let_go, relief=True)
+
+RANKS = (
+    Case(
+        name="rank_sigkill",
+        what="a rank is killed (SIGKILL)",
+        faults=("rank_kill@rank={rank},step={step},phase={phase}",),
+        failures=_RANK_GONE,
+        drawn=True,
+        least_step=2,
+    ),
+    Case(
+        name="rank_exit",
+        what="a rank exits without a word",
+        faults=("rank_exit@rank={rank},step={step},phase={phase}",),
+        failures=(FailureKind.RANK_EXIT,),
+        drawn=True,
+        least_step=2,
+    ),
+    Case(
+        name="rank_exception",
+        what="a rank raises an exception",
+        faults=("rank_error@rank={rank},step={step},phase={phase}",),
+        failures=(FailureKind.RANK_ERROR,),
+        drawn=True,
+        least_step=2,
+    ),
+    Case(
+        name="rank_sigstop",
+        what="a rank is stopped (SIGSTOP) and never goes on",
+        faults=("rank_stop@rank={rank},step={step}",),
+        failures=(FailureKind.HANG,),
+        drawn=True,
+        least_step=HANG_STEP,
+    ),
+    Case(
+        name="gil_hold",
+        what="a rank holds the interpreter's lock for ever: none of its Python threads runs",
+        faults=("rank_spin@rank={rank},step={step}",),
+        failures=(FailureKind.HANG,),
+        drawn=True,
+        least_step=HANG_STEP,
+    ),
+    Case(
+        name="deadlock",
+        what="a rank waits for a message that nobody sends",
+        faults=("rank_deadlock@rank={rank},step={step}",),
+        failures=(FailureKind.HANG,),
+        needs=(Need.TWO_NODES,),
+        drawn=True,
+        least_step=HANG_STEP,
+    ),
+    Case(
+        name="straggler",
+        what="a rank becomes slow and stays so: it must be named, and nothing restarted",
+        faults=("rank_slow@rank={rank},step={step}",),
+        needs=(Need.SLOW_RANKS, Need.TWO_NODES),
+    ),
+)
+
+NODES = (
+    Case(
+        name="node_kill",
+        what="a node dies: its agent and everything on it; the spare takes its place",
+        faults=("node_kill@node={node},step={step},phase={phase}",),
+        changes=ONE_SPARE,
+        failures=_NODE_GONE,
+        drawn=True,
+        least_step=2,
+    ),
+    Case(
+        name="agent_kill",
+        what="the host agent of a node is killed alone",
+        faults=("agent_kill@node={node},step={step}",),
+        changes=ONE_SPARE,
+        failures=_NODE_GONE,
+        drawn=True,
+        least_step=2,
+    ),
+    Case(
+        name="node_kill_in_checkpoint",
+        what="a node dies when shards are on disk and the checkpoint is not committed",
+        faults=("node_kill@node={node},step={step},phase=shards_written",),
+        changes=ONE_SPARE,
+        failures=_NODE_GONE,
+        saving=True,
+        drawn=True,
+    ),
+    Case(
+        name="node_kill_in_restore",
+        what="a rank dies, and a node dies while the new ranks restore",
+        faults=("rank_kill@rank={rank},step={step}", "node_kill@node={node},phase=restore"),
+        changes=ONE_SPARE,
+        failures=_NODE_GONE,
+        drawn=True,
+    ),
+    Case(
+        name="node_kill_in_recovery",
+        what="a rank dies, and a node dies while the controller clears the old ranks away",
+        faults=("rank_kill@rank={rank},step={step}",),
+        acts=(Act(do=acts.kill_node("other"), after=EventKind.FAILURE_DETECTED),),
+        changes=ONE_SPARE,
+        failures=(FailureKind.NODE_LOST, FailureKind.RANK_KILLED),
+        drawn=True,
+    ),
+    Case(
+        name="two_nodes",
+        what="two nodes die at once; two spares take their places",
+        faults=("node_kill@node={node},step={step}", "node_kill@node={other},step={step}"),
+        changes=TWO_SPARES,
+        needs=(Need.TWO_NODES,),
+        failures=_NODE_GONE,
+        drawn=True,
+    ),
+    Case(
+        name="spare_dies_first",
+        what="the spare dies, then a node of the gang: a smaller plan takes over",
+        acts=(Act(do=acts.kill_node("spare"), held=True), Act(do=acts.kill_node("target"), node=True), _LET_GO),
+        changes=ONE_SPARE,
+        needs=(Need.TWO_NODES,),
+        failures=_NODE_GONE,
+        outcome=Outcome.CLOSE,
+    ),
+    Case(
+        name="no_spare_left",
+        what="a node dies and there is no spare: a smaller plan takes over",
+        faults=("node_kill@node={node},step={step}",),
+        needs=(Need.TWO_NODES,),
+        failures=_NODE_GONE,
+        outcome=Outcome.CLOSE,
+        drawn=True,
+    ),
+    Case(
+        name="preemption",
+        what="a node is told to leave (SIGTERM), as clouds do before they take it away",
+        acts=(Act(do=acts.give_notice, held=True, node=True), _LET_GO),
+        changes=ONE_SPARE,
+        failures=(FailureKind.PREEMPTED,),
+        drawn=True,
+    ),
+)
+
+LINKS = (
+    Case(
+        name="partition",
+        what="a node's link goes down, nothing is closed; the spare takes its place",
+        acts=(Act(do=acts.cut, held=True, node=True), _LET_GO),
+        changes=ONE_SPARE,
+        needs=(Need.NETWORK, Need.TWO_NODES),
+        network=True,
+        failures=_NODE_GONE,
+    ),
+    Case(
+        name="partition_heals",
+        what="a node's link goes down, and comes up again when the others have gone on without it",
+        acts=(
+            Act(do=acts.cut, held=True, node=True),
+            _LET_GO,
+            Act(do=acts.mend, after=EventKind.TRAINING_STARTED, attempt=2, relief=True),
+        ),
+        changes=ONE_SPARE,
+        needs=(Need.NETWORK, Need.TWO_NODES),
+        network=True,
+        failures=_NODE_GONE,
+    ),
+    Case(
+        name="slow_link",
+        what=f"a node's link carries {acts.SLOW_RATE} from now on: slow is no failure",
+        acts=(
+            Act(do=acts.slow_down, held=True, node=True),
+            _LET_GO,
+            Act(do=acts.count_packets, after=EventKind.RUN_SUCCEEDED, relief=True),
+        ),
+        needs=(Need.NETWORK, Need.SHAPING, Need.TWO_NODES),
+        network=True,
+    ),
+)
+
+STORAGE = (
+    Case(
+        name="disk_full",
+        what="the disk of the checkpoints is full; the run ends with the reason, and is resumed when there is room",
+        acts=(
+            Act(do=acts.fill_disk, held=True),
+            _LET_GO,
+            Act(do=acts.free_disk, after=EventKind.RUN_FAILED, relief=True),
+        ),
+        disk="small",
+        needs=(Need.TMPFS,),
+        failures=(FailureKind.RANK_ERROR,),
+        resumes=1,
+    ),
+    Case(
+        name="stuck_storage",
+        what="writing a checkpoint hangs in the kernel until it has been noticed",
+        acts=(
+            Act(do=acts.freeze_disk, held=True),
+            _LET_GO,
+            Act(do=acts.thaw_disk, after=EventKind.FAILURE_DETECTED, relief=True),
+        ),
+        disk="freezable",
+        needs=(Need.FREEZE,),
+        failures=(FailureKind.HANG,),
+        least_step=HANG_STEP,
+    ),
+    Case(
+        name="stuck_writer",
+        what="a rank stands still in the middle of a checkpoint, and nobody notices from the outside",
+        faults=("rank_stop@rank={rank},step={step},phase=checkpoint",),
+        failures=(FailureKind.HANG,),
+        saving=True,
+        least_step=HANG_STEP,
+    ),
+    Case(
+        name="truncated_shard",
+        what="half of a shard of the newest checkpoint is missing when it is needed",
+        acts=(Act(do=acts.truncate, held=True), Act(do=acts.kill_held)),
+        changes=FROM_DISK,
+        failures=_RANK_GONE,
+        events=(EventKind.CHECKPOINT_REJECTED,),
+        least_step=8,
+        drawn=True,
+    ),
+    Case(
+        name="flipped_bit",
+        what="one bit of a shard of the newest checkpoint is wrong when it is needed",
+        acts=(Act(do=acts.flip_bit, held=True), Act(do=acts.kill_held)),
+        changes=FROM_DISK,
+        failures=_RANK_GONE,
+        events=(EventKind.CHECKPOINT_REJECTED,),
+        least_step=8,
+        drawn=True,
+    ),
+    Case(
+        name="missing_shard",
+        what="a shard of the newest checkpoint is gone when it is needed",
+        acts=(Act(do=acts.remove_shard, held=True), Act(do=acts.kill_held)),
+        changes=FROM_DISK,
+        failures=_RANK_GONE,
+        events=(EventKind.CHECKPOINT_REJECTED,),
+        least_step=8,
+        drawn=True,
+    ),
+    Case(
+        name="corrupt_manifest",
+        what="the manifest of the newest checkpoint is damaged when it is needed",
+        acts=(Act(do=acts.spoil_manifest, held=True), Act(do=acts.kill_held)),
+        changes=FROM_DISK,
+        failures=_RANK_GONE,
+        events=(EventKind.CHECKPOINT_REJECTED,),
+        least_step=8,
+        drawn=True,
+    ),
+)
+
+NUMBERS = (
+    Case(
+        name="nan_gradient",
+        what="a gradient is NaN: back to before it, without the samples of that step",
+        faults=("nan_grad@rank={rank},step={step}",),
+        failures=(FailureKind.NUMERIC,),
+        numeric=True,
+        least_step=NUMERIC_STEP,
+        drawn=True,
+    ),
+    Case(
+        name="loss_spike",
+        what="the loss is a hundred times too large: back to before it, without the samples of that step",
+        faults=("loss_spike@rank={rank},step={step}",),
+        failures=(FailureKind.NUMERIC,),
+        numeric=True,
+        least_step=NUMERIC_STEP,
+        drawn=True,
+    ),
+)
+
+_ADOPTING = Case(
+    name="controller_kill_run",
+    what="the controller is killed while the ranks train: they go on, and are adopted",
+    ambush="run",
+    adopted=True,
+    resumes=1,
+    drawn=True,
+)
+
+CONTROL = (
+    Case(
+        name="controller_kill_gather",
+        what="a rank dies, and the controller is killed while it gathers nodes for the next attempt",
+        faults=("rank_kill@rank={rank},step={step}",),
+        ambush="gather",
+        failures=_RANK_GONE,
+        resumes=1,
+        drawn=True,
+    ),
+    _ADOPTING,
+    replace(
+        _ADOPTING,
+        name="controller_kill_start",
+        what="the controller is killed while the first ranks start",
+        ambush_late=False,
+        adopted=False,
+        failures=_NODE_GONE,
+        drawn=False,
+    ),
+    Case(
+        name="controller_kill_stop",
+        what="a rank dies, and the controller is killed while it stops the others",
+        faults=("rank_kill@rank={rank},step={step}",),
+        ambush="stop",
+        failures=_RANK_GONE,
+        resumes=1,
+        drawn=True,
+    ),
+    Case(
+        name="controller_kill_backoff",
+        what="a rank dies twice at the same step, and the controller is killed while it waits before the next attempt",
+        faults=("rank_kill@rank={rank},step={step}",) * 2,
+        ambush="backoff",
+        failures=_RANK_GONE,
+        resumes=1,
+        drawn=True,
+    ),
+    Case(
+        name="ray_head_kill",
+        what="the head of the Ray cluster dies; what does not go on by itself is resumed on a new cluster",
+        acts=(Act(do=acts.kill_ray_head, held=True), _LET_GO),
+        changes={"cluster.kind": "local"},
+        needs=(Need.RAY,),
+        resumes=1,
+    ),
+)
+
+CATALOGUE: tuple[Case, ...] = (*RANKS, *NODES, *LINKS, *STORAGE, *NUMBERS, *CONTROL)
+
+
+def named(name: str) -> Case | None:
+    """The fault of that name."""
+    return next((case for case in CATALOGUE if case.name == name), None)

@@ -1,0 +1,156 @@
+"""A whole drill: which faults, one undisturbed run for all of them, one rehearsal each, and what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from launcher.drill import report
+from launcher.drill.case import Aim, Case, usual_aim
+from launcher.drill.catalogue import CATALOGUE, named
+from launcher.drill.compare import compare
+from launcher.drill.draw import Draw, draws
+from launcher.drill.evidence import gather
+from launcher.drill.needs import missing
+from launcher.drill.rehearsal import Ended, Rehearsal, create, prepared, undisturbed
+from launcher.drill.report import Result
+from launcher.drill.toy import Toy
+from launcher.follow import Screen
+from launcher.store import RunStore, write_atomic
+from strategies.errors import ConfigError, did_you_mean
+from strategies.schedule import Skip
+
+UNDISTURBED = "undisturbed"
+_LINES = 3000
+
+
+def choose(words: str, toy: Toy, *, seed: int, count: int) -> tuple[Draw, ...]:
+    """The faults of a drill.
+
+    Args:
+        words: ``all``, ``random``, or names with commas between them.
+        toy: The rehearsal.
+        seed: Draws the random ones.
+        count: How many of them.
+
+    Raises:
+        ConfigError: A name is unknown.
+    """
+    nodes = toy.config.cluster.nodes or 1
+    if words == "random":
+        able = [case for case in CATALOGUE if case.drawn and not missing(case.needs, toy.plan)]
+        return draws(able, seed=seed, count=count, plan=toy.plan, nodes=nodes)
+    names = [case.name for case in CATALOGUE] if words == "all" else [word.strip() for word in words.split(",")]
+    unknown = [name for name in names if named(name) is None]
+    if unknown:
+        raise ConfigError(
+            f"Unknown faults: {', '.join(unknown)}.",
+            why=did_you_mean(unknown[0], [case.name for case in CATALOGUE]),
+            hint="phalanx drill --faults list tells what each of them does; all and random choose for you.",
+        )
+    cases = [case for name in names if (case := named(name)) is not None]
+    return tuple(Draw(case=case, aim=usual_aim(case, toy.plan, nodes)) for case in cases)
+
+
+class Programme:
+    """Carries out a drill in a folder of its own.
+
+    Args:
+        toy: What is rehearsed; its ``run.dir`` is the folder.
+        chosen: The faults.
+        screen: Where to show how far it is.
+    """
+
+    def __init__(self, toy: Toy, chosen: Sequence[Draw], screen: Screen) -> None:
+        self.folder = Path(toy.config.run.dir)
+        self._toy = toy
+        self._chosen = chosen
+        self._screen = screen
+        self._references: dict[int, RunStore] = {}
+
+    def carry_out(self, keep: Callable[[Sequence[Result]], None]) -> list[Result]:
+        """Every fault, one after the other.
+
+        Args:
+            keep: Called with the results so far after each of them.
+
+        Raises:
+            ClusterError: The undisturbed run does not succeed.
+            StorageError: The folder cannot be written.
+        """
+        results: list[Result] = []
+        width = len(str(len(self._chosen)))
+        for number, one in enumerate(self._chosen, 1):
+            twice = sum(other.case.name == one.case.name for other in self._chosen) > 1
+            name = f"{number:0{width}d}-{one.case.name}" if twice else one.case.name
+            results.append(self._one(name, one.case, one.aim, f"{number}/{len(self._chosen)}"))
+            self._screen.say(f"[{number}/{len(self._chosen)}] {report.line(results[-1])}")
+            keep(results)
+        return results
+
+    def _one(self, name: str, case: Case, aim: Aim, place: str) -> Result:
+        why = missing(case.needs, self._toy.plan)
+        if why:
+            return Result(
+                name=name, case=case, aim=aim, verdict="skipped", why=f"cannot be rehearsed here: needs {why}"
+            )
+        reference = self._reference(aim.step if case.numeric else 0)
+        store = prepared(case, aim, self._toy.config, name)
+        ended = Rehearsal(store, case, aim, self._watching(f"{place} {name}")).play()
+        return report.judge(
+            name,
+            case,
+            aim,
+            gather(case, aim, ended),
+            compare(store, reference),
+            problem=_problem(ended),
+            precision=self._toy.config.train.precision,
+        )
+
+    def _reference(self, skipped: int) -> RunStore:
+        """The undisturbed run, or the one that leaves out the samples of a step from the beginning; made once."""
+        if skipped not in self._references:
+            config, name = self._toy.config, UNDISTURBED
+            if skipped:
+                skip = Skip(step=skipped, samples=config.train.global_batch)
+                config, name = replace(config, train=replace(config.train, skips=(skip,))), f"{UNDISTURBED}-{skipped}"
+            store = create(config, name, ())
+            undisturbed(store, self._watching(name))
+            self._screen.say(f"{name}: step {store.run().step}, weights {str(store.run().weights_digest)[:16]}")
+            self._references[skipped] = store
+        return self._references[skipped]
+
+    def _watching(self, title: str) -> Callable[[str], None]:
+        return lambda line: self._screen.progress(f"{title}: {line}")
+
+
+def _problem(ended: Ended) -> str:
+    if ended.left and not ended.problem:
+        return f"processes of the run were left: {'; '.join(ended.left)}"
+    return ended.problem
+
+
+def keeper(toy: Toy, *, seed: int | None) -> Callable[[Sequence[Result]], None]:
+    """What writes ``report.json`` and ``report.txt`` of a drill, after every fault."""
+    folder = Path(toy.config.run.dir)
+
+    def keep(results: Sequence[Result]) -> None:
+        found = report.document(results, folder=str(folder), plan=toy.plan.describe(), changes=toy.changes, seed=seed)
+        write_atomic(folder / "report.json", json.dumps(found, indent=2).encode() + b"\n")
+        write_atomic(folder / "report.txt", report.render(results).encode() + b"\n")
+
+    return keep
+
+
+def corpus(folder: Path) -> Path:
+    """A small text to train on, the same for every drill.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    path = folder / "corpus.txt"
+    lines = (f"def f{i}(x):\n    return x * {i} + {i * i % 97}" for i in range(_LINES))
+    write_atomic(path, "\n".join(lines).encode())
+    return path

@@ -1,0 +1,84 @@
+"""What the planner had promised for a run, beside what came true. Reads nothing; the same keys in both documents.
+
+===============  ======================================================================================================
+``step_s``       seconds of one optimizer step, without stalls (measured: mean over steps that count)
+``stall_s``      seconds that a step waits for one checkpoint on disk (measured: mean)
+``detect_s``     seconds from a failure until the controller knows (measured: mean over incidents)
+``restart_s``    seconds from then until the ranks train again (measured: mean over incidents that recovered)
+``goodput``      share of the wall time that is productive (predicted: at the best checkpoint intervals and the
+                 cluster's failure rate, over a long run)
+===============  ======================================================================================================
+
+The prediction has ``step_low_s`` and ``step_high_s``, the 90 % band, as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launcher.account import ORPHANED, Account
+from launcher.request import LaunchRequest
+from strategies.errors import ConfigError
+from strategies.plan import ParallelPlan
+
+KEYS = ("step_s", "stall_s", "detect_s", "restart_s", "goodput")
+
+
+def predicted(request: LaunchRequest, plan: ParallelPlan) -> dict[str, Any]:
+    """The planner's numbers of a plan, or ``{"why": ...}`` where it has none.
+
+    Args:
+        request: Model, batch and machine.
+        plan: The plan; smaller than the request's where nodes are missing.
+    """
+    job = request.job
+    if job.kind == "script":
+        return {"why": "nobody knows what a step of a script takes"}
+    if request.cluster.hardware is None:
+        return {"why": f"nothing is known about the hardware of cluster={request.cluster.name} (phalanx cluster probe)"}
+    from strategies.estimate import Estimator  # only here: most that is shown of runs needs no planner
+    from strategies.workload import Workload
+
+    work = Workload(
+        model=job.model,
+        batch=job.batch,
+        cluster=request.cluster,
+        precision=job.train.precision,
+        tokens=float(job.train.steps * job.batch.tokens),
+    )
+    try:
+        estimate = Estimator(work).estimate(plan)
+    except ConfigError as error:
+        return {"why": error.what}
+    hardware = work.hardware
+    return {
+        "step_s": estimate.step_s,
+        "step_low_s": estimate.low_s,
+        "step_high_s": estimate.high_s,
+        "stall_s": estimate.outlook.save_disk_s,
+        "detect_s": hardware.detect_s,
+        "restart_s": hardware.restart_s,
+        "goodput": estimate.outlook.goodput,
+    }
+
+
+def measured(books: Account) -> dict[str, Any]:
+    """The same of what happened; null where nothing did."""
+    failures = [one for one in books.incidents if one.kind != ORPHANED]
+    return {
+        "step_s": books.seconds["productive"] / books.steps if books.steps else None,
+        "stall_s": books.seconds["checkpoint_stall"] / books.saves if books.saves else None,
+        "detect_s": _mean([one.seconds["detect"] for one in failures]),
+        "restart_s": _mean([one.restart_s for one in failures if one.recovered]),
+        "goodput": books.goodput,
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def without_numbers(prediction: Mapping[str, Any]) -> bool:
+    """Whether there is no prediction to compare with."""
+    return "why" in prediction

@@ -1,0 +1,90 @@
+"""Which generation of the memory tier a gang goes on from. Pure.
+
+Safety is in the order. A generation counts only if the parts of all its ranks are there. Of those, the newest gang's
+win: a node that was cut off may come back with steps that the run has meanwhile done anew. What a gang has committed
+on disk tells how new it is, too, so a generation of an older gang than that is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from jobs.checkpoint.layout import Token
+from jobs.checkpoint.memory import Address, Generation, Holding, Located, MemoryPoint
+from strategies.schedule import Skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stock:
+    """What one node holds.
+
+    Attributes:
+        node: The node.
+        address: Its persister.
+        held: The sealed parts.
+    """
+
+    node: str
+    address: Address
+    held: tuple[Holding, ...]
+
+
+def choose(
+    stocks: Sequence[Stock],
+    *,
+    newer_than: int,
+    fence: Token | None,
+    skips: Sequence[Skip],
+    rejected: Collection[str],
+) -> MemoryPoint | None:
+    """The generation to restore.
+
+    Args:
+        stocks: What the surviving nodes hold.
+        newer_than: Step of the checkpoint on disk that would be restored otherwise; -1 for none.
+        fence: Highest token of all committed checkpoints: an older gang's generations are history.
+        skips: Samples that the run leaves out; a generation must have left out the same.
+        rejected: Names of generations that could not be restored before.
+
+    Returns:
+        None when the disk, or the beginning, is as good.
+    """
+    found = [
+        point
+        for generation, parts in _gathered(stocks).items()
+        if generation.step > max(newer_than, 0)
+        and (fence is None or generation.token >= fence)
+        and str(generation) not in rejected
+        and (point := _complete(generation, parts, skips)) is not None
+    ]
+    return max(found, key=lambda point: (point.generation.token, point.step), default=None)
+
+
+def _gathered(stocks: Sequence[Stock]) -> Mapping[Generation, list[tuple[Holding, Stock]]]:
+    parts: dict[Generation, list[tuple[Holding, Stock]]] = {}
+    for stock in stocks:
+        for held in stock.held:
+            parts.setdefault(held.generation, []).append((held, stock))
+    return parts
+
+
+def _complete(
+    generation: Generation, parts: Sequence[tuple[Holding, Stock]], skips: Sequence[Skip]
+) -> MemoryPoint | None:
+    """Where the part of each rank is, the rank's own node before a replica; None if one is missing."""
+    wanted = sorted((skip.step, skip.samples) for skip in skips if skip.step <= generation.step)
+    where: dict[int, Located] = {}
+    world = max(held.world for held, _ in parts)
+    for held, stock in sorted(parts, key=lambda part: (not part[0].own, part[1].node)):
+        if held.world != world or sorted(tuple(s) for s in held.skips if s[0] <= generation.step) != wanted:
+            return None
+        where.setdefault(held.rank, Located(rank=held.rank, bytes=held.bytes, node=stock.node, address=stock.address))
+    if set(where) != set(range(world)):
+        return None
+    return MemoryPoint(
+        step=generation.step,
+        epoch=generation.token.epoch,
+        attempt=generation.token.attempt,
+        parts=tuple(where[rank] for rank in range(world)),
+    )

@@ -1,0 +1,5 @@
+"""The persister: one process per node that owns the memory of its ranks' snapshots and writes the disk tier behind them.
+
+It outlives ranks and attempts, so that what was copied is written although those who copied it are dead, and so that
+the next attempt finds the newest generations where they were. No torch, no numpy.
+"""

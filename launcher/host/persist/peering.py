@@ -1,0 +1,130 @@
+"""Connections between persisters: who may speak, and what they ask of each other.
+
+The handshake is that of :mod:`launcher.host.wire` in a role of its own: both sides prove that they know the secret of
+the run, and the proof names the incarnation of the persister that is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import zlib
+from collections.abc import Callable
+
+from jobs import frames
+from jobs.checkpoint.memory import Address
+from jobs.frames import FrameError, Message, Payload
+from launcher.host import wire
+
+ROLE = "persister"
+PATIENCE_S = 10.0
+_HELLO_BYTES = 4096
+
+
+def checksum(data: Payload) -> int:
+    """What travels with bytes over the network: more than TCP's own sixteen bits."""
+    return zlib.crc32(data)
+
+
+class PeerLink:
+    """A connection to another persister. One question at a time; raises FrameError for all that goes wrong.
+
+    Args:
+        secret: The run's secret.
+        address: The other one.
+        patience_s: Longest silence in the middle of something.
+    """
+
+    def __init__(self, secret: bytes, address: Address, patience_s: float = PATIENCE_S) -> None:
+        self._lock = threading.Lock()
+        try:
+            self._sock = socket.create_connection((address.host, address.port), timeout=patience_s)
+        except OSError as error:
+            raise FrameError(f"{address.host}:{address.port}: {error.strerror or error}") from error
+        try:
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._greet(secret, address.incarnation)
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def _greet(self, secret: bytes, incarnation: str) -> None:
+        challenge, _ = frames.receive(self._sock, limit=_HELLO_BYTES)
+        nonce, own = str(challenge.get("nonce")), wire.new_nonce()
+        proof = wire.client_proof(secret, ROLE, incarnation, nonce, own, 0)
+        frames.send(self._sock, {"op": "hello", "nonce": own, "proof": proof})
+        welcome, _ = frames.receive(self._sock, limit=_HELLO_BYTES)
+        if not wire.same(welcome.get("proof"), wire.agent_proof(secret, incarnation, nonce, own)):
+            raise FrameError("it is not a persister of this run")
+
+    def ask(self, message: Message, payload: Payload = b"") -> tuple[Message, bytes]:
+        """Send a question and return the answer with its payload."""
+        with self._lock:
+            frames.send(self._sock, message, payload)
+            answer, _ = frames.receive(self._sock)
+            data = frames.read(self._sock, answer["payload"])
+        if "error" in answer:
+            raise FrameError(str(answer["error"]))
+        if data and answer.get("checksum") != checksum(data):
+            raise FrameError("what arrived is not what was sent")
+        return answer, data
+
+    def close(self) -> None:
+        """End the connection."""
+        self._sock.close()
+
+
+Answer = tuple[Message, Payload]
+Handler = Callable[[Message, socket.socket], Answer]
+
+
+class PeerServer:
+    """Answers other persisters, each connection in a thread.
+
+    Args:
+        host: Address to listen on.
+        secret: The run's secret.
+        handle: Answers a question; it must read the payload of the question from the socket.
+
+    Attributes:
+        address: Where it listens.
+    """
+
+    def __init__(self, host: str, secret: bytes, handle: Handler) -> None:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, 0), family=family, backlog=64)
+        self._secret = secret
+        self._handle = handle
+        self.address = Address(host=host, port=self._listener.getsockname()[1], incarnation=wire.new_nonce())
+
+    def start(self) -> None:
+        """Serve in the background, as long as the process lives."""
+        threading.Thread(target=self._accept, daemon=True, name="peers").start()
+
+    def _accept(self) -> None:
+        while True:
+            sock, _ = self._listener.accept()
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        with sock, contextlib.suppress(FrameError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.settimeout(wire.HANDSHAKE_S)
+            if not self._prove(sock):
+                return
+            sock.settimeout(None)
+            while True:
+                question, _ = frames.receive(sock)
+                answer, data = self._handle(question, sock)
+                frames.send(sock, answer | ({"checksum": checksum(data)} if len(data) else {}), data)
+
+    def _prove(self, sock: socket.socket) -> bool:
+        nonce, incarnation = wire.new_nonce(), self.address.incarnation
+        frames.send(sock, {"op": "challenge", "nonce": nonce})
+        hello, _ = frames.receive(sock, limit=_HELLO_BYTES)
+        other = str(hello.get("nonce"))
+        if not wire.same(hello.get("proof"), wire.client_proof(self._secret, ROLE, incarnation, nonce, other, 0)):
+            return False
+        frames.send(sock, {"op": "welcome", "proof": wire.agent_proof(self._secret, incarnation, nonce, other)})
+        return True

@@ -1,0 +1,95 @@
+"""What went wrong in a run and what it cost, for people at three in the morning. Pure strings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launcher.account import INCIDENT_CLASSES
+from launcher.forecast import KEYS, without_numbers
+from launcher.rank_errors import spans
+from launcher.render import moment, node_name, plural, shorten_ids, table
+
+_SHOWN = 12  # of the newest incidents; --json has all
+_WHAT_WIDTH = 44
+_TITLES = {
+    "step_s": "one step",
+    "stall_s": "stall of a checkpoint",
+    "detect_s": "failure until known",
+    "restart_s": "known until training",
+    "goodput": "goodput",
+}
+
+
+def incidents_table(incidents: Sequence[Mapping[str, Any]]) -> str:
+    """One line per incident: what failed, seconds by class, steps lost; the newest last."""
+    header = ("#", "UTC", "WHAT FAILED", *(name.upper() for name in INCIDENT_CLASSES), "TOTAL", "STEPS LOST", "THEN")
+    rows: list[tuple[object, ...]] = []
+    for one in incidents[-_SHOWN:]:
+        spent = [_short(one[f"{name}_s"]) for name in INCIDENT_CLASSES]
+        rows.append(
+            (
+                one["number"],
+                moment(one["at"])[11:],
+                _what(one),
+                *spent,
+                _short(one["total_s"]),
+                one["steps_lost"],
+                _then(one),
+            )
+        )
+    text = table(header, rows, right=(0, *range(3, 11)))
+    left = len(incidents) - _SHOWN
+    return f"incidents, seconds by class{f' (the newest {_SHOWN} of {len(incidents)})' if left > 0 else ''}:\n{text}"
+
+
+def _what(one: Mapping[str, Any]) -> str:
+    where = f"rank {one['rank']}" if one["rank"] >= 0 else ""
+    node = node_name(str(one["node"])) if one["node"] else ""
+    text = " ".join(part for part in (str(one["kind"]).replace("_", " "), where, f"on {node}" if node else "") if part)
+    return text if len(text) <= _WHAT_WIDTH else text[: _WHAT_WIDTH - 3] + "..."
+
+
+def _then(one: Mapping[str, Any]) -> str:
+    if one["recovered"]:
+        return "trains again"
+    return {"give_up": "gave up", "resume": "a person resumed"}.get(one["action"], "did not train again")
+
+
+def _short(number: float) -> str:
+    if number < 0.005:
+        return "-"
+    return f"{number:.2f}" if number < 10 else f"{number:.1f}" if number < 1000 else f"{number:.0f}"
+
+
+def forecast_table(predicted: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
+    """Predicted against measured."""
+    if without_numbers(predicted):
+        return f"not predicted: {predicted['why']}"
+    rows = []
+    for key in KEYS:
+        promise, found = predicted.get(key), measured.get(key)
+        ratio = f"{found / promise:.2f} x" if promise and found is not None and key != "goodput" else ""
+        rows.append((_TITLES[key], _value(key, promise), _value(key, found), ratio))
+    return table(("WHAT", "PREDICTED", "MEASURED", ""), rows, right=(1, 2, 3))
+
+
+def _value(key: str, number: float | None) -> str | None:
+    if number is None:
+        return None
+    if key == "goodput":
+        return f"{100 * number:.1f} %"
+    return f"{1000 * number:.0f} ms" if number < 1 else f"{number:.1f} s"
+
+
+def errors_text(attempt: int, errors: Sequence[Mapping[str, Any]]) -> str:
+    """The errors of an attempt, equal ones as one line."""
+    lines = [f"errors of attempt {attempt}:"]
+    for one in errors:
+        ranks = one["ranks"]
+        if not ranks:
+            who = "node " + ", ".join(node_name(str(node)) for node in one["nodes"])
+        else:
+            who = f"{plural(len(ranks), 'rank')} ({spans(ranks)})" if len(ranks) > 1 else f"rank {ranks[0]}"
+        lines.append(f"  {who}: {shorten_ids(str(one['error']))}")
+    return "\n".join(lines)

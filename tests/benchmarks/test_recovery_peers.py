@@ -1,0 +1,63 @@
+"""SIGKILL of one rank -> first new step: phalanx beside torchrun, Ray Train and a bare warm fork of the same ranks.
+
+Four ranks, PP2 x TP2, ZeRO-1, a four-layer GPT. Everybody runs the same loop on the same engine, with digests and
+fsync, from the newest checkpoint; one rank is killed a few steps after one. Contenders take turns, so that whatever
+else the machine does meets all of them alike. Nothing is asserted about time, only that every measurement is one: the
+kill hit a living rank, training went on right after the checkpoint, the run ended well, and all losses are equal.
+
+``make bench``, or ``python -m pytest tests/benchmarks/test_recovery_peers.py -m full -s``; PHALANX_BENCH_QUICK=1 for
+one round instead of five.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.contenders import Contender, job_of, module, phalanx, running, torchrun, words
+from tests.benchmarks.stats import ratio, repeats, show
+
+STEPS, EVERY, KILL_AT, VICTIM = 40, 10, 13, 3
+PROCESS = ("cluster=process", "cluster.nodes=2", "cluster.slots_per_node=2")
+RAY = ("cluster=local", "cluster.nodes=2", "cluster.slots_per_node=2")
+
+
+def measure(contender: Contender, run_dir: Path, job: dict[str, object]) -> tuple[float, dict[int, float]]:
+    """Seconds from the kill to the first new step, and the losses of the run."""
+    with running(contender, run_dir, job) as run:
+        run.wait_for_step(KILL_AT)
+        assert run.newest_step() == EVERY, "the kill must come after the first checkpoint and before the second"
+        killed = run.kill_rank(VICTIM, attempt=1)
+        first = run.wait_for_step(0, attempt=2)
+        assert first["step"] in (EVERY + 1, 2 * EVERY + 1), "training did not go on from the checkpoint"
+        return first["time"] - killed, run.finish()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_rank_killed(tmp_path: Path) -> None:
+    job = words(tmp_path, steps=STEPS, every=EVERY)
+    contenders = [
+        torchrun(),
+        module("Ray Train", "ray_train"),
+        module("bare fork", "bare_fork"),
+        phalanx(job, *PROCESS),
+        phalanx(job, *RAY),
+    ]
+    document = job_of(job, tmp_path)
+    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    curves: list[dict[int, float]] = []
+    for number in range(repeats(5)):
+        for index, contender in enumerate(contenders):
+            took, losses = measure(contender, tmp_path / f"{number}-{index}" / "run", document)
+            seconds[contender.name].append(took)
+            curves.append(losses)
+            print(f"  {contender.name}: {took:.2f} s", flush=True)
+    assert len(curves[0]) == STEPS
+    assert all(curve == curves[0] for curve in curves), "not everybody computed the same"
+    show("SIGKILL of a rank -> first new step, 4 ranks, PP2 x TP2", seconds)
+    for ours in (name for name in seconds if name.startswith("phalanx")):
+        ratio(seconds[ours], seconds["torchrun"], what=f"{ours} / torchrun", must=1 / 5)
+        ratio(seconds[ours], seconds["Ray Train"], what=f"{ours} / Ray Train", must=1 / 10)
+        ratio(seconds[ours], seconds["bare fork"], what=f"{ours} / bare fork", must=1.5)

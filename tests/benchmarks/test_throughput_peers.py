@@ -1,0 +1,52 @@
+"""Steady state: steps per second under phalanx against the same engine under torchrun, in interleaved pairs.
+
+Four ranks, PP2 x TP2, the same loop. The rate is that of the second half of a run, between two lines of
+``metrics.jsonl``: no start, no checkpoint. Runs alternate, and in every second pair torchrun comes first, so that a
+drift of the machine favours nobody. Asserted: the runs end well with equal losses.
+
+``python -m pytest tests/benchmarks/test_throughput_peers.py -m full -s``; PHALANX_BENCH_QUICK=1 for one pair.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.contenders import Contender, job_of, phalanx, running, torchrun, words
+from tests.benchmarks.stats import interval, repeats, show
+
+STEPS, FROM = 160, 40
+PROCESS = ("cluster=process", "cluster.nodes=2", "cluster.slots_per_node=2")
+
+
+def measure(contender: Contender, run_dir: Path, job: dict[str, object]) -> tuple[float, dict[int, float]]:
+    """Steps per second, and the losses."""
+    with running(contender, run_dir, job) as run:
+        losses = run.finish()
+        at = {line["step"]: float(line["time"]) for line in run.lines(1)}
+    return (STEPS - FROM) / (at[STEPS] - at[FROM]), losses
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_steady_state(tmp_path: Path) -> None:
+    job = words(tmp_path, steps=STEPS, every=0)
+    document = job_of(job, tmp_path)
+    ours, theirs = phalanx(job, *PROCESS), torchrun()
+    rates: dict[str, list[float]] = {ours.name: [], theirs.name: []}
+    curves: list[dict[int, float]] = []
+    for number in range(repeats(10)):
+        for contender in (ours, theirs) if number % 2 else (theirs, ours):
+            rate, losses = measure(contender, tmp_path / f"{number}-{contender is ours}" / "run", document)
+            rates[contender.name].append(rate)
+            curves.append(losses)
+    assert len(curves[0]) == STEPS
+    assert all(curve == curves[0] for curve in curves), "not everybody computed the same"
+    show("steady state, 4 ranks, PP2 x TP2", rates, unit="steps/s")
+    ratios = [mine / other for mine, other in zip(rates[ours.name], rates[theirs.name], strict=True)]
+    median, (low, high) = statistics.median(ratios), interval(ratios)
+    verdict = "met" if median >= 0.99 else "MISSED"
+    print(f"  phalanx / torchrun: median of {len(ratios)} pairs {median:.3f}, 95 % interval {low:.3f} to {high:.3f}")
+    print(f"  (must: >= 0.99) {verdict}")

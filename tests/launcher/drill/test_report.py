@@ -1,0 +1,109 @@
+"""The table, the proof under it and the verdict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from launcher.config import compose
+from launcher.drill import report
+from launcher.drill.case import Aim, Case
+from launcher.drill.catalogue import CATALOGUE, named
+from launcher.drill.compare import Comparison
+from launcher.drill.evidence import Evidence
+from launcher.drill.report import Result
+from launcher.drill.toy import shrink
+from strategies.errors import DrillFailed, DrillIncomplete
+from tests.support.golden import assert_golden
+
+AIM = Aim(rank=3, node=1, other=0, step=8)
+SAME = Comparison(identical=True, worst=0.0)
+ROUNDED = Comparison(first=7, worst=3.2e-7, weights=0.04)
+OTHER = Comparison(first=9, worst=0.02, weights=31.0)
+DEAD = Comparison(problem="the run failed: all 16 restarts are used")
+
+
+def evidence(
+    *,
+    fired: bool = True,
+    proof: str = 'rank_kill@rank=3,step=8; log: "rank 3 on node1 was ended by signal 9"',
+    lost: int = 1,
+    resumes: int = 0,
+    smaller: bool = False,
+    detected_s: float | None = 0.01,
+) -> Evidence:
+    return Evidence(
+        fired=fired,
+        proof=proof,
+        detected_s=detected_s,
+        recovered_s=0.62,
+        steps_lost=lost,
+        resumes=resumes,
+        smaller=smaller,
+    )
+
+
+def case(name: str) -> Case:
+    found = named(name)
+    assert found is not None
+    return found
+
+
+def judged(name: str, found: Evidence, compared: Comparison, problem: str = "") -> Result:
+    return report.judge(name, case(name), AIM, found, compared, problem=problem, precision="fp32")
+
+
+def results() -> list[Result]:
+    return [
+        judged("rank_sigkill", evidence(), SAME),
+        judged("no_spare_left", evidence(smaller=True, lost=2, detected_s=3.4), ROUNDED),
+        judged("controller_kill_run", evidence(resumes=1, lost=0, proof="SIGKILL of controller 12 in RUN"), SAME),
+        judged("partition", evidence(), OTHER),
+        judged("gil_hold", evidence(fired=False, proof="no proof of rank_spin.rank-3.step-8"), SAME),
+        judged("two_nodes", evidence(), DEAD),
+        Result(name="disk_full", case=case("disk_full"), aim=AIM, verdict="skipped", why="needs root"),
+    ]
+
+
+def test_table() -> None:
+    assert_golden("drill.txt", report.render(results()))
+
+
+def test_catalogue() -> None:
+    assert_golden("drill-list.txt", report.catalogue_text(CATALOGUE))
+    listed = report.catalogue_document(CATALOGUE)["faults"]
+    assert [one["name"] for one in listed] == [one.name for one in CATALOGUE]
+
+
+def test_what_was_shrunk_is_a_difference() -> None:
+    assert_golden("drill-shrunk.txt", report.changes_text(shrink(compose(["experiment=gpt4_1800b"])).changes))
+
+
+def test_a_fault_that_did_not_fire_is_a_failure_even_if_the_run_is_right() -> None:
+    assert [one.verdict for one in results()] == ["ok", "ok", "ok", "failed", "failed", "failed", "skipped"]
+
+
+def test_rounding_is_no_excuse_on_the_same_plan() -> None:
+    assert judged("rank_sigkill", evidence(), ROUNDED).verdict == "failed"
+    assert judged("no_spare_left", evidence(smaller=True), OTHER).verdict == "failed"
+    assert judged("node_kill", evidence(smaller=True), ROUNDED).verdict == "failed"  # it had a spare
+
+
+def test_what_is_left_over_is_a_failure() -> None:
+    assert judged("rank_sigkill", evidence(), SAME, "processes of the run were left: 7 python").verdict == "failed"
+
+
+def test_verdict(tmp_path: Path) -> None:
+    some = results()
+    assert report.verdict(some[:3], tmp_path) is None
+    assert isinstance(report.verdict([some[0], some[-1]], tmp_path), DrillIncomplete)
+    failed = report.verdict(some, tmp_path)
+    assert isinstance(failed, DrillFailed)
+    assert "partition, gil_hold, two_nodes" in str(failed)
+
+
+def test_document_is_strict_json() -> None:
+    found = report.document(results(), folder="/runs/drill-1", plan="TP2 x PP2", changes=(), seed=7)
+    again = json.loads(json.dumps(found, allow_nan=False))
+    assert again["summary"] == {"ok": 3, "failed": 3, "skipped": 1}
+    assert again["faults"][0]["comparison"]["identical"] is True
