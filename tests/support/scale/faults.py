@@ -50,7 +50,7 @@ class Rates:
     silent: float = 0.1
     crash: float = 0.0
     repair_s: float = 14400.0
-    apart: bool = False
+    apart: bool = True
 
     def gang_per_s(self, nodes: int) -> float:
         """Failures of a gang of ``nodes`` per second."""

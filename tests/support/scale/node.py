@@ -9,11 +9,14 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from jobs.checkpoint.memory import Address
 from launcher.backend import AgentAddress
 from launcher.host import wire
 from launcher.host.events import EventLog
 from launcher.host.peers import Identity, Peer, Peers
 from launcher.host.wire import Message
+from strategies.codec import to_json
+from tests.support.scale.storage import Shelf
 
 Heard = Callable[["SimNode", Message], None]
 
@@ -56,6 +59,7 @@ class SimNode:
         self.attempt = self.epoch = self.step = 0
         self.ranks: list[int] = []
         self.silent = self.gone = False
+        self.shelf: Shelf | None = None
         self.peers = Peers(
             listener=self._listener,
             selector=selector,
@@ -91,6 +95,8 @@ class SimNode:
             self._kill(int(message["attempt"]))
         elif op == "dump":
             self._dump(int(message["attempt"]))
+        elif op == "holdings":
+            self._tell_holdings(peer, message)
         self._heard(self, message)
 
     def _spawn(self, order: Message) -> None:
@@ -110,6 +116,11 @@ class SimNode:
     def _dump(self, attempt: int) -> None:
         for rank in self.ranks if attempt == self.attempt else []:
             self.say("stack", attempt=attempt, rank=rank, state="S", stack="")
+
+    def _tell_holdings(self, peer: Peer, message: Message) -> None:
+        at = Address(host=self.address.host, port=self.address.port, incarnation=self.address.incarnation)
+        held = self.shelf.told() if self.shelf is not None else []
+        self.peers.send(peer, {"op": "holdings", "id": message["id"], "address": to_json(at), "held": held})
 
     def say(self, kind: str, **data: Any) -> None:
         """Write an event, and send it as far as the controller keeps up."""

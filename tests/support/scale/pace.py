@@ -79,14 +79,9 @@ class Stretch:
         return step if step > self.base else 0
 
     def last_commit_s(self, before_s: float) -> float | None:
-        """When either tier commits for the last time before the last step that ends before ``before_s``."""
-        last_s = self.ends_s(self.done(before_s))
-        times = [
-            self.committed_s(step, self._tier(disk)[1])
-            for disk in (False, True)
-            if (step := self.saved(last_s, disk=disk))
-        ]
-        return max(times, default=None)
+        """When the disk commits for the last time before the last step that ends before ``before_s``."""
+        step = self.saved(self.ends_s(self.done(before_s)), disk=True)
+        return self.committed_s(step, self.pace.write_s) if step else None
 
     def _tier(self, disk: bool) -> tuple[int, float]:
         pace = self.pace

@@ -69,7 +69,8 @@ class Outcome:
         goodput: Work that counted over wall clock, from the steps that were made.
         steps: Highest step.
         lost_steps: Steps that were made twice.
-        worst: Most steps that one failure took: with memory intact (False), without (True).
+        worst: Most steps that were lost by a restart from memory (True), and by one from disk (False).
+        from_memory: Restarts from memory.
         struck: Failures of the gang: (seconds, kind).
         in_recovery: How many of them came while it was recovering.
         wall_s: Simulated seconds.
@@ -84,6 +85,7 @@ class Outcome:
     steps: int
     lost_steps: int
     worst: dict[bool, int]
+    from_memory: int
     struck: list[tuple[float, str]]
     in_recovery: int
     wall_s: float
@@ -215,6 +217,7 @@ def _outcome(store: RunStore, world: World, state: RunState, scenario: Scenario,
         steps=world.done,
         lost_steps=world.lost,
         worst=world.worst,
+        from_memory=world.from_memory,
         struck=world.struck,
         in_recovery=world.struck_in_recovery,
         wall_s=wall_s,

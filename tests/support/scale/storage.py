@@ -1,55 +1,49 @@
-"""What a failure leaves of the checkpoints, as real manifests in the run directory.
+"""What ranks have saved: on disk as real manifests, in the memory of nodes as the holdings that they tell.
 
-The controller takes the resume point from the manifests that are committed on disk. Only the newest matter, so one is
-written when a failure makes somebody look: the newest that the disk has committed, and, where the failure left the
-memory tier intact, the newest that memory holds, as if its holders had written it out. A manifest has no shards: what
+The controller takes the resume point from the manifests that are committed, and from what the nodes say that they hold.
+Of the manifests only the newest matters, so one is written when a failure makes somebody look. It has no shards: what
 it would promise is not simulated.
 """
 
 from __future__ import annotations
 
+import functools
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from jobs.checkpoint.layout import Place, Token
 from jobs.checkpoint.manifest import Manifest, TrainerState, commit
+from jobs.checkpoint.memory import Address, Holding
 from jobs.paths import RunPaths
 from jobs.spec import JobSpec
+from launcher.host.persist.service import other_node
+from strategies.codec import to_json
 
 
-class Storage:
-    """Both tiers of one run.
+class Disk:
+    """The disk tier of one run.
 
     Args:
         paths: The run.
         job: What is trained.
 
     Attributes:
-        memory: Newest step that memory holds; 0 for none.
-        disk: Newest step that the disk holds; 0 for none.
+        step: Newest step that is committed; 0 for none.
     """
 
     def __init__(self, paths: RunPaths, job: JobSpec) -> None:
         self._paths = paths
         self._job = job
-        self._written: dict[int, Place] = {}
-        self.memory = 0
-        self.disk = 0
+        self._place: Place | None = None
+        self.step = 0
 
-    def saved(self, *, memory: int, disk: int) -> None:
-        """Newer saves are committed."""
-        self.memory, self.disk = max(self.memory, memory), max(self.disk, disk)
-
-    def settle(self, token: tuple[int, int], *, memory_lost: bool, now: float) -> None:
-        """A failure: make the run directory show what is left, and nothing else."""
-        if memory_lost:
-            self.memory = 0
-        left = {self.memory, self.disk} - {0}
-        for step in left - set(self._written):
-            self._written[step] = self._write(step, Token(*token), now)
-        for step in set(self._written) - left:
-            shutil.rmtree(self._written.pop(step).step_dir)
-
-    def _write(self, step: int, token: Token, now: float) -> Place:
+    def commit(self, step: int, token: Token, now: float) -> None:
+        """The newest step that a gang has committed; an older one than is known changes nothing."""
+        if step <= self.step:
+            return
+        self.step = step
         place = Place(self._paths.checkpoints, step, token)
         place.shard_dir.mkdir(parents=True)
         trainer = TrainerState(optimizer_steps=step, learning_rates=(), counters={}, loss_scaler={})
@@ -67,4 +61,57 @@ class Storage:
             extra={},
         )
         commit(self._paths.checkpoints, manifest)
-        return place
+        if self._place is not None:
+            shutil.rmtree(self._place.step_dir)
+        self._place = place
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shelf:
+    """What one node holds in memory: the two newest generations of its own ranks and of those it keeps replicas of.
+
+    Attributes:
+        token: The gang that wrote them.
+        steps: The generations.
+        own: Ranks of the node.
+        replicas: Ranks of the other node.
+        world: Ranks of the gang.
+    """
+
+    token: Token
+    steps: tuple[int, ...]
+    own: Sequence[int]
+    replicas: Sequence[int]
+    world: int
+
+    def told(self) -> list[dict[str, Any]]:
+        """As a persister tells it."""
+        return [
+            to_json(
+                Holding(
+                    step=step,
+                    epoch=self.token.epoch,
+                    attempt=self.token.attempt,
+                    rank=rank,
+                    world=self.world,
+                    bytes=1 << 30,
+                    own=own,
+                )
+            )
+            for step in self.steps
+            for own, ranks in ((True, self.own), (False, self.replicas))
+            for rank in ranks
+        ]
+
+
+@functools.cache
+def guests(nodes: int, *, apart: bool) -> dict[int, int]:
+    """Place in the gang to the place whose replicas are kept there: by the rule of the persisters, or, not ``apart``,
+    by that of a system that takes the neighbour."""
+    at = [Address(host="", port=place, incarnation="") for place in range(nodes)]
+    found: dict[int, int] = {}
+    for own in at:
+        target = other_node(own, at) if apart else at[(own.port + 1) % nodes]
+        if target is not None:
+            found[target.port] = own.port
+    return found

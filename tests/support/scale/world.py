@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jobs.checkpoint.layout import Token
+from jobs.checkpoint.memory import generation_of
 from jobs.paths import RunPaths
 from jobs.spec import JobSpec
 from launcher.backend import AgentAddress, NodeInfo
@@ -20,7 +22,7 @@ from tests.support.scale.clock import DAY_S, EPOCH_S, SimClock
 from tests.support.scale.faults import RACK_NODES, Fault
 from tests.support.scale.node import SimNode
 from tests.support.scale.pace import Pace, Stretch
-from tests.support.scale.storage import Storage
+from tests.support.scale.storage import Disk, Shelf, guests
 
 IMPATIENCE_S = 60.0  # real seconds in which everything that was sent must have been read
 END_S = 1e9  # later than any run
@@ -37,6 +39,7 @@ class Played:
         nodes: Node of each place of the gang; filled as the orders arrive.
         world_size: Number of ranks.
         base: The step that it restores; 0 for the very beginning.
+        memory: It restores from memory.
         spawned: Ranks that exist.
         broken: Something fell: no further step is made.
         stretch: Its steps, once they have begun.
@@ -47,6 +50,7 @@ class Played:
     epoch: int
     world_size: int
     base: int
+    memory: bool
     nodes: dict[int, str] = field(default_factory=dict)
     spawned: int = 0
     broken: bool = False
@@ -74,7 +78,8 @@ class World:
         done: Highest step that any attempt has made.
         lost: Steps that were made and are to be made again, over all failures.
         struck: Failures that struck the gang: (seconds since the start, kind).
-        worst: Most steps that one failure took, of those that left memory intact, and of the others.
+        worst: Most steps that were lost by a restart from memory (True), and by one from disk (False).
+        from_memory: Restarts from memory.
     """
 
     def __init__(
@@ -97,10 +102,12 @@ class World:
         self.done = self.lost = 0
         self.struck: list[tuple[float, str]] = []
         self.struck_in_recovery = 0
+        self.from_memory = 0
         self.worst = {False: 0, True: 0}
         self._paths, self._secret = paths, secret
         self._pace, self._slots, self._repair_s, self._beat_s = pace, slots, repair_s, beat_s
-        self._apart, self._storage = apart, Storage(paths, job)
+        self._apart, self._disk = apart, Disk(paths, job)
+        self._broke_at = 0  # the step that had been made when it broke last
         self._selector = selectors.DefaultSelector()
         self._numbers = itertools.count()
         self._due: list[tuple[float, int, Callable[[], None]]] = []
@@ -221,16 +228,20 @@ class World:
         if message["op"] == "spawn":
             self._spawned(node, message)
         elif message["op"] == "kill" and self._played and int(message["attempt"]) >= self._played.attempt:
-            self._break(memory_lost=False)
+            self._break()
             self._played = None
 
     def _spawned(self, node: SimNode, order: Message) -> None:
         env = order["env"] | order["ranks"][0]["env"]
         played = self._played
         if played is None or played.attempt != order["attempt"]:
-            base = self._step_of(env["PHALANX_RESUME_FROM"])
+            base, memory = self._resumed(env["PHALANX_RESUME_FROM"])
             played = Played(
-                attempt=order["attempt"], epoch=order["epoch"], world_size=int(env["WORLD_SIZE"]), base=base
+                attempt=order["attempt"],
+                epoch=order["epoch"],
+                world_size=int(env["WORLD_SIZE"]),
+                base=base,
+                memory=memory,
             )
             self._played = played
         played.nodes[int(env["GROUP_RANK"])] = node.name
@@ -238,11 +249,21 @@ class World:
         if played.spawned == played.world_size:
             read_s = 0.0
             if played.base:
-                read_s = self._pace.fetch_s if played.base == self._storage.memory else self._pace.write_s
+                read_s = self._pace.fetch_s if played.memory else self._pace.write_s
             self._at(self.clock.now + self._pace.restart_s + read_s, lambda: self._train(played))
 
-    def _step_of(self, manifest: str) -> int:
-        return int(json.loads(Path(manifest).read_text())["step"]) if manifest else 0
+    def _resumed(self, name: str) -> tuple[int, bool]:
+        """The step that an attempt restores, and whether from memory."""
+        generation = generation_of(name)
+        if generation is not None:
+            base = generation.step
+        else:
+            base = int(json.loads(Path(name).read_text())["step"]) if name else 0
+        lost, self._broke_at = max(0, self._broke_at - base), base
+        self.lost += lost
+        self.from_memory += generation is not None
+        self.worst[generation is not None] = max(self.worst[generation is not None], lost)
+        return base, generation is not None
 
     def _train(self, played: Played) -> None:
         """The first step begins."""
@@ -263,8 +284,8 @@ class World:
         stretch = played.stretch
         if played is not self._played or played.broken or stretch is None:
             return
-        step = max(stretch.saved(self.clock.now, disk=disk) for disk in (False, True))
-        copies = stretch.copies(step)
+        step = stretch.saved(self.clock.now, disk=True)
+        copies = stretch.copies(stretch.done(self.clock.now))
         path = str(self._paths.checkpoints / f"step-{step:08d}")
         self._first(played).report("checkpoint", step=step, path=path, bytes=0, stall_s=copies * self._pace.copy_s)
 
@@ -282,7 +303,7 @@ class World:
 
     def finish(self) -> None:
         """The last day is over: write down how far the ranks have come."""
-        self._break(memory_lost=False)
+        self._break()
 
     # --- what breaks ----------------------------------------------------------------------------------------------
 
@@ -295,7 +316,7 @@ class World:
         self.struck.append((self.clock.now, fault.kind))
         self.struck_in_recovery += played is None or played.broken or played.stretch is None
         victims = self._victims(fault.place, RACK_NODES if fault.kind == "rack" else 1)
-        self._break(memory_lost=fault.kind == "rack" and not self._apart)
+        self._break()
         for node in victims:
             if fault.kind == "crash":
                 self._crash(node)
@@ -335,26 +356,34 @@ class World:
             exited = {"pid": 1000 + node.ranks[0], "code": None, "signal": 9, "requested": False, "log_tail": ""}
             node.report("exit", **exited)
 
-    def _break(self, *, memory_lost: bool) -> None:
-        """No step is made from here on; the run directory shows what is left of the saves."""
+    def _break(self) -> None:
+        """No step is made from here on; what is saved by now is what there is."""
         played = self._played
-        token, before = (1, 1), self._storage.disk
-        if played is not None:
-            token = (played.epoch, played.attempt)
-            self._last_nodes = [played.nodes[at] for at in sorted(played.nodes)]
-        if played is not None and played.stretch is not None and not played.broken:
-            now, stretch = self.clock.now, played.stretch
-            self._storage.saved(memory=stretch.saved(now, disk=False), disk=stretch.saved(now, disk=True))
-            step = stretch.done(now)
-            self._write_metrics(played, step)
-            self._storage.settle(token, memory_lost=memory_lost, now=self.clock.time())
-            lost = step - max(self._storage.memory, self._storage.disk)
-            self.lost += lost
-            self.worst[memory_lost] = max(self.worst[memory_lost], lost)
-        elif memory_lost or before != self._storage.disk:
-            self._storage.settle(token, memory_lost=memory_lost, now=self.clock.time())
-        if played is not None:
-            played.broken = True
+        if played is None or played.broken:
+            return
+        played.broken = True
+        self._last_nodes = [played.nodes[at] for at in sorted(played.nodes)]
+        stretch, now = played.stretch, self.clock.now
+        if stretch is None:
+            return
+        token = Token(played.epoch, played.attempt)
+        self._disk.commit(stretch.saved(now, disk=True), token, self.clock.time())
+        self._shelve(played, token, stretch.saved(now, disk=False))
+        self._broke_at = stretch.done(now)
+        self._write_metrics(played, self._broke_at)
+
+    def _shelve(self, played: Played, token: Token, step: int) -> None:
+        """What the nodes of the gang hold in memory; before its first save, it is still what they held before."""
+        if not step:
+            return
+        before = step - self._pace.memory_every
+        steps = (before, step) if before > played.base else (step,)
+        kept, places = guests(len(played.nodes), apart=self._apart), played.nodes
+        ranks = {place: self.nodes[name].ranks for place, name in places.items()}
+        for place, name in places.items():
+            replicas = ranks[kept[place]] if place in kept else []
+            shelf = Shelf(token=token, steps=steps, own=ranks[place], replicas=replicas, world=played.world_size)
+            self.nodes[name].shelf = shelf
 
     def _write_metrics(self, played: Played, step: int) -> None:
         """The lines of metrics.jsonl that the ledger needs: the end of the repetition, and the end."""
