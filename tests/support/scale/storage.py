@@ -19,7 +19,8 @@ from jobs.checkpoint.memory import Address, Holding
 from jobs.paths import RunPaths
 from jobs.spec import JobSpec
 from launcher.host.persist.service import other_node
-from strategies.codec import to_json
+
+SHARE_BYTES = 1 << 30  # of one rank; nothing is read of it
 
 
 class Disk:
@@ -84,20 +85,13 @@ class Shelf:
     replicas: Sequence[int]
     world: int
 
-    def told(self) -> list[dict[str, Any]]:
+    def told(self) -> list[list[Any]]:
         """As a persister tells it."""
+        epoch, attempt = self.token
         return [
-            to_json(
-                Holding(
-                    step=step,
-                    epoch=self.token.epoch,
-                    attempt=self.token.attempt,
-                    rank=rank,
-                    world=self.world,
-                    bytes=1 << 30,
-                    own=own,
-                )
-            )
+            Holding(
+                step=step, epoch=epoch, attempt=attempt, rank=rank, world=self.world, bytes=SHARE_BYTES, own=own
+            ).told()
             for step in self.steps
             for own, ranks in ((True, self.own), (False, self.replicas))
             for rank in ranks
