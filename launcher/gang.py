@@ -78,7 +78,7 @@ class Gang:
         epoch: Incarnation of the controller.
         clock: Monotonic seconds.
         detect_s: A node that is silent for so long is lost.
-        lease_s: Agents that hear nothing of us for so long give up; six beats are sent in it, or five in ``detect_s``
+        lease_s: Agents that hear nothing of us for so long give up; six beats are sent in it, or four in ``detect_s``
             where that is longer (or no lease is given).
         wall: UTC seconds.
         selector: Where it waits; a simulation brings one that moves ``clock``. Owned by the gang from now on.
@@ -103,7 +103,7 @@ class Gang:
         self._epoch = epoch
         self._clock = clock
         self._detect_s = detect_s
-        self._listen_s = detect_s / 5  # how often agents beat: longer gaps between two looks are our own
+        self._listen_s = detect_s / wire.BEATS  # how often agents beat: longer gaps between two looks are our own
         self._beat_s = max(self._listen_s, lease_s / 6)
         self._selector = selector or selectors.DefaultSelector()
         self._inbox = Inbox(wall)
@@ -345,9 +345,12 @@ class Gang:
             for local_rank, rank in enumerate(ranks)
         ]
         # What all ranks share travels once, so that a large environment does not grow with the node.
-        common = dict(set(environments[0].items()).intersection(*(one.items() for one in environments[1:])))
+        first, *others = environments
+        common = dict(
+            first.items() if not others else set(first.items()).intersection(*(one.items() for one in others))
+        )
         entries = [
-            {"rank": rank, "env": {name: value for name, value in environment.items() if name not in common}}
+            {"rank": rank, "env": {name: environment[name] for name in environment.keys() - common.keys()}}
             for rank, environment in zip(ranks, environments, strict=True)
         ]
         return {

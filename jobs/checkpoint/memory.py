@@ -87,7 +87,7 @@ class Holding:
         """What :meth:`told` made; raises TypeError or ValueError for anything else."""
         *numbers, own, skips = row
         step, epoch, attempt, rank, world, size = numbers
-        if type(own) is not bool or not all(type(number) is int for number in numbers):
+        if type(own) is not bool or set(map(type, numbers)) != {int}:
             raise TypeError(f"a part is not told as {row}")
         left_out = tuple((int(at), int(samples)) for at, samples in skips) if skips else ()
         return cls(step=step, epoch=epoch, attempt=attempt, rank=rank, world=world, bytes=size, own=own, skips=left_out)

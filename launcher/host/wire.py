@@ -28,6 +28,8 @@ Message = dict[str, Any]
 MAX_LINE_BYTES = 1 << 20
 MAX_HELLO_BYTES = 4096
 HANDSHAKE_S = 2.0
+BEATS = 4
+"""Signs of life that an agent gives in the time after which it is taken for lost: three may come late."""
 _READ_BYTES = 1 << 18
 _ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make one for every message
 _DECODER = json.JSONDecoder()

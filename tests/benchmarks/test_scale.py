@@ -29,6 +29,7 @@ from launcher.backend import AgentAddress, NodeInfo
 from launcher.config import compose
 from launcher.controller import Controller
 from launcher.gang import Gang
+from launcher.host.wire import BEATS
 from launcher.lock import ControllerLock
 from launcher.run import EventKind
 from launcher.store import RunStore
@@ -200,31 +201,37 @@ def test_heartbeats_and_decisions_of_3125_nodes(planned: Planned) -> None:
     with folder() as root, real_time(root / "run", planned) as (controller, agents):
         turn_until(controller, lambda: controller.state is not None and controller.state.training)
         share, lines, heard = listen(controller, LISTEN_S)
-        beats = NODES * 5 * LISTEN_S / DETECT_S
-        print(f"\n{NODES:,} nodes x 8, a beat every {DETECT_S / 5:g} s of {DETECT_S:g} s, {beats:,.0f} beats")
+        beats = NODES * BEATS * LISTEN_S / DETECT_S
+        print(
+            f"\n{NODES:,} nodes x 8, a beat every {DETECT_S / BEATS:g} s, lost after {DETECT_S:g} s, {beats:,.0f} beats"
+        )
         print(f"  controller: {share:.1%} of one core (wanted: under 10 %), with all its turns")
         print(f"  {heard / LISTEN_S / 1e3:.0f} kB/s heard, {lines} lines in the log for it")
         assert lines <= 1  # the first checkpoint, at most
         rows = [one_failure(controller, agents, f"n{place:04d}") for place in (7, 1200, 3000)]
-    for name in ("seen", "stopped", "decided", "spawned"):
-        values = [row[name] for row in rows]
-        print(f"  {name:8} {statistics.median(values):6.3f} s after the one before (of {len(rows)} node deaths)")
-    print("  decided and all spawn orders sent and answered: a decision is wanted in under 1 s")
+    print(f"  a node dies (median of {len(rows)}): seconds of wall clock, all agents sharing one other process")
+    for name in ("seen", "decided", "spawned"):
+        print(f"    {name:8} {statistics.median(row[name] for row in rows):6.3f} s after the one before")
+    used = statistics.median(row["used"] for row in rows)
+    print(f"    processor time of the controller, from the death to the first step: {used:.2f} s")
+    print("  a decision is wanted in under 1 s; spawned: every node has told what its memory holds, and its new ranks")
 
 
 def one_failure(controller: Controller, agents: Agents, node: str) -> dict[str, float]:
     """Seconds between the stages of one recovery."""
     number, before = len(controller.store.events()), len(controller.run.attempts)
     agents.tell(f"dead {node}")
+    used = time.process_time()
     turn_until(controller, lambda: len(controller.run.attempts) > before)
     turn_until(controller, lambda: controller.state is not None and controller.state.training)
+    used = time.process_time() - used
     died = float(agents.answer()["time"])
     times = {event.kind: event.time for event in controller.store.events()[number:]}
     return {
         "seen": times[EventKind.FAILURE_DETECTED] - died,
-        "stopped": times[EventKind.GANG_STOPPED] - times[EventKind.FAILURE_DETECTED],
-        "decided": times[EventKind.DECISION] - times[EventKind.GANG_STOPPED],
+        "decided": times[EventKind.DECISION] - times[EventKind.FAILURE_DETECTED],
         "spawned": times[EventKind.RANKS_SPAWNED] - times[EventKind.DECISION],
+        "used": used,
     }
 
 
@@ -270,7 +277,7 @@ def policies(planned: Planned, restart_s: float) -> list[tuple[str, Scenario]]:
     half_hour = round(1800 / planned.step_s)
     return [
         ("memory every step, disk as planned", scenario(planned, restart_s)),
-        ("... replicas in another rack", replace(scenario(planned, restart_s), rates=Rates(apart=True))),
+        ("... replicas in the next node", replace(scenario(planned, restart_s), rates=Rates(apart=False))),
         ("no memory tier, disk as planned", scenario(planned, restart_s, memory_every=0)),
         ("no memory tier, every 30 min", scenario(planned, restart_s, memory_every=0, disk_every=half_hour)),
         (

@@ -14,6 +14,7 @@ from launcher import adoption
 from launcher.backend import NodeInfo
 from launcher.controller import Controller, Phase
 from launcher.gang import Gang
+from launcher.host.wire import BEATS
 from launcher.ledger import ledger
 from launcher.lock import ControllerLock
 from launcher.request import LaunchRequest, RecoverySpec, TrackingSpec
@@ -171,7 +172,7 @@ def play(root: Path, scenario: Scenario, *, model: ModelSpec, plan: ParallelPlan
         nodes=scenario.nodes + scenario.spares,
         repair_s=scenario.rates.repair_s,
         apart=scenario.rates.apart,
-        beat_s=DETECT_S / 5,
+        beat_s=DETECT_S / BEATS,
     )
     try:
         state = _control(store, request, world, clock, scenario.days * DAY_S)

@@ -1,7 +1,7 @@
 """Host agents in real time, thousands in one process: ``python -m tests.support.scale.serve SECRET_FILE NODES STEP_S``.
 
 Prints one line with the addresses of all agents, then obeys lines on its standard input: ``dead NODE`` ends a node as
-its power supply would, ``end`` ends all. Every agent beats five times in five seconds, as the real one does, each in
+its power supply would, ``end`` ends all. Every agent beats as often as the real one, each in
 its own phase. Once it has ranks, each of them reports a step every ``STEP_S`` seconds, all at once, as in synchronous
 training.
 """
@@ -16,12 +16,14 @@ import time
 from collections import deque
 from pathlib import Path
 
-from launcher.host.wire import Message, read_secret
+from jobs.checkpoint.layout import Token
+from launcher.host.wire import BEATS, Message, read_secret
 from strategies.codec import to_json
 from tests.support.scale.node import SimNode
 from tests.support.scale.play import DETECT_S, SOCKETS_PER_NODE, allow_sockets
+from tests.support.scale.storage import Shelf, guests
 
-BEAT_S = DETECT_S / 5
+BEAT_S = DETECT_S / BEATS
 SLOTS = 8
 
 
@@ -56,11 +58,22 @@ class Hall:
         self._open = True
 
     def _heard(self, node: SimNode, message: Message) -> None:
+        if message["op"] == "spawn":
+            node.shelf = self._saved(node, message)
         if message["op"] == "spawn" and 0 in node.ranks:
             node.report("training", step=1)
             self._step, self._step_at = 0, time.monotonic() + (self._step_s or float("inf"))
         elif message["op"] == "kill":
             self._step_at = float("inf")
+
+    def _saved(self, node: SimNode, order: Message) -> Shelf:
+        """What the node holds in memory when this attempt falls: as if every one of them made ten steps."""
+        env = order["env"] | order["ranks"][0]["env"]
+        place, world = int(env["GROUP_RANK"]), int(env["WORLD_SIZE"])
+        kept = guests(-(-world // SLOTS), apart=True)[place] * SLOTS
+        step, token = 10 * node.attempt, Token(node.epoch, node.attempt)
+        replicas = range(kept, min(world, kept + SLOTS))
+        return Shelf(token=token, steps=(step - 1, step), own=node.ranks, replicas=replicas, world=world)
 
     def _command(self) -> None:
         for line in os.read(sys.stdin.fileno(), 4096).decode().splitlines() or ["end"]:

@@ -103,9 +103,12 @@ def guests(nodes: int, *, apart: bool) -> dict[int, int]:
     """Place in the gang to the place whose replicas are kept there: by the rule of the persisters, or, not ``apart``,
     by that of a system that takes the neighbour."""
     at = [Address(host="", port=place, incarnation="") for place in range(nodes)]
-    found: dict[int, int] = {}
-    for own in at:
-        target = other_node(own, at) if apart else at[(own.port + 1) % nodes]
-        if target is not None:
-            found[target.port] = own.port
+    targets = {place: other_node(at[place], at) for place in (0, nodes // 3, nodes - 1)}
+    if targets[0] is None:
+        return {}
+    away = targets[0].port if apart else 1
+    found = {(place + away) % nodes: place for place in range(nodes)}
+    for place, target in targets.items() if apart else ():
+        assert target is not None
+        assert found[target.port] == place, "the rule is the same distance for all"
     return found
