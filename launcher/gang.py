@@ -78,8 +78,8 @@ class Gang:
         epoch: Incarnation of the controller.
         clock: Monotonic seconds.
         detect_s: A node that is silent for so long is lost.
-        lease_s: Agents that hear nothing of us for so long give up; six beats are sent in it, or four in ``detect_s``
-            where that is longer (or no lease is given).
+        lease_s: Agents that hear nothing of us for so long give up; six beats are sent in it, or, where none is given,
+            in ``detect_s``.
         wall: UTC seconds.
         selector: Where it waits; a simulation brings one that moves ``clock``. Owned by the gang from now on.
 
@@ -104,7 +104,7 @@ class Gang:
         self._clock = clock
         self._detect_s = detect_s
         self._listen_s = detect_s / wire.BEATS  # how often agents beat: longer gaps between two looks are our own
-        self._beat_s = max(self._listen_s, lease_s / 6)
+        self._beat_s = (lease_s or detect_s) / 6
         self._selector = selector or selectors.DefaultSelector()
         self._inbox = Inbox(wall)
         self._lost: set[str] = set()
