@@ -61,6 +61,11 @@ class Rates:
         """Nodes that one failure breaks, on average."""
         return self.correlated * RACK_NODES + (1 - self.correlated) * (1 - self.crash)
 
+    @property
+    def peak(self) -> float:
+        """Mean square of these over their mean."""
+        return (self.correlated * RACK_NODES**2 + (1 - self.correlated) * (1 - self.crash)) / self.broken_nodes
+
 
 def trace(rates: Rates, *, nodes: int, spares: int, days: float, seed: int) -> list[Fault]:
     """Everything that fails, in order.

@@ -242,9 +242,10 @@ def predicted(scenario: Scenario) -> float:
         detect_s=down_s - pace.restart_s,
         recover_memory_s=down_s + pace.fetch_s,
         recover_disk_s=down_s + pace.write_s,
-        repair_s=rates.repair_s * rates.broken_nodes,
+        repair_s=rates.repair_s,
     )
-    return shares(what, Standby(scenario.spares)).goodput
+    standby = Standby(scenario.spares, broken=rates.broken_nodes, peak=rates.peak)
+    return shares(what, standby).goodput
 
 
 def allow_sockets(count: int) -> None:
