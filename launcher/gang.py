@@ -78,6 +78,8 @@ class Gang:
         epoch: Incarnation of the controller.
         clock: Monotonic seconds.
         detect_s: A node that is silent for so long is lost.
+        lease_s: Agents that hear nothing of us for so long give up; six beats are sent in it, or, where none is given,
+            in ``detect_s``.
         wall: UTC seconds.
         selector: Where it waits; a simulation brings one that moves ``clock``. Owned by the gang from now on.
 
@@ -92,6 +94,7 @@ class Gang:
         clock: Callable[[], float] = time.monotonic,
         *,
         detect_s: float = 5.0,
+        lease_s: float = 0.0,
         wall: Callable[[], float] = time.time,
         selector: selectors.BaseSelector | None = None,
     ) -> None:
@@ -100,7 +103,8 @@ class Gang:
         self._epoch = epoch
         self._clock = clock
         self._detect_s = detect_s
-        self._beat_s = detect_s / 5
+        self._listen_s = detect_s / wire.BEATS  # how often agents beat: longer gaps between two looks are our own
+        self._beat_s = (lease_s or detect_s) / 6
         self._selector = selector or selectors.DefaultSelector()
         self._inbox = Inbox(wall)
         self._lost: set[str] = set()
@@ -136,7 +140,8 @@ class Gang:
             return
         self._selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, link)
 
-    def _lose(self, link: Link, why: str) -> None:
+    def _lose(self, link: Link, why: str, *, silent_s: float = 0.0) -> None:
+        """End a link. It was lost when its agent was last heard, ``silent_s`` ago."""
         if self.links.get(link.address.node) is not link:
             return
         del self.links[link.address.node]
@@ -146,7 +151,10 @@ class Gang:
             self._selector.unregister(link.stream.sock)
         link.stream.close(why)
         if not link.leaving:
-            self._inbox.add("agent_lost", link.address.node, {"why": why, "incarnation": link.address.incarnation})
+            data: dict[str, Any] = {"why": why, "incarnation": link.address.incarnation}
+            if silent_s:
+                data["time"] = self._inbox.wall() - silent_s
+            self._inbox.add("agent_lost", link.address.node, data)
 
     def drop(self, node: str, why: str) -> None:
         """Give a node up: its link ends with ``agent_lost``, and this incarnation of its agent is not met again."""
@@ -160,7 +168,7 @@ class Gang:
         deadline = self._clock() + timeout_s
         while True:
             now = self._clock()
-            wait = 0.0 if self._inbox.items else max(0.0, min(deadline, self._beat_at, now + self._beat_s) - now)
+            wait = 0.0 if self._inbox.items else max(0.0, min(deadline, self._beat_at, now + self._listen_s) - now)
             for key, events in self._selector.select(wait):
                 self._serve(key.data, events)
             self._beat()
@@ -183,7 +191,8 @@ class Gang:
             self._hear(link, message)
             if link.stream.closed:
                 break
-        self._settle(link)
+        if link.stream.closed or link.stream.pending or events & selectors.EVENT_WRITE:
+            self._settle(link)
 
     def _failed_to_connect(self, link: Link) -> bool:
         code = link.stream.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -223,13 +232,13 @@ class Gang:
 
     def _judge_silence(self) -> None:
         now = self._clock()
-        # A gap longer than a beat is ours: we did not listen, so it says little about the others.
-        self._listened_s += min(now - self._listened_at, self._beat_s)
+        # A gap longer than a beat of theirs is ours: we did not listen, so it says little about the others.
+        self._listened_s += min(now - self._listened_at, self._listen_s)
         self._listened_at = now
         silent = itertools.takewhile(lambda link: self._silent_s(link) > self._detect_s, self._quiet)
         for link in list(silent):
             if link.up:
-                self._lose(link, f"nothing was heard for {self._detect_s:g} s")
+                self._lose(link, f"nothing was heard for {self._detect_s:g} s", silent_s=self._silent_s(link))
             elif self._silent_s(link) > max(self._detect_s, _CONNECT_S):
                 self._lose(link, f"no answer from {link.address.host}:{link.address.port}")
 
@@ -336,9 +345,12 @@ class Gang:
             for local_rank, rank in enumerate(ranks)
         ]
         # What all ranks share travels once, so that a large environment does not grow with the node.
-        common = dict(set.intersection(*(set(environment.items()) for environment in environments)))
+        first, *others = environments
+        common = dict(
+            first.items() if not others else set(first.items()).intersection(*(one.items() for one in others))
+        )
         entries = [
-            {"rank": rank, "env": {name: value for name, value in environment.items() if name not in common}}
+            {"rank": rank, "env": {name: environment[name] for name in environment.keys() - common.keys()}}
             for rank, environment in zip(ranks, environments, strict=True)
         ]
         return {

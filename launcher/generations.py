@@ -50,23 +50,22 @@ def choose(
     Returns:
         None when the disk, or the beginning, is as good.
     """
-    found = [
-        point
-        for generation, parts in _gathered(stocks).items()
-        if generation.step > max(newer_than, 0)
-        and (fence is None or generation.token >= fence)
-        and str(generation) not in rejected
-        and (point := _complete(generation, parts, skips)) is not None
-    ]
-    return max(found, key=lambda point: (point.generation.token, point.step), default=None)
+    gathered = _gathered(stocks)
+    for generation in sorted(gathered, key=lambda one: (one.token, one.step), reverse=True):
+        late = generation.step > max(newer_than, 0) and (fence is None or generation.token >= fence)
+        if late and str(generation) not in rejected:
+            point = _complete(generation, gathered[generation], skips)
+            if point is not None:
+                return point
+    return None
 
 
 def _gathered(stocks: Sequence[Stock]) -> Mapping[Generation, list[tuple[Holding, Stock]]]:
-    parts: dict[Generation, list[tuple[Holding, Stock]]] = {}
+    parts: dict[tuple[int, int, int], list[tuple[Holding, Stock]]] = {}
     for stock in stocks:
         for held in stock.held:
-            parts.setdefault(held.generation, []).append((held, stock))
-    return parts
+            parts.setdefault((held.step, held.epoch, held.attempt), []).append((held, stock))
+    return {Generation(step, Token(*token)): found for (step, *token), found in parts.items()}
 
 
 def _complete(
@@ -76,10 +75,14 @@ def _complete(
     wanted = sorted((skip.step, skip.samples) for skip in skips if skip.step <= generation.step)
     where: dict[int, Located] = {}
     world = max(held.world for held, _ in parts)
-    for held, stock in sorted(parts, key=lambda part: (not part[0].own, part[1].node)):
-        if held.world != world or sorted(tuple(s) for s in held.skips if s[0] <= generation.step) != wanted:
+    for skipped in {held.skips for held, _ in parts}:
+        if sorted(tuple(skip) for skip in skipped if skip[0] <= generation.step) != wanted:
             return None
-        where.setdefault(held.rank, Located(rank=held.rank, bytes=held.bytes, node=stock.node, address=stock.address))
+    for held, stock in sorted(parts, key=lambda part: (not part[0].own, part[1].node)):
+        if held.world != world:
+            return None
+        if held.rank not in where:
+            where[held.rank] = Located(rank=held.rank, bytes=held.bytes, node=stock.node, address=stock.address)
     if set(where) != set(range(world)):
         return None
     return MemoryPoint(

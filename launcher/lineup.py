@@ -24,7 +24,7 @@ def line_up(before: Sequence[str], up: Collection[str], need: int) -> list[str]:
     """
     kept = [node if node in up else None for node in before[:need]]
     kept += [None] * (need - len(kept))
-    fresh = [node for node in sorted(up) if node not in before]
+    fresh = sorted(set(up).difference(before))
     late = [node for node in before[need:] if node in up]
     fill = iter([*fresh, *late])
     return [node if node is not None else next(fill) for node in kept]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +16,7 @@ from launcher.generations import Stock, choose
 from launcher.observation import Observation
 from launcher.progress import ResumePoint
 from launcher.run import Run
-from launcher.store import dump, write_atomic
+from launcher.store import write_atomic
 from strategies.codec import from_json
 from strategies.errors import ConfigError
 
@@ -51,7 +52,7 @@ class MemoryTier:
             StorageError: The file cannot be written.
         """
         if point.memory is not None:
-            write_atomic(path, dump(point.memory))
+            write_atomic(path, json.dumps(point.memory.table()).encode())
         self._asked.clear()
         self._waiting.clear()
         self._stocks.clear()
@@ -75,11 +76,11 @@ class MemoryTier:
             return
         self._waiting.discard(seen.node)
         try:
-            held = tuple(from_json(Holding, one) for one in seen.data["held"])
+            held = tuple(Holding.read(row) for row in seen.data["held"])
             if held:
                 address = from_json(Address, seen.data["address"])
                 self._stocks[seen.node] = Stock(node=seen.node, address=address, held=held)
-        except (ConfigError, KeyError, TypeError) as error:
+        except (ConfigError, KeyError, TypeError, ValueError) as error:
             print(f"warning: what {seen.node} holds in memory cannot be understood: {error}", flush=True)
 
     def better(self, point: ResumePoint, paths: RunPaths, run: Run, job: JobSpec) -> ResumePoint:

@@ -18,9 +18,10 @@ class Observation:
     Attributes:
         kind: ``agent_up`` (data: the welcome: ``attempt``, ``epoch_of_attempt``, ``ranks``, ``cursor``, ``slots``, and
             then everything that the agent remembers of its attempt follows as if it happened now), ``agent_lost``
-            (``why``), ``report`` (a rank's report with ``rank`` and ``attempt``; its kind is ``data["kind"]``),
-            ``exit`` (``rank``, ``attempt``, ``pid``, ``code``, ``signal``, ``requested``: we had it killed,
-            ``log_tail``), ``spawned`` (``attempt``, ``ranks``), ``killed`` (``attempt``), ``leaving`` (``reason``),
+            (``why``; its time is that of the last sign of life), ``report`` (a rank's report with ``rank`` and
+            ``attempt``; its kind is ``data["kind"]``), ``exit`` (``rank``, ``attempt``, ``pid``, ``code``, ``signal``,
+            ``requested``: we had it killed, ``log_tail``), ``spawned`` (``attempt``, ``ranks``), ``killed``
+            (``attempt``), ``leaving`` (``reason``),
             ``pool`` (``state``, ``reason``), ``stack`` (``rank``, ``attempt``, ``state``, ``stack``: where a rank
             stands, see :mod:`launcher.host.stacks`), ``holdings`` (``id``, ``address``, ``held``: what the node holds
             in memory, see :mod:`launcher.memory_tier`), ``fenced`` (``epoch``: who owns the agent now).

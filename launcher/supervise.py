@@ -52,7 +52,9 @@ def control(
         StorageError: The run directory cannot be written.
     """
     request = store.request()
-    gang = Gang(secret=store.secret(), epoch=lock.epoch, detect_s=request.recovery.detect_s)
+    gang = Gang(
+        secret=store.secret(), epoch=lock.epoch, detect_s=request.recovery.detect_s, lease_s=request.recovery.lease_s
+    )
     waylaid = Waylaid(store)
 
     def seen(event: RunEvent | None) -> None:

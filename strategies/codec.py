@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -98,7 +99,7 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
     for key in data:
         if key not in fields:
             raise ConfigError(f"{where}: unknown key '{key}'.", hint=did_you_mean(str(key), fields))
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     values = {key: _decode(hints[key], item, f"{where}.{key}") for key, item in data.items()}
     required = (
         name
@@ -109,6 +110,12 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
     if missing:
         raise ConfigError(f"{where}: missing {', '.join(missing)}.")
     return kind(**values)
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """Types of the fields; Python compiles the annotations anew each time it is asked."""
+    return typing.get_type_hints(kind)
 
 
 def _check(holds: bool, data: Any, where: str, wanted: str) -> Any:

@@ -21,7 +21,8 @@ Formulas, with ``T`` seconds of work between two saves and ``P = T + d``:
   progress that the memory tier leaves.
 - **Down time**: a recovery of ``r`` seconds that a failure starts over takes ``(exp(L r) - 1) / L`` (Daly 2006).
 - **Waiting for nodes**: broken nodes under repair while failures keep coming are a loss system with ``spares + 1``
-  places: Erlang's B formula, which holds for any distribution of the repair time. Going on with fewer replicas instead:
+  places: Erlang's B formula, which holds for any distribution of the repair time; failures that break several nodes at
+  once count by Hayward's approximation (:mod:`strategies.repair`). Going on with fewer replicas instead:
   the number of broken nodes is Poisson with mean ``L * repair`` (M/G/infinity).
 - **Goodput** is the ETTR of Kokolis et al., "Revisiting Reliability in Large-Scale Machine Learning Research Clusters"
   (arXiv 2410.21680): seconds of work that counted over seconds of wall clock. Their first order form,
@@ -41,6 +42,7 @@ from typing import NamedTuple
 
 from strategies.errors import ConfigError
 from strategies.hardware import Hardware
+from strategies.repair import blocked
 
 DAY_S = 86400.0
 
@@ -65,9 +67,6 @@ GENERATIONS = 7
 """Copies of a node's share that its host holds: two generations of its own and two of a peer, of both one that is being
 filled, and one more of its own while the disk tier is written from it."""
 
-SPARES_PROBABILITY = 0.99
-"""Chance that a failure finds a spare, which the number of spares is chosen for."""
-
 UNHURRIED_S = DAY_S
 """Interval between saves where nothing ever fails."""
 
@@ -89,11 +88,15 @@ class Standby(NamedTuple):
         spares: Nodes that stand by.
         unit_nodes: Nodes that the gang gives up at once when it shrinks: those of one replica.
         unit_loss: Share of the throughput that goes with them; 1 means that it can only wait.
+        broken: Nodes that one failure breaks, on average.
+        peak: Mean square of these over their mean: 1 for single nodes, more where some failures take a rack.
     """
 
     spares: int
     unit_nodes: int = 1
     unit_loss: float = 1.0
+    broken: float = 1.0
+    peak: float = 1.0
 
 
 class Shortage(NamedTuple):
@@ -248,11 +251,14 @@ def shares(what: Process, standby: Standby | None = None) -> Shares:
     pace = 1 / (1 + copy_s / min(memory_s, disk_s))
     if correlated < 1:
         simple = rate * (1 - correlated)
-        exposed = min(simple * memory_s / pace, _HOPELESS)
-        pace *= exposed / math.expm1(exposed) * math.exp(-simple * replica_s)
-    exposed = min(rate * correlated * disk_s / max(pace, _TAIL), _HOPELESS)
-    kept = exposed / math.expm1(exposed) * math.exp(-rate * correlated * write_s)
+        pace *= _renewed(simple * memory_s / pace) * math.exp(-simple * replica_s)
+    kept = _renewed(rate * correlated * disk_s / max(pace, _TAIL)) * math.exp(-rate * correlated * write_s)
     return Shares(1 - shortage(what, standby).lost if standby else 1.0, 1 / (1 + down), pace, kept)
+
+
+def _renewed(exposed: float) -> float:
+    exposed = min(exposed, _HOPELESS)
+    return exposed / math.expm1(exposed) if exposed else 1.0
 
 
 def _grown(exposed: float) -> float:
@@ -261,10 +267,10 @@ def _grown(exposed: float) -> float:
 
 def shortage(what: Process, standby: Standby) -> Shortage:
     """What a lack of nodes costs: waiting for a repair, or going on with fewer replicas where that is cheaper."""
-    load, spares = what.rate * what.repair_s, standby.spares
+    load, spares = what.rate * what.repair_s * standby.broken, standby.spares
     if not load:
         return Shortage(0.0, 0.0, False)
-    waiting = erlang_b(spares + 1, load)
+    waiting = blocked(spares + 1, load, standby.peak)
     if standby.unit_loss < 1 and load < _HOPELESS:
         smaller = _smaller(what, standby)
         if smaller.lost < waiting:
@@ -278,8 +284,8 @@ def shortage(what: Process, standby: Standby) -> Shortage:
 
 def _smaller(what: Process, standby: Standby) -> Shortage:
     """Going on with fewer replicas: slower while nodes are missing, and one more restart when each unit grows back."""
-    spares, unit_nodes, unit_loss = standby
-    load = what.rate * what.repair_s
+    spares, unit_nodes, unit_loss, broken, _ = standby
+    load = what.rate * what.repair_s * broken
     slower, growing, missing = 0.0, 0.0, 1
     probability = math.exp((spares + 1) * math.log(load) - load - math.lgamma(spares + 2))
     while probability > LEAST or spares + missing < load:
@@ -290,35 +296,6 @@ def _smaller(what: Process, standby: Standby) -> Shortage:
         probability *= load / (spares + missing)
     lost = min(1.0, slower + growing * what.reshape_s)
     return Shortage(lost, growing / what.rate * (unit_loss * what.repair_s) ** 2, True)
-
-
-def erlang_b(places: int, load: float) -> float:
-    """Erlang's B formula: the share of time in which all ``places`` are taken, ``load`` being offered."""
-    if places > 100_000:  # its normal limit (Jagerman, 1974) agrees within 1 %, and takes no time
-        z, normal = (places - load) / math.sqrt(load), NormalDist()
-        return 1 - places / load if z < -20 else normal.pdf(z) / normal.cdf(z) / math.sqrt(load)
-    blocked = 1.0
-    for place in range(1, places + 1):
-        blocked = load * blocked / (place + load * blocked)
-        if blocked < _TAIL:
-            return 0.0
-    return blocked
-
-
-def spares_for(load: float, probability: float = SPARES_PROBABILITY) -> int:
-    """The fewest spares that are enough with ``probability``, when ``load`` nodes are under repair on average.
-
-    The number under repair is Poisson (M/G/infinity), whatever the distribution of the repair time.
-    """
-    if load > _HOPELESS:
-        return math.ceil(load + NormalDist().inv_cdf(probability) * math.sqrt(load))
-    spares, term = 0, math.exp(-load)
-    total = term
-    while total < probability:
-        spares += 1
-        term *= load / spares
-        total += term
-    return spares
 
 
 def finish_days(

@@ -26,10 +26,10 @@ from strategies.failures import (
     process,
     shares,
     shortage,
-    spares_for,
 )
 from strategies.hardware import Hardware
 from strategies.plan import ParallelPlan, accumulation
+from strategies.repair import spares_for
 from strategies.specs import BatchSpec, ModelSpec
 from strategies.topology import nodes_needed
 from strategies.workload import Term, Workload

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jobs.checkpoint.layout import Token
+from strategies.codec import from_json, to_json
 
 _NAME = re.compile(r"memory:(\d+):e(\d{4,})-a(\d{4,})")
 
@@ -76,6 +77,21 @@ class Holding:
         """What it is a part of."""
         return Generation(self.step, Token(self.epoch, self.attempt))
 
+    def told(self) -> list[Any]:
+        """As it travels: the controller of a large gang is told a hundred thousand of them at once."""
+        numbers = [self.step, self.epoch, self.attempt, self.rank, self.world, self.bytes]
+        return [*numbers, self.own, [list(skip) for skip in self.skips]]
+
+    @classmethod
+    def read(cls, row: Any) -> Holding:
+        """What :meth:`told` made; raises TypeError or ValueError for anything else."""
+        *numbers, own, skips = row
+        step, epoch, attempt, rank, world, size = numbers
+        if type(own) is not bool or set(map(type, numbers)) != {int}:
+            raise TypeError(f"a part is not told as {row}")
+        left_out = tuple((int(at), int(samples)) for at, samples in skips) if skips else ()
+        return cls(step=step, epoch=epoch, attempt=attempt, rank=rank, world=world, bytes=size, own=own, skips=left_out)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Located:
@@ -114,6 +130,25 @@ class MemoryPoint:
     def generation(self) -> Generation:
         """Which generation."""
         return Generation(self.step, Token(self.epoch, self.attempt))
+
+    def table(self) -> dict[str, Any]:
+        """As JSON values: what is the same for all parts on a node once."""
+        nodes: dict[tuple[str, Address], list[list[int]]] = {}
+        for part in self.parts:
+            nodes.setdefault((part.node, part.address), []).append([part.rank, part.bytes])
+        rows = [{"node": node, "address": to_json(at), "parts": parts} for (node, at), parts in nodes.items()]
+        return {"step": self.step, "epoch": self.epoch, "attempt": self.attempt, "nodes": rows}
+
+    @classmethod
+    def read(cls, table: Mapping[str, Any]) -> MemoryPoint:
+        """What :meth:`table` made; raises KeyError, TypeError, ValueError or ConfigError for anything else."""
+        parts = []
+        for row in table["nodes"]:
+            at, node = from_json(Address, row["address"]), str(row["node"])
+            parts += [Located(rank=int(rank), bytes=int(size), node=node, address=at) for rank, size in row["parts"]]
+        parts.sort(key=lambda part: part.rank)
+        step, epoch, attempt = (int(table[name]) for name in ("step", "epoch", "attempt"))
+        return cls(step=step, epoch=epoch, attempt=attempt, parts=tuple(parts))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

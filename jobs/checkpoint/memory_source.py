@@ -115,6 +115,6 @@ class MemorySource:
 def read_point(path: Path) -> MemoryPoint:
     """What the controller found for this attempt; raises StorageError."""
     try:
-        return from_json(MemoryPoint, json.loads(path.read_text(encoding="utf-8")), where=path.name)
+        return MemoryPoint.read(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise storage_error("read where the memory tier is", path, error) from error

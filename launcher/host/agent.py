@@ -44,7 +44,7 @@ class AgentOptions:
     """How an agent behaves. Durations in seconds.
 
     Attributes:
-        detect_s: The controller takes an agent for lost when it is silent for so long; five beats are sent in it.
+        detect_s: The controller takes an agent for lost when it is silent for so long; four beats are sent in it.
         lease_s: Without controller and without progress for so long, the agent ends its ranks and itself.
         grace_s: From SIGTERM to SIGKILL of the ranks when the agent itself is told to leave.
         warm: ``module:function`` that warms the pool up; empty for a pool that starts every rank afresh.
@@ -209,7 +209,7 @@ class HostAgent:
         if self._asked_to_stop:
             self._leave(self._asked_to_stop, self._options.grace_s)
         if now >= self._beat_at:
-            self._beat_at = now + self._options.detect_s / 5
+            self._beat_at = now + self._options.detect_s / wire.BEATS
             if self._peers.owner is not None:
                 self._peers.send(self._peers.owner, {"op": "beat", "step": self._ranks.step})
         if now >= self._logs_at:

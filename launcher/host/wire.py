@@ -28,7 +28,11 @@ Message = dict[str, Any]
 MAX_LINE_BYTES = 1 << 20
 MAX_HELLO_BYTES = 4096
 HANDSHAKE_S = 2.0
+BEATS = 4
+"""Signs of life that an agent gives in the time after which it is taken for lost: three may come late."""
 _READ_BYTES = 1 << 18
+_ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make one for every message
+_DECODER = json.JSONDecoder()
 
 
 class WireError(Exception):
@@ -97,7 +101,7 @@ def same(left: Any, right: str) -> bool:
 
 def encode(message: Message) -> bytes:
     """One line; raises :class:`WireError` when it would be too long for the other side."""
-    line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
+    line = _ENCODER.encode(message).encode() + b"\n"
     if len(line) > MAX_LINE_BYTES:
         raise WireError(f"a message of {len(line)} bytes is longer than {MAX_LINE_BYTES}")
     return line
@@ -116,9 +120,11 @@ class LineReader:
 
     def feed(self, data: bytes) -> list[bytes]:
         """Add bytes; returns the lines that they complete, raises :class:`WireError` for one that is too long."""
+        if not self._rest and data.find(b"\n") == len(data) - 1 <= self.limit:
+            return [data[:-1]]  # one short message, as nearly always
         self._rest += data
         *lines, rest = self._rest.split(b"\n")
-        self._rest = bytearray(rest)
+        self._rest = rest
         if len(rest) > self.limit or any(len(line) > self.limit for line in lines):
             self._rest.clear()
             raise WireError(f"a line is longer than {self.limit} bytes")
@@ -128,7 +134,7 @@ class LineReader:
 def decode(line: bytes) -> Message:
     """One message; raises :class:`WireError` unless it is a JSON object."""
     try:
-        message = json.loads(line)
+        message = _DECODER.decode(line.decode())
     except (ValueError, RecursionError) as error:
         raise WireError("a line is not JSON") from error
     if not isinstance(message, dict):
@@ -146,6 +152,8 @@ class Stream:
 
     Attributes:
         closed: Why the stream is over; empty as long as it is not.
+        sent: Bytes that the kernel has taken so far.
+        received: Bytes that were read so far.
     """
 
     def __init__(self, sock: socket.socket, *, limit: int = MAX_LINE_BYTES, max_pending: int = 8 << 20) -> None:
@@ -153,6 +161,7 @@ class Stream:
         self.sock = sock
         self.reader = LineReader(limit)
         self.closed = ""
+        self.sent = self.received = 0
         self._max_pending = max_pending
         self._pending = bytearray()
 
@@ -175,13 +184,12 @@ class Stream:
         if not data:
             self.close("the connection was closed")
             return []
-        messages: list[Message] = []
+        self.received += len(data)
         try:
-            messages.extend(decode(line) for line in self.reader.feed(data))
+            return [decode(line) for line in self.reader.feed(data)]
         except WireError as error:
             self.close(str(error))
             return []
-        return messages
 
     def send(self, message: Message) -> None:
         """Queue a message and send what the kernel takes now."""
@@ -202,11 +210,14 @@ class Stream:
         if self.closed or not self._pending:
             return
         try:
-            del self._pending[: self.sock.send(self._pending)]
+            taken = self.sock.send(self._pending)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
             self.close(error.strerror or type(error).__name__)
+            return
+        self.sent += taken
+        del self._pending[:taken]
 
     def close(self, reason: str) -> None:
         """End the connection; the first reason stays."""

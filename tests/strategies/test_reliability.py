@@ -16,12 +16,10 @@ from strategies.failures import (
     Process,
     Standby,
     best_interval_s,
-    erlang_b,
     finish_days,
     process,
     shares,
     shortage,
-    spares_for,
 )
 from strategies.reliability import (
     Outlook,
@@ -34,6 +32,7 @@ from strategies.reliability import (
     plan_process,
     shrink_unit,
 )
+from strategies.repair import erlang_b, spares_for
 from tests.strategies.runs import A100, GPT3, GPT4, plan_of, work
 
 STEP_S = 20.0

@@ -76,7 +76,7 @@ class Persister:
 
     def holdings(self) -> dict[str, Any]:
         """What is here, and where: for the controller."""
-        held = [to_json(one) for one in self.shelf.holdings()]
+        held = [one.told() for one in self.shelf.holdings()]
         return {"address": to_json(self.server.address), "held": held}
 
 

@@ -217,11 +217,14 @@ def describe(held: Held) -> Message:
 
 
 def other_node(own: Address, peers: Sequence[Address]) -> Address | None:
-    """Who keeps the replicas of a node: the next one in the order of ranks; None when there is no other."""
+    """Who keeps the replicas of a node: the one half a gang away in the order of ranks; None when there is no other.
+
+    Neighbours share a switch and its failures.
+    """
     nodes = list(dict.fromkeys(peers))
     if own not in nodes or len(nodes) < 2:
         return None
-    return nodes[(nodes.index(own) + 1) % len(nodes)]
+    return nodes[(nodes.index(own) + len(nodes) // 2) % len(nodes)]
 
 
 def memory_of_host() -> int:
