@@ -151,9 +151,9 @@ class Writer:
         """What became of a checkpoint."""
         return self.ask("outcome", token=self.token, step=step, wait=wait)["done"]
 
-    def place(self, step: int, root: Path) -> Place:
+    def place(self, step: int, root: Path) -> Place[Path]:
         """Where a checkpoint of ours is."""
-        return Place(RunPaths(root).checkpoints, step, self.token)
+        return Place(RunPaths(root).checkpoint_dir, step, self.token)
 
 
 def gang(nodes: Sequence[Node], token: Token = FIRST, **options: Any) -> list[Writer]:

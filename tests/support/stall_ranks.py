@@ -61,7 +61,7 @@ def stalls(env: RankEnv, job: dict[str, Any], persister: str, steps: int, tries:
     def to_disk() -> None:
         saver.save(next(at), {}, wait=False)
 
-    paths = RunPaths(env.run_dir).checkpoints
+    paths = RunPaths(env.run_dir).checkpoint_dir
     memcpys, disks = [], []
     for number in range(1, 4):
         memcpy, disk = _pairs(size, 1, to_disk)

@@ -11,6 +11,7 @@ import functools
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jobs.checkpoint.layout import Place, Token
@@ -37,7 +38,7 @@ class Disk:
     def __init__(self, paths: RunPaths, job: JobSpec) -> None:
         self._paths = paths
         self._job = job
-        self._place: Place | None = None
+        self._place: Place[Path] | None = None
         self.step = 0
 
     def commit(self, step: int, token: Token, now: float) -> None:
@@ -45,7 +46,7 @@ class Disk:
         if step <= self.step:
             return
         self.step = step
-        place = Place(self._paths.checkpoints, step, token)
+        place = Place(self._paths.checkpoint_dir, step, token)
         place.shard_dir.mkdir(parents=True)
         trainer = TrainerState(optimizer_steps=step, learning_rates=(), counters={}, loss_scaler={})
         manifest = Manifest(
