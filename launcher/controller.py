@@ -70,7 +70,7 @@ class Controller:
         gang: Connections to the agents.
         lock: The right to control, already won.
         clock: Source of time.
-        observer: Called with every event, and with None in every turn; for progress displays.
+        observer: Called with every event, and with None whenever a phase has acted; for progress displays.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Controller:
         while self.phase not in (done, Phase.END):  # one that was just entered acts at once: nothing need be seen
             done = self.phase
             do[done]()
-        self._observer(None)
+            self._observer(None)
 
     # --- recording ------------------------------------------------------------------------------------------------
 

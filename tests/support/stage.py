@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ from launcher import adoption
 from launcher.controller import Controller
 from launcher.gang import Gang
 from launcher.lock import ControllerLock
-from launcher.run import EventKind, RunState
+from launcher.run import EventKind, RunEvent, RunState
 from launcher.store import RunStore
 from tests.support.fakes import FakeBackend, FakeClock, FakeGang, tiny_request
 
@@ -22,6 +23,7 @@ class Stage:
         self.store = RunStore.create(self.request)
         self.clock = FakeClock()
         self.backend = FakeBackend(nodes)
+        self.observer: Callable[[RunEvent | None], None] = lambda event: None
         self.controller: Controller
         self.renew()
         adoption.begin(self.controller)
@@ -30,7 +32,13 @@ class Stage:
         self.gang = FakeGang(self.clock)
         self.lock = ControllerLock.acquire(self.store.paths)
         self.controller = Controller(
-            self.store, self.request, self.backend, gang=cast(Gang, self.gang), lock=self.lock, clock=self.clock
+            self.store,
+            self.request,
+            self.backend,
+            gang=cast(Gang, self.gang),
+            lock=self.lock,
+            clock=self.clock,
+            observer=lambda event: self.observer(event),
         )
 
     def state(self) -> RunState:

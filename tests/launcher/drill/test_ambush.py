@@ -63,15 +63,14 @@ def test_while_others_are_stopped(tmp_path: Path, signals: list[tuple[int, int]]
 
 def test_not_before_its_step_and_not_in_another_phase(tmp_path: Path, signals: list[tuple[int, int]]) -> None:
     stage, waylaid = ambushed(tmp_path, "gather", step=7)
-    waylaid.look(stage.controller, None)  # it gathers, but no step was made
-    fall(stage)
-    waylaid.look(stage.controller, None)
+    stage.observer = lambda event: waylaid.look(stage.controller, event)
+    fall(stage)  # it gathers first, but no step was made
     assert signals == []
     for node in "ab":
         stage.gang.say("killed", node, attempt=1)
-    stage.turn()
     with pytest.raises(Killed):
-        waylaid.look(stage.controller, None)
+        stage.turn()
+    assert len(stage.store.run().attempts) == 1  # before it could start the next
 
 
 def test_a_run_without_an_ambush_is_left_alone(tmp_path: Path, signals: list[tuple[int, int]]) -> None:
