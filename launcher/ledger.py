@@ -90,14 +90,16 @@ class _Book:
     def _target(self, event: RunEvent) -> str | None:
         kind, data = event.kind, event.data
         if kind is EventKind.ATTEMPT_PLANNED:
-            self._restart = data.get("reason") in ("restart", "grow")
+            self._restart = data.get("reason") in ("restart", "grow", "move")
             return "place" if self._restart else "start"
         if kind is EventKind.RANKS_SPAWNED:
             return "restore" if self._restart or data.get("resume_from") else "start"
         if kind is EventKind.GANG_STOPPED:
             return None if data.get("failure", "?") else "place"  # with no failure there is nothing to decide
-        if kind is EventKind.DECISION and data.get("action") == "grow":
-            return None  # the ranks go on until their next checkpoint
+        if kind is EventKind.DECISION and data.get("action") in ("grow", "replace", "leave", "adopt"):
+            return None  # the ranks go on
+        if kind is EventKind.DECISION and data.get("action") == "wait":
+            return "wait"
         if kind is EventKind.DECISION:
             return "wait" if float(data.get("delay_s", 0.0)) > 0 else "place"
         return {
