@@ -1,8 +1,8 @@
 """The controller's side of its agents: one connection per node, and what is seen through them.
 
 A single-threaded loop that never blocks longer than :meth:`Gang.poll` is told to. A node is lost when its connection
-ends or when nothing was heard of it for ``detect_s`` *while we listened*: time in which this process itself was
-stopped does not count against the nodes.
+ends or when nothing was heard of it for most of ``detect_s`` *while we listened*: time in which this process itself was
+stopped does not count against the nodes. From a cut link to the decision of the survivors it takes ``detect_s``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ EnvOf = Callable[[int, int, int, int, str, int], Mapping[str, str]]
 """``(rank, node_rank, local_rank, local_world_size, master_addr, master_port)`` to the rank's variables."""
 
 _CONNECT_S = 10.0
+_SILENCE = 0.8  # of detect_s: the rest is for the last beat before the silence, and for the decision
 
 __all__ = ["EnvOf", "Gang", "Link", "Observation"]
 
@@ -73,7 +74,7 @@ class Gang:
         secret: The run's secret.
         epoch: Incarnation of the controller.
         clock: Monotonic seconds.
-        detect_s: A node that is silent for so long is lost.
+        detect_s: From the silence of a node until it counts as lost, and everything is decided that follows from it.
         wall: UTC seconds.
 
     Attributes:
@@ -127,7 +128,7 @@ class Gang:
             return
         self._selector.register(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, link)
 
-    def _lose(self, link: Link, why: str) -> None:
+    def _lose(self, link: Link, why: str, *, silent: bool = False) -> None:
         if self.links.get(link.address.node) is not link:
             return
         del self.links[link.address.node]
@@ -136,7 +137,8 @@ class Gang:
             self._selector.unregister(link.stream.sock)
         link.stream.close(why)
         if not link.leaving:
-            self._inbox.add("agent_lost", link.address.node, {"why": why, "incarnation": link.address.incarnation})
+            data = {"why": why, "incarnation": link.address.incarnation, "silent": silent}
+            self._inbox.add("agent_lost", link.address.node, data)
 
     def drop(self, node: str, why: str) -> None:
         """Give a node up: its link ends with ``agent_lost``, and this incarnation of its agent is not met again."""
@@ -208,8 +210,8 @@ class Gang:
         self._listened_at = now
         for link in list(self.links.values()):
             link.silent_s += listened_s
-            if link.up and link.silent_s > self._detect_s:
-                self._lose(link, f"nothing was heard for {self._detect_s:g} s")
+            if link.up and link.silent_s > _SILENCE * self._detect_s:
+                self._lose(link, f"nothing was heard for {link.silent_s:.1f} s, and nothing was closed", silent=True)
             elif not link.up and link.silent_s > max(self._detect_s, _CONNECT_S):
                 self._lose(link, f"no answer from {link.address.host}:{link.address.port}")
 
@@ -331,6 +333,11 @@ class Gang:
         self._order = None
         for link in [link for link in self.links.values() if link.up]:
             self._send(link, {"op": "kill", "attempt": attempt, "grace_s": grace_s})
+
+    def leave(self, attempt: int, after: int) -> None:
+        """Ask every rank of an attempt to save and leave when it has completed step ``after``."""
+        for link in [link for link in self.links.values() if link.up]:
+            self._send(link, {"op": "leave", "attempt": attempt, "after": after})
 
     def dump(self, attempt: int) -> None:
         """Ask every node where the ranks of an attempt stand; each rank answers with ``stack``."""

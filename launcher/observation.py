@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 ObservationKind = Literal[
-    "agent_up", "agent_lost", "report", "exit", "killed", "spawned", "leaving", "pool", "stack", "fenced"
+    "agent_up", "agent_lost", "report", "exit", "killed", "spawned", "notice", "leaving", "pool", "stack", "fenced"
 ]
 
 
@@ -18,9 +18,11 @@ class Observation:
     Attributes:
         kind: ``agent_up`` (data: the welcome: ``attempt``, ``epoch_of_attempt``, ``ranks``, ``cursor``, ``slots``, and
             then everything that the agent remembers of its attempt follows as if it happened now), ``agent_lost``
-            (``why``), ``report`` (a rank's report with ``rank`` and ``attempt``; its kind is ``data["kind"]``),
-            ``exit`` (``rank``, ``attempt``, ``pid``, ``code``, ``signal``, ``requested``: we had it killed,
-            ``log_tail``), ``spawned`` (``attempt``, ``ranks``), ``killed`` (``attempt``), ``leaving`` (``reason``),
+            (``why``; ``silent``: nothing was closed), ``report`` (a rank's report with ``rank`` and ``attempt``; its
+            kind is ``data["kind"]``), ``exit`` (``rank``, ``attempt``, ``pid``, ``code``, ``signal``,
+            ``requested``: we had it killed, ``log_tail``), ``spawned`` (``attempt``, ``ranks``),
+            ``killed`` (``attempt``), ``leaving`` (``reason``), ``notice`` (``reason``, ``within_s``: the node will be
+            taken away after so many seconds),
             ``pool`` (``state``, ``reason``), ``stack`` (``rank``, ``attempt``, ``state``, ``stack``: where a rank
             stands, see :mod:`launcher.host.stacks`), ``fenced`` (``epoch``: who owns the agent now).
         node: The node.

@@ -301,9 +301,7 @@ def _stopped(run: Run, event: RunEvent) -> Run:
     if kind:
         fall = Fall(kind=kind, time=event.time, node=str(data.get("node", "")))
         run = replace(run, failures=(*run.failures, fall))
-    return _progressed(
-        _with_attempt(run, ended=event.time, cause=data.get("cause"), last_step=_last_step(run, event))
-    )
+    return _progressed(_with_attempt(run, ended=event.time, cause=data.get("cause"), last_step=_last_step(run, event)))
 
 
 def _progressed(run: Run) -> Run:

@@ -44,7 +44,6 @@ class Answer:
     decision: Decision | None = None
 
 
-
 class Sizing:
     """Answers for one request.
 

@@ -26,6 +26,7 @@ WINDOW = 16  # steps
 SLOW = 1.2  # the median of the window is larger than this ...
 CLEARLY = 1.1  # ... and most steps of it than this
 MOST = 13
+NOISE = 2.0  # ... and, where times are noisy, larger than 1 by so many typical deviations from 1 of a single step
 MATTERS = 0.05  # of the step, else nobody would gain by another node
 WARM_UP = 3  # the first steps of an attempt compile, allocate and connect
 LEARNED = 32  # steps from which a rank's own pace is learned
@@ -61,12 +62,28 @@ class _Window:
         self.ratios.append(ratio)
         self.above += ratio > CLEARLY
 
-    def verdict(self) -> float:
-        """The median ratio where it is one of a slow rank, else 0."""
+    def verdict(self, slow: float) -> float:
+        """The median ratio where it is larger than ``slow`` and most are clearly above 1, else 0."""
         if self.above < MOST:
             return 0.0
         median = statistics.median(self.ratios)
-        return median if median > SLOW else 0.0
+        return median if median > slow else 0.0
+
+
+@dataclass(slots=True)
+class _Noise:
+    """How far ratios are from 1 in a typical step. Leaves out the newest steps: a straggler must not pass for noise."""
+
+    deviation: float = 0.0
+    older: deque[float] = field(default_factory=lambda: deque(maxlen=20 * WINDOW))
+    newest: list[float] = field(default_factory=list)
+
+    def add(self, ratios: Sequence[float]) -> None:
+        self.newest.append(statistics.median(abs(ratio - 1) for ratio in ratios))
+        if len(self.newest) == 3 * WINDOW:
+            self.older.extend(self.newest[:WINDOW])
+            del self.newest[:WINDOW]
+            self.deviation = statistics.median(self.older)
 
 
 class Pace:
@@ -83,6 +100,7 @@ class Pace:
         self._against_past = [_Window() for _ in peers]
         self._past: list[list[float]] = [[] for _ in peers]
         self._usual: list[float] = []
+        self._noise = _Noise()
         self._seen = 0
         self._named: set[int] = set()
 
@@ -101,9 +119,11 @@ class Pace:
         if self._seen <= WARM_UP or min(own_s) <= 0:
             return []
         medians = {group: _median_of(group, own_s) for group in self._groups}
-        for rank, peers in enumerate(self._peers):
-            if peers:
-                self._against_peers[rank].add(own_s[rank] / medians[tuple(peers)])
+        ratios = {rank: own_s[rank] / medians[tuple(peers)] for rank, peers in enumerate(self._peers) if peers}
+        for rank, ratio in ratios.items():
+            self._against_peers[rank].add(ratio)
+        if ratios:
+            self._noise.add(list(ratios.values()))
         self._compare_with_the_past(own_s)
         return self._judge(step, own_s, step_s)
 
@@ -120,11 +140,13 @@ class Pace:
         for rank, window in enumerate(self._against_past):
             others = common if len(drift) > _FEW else _median_without(drift, rank)
             window.add(drift[rank] / others)
+        if not self._groups:
+            self._noise.add([one / common for one in drift])
 
     def _judge(self, step: int, own_s: Sequence[float], step_s: float) -> list[Slow]:
-        found = []
+        found, limit = [], max(SLOW, 1 + NOISE * self._noise.deviation)
         for rank, windows in enumerate(zip(self._against_peers, self._against_past, strict=True)):
-            ratio = max(window.verdict() for window in windows)
+            ratio = max(window.verdict(limit) for window in windows)
             if not ratio:
                 if rank in self._named and all(window.above * 2 < WINDOW for window in windows):
                     self._named.discard(rank)
@@ -217,9 +239,7 @@ class StragglerWatch:
         at, node = Topology(plan).coordinates(slow.rank), self._nodes[slow.rank]
         name = f"rank {slow.rank} on {node} (pipe {at.pipe}, data {at.data}, model {at.model})"
         detail = f"{name} takes {slow.ratio:.2f}x as long as it should for its part of a step, {own_s:.3g} s"
-        return Failure(
-            kind=FailureKind.STRAGGLER, time=when, node=node, rank=slow.rank, step=slow.step, detail=detail
-        )
+        return Failure(kind=FailureKind.STRAGGLER, time=when, node=node, rank=slow.rank, step=slow.step, detail=detail)
 
     def take(self) -> list[tuple[Failure, float]]:
         """What was found since the last time, with the ratio of own times."""

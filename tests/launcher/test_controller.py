@@ -9,9 +9,10 @@ from typing import Any, cast
 import pytest
 
 from launcher import adoption
-from launcher.controller import Fenced, Phase
+from launcher.controller import Phase
 from launcher.gang import Gang
 from launcher.lock import ControllerLock
+from launcher.logbook import Fenced
 from launcher.run import EventKind, RunState
 from launcher.store import create_exclusive
 from launcher.supervise import request_cancel
@@ -388,7 +389,7 @@ def test_a_spare_that_comes_while_the_gang_runs_is_made_ready(tmp_path: Path) ->
     stage.clock.now += 5.0
     stage.turn(2)
     assert ("connect", "c-0") in stage.gang.calls
-    assert "c" in stage.controller.up
+    assert "c" in stage.controller.muster.up
 
 
 def test_a_manifest_that_cannot_be_read_is_named_in_the_log(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any, cast
 import pytest
 
 from launcher import adoption
-from launcher.controller import LEFT, Phase
+from launcher.controller import Phase
+from launcher.departure import FOR_MORE as LEFT
 from launcher.describe import brief, describe
 from launcher.gang import Gang
 from launcher.ledger import CLASSES, ledger

@@ -55,9 +55,9 @@ def test_a_rank_inherits_exactly_what_it_needs(agents: Agents) -> None:
     watcher = agents.watch("n0")
     watcher.spawn(1, {"n0": [0, 1]}, FAKE="look,done")
     first, second = seen_by(watcher, agents, 0), seen_by(watcher, agents, 1)
-    report, store = int(first["env"]["PHALANX_REPORT_FD"]), int(first["env"]["PHALANX_STORE_FD"])
-    assert set(first["fds"]) == {0, 1, 2, report, store}
-    assert set(second["fds"]) == {0, 1, 2, int(second["env"]["PHALANX_REPORT_FD"])}
+    report, order, store = (int(first["env"][f"PHALANX_{name}_FD"]) for name in ("REPORT", "ORDER", "STORE"))
+    assert set(first["fds"]) == {0, 1, 2, report, order, store}
+    assert set(second["fds"]) == {0, 1, 2, *(int(second["env"][f"PHALANX_{name}_FD"]) for name in ("REPORT", "ORDER"))}
     assert second["env"]["PHALANX_STORE_FD"] == "-1"
     assert first["stdin"] == "/dev/null"
     assert first["session"] == first["group"] == first["pid"]
