@@ -134,15 +134,15 @@ class Controller:
             self.observe(seen)
         if not self._cancelling and self.store.paths.cancel.exists():
             self._begin_cancel()
-        acts = {
-            Phase.GATHER: self._gather,
-            Phase.RUN: self._watch,
-            Phase.STOP: self._stop,
-            Phase.BACKOFF: self._back_off,
-        }
-        handler = acts.get(self.phase)
-        if handler is not None:
-            handler()
+        match self.phase:
+            case Phase.GATHER:
+                self._gather()
+            case Phase.RUN:
+                self._watch()
+            case Phase.STOP:
+                self._stop()
+            case Phase.BACKOFF if self.clock.monotonic() >= self._until:
+                self.enter(Phase.GATHER)
         self._observer(None)
 
     # --- recording ------------------------------------------------------------------------------------------------

@@ -202,9 +202,12 @@ def test_successor_adopts_the_live_gang(tmp_path: Path) -> None:
     adoption.begin(stage.controller)
     stage.turn()
     news = stage.store.events()[before:]
-    assert [event.kind for event in news] == [EventKind.CONTROLLER_STARTED, EventKind.CHECKPOINT_COMMITTED]
+    kinds = [EventKind.CONTROLLER_STARTED, EventKind.DECISION, EventKind.CHECKPOINT_COMMITTED]
+    assert [event.kind for event in news] == kinds
     assert news[0].data["adopted"] is True
-    assert news[1].data["step"] == 10
+    assert news[1].data["action"] == "adopt"
+    assert "taking it over loses 0 steps, a restart " in news[1].data["reason"]
+    assert news[2].data["step"] == 10
     assert stage.store.run().attempts[-1].number == 1
     assert not [call for call in stage.gang.calls if call[0] in ("spawn", "kill")]
 

@@ -208,7 +208,7 @@ def test_the_next_failure_of_a_smaller_gang_waits_for_nobody(tmp_path: Path) -> 
     stage.start()
     run = stage.store.run()
     assert [attempt.plan for attempt in run.attempts[1:]] == [run.attempts[1].plan] * 2
-    assert [action for action, _ in decisions(stage)] == ["restart", "shrink", "restart"]
+    assert [action for action, _ in decisions(stage)] == ["restart", "wait", "shrink", "restart"]
     assert run.restarts == 2
 
 
