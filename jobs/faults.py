@@ -7,7 +7,7 @@
 ``rank_stop``  ``rank``          SIGSTOP of the rank
 ``rank_spin``  ``rank``          the rank holds the interpreter's lock for ever
 ``rank_deadlock`` ``rank``       the rank waits for a message that nobody sends
-``rank_slow``  ``rank``          from that step on the rank makes every step take 1.3 times as long, until its process ends
+``rank_slow``  ``rank``          from that step on, until its process ends, the rank makes steps take 1.3 times as long
 ``nan_grad``   ``rank``          a gradient of the rank is NaN in that step
 ``loss_spike`` ``rank``          what the rank's layers put out is 100 times too large in that step; ranks of the last
                                  pipeline stage only, for there the loss is made
