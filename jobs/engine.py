@@ -46,6 +46,7 @@ from torch import nn
 from jobs import distributed
 from jobs.distributed import Grid
 from jobs.models.gpt import Decoder, LayerSpec, LossFunction, Recipe, layer_specs, stage_bounds
+from jobs.own_time import OwnTime
 from jobs.parallel.meta import ParamMeta
 from jobs.spec import JobSpec, RankEnv
 from strategies.errors import PlanInfeasible, Violation
@@ -78,12 +79,14 @@ class Engine:
         ds: DeepSpeed's engine: a ``PipelineEngine`` when the plan has stages, else a ``DeepSpeedEngine``.
         grid: This rank's place in the gang.
         plan: The plan.
+        own_time: Sees what this rank waits for others.
     """
 
-    def __init__(self, ds: Any, grid: Grid, plan: ParallelPlan) -> None:
+    def __init__(self, ds: Any, grid: Grid, plan: ParallelPlan, own_time: OwnTime) -> None:
         self.ds = ds
         self.grid = grid
         self.plan = plan
+        self.own_time = own_time
         self._own_norm: torch.Tensor | None = None
         if _unwrapped_optimizer(ds):
             ds.clip_fp32_gradients = lambda: None  # done by the hook, which also keeps the norm
@@ -106,10 +109,13 @@ class Engine:
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # assigned: a look at the original probes ops
         os.environ["LOCAL_RANK"] = str(env.local_rank)  # DeepSpeed reads it in several places
         distributed.init_process_group(env, accelerator.communication_backend_name())
+        immediate = accelerator.is_synchronized_device()
+        own_time = OwnTime(None if immediate else lambda: accelerator.Event(enable_timing=True))
+        own_time.install()  # before DeepSpeed looks the functions up
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its topology
             deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
             ds, grid = (_pipelined if job.plan.pp > 1 else _unpipelined)(job)
-        return cls(ds, grid, job.plan)
+        return cls(ds, grid, job.plan, own_time)
 
     @property
     def device(self) -> torch.device:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import signal
+import statistics
+import time
+from collections import deque
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from jobs.spec import RankEnv
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+SLOWDOWN = 1.3  # a step of a slow rank takes this many times as long as before
 SPIKE = 100.0  # the output of the rank's layers becomes this many times larger
 _UNUSED_TAG = 7919
 
@@ -47,6 +51,39 @@ def spoil(kind: str, module: nn.Module) -> Removable:
 
 def _not_a_number(gradient: torch.Tensor) -> torch.Tensor:
     return gradient * float("nan")
+
+
+class Drag:
+    """Makes the steps of this rank longer, by sleeping in the first forward pass of each."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._steps: deque[float] = deque(maxlen=50)
+        self._sleep_s = 0.0
+        self._due = False
+
+    def step_begin(self) -> None:
+        """A step begins."""
+        self._began, self._due = time.perf_counter(), True
+
+    def step_end(self) -> None:
+        """A step has ended; how long it took is remembered until the fault begins."""
+        if not self._sleep_s:
+            self._steps.append(time.perf_counter() - self._began)
+
+    def begin(self, module: nn.Module) -> None:
+        """From the next forward pass on.
+
+        Args:
+            module: This rank's part of the model.
+        """
+        self._sleep_s = (SLOWDOWN - 1) * (statistics.median(self._steps) if self._steps else 1.0)
+        module.register_forward_pre_hook(lambda _module, _inputs: self._pause())
+
+    def _pause(self) -> None:
+        if self._due:
+            self._due = False
+            time.sleep(self._sleep_s)
 
 
 def hold_the_interpreter() -> NoReturn:

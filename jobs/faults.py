@@ -7,9 +7,9 @@
 ``rank_stop``  ``rank``          SIGSTOP of the rank
 ``rank_spin``  ``rank``          the rank holds the interpreter's lock for ever
 ``rank_deadlock`` ``rank``       the rank waits for a message that nobody sends
+``rank_slow``  ``rank``          from that step on, until its process ends, the rank makes steps take 1.3 times as long
 ``nan_grad``   ``rank``          a gradient of the rank is NaN in that step
-``loss_spike`` ``rank``          what the rank's layers put out is 100 times too large in that step; ranks of the last
-                                 pipeline stage only, for there the loss is made
+``loss_spike`` ``rank``          what the rank puts out is 100 times too large in that step; last pipeline stage only
 ``node_kill``  ``node``          SIGKILL of everything on the node: the raylet above the rank, the host agent, all below
 ``agent_kill`` ``node``          SIGKILL of the host agent alone
 =============  ================  ====================================================================================
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from jobs.checkpoint.layout import sync_dir, write_durably
-from jobs.fault_acts import Removable, hold_the_interpreter, spoil, wait_for_death, wait_for_nobody
+from jobs.fault_acts import Drag, Removable, hold_the_interpreter, spoil, wait_for_death, wait_for_nobody
 from jobs.numerics import LEAST_SEEN
 from jobs.paths import RunPaths
 from jobs.proctree import ancestors, descendants, kill_own_trees
@@ -48,6 +48,7 @@ Kind = Literal[
     "rank_stop",
     "rank_spin",
     "rank_deadlock",
+    "rank_slow",
     "nan_grad",
     "loss_spike",
     "node_kill",
@@ -257,6 +258,7 @@ class FaultInjector:
         self._folder = RunPaths(env.run_dir).faults
         self._model: Any = None
         self._spoiled: list[Removable] = []
+        self._drag = Drag()
         self._mine = [(name, fault) for name, fault in named(texts) if self._concerns(fault)]
 
     def _concerns(self, fault: Fault) -> bool:
@@ -271,11 +273,13 @@ class FaultInjector:
     def step_begin(self, step: int) -> None:
         """See :class:`jobs.hooks.Hooks`."""
         self._reached("step_begin", step)
+        self._drag.step_begin()
 
     def step_end(self, step: int) -> None:
         """See :class:`jobs.hooks.Hooks`."""
         while self._spoiled:
             self._spoiled.pop().remove()
+        self._drag.step_end()
         self._reached("step_end", step)
 
     def checkpoint_begin(self, step: int) -> None:
@@ -318,6 +322,8 @@ class FaultInjector:
                 hold_the_interpreter()
             case "rank_deadlock":
                 wait_for_nobody(self._env)
+            case "rank_slow":
+                self._drag.begin(self._model)
             case "nan_grad" | "loss_spike":
                 self._spoiled.append(spoil(fault.kind, self._model))
             case "agent_kill":

@@ -176,6 +176,7 @@ class RankEnv:
         resume_from: Checkpoint to restore: path of its manifest (``pretrain``) or folder (``script``); empty for none.
         report_fd: File descriptor to write reports to (:mod:`jobs.report`); -1 for none.
         store_fd: Listening socket for the rendezvous store, already bound (rank 0 only); -1 for none.
+        order_fd: Where the agent's word to leave is read (:mod:`jobs.orders`); -1 for none.
     """
 
     rank: int
@@ -192,6 +193,7 @@ class RankEnv:
     resume_from: str = ""
     report_fd: int = -1
     store_fd: int = -1
+    order_fd: int = -1
 
     @property
     def checkpoint_dir(self) -> str:
@@ -241,4 +243,5 @@ _VARIABLES = {
     "resume_from": "PHALANX_RESUME_FROM",
     "report_fd": "PHALANX_REPORT_FD",
     "store_fd": "PHALANX_STORE_FD",
+    "order_fd": "PHALANX_ORDER_FD",
 }

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launcher import progress
-from launcher.controller import LEFT, STOP_PATIENCE_S, Controller, Phase
+from launcher.controller import STOP_PATIENCE_S, Controller
+from launcher.departure import CAUSE
 from launcher.gang import Observation
 from launcher.gang_state import GangState
 from launcher.lock import identity
-from launcher.recovery import Failure, FailureKind
-from launcher.run import EventKind, RunState
+from launcher.phase import Phase
+from launcher.recovery import Action, Decision, Failure, FailureKind
+from launcher.run import EventKind, Run, RunState
 from launcher.sizing import plan_of, wanted_of
 from launcher.store import read_json
 from strategies.codec import from_json, to_json
@@ -35,7 +37,7 @@ def begin(controller: Controller, *, resume: Mapping[str, Any] | None = None, ad
     attempt = controller.run.attempt
     unfinished = attempt is not None and attempt.ended is None
     if unfinished and adopt and _adoptable(controller, welcomes):
-        _adopt(controller, resume or {})
+        _adopt(controller, welcomes, resume or {})
         for seen in heard:
             controller.observe(seen)
         return
@@ -47,7 +49,7 @@ def begin(controller: Controller, *, resume: Mapping[str, Any] | None = None, ad
         controller.start_reason = "resume"
         return
     if attempt is not None:
-        controller.start_reason = "grow" if attempt.cause == LEFT else "restart"
+        controller.start_reason = _reason_after(controller.run)
     if unfinished:
         _lost_gang(controller)
 
@@ -92,7 +94,25 @@ def _adoptable(controller: Controller, welcomes: Welcomes) -> bool:
     )
 
 
-def _adopt(controller: Controller, resume: Mapping[str, Any]) -> None:
+def _reason_after(run: Run) -> str:
+    """Why the next attempt will be made, after one that has ended."""
+    assert run.attempt is not None
+    if run.failures and run.failures[-1].kind == FailureKind.PREEMPTED and run.failures[-1].time == run.attempt.ended:
+        return "move"
+    return next((reason for reason, cause in CAUSE.items() if cause == run.attempt.cause), "restart")
+
+
+def _remember_orders(controller: Controller, state: GangState, welcomes: Welcomes) -> None:
+    """What the ranks were asked to do before this controller came: to leave after a step, or at a checkpoint."""
+    state.leave_after = max((int(welcomes[node].get("leave_after", 0)) for node in state.placement), default=0)
+    if state.leave_after:
+        state.leaving = "move"
+    elif controller.store.paths.leave(state.attempt).exists():
+        excluded = any(controller.run.excluded.get(node, 0.0) > controller.clock.time() for node in state.placement)
+        state.leaving = "move" if excluded else "grow"
+
+
+def _adopt(controller: Controller, welcomes: Welcomes, resume: Mapping[str, Any]) -> None:
     """Take over the live attempt. Its agents replay what they have seen, so nothing is missed."""
     attempt = controller.run.attempt
     assert attempt is not None
@@ -115,14 +135,19 @@ def _adopt(controller: Controller, resume: Mapping[str, Any]) -> None:
         first_step=attempt.first_step,
         last_step=max(attempt.last_step, last_metric_step(controller, attempt.number)),
         training=controller.run.state is RunState.RUNNING,
-        leaving=controller.store.paths.leave(attempt.number).exists(),
     )
+    _remember_orders(controller, controller.state, welcomes)
     if controller.state.training and not controller.state.script:
         controller.hangs.begin(plan, controller.clock.monotonic())
+        controller.departure.stragglers.begin(plan)
     if not controller.state.training:
         controller.first_step_by = controller.clock.monotonic() + controller.request.recovery.start_timeout_s
     wish = {"id": resume["id"]} if "id" in resume else {}
     controller.record(EventKind.CONTROLLER_STARTED, **identity(), adopted=True, **wish)
+    since = controller.state.last_step - max(controller.run.committed_step, attempt.first_step - 1)
+    words = f"all {len(attempt.nodes)} nodes answer and hold attempt {attempt.number} at step "
+    words += f"{controller.state.last_step}: taking it over loses 0 steps, a restart {max(0, since)}"
+    controller.record(EventKind.DECISION, **Decision(action=Action.ADOPT, reason=words).fields)
     controller.enter(Phase.RUN)
 
 

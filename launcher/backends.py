@@ -110,6 +110,7 @@ def agent_options(request: LaunchRequest) -> dict[str, Any]:
         "detect_s": recovery.detect_s,
         "lease_s": recovery.lease_s,
         "grace_s": recovery.grace_s,
+        "preempt_grace_s": recovery.preempt_grace_s,
     }
     # A script imports what it needs by itself: a pool that has imported torch would be of no use to it.
     return options if request.job.kind == "pretrain" else options | {"warm": ""}

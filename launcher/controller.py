@@ -12,29 +12,31 @@ directory, so it may be killed between any two instructions: its successor folds
     BACKOFF <--restart------ STOP --give up, cancelled--> END
 
 How large the next gang is, is the business of :mod:`launcher.sizing`: with too few nodes GATHER waits, and then goes on
-with a smaller plan; once they are back, the ranks are asked to leave at a checkpoint (RUN, STOP, GATHER).
+with a smaller plan. Why ranks leave although all is well (RUN, STOP, GATHER) is that of :mod:`launcher.departure`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from launcher import progress, rank_errors, recovery, roster
+from launcher import exclusion, progress, rank_errors, recovery, roster
 from launcher.backend import AgentAddress, Backend
 from launcher.clock import Clock
+from launcher.departure import CAUSE, Departure
 from launcher.gang import Gang, Observation
 from launcher.gang_state import GangState, Note, spawn
 from launcher.hang_watch import HangWatch
-from launcher.lineup import form
+from launcher.lineup import form, swapped
 from launcher.lock import ControllerLock
+from launcher.logbook import Fenced, Logbook
 from launcher.memory_tier import MemoryTier
 from launcher.muster import Muster
-from launcher.recovery import Action, Failure, FailureKind
+from launcher.phase import Phase
+from launcher.recovery import Action, Decision, Failure, FailureKind
 from launcher.request import LaunchRequest
-from launcher.run import EventKind, Run, RunEvent, RunState, apply
+from launcher.run import EventKind, Run, RunEvent, RunState
 from launcher.sizing import Sizing
 from launcher.store import RunStore, dump, write_atomic
 from strategies.errors import ClusterError
@@ -42,22 +44,7 @@ from strategies.plan import ParallelPlan
 
 STOP_PATIENCE_S = 10.0  # an agent that has not confirmed the end of its ranks by then is taken for lost
 GATHER_NOTICE_S = 3.0  # waiting for nodes shorter than this is not worth a line in the log
-LEFT = "it left at a checkpoint, for a larger plan"
 LATE = (EventKind.CHECKPOINT_COMMITTED, EventKind.POOL_UNSAFE)  # still true of an attempt that is being stopped
-
-
-class Phase(enum.Enum):
-    """What the controller is busy with."""
-
-    GATHER = "gather"
-    RUN = "run"
-    STOP = "stop"
-    BACKOFF = "backoff"
-    END = "end"
-
-
-class Fenced(Exception):
-    """A later epoch exists: this controller must touch nothing any more."""
 
 
 class Controller:
@@ -90,7 +77,7 @@ class Controller:
         self.gang = gang
         self.lock = lock
         self.clock = clock
-        self.run: Run = store.run()
+        self.log = Logbook(store, lock, observer)
         self.phase = Phase.GATHER
         self.state: GangState | None = None
         self.start_reason = "start"
@@ -101,6 +88,9 @@ class Controller:
             first_s=request.recovery.start_timeout_s,
             save_s=request.recovery.save_timeout_s,
         )
+        self.departure = Departure(
+            request, store.paths, sizing=self.sizing, muster=self.muster, clock=clock, record=self.record
+        )
         self._observer = observer
         self._since = clock.monotonic()  # of the present phase
         self._until = 0.0  # end of the back-off (monotonic)
@@ -108,9 +98,9 @@ class Controller:
         self._noticed = self._cancelling = False
 
     @property
-    def up(self) -> dict[str, AgentAddress]:
-        """The nodes that can be used now."""
-        return self.muster.up
+    def run(self) -> Run:
+        """The run, as its log tells it."""
+        return self.log.run
 
     def follow(self) -> RunState:
         """Turn until the run has ended.
@@ -128,7 +118,10 @@ class Controller:
         if self.lock.lost():
             raise Fenced
         self.lock.beat()
-        for seen in self.gang.poll(timeout_s):
+        heard = self.gang.poll(timeout_s)
+        if self.lock.lost():  # while we listened, or while this process was stopped: what we heard is stale
+            raise Fenced
+        for seen in heard:
             self.observe(seen)
         if not self._cancelling and self.store.paths.cancel.exists():
             self._begin_cancel()
@@ -142,13 +135,24 @@ class Controller:
     # --- recording ------------------------------------------------------------------------------------------------
 
     def record(self, kind: EventKind, *, attempt: int | None = None, **data: Any) -> None:
-        """Write one event, durably, before anything that depends on it is done."""
-        number = attempt if attempt is not None else (self.state.attempt if self.state else 0)
-        event = self.store.draft(kind, epoch=self.lock.epoch, attempt=number, **data)
-        after = apply(self.run, event)  # an event that cannot follow is our bug, and must not reach the log
-        self.store.commit(event)
-        self.run = after
-        self._observer(event)
+        """Write one event, durably, before anything that depends on it is done.
+
+        Raises:
+            Fenced: Another controller has taken over; nothing was written.
+        """
+        self.log.record(kind, attempt=self._number if attempt is None else attempt, **data)
+        self.muster.excluded = self.run.excluded
+
+    @property
+    def _number(self) -> int:
+        return self.state.attempt if self.state else 0
+
+    def decide(self, decision: Decision | None) -> None:
+        """Put a decision on record, if there is one; giving up ends the run."""
+        if decision is not None:
+            self.record(EventKind.DECISION, **decision.fields)
+        if decision is not None and decision.action is Action.GIVE_UP:
+            self.end(EventKind.RUN_FAILED, reason=decision.reason)
 
     def enter(self, phase: Phase) -> None:
         """Change the phase."""
@@ -156,7 +160,7 @@ class Controller:
         self._since = self.clock.monotonic()
         self._noticed = False
         if phase is Phase.GATHER:
-            self.memory.ready(self.gang, self.up)  # asks now, so that the answers are what ends the next poll
+            self.memory.ready(self.gang, self.muster.up)  # asks now, so that the answers are what ends the next poll
 
     # --- observing ------------------------------------------------------------------------------------------------
 
@@ -168,6 +172,7 @@ class Controller:
         if self.state is None:
             return
         self.hangs.note(seen, self.clock.monotonic())
+        self.departure.stragglers.note(seen)
         for found in self.state.observe(seen):
             if isinstance(found, Failure):
                 self._suspect(found)
@@ -199,36 +204,36 @@ class Controller:
             self.first_step_by = None
             if not self.state.script:  # a script reports no steps
                 self.hangs.begin(self.state.plan, self.clock.monotonic())
+                self.departure.stragglers.begin(self.state.plan)
         self.record(note.kind, **note.data)
 
     # --- gathering nodes and starting ranks -----------------------------------------------------------------------
 
     def _gather(self) -> None:
-        if self._already_complete() or not self.memory.ready(self.gang, self.up):
+        final = progress.completed(self.store.paths, self.request.job)
+        if final:  # the ranks finished while no controller looked
+            self.end(EventKind.RUN_SUCCEEDED, step=final["step"], weights_digest=final.get("weights_digest"))
+            return
+        if not self.memory.ready(self.gang, self.muster.up):
             return
         self.muster.call_up(self.gang, urgent=True)
         waited, why = self.clock.monotonic() - self._since, self.backend.why_missing
         resumed = self.start_reason == "resume"
-        answer = self.sizing.choose(self.run, up=len(self.up), waited_s=waited, resumed=resumed, why=why)
+        nodes, back = self.muster.choose(lambda count: self.sizing.largest(count) is not None)
+        answer = self.sizing.choose(self.run, up=len(nodes), waited_s=waited, resumed=resumed, why=why)
         if answer.plan is not None:
-            if answer.decision is not None:
-                self.record(EventKind.DECISION, **answer.decision.fields)
-            self._start(answer.plan)
-        elif answer.decision is not None:
-            self.end(EventKind.RUN_FAILED, reason=answer.decision.reason)
+            if back:
+                self.record(EventKind.NODE_READMITTED, nodes=list(back), reason="without it there is no legal plan")
+            self.decide(answer.decision)
+            self._start(answer.plan, nodes)
+        elif answer.decision is None or answer.decision.action is Action.GIVE_UP:
+            self.decide(answer.decision)
         elif waited > GATHER_NOTICE_S and not self._noticed and self.run.attempts:
             self._noticed = True
-            self.record(EventKind.WAITING_FOR_NODES, have=len(self.up), need=self.sizing.need, why=why())
+            self.decide(answer.decision)
+            self.record(EventKind.WAITING_FOR_NODES, have=len(nodes), need=self.sizing.need, why=why())
 
-    def _already_complete(self) -> bool:
-        """The ranks may have finished while no controller looked."""
-        final = progress.final_record(self.store.paths)
-        if self.request.job.kind == "script" or int(final.get("step", 0)) < self.request.job.train.steps:
-            return False
-        self.end(EventKind.RUN_SUCCEEDED, step=final["step"], weights_digest=final.get("weights_digest"))
-        return True
-
-    def _start(self, plan: ParallelPlan) -> None:
+    def _start(self, plan: ParallelPlan, nodes: Mapping[str, AgentAddress]) -> None:
         wanted, paths = self.request.job, self.store.paths
         job, script = wanted.under(plan).skipping(self.run.skips), wanted.kind == "script"
         for path, reason in progress.damaged(paths, script=script):
@@ -236,7 +241,9 @@ class Controller:
                 self.record(EventKind.CHECKPOINT_REJECTED, path=path, reason=reason)
         point = progress.resume_point(paths, script=script, rejected=self.run.rejected)
         point = self.memory.better(point, paths, self.run, job)
-        self.state = form(self.run, plan, self.up, self.request.cluster, point=point, script=script)
+        self.state = form(self.run, plan, nodes, self.request.cluster, point=point, script=script)
+        if self.start_reason in ("restart", "move"):
+            self.decide(swapped(self.run, self.state))
         write_atomic(paths.job(self.state.attempt), dump(job))
         self.memory.settle(paths.memory(self.state.attempt), point)
         self.record(
@@ -270,42 +277,24 @@ class Controller:
             self._suspect(Failure(kind=FailureKind.START_TIMEOUT, time=self.clock.time(), detail=detail))
         else:
             self._watch_for_hangs(self.state)
-            self._watch_for_nodes(self.state)
+        if self.phase is Phase.RUN:
+            self.departure.look(self.gang, self.state, self.hangs.step_s)
 
     def _finish(self, state: GangState) -> None:
         """Every rank has exited well: the run is done, or they have left as they were asked to."""
         script = state.script
         if not script and state.last_step < self.request.job.train.steps:
-            self.gang.kill(state.attempt, grace_s=0.0)
-            self.hangs.end()
-            self.enter(Phase.STOP)
+            self._stop_ranks(state)
             return
         step = progress.resume_point(self.store.paths, script=True).step if script else state.last_step
         digest = None if script else progress.final_record(self.store.paths).get("weights_digest")
         self.end(EventKind.RUN_SUCCEEDED, step=step, weights_digest=digest)
 
-    def _watch_for_nodes(self, state: GangState) -> None:
-        """A larger plan fits: ask the ranks to leave at their next checkpoint; not any more: let them stay."""
-        if state.plan == self.request.job.plan and not state.leaving:
-            return  # as large as was asked for: nothing to count in every turn
-        growth = self.sizing.growth(state.plan, self.muster.warm(state.placement)) if state.training else None
-        if (growth is not None) is state.leaving or self.phase is not Phase.RUN:
-            return
-        leave = self.store.paths.leave(state.attempt)
-        if growth is None:
-            with contextlib.suppress(OSError):  # they may leave all the same, and go on as they were
-                leave.unlink()
-        else:
-            self.record(EventKind.DECISION, **growth.fields)
-            write_atomic(leave, dump({"reason": growth.reason}))
-        state.leaving = growth is not None
-
     def _watch_for_hangs(self, state: GangState) -> None:
         now, wall = self.clock.monotonic(), self.clock.time()
         hang = self.hangs.look(self.gang, state.attempt, state.world_size, now=now, wall=wall)
         if hang is not None:
-            standings = {str(rank): at for rank, at in self.hangs.standings(state.world_size).items()}
-            write_atomic(self.store.paths.hang(state.attempt), dump({"culprit": hang, "ranks": standings}))
+            write_atomic(self.store.paths.hang(state.attempt), dump(self.hangs.account(hang, state.world_size)))
             self._suspect(hang)
 
     def _suspect(self, failure: Failure) -> None:
@@ -315,16 +304,20 @@ class Controller:
         state.evidence.append(failure)
         if self.phase is Phase.STOP:
             return
-        fired = [float(record["time"]) for record in self._new_faults()]
+        fired = [float(record["time"]) for record in self.log.new_faults()]
         self.record(
             EventKind.FAILURE_DETECTED,
             failure=failure,
             last_step=state.last_step,
             failed_at=min(fired, default=failure.time),
         )
+        self._stop_ranks(state)
+
+    def _stop_ranks(self, state: GangState) -> None:
         self.gang.kill(state.attempt, grace_s=0.0)
         self.first_step_by = None
         self.hangs.end()
+        self.departure.stragglers.end()
         self.enter(Phase.STOP)
 
     def _stop(self) -> None:
@@ -347,33 +340,32 @@ class Controller:
             self.conclude(recovery.culprit(state.evidence))
 
     def _regroup(self, state: GangState) -> None:
-        """The ranks have left at a checkpoint, for a larger plan: that is no failure, and nothing is lost."""
-        self.record(EventKind.GANG_STOPPED, cause=LEFT, failure="", signature="", last_step=state.last_step)
-        self.state, self.start_reason = None, "grow"
+        """The ranks have left as they were asked to: that is no failure, and nothing is lost."""
+        reason = state.leaving or "grow"
+        self.record(EventKind.GANG_STOPPED, cause=CAUSE[reason], failure="", signature="", last_step=state.last_step)
+        self.state, self.start_reason = None, reason
         self.enter(Phase.GATHER)
 
     def conclude(self, failure: Failure) -> None:
         """The attempt is over: name the cause, decide, and do what was decided."""
-        for record in self._new_faults():
-            self.record(EventKind.FAULT_FIRED, fault=record["id"], record=record)
+        self.log.record_faults(attempt=self._number)
         if failure.kind is FailureKind.CORRUPT_CHECKPOINT:
             self.record(EventKind.CHECKPOINT_REJECTED, path=failure.path, reason=failure.detail)
         self.record(EventKind.GANG_STOPPED, **failure.verdict)
+        excluded = exclusion.after_failure(self.run, self.request.recovery)
+        if excluded is not None:
+            self.record(EventKind.NODE_EXCLUDED, **excluded.fields)
+        self.start_reason = "move" if failure.kind is FailureKind.PREEMPTED else "restart"
         decision = recovery.decide(self.run, failure, self.request.recovery)
-        self.record(EventKind.DECISION, **decision.fields)
+        self.decide(decision)
         self.state = None
-        if decision.action is Action.GIVE_UP:
-            self.end(EventKind.RUN_FAILED, reason=decision.reason)
-            return
         self._until = self.clock.monotonic() + decision.delay_s
-        self.enter(Phase.BACKOFF if decision.delay_s > 0 else Phase.GATHER)
+        if self.phase is not Phase.END:
+            self.enter(Phase.BACKOFF if decision.delay_s > 0 else Phase.GATHER)
 
     def _back_off(self) -> None:
         if self.clock.monotonic() >= self._until:
             self.enter(Phase.GATHER)
-
-    def _new_faults(self) -> list[dict[str, Any]]:
-        return [r for r in progress.fault_records(self.store.paths) if r["id"] not in self.run.faults]
 
     # --- ending ---------------------------------------------------------------------------------------------------
 
@@ -388,8 +380,7 @@ class Controller:
 
     def end(self, kind: EventKind, **data: Any) -> None:
         """Record how the run ended, then give everything back."""
-        for record in self._new_faults():
-            self.record(EventKind.FAULT_FIRED, fault=record["id"], record=record)
+        self.log.record_faults(attempt=self._number)
         self.record(kind, **data)
         self.leave()
 

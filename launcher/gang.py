@@ -1,8 +1,8 @@
 """The controller's side of its agents: one connection per node, and what is seen through them.
 
 A single-threaded loop that never blocks longer than :meth:`Gang.poll` is told to. A node is lost when its connection
-ends or when nothing was heard of it for ``detect_s`` *while we listened*: time in which this process itself was
-stopped does not count against the nodes.
+ends or when nothing was heard of it for most of ``detect_s`` *while we listened*: time in which this process itself was
+stopped does not count against the nodes. From a cut link to the decision of the survivors it takes ``detect_s``.
 
 One wake-up costs what it brings, not what the gang has of nodes: thousands of agents beat all the time, so links stand
 in the order in which they were last heard, and whether one is silent is seen at the head of that queue.
@@ -26,12 +26,11 @@ from launcher.host import wire
 from launcher.host.events import AGENT_KINDS
 from launcher.host.wire import Message, Stream
 from launcher.observation import Inbox, Observation
+from launcher.spawn_order import EnvOf, SpawnOrder
 from strategies.errors import ClusterError
 
-EnvOf = Callable[[int, int, int, int, str, int], Mapping[str, str]]
-"""``(rank, node_rank, local_rank, local_world_size, master_addr, master_port)`` to the rank's variables."""
-
 _CONNECT_S = 10.0
+_SILENCE = 0.8  # of detect_s: the rest is for the last beat before the silence, and for the decision
 
 __all__ = ["EnvOf", "Gang", "Link", "Observation"]
 
@@ -57,19 +56,6 @@ class Link:
     nonces: tuple[str, str] = ("", "")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Order:
-    """A spawn that waits for the rendezvous port."""
-
-    attempt: int
-    placement: Mapping[str, Sequence[int]]
-    first: str
-    env_of: EnvOf
-    kind: str
-    argv: Sequence[str] | None
-    cwd: str
-
-
 class Gang:
     """All agents of a run, as the controller of one epoch sees them.
 
@@ -77,7 +63,7 @@ class Gang:
         secret: The run's secret.
         epoch: Incarnation of the controller.
         clock: Monotonic seconds.
-        detect_s: A node that is silent for so long is lost.
+        detect_s: From the silence of a node until it counts as lost, and everything is decided that follows from it.
         lease_s: Agents that hear nothing of us for so long give up; six beats are sent in it, or, where none is given,
             in ``detect_s``.
         wall: UTC seconds.
@@ -108,7 +94,7 @@ class Gang:
         self._selector = selector or selectors.DefaultSelector()
         self._inbox = Inbox(wall)
         self._lost: set[str] = set()
-        self._order: _Order | None = None
+        self._order: SpawnOrder | None = None
         self._listened_at = self._beat_at = clock()
         self._listened_s = 0.0
         self._quiet: OrderedDict[Link, None] = OrderedDict()  # every link, the one that is silent for longest first
@@ -151,7 +137,7 @@ class Gang:
             self._selector.unregister(link.stream.sock)
         link.stream.close(why)
         if not link.leaving:
-            data: dict[str, Any] = {"why": why, "incarnation": link.address.incarnation}
+            data: dict[str, Any] = {"why": why, "incarnation": link.address.incarnation, "silent": bool(silent_s)}
             if silent_s:
                 data["time"] = self._inbox.wall() - silent_s
             self._inbox.add("agent_lost", link.address.node, data)
@@ -235,11 +221,13 @@ class Gang:
         # A gap longer than a beat of theirs is ours: we did not listen, so it says little about the others.
         self._listened_s += min(now - self._listened_at, self._listen_s)
         self._listened_at = now
-        silent = itertools.takewhile(lambda link: self._silent_s(link) > self._detect_s, self._quiet)
+        silent = itertools.takewhile(lambda link: self._silent_s(link) > _SILENCE * self._detect_s, self._quiet)
         for link in list(silent):
+            silent_s = self._silent_s(link)
             if link.up:
-                self._lose(link, f"nothing was heard for {self._detect_s:g} s", silent_s=self._silent_s(link))
-            elif self._silent_s(link) > max(self._detect_s, _CONNECT_S):
+                why = f"nothing was heard for {silent_s:.1f} s, and nothing was closed"
+                self._lose(link, why, silent_s=silent_s)
+            elif silent_s > max(self._detect_s, _CONNECT_S):
                 self._lose(link, f"no answer from {link.address.host}:{link.address.port}")
 
     def _silent_s(self, link: Link) -> float:
@@ -324,7 +312,7 @@ class Gang:
         if missing:
             raise ClusterError(f"No living agent on {', '.join(missing)}.", hint="Place the attempt on other nodes.")
         first = next(node for node, ranks in placement.items() if 0 in ranks)
-        self._order = _Order(
+        self._order = SpawnOrder(
             attempt=attempt, placement=dict(placement), first=first, env_of=env_of, kind=kind, argv=argv, cwd=cwd
         )
         self._send(self.links[first], {"op": "reserve", "attempt": attempt})
@@ -336,38 +324,17 @@ class Gang:
         self._order = None
         for node_rank, (node, ranks) in enumerate(order.placement.items()):
             if node in self.links:  # a node lost meanwhile was observed; the attempt fails by that
-                message = self._spawn_message(order, node_rank, ranks, link.address.host, int(event["port"]))
+                message = order.message(self._epoch, node_rank, ranks, link.address.host, int(event["port"]))
                 self._send(self.links[node], message)
-
-    def _spawn_message(self, order: _Order, node_rank: int, ranks: Sequence[int], host: str, port: int) -> Message:
-        environments = [
-            dict(order.env_of(rank, node_rank, local_rank, len(ranks), host, port))
-            for local_rank, rank in enumerate(ranks)
-        ]
-        # What all ranks share travels once, so that a large environment does not grow with the node.
-        first, *others = environments
-        common = dict(
-            first.items() if not others else set(first.items()).intersection(*(one.items() for one in others))
-        )
-        entries = [
-            {"rank": rank, "env": {name: environment[name] for name in environment.keys() - common.keys()}}
-            for rank, environment in zip(ranks, environments, strict=True)
-        ]
-        return {
-            "op": "spawn",
-            "attempt": order.attempt,
-            "epoch": self._epoch,
-            "kind": order.kind,
-            "argv": list(order.argv) if order.argv is not None else None,
-            "cwd": order.cwd,
-            "env": common,
-            "ranks": entries,
-        }
 
     def kill(self, attempt: int, grace_s: float = 0.0) -> None:
         """End the ranks of an attempt everywhere: SIGTERM, after ``grace_s`` SIGKILL; each node answers ``killed``."""
         self._order = None
         self._send_all({"op": "kill", "attempt": attempt, "grace_s": grace_s})
+
+    def leave(self, attempt: int, after: int) -> None:
+        """Ask every rank of an attempt to save and leave when it has completed step ``after``."""
+        self._send_all({"op": "leave", "attempt": attempt, "after": after})
 
     def dump(self, attempt: int) -> None:
         """Ask every node where the ranks of an attempt stand; each rank answers with ``stack``."""

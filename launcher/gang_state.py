@@ -51,7 +51,9 @@ class GangState:
         last_step: Highest step that a rank has reported.
         restored: What ranks have read back: ``restored_s`` of the slowest, ``restored_bytes`` of all; may be empty.
         training: The first step has begun.
-        leaving: The ranks were asked to leave at their next checkpoint.
+        leaving: Why the next attempt will be made (``grow``, ``move``), once the ranks were asked to leave.
+        leave_after: After this step, if not at the next checkpoint; 0 for that.
+        notices: Nodes that will be taken away, and what is known of it.
     """
 
     attempt: int
@@ -71,7 +73,9 @@ class GangState:
     last_step: int = 0
     restored: dict[str, float] = field(default_factory=dict)
     training: bool = False
-    leaving: bool = False
+    leaving: str = ""
+    leave_after: int = 0
+    notices: dict[str, str] = field(default_factory=dict)
     _world: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -115,7 +119,9 @@ class GangState:
         if seen.node not in self.placement:
             return []
         if seen.kind in ("agent_lost", "leaving"):
-            return [] if seen.node in self.gone else [self._node_gone(seen)]
+            return self._node_gone(seen)
+        if seen.kind == "notice":
+            return self._on_notice(seen)
         if int(seen.data.get("attempt", self.attempt)) != self.attempt:
             return []
         handlers: dict[str, Callable[[Observation], list[Note | Failure]]] = {
@@ -128,18 +134,36 @@ class GangState:
         handler = handlers.get(seen.kind)
         return handler(seen) if handler else []
 
-    def _node_gone(self, seen: Observation) -> Failure:
+    def _node_gone(self, seen: Observation) -> list[Note | Failure]:
+        if seen.node in self.gone:
+            return []
         self.gone.add(seen.node)
         self.stopped.add(seen.node)
+        if self.finished >= set(self.placement[seen.node]):
+            return []  # nothing of the attempt is left there
         leaving = seen.kind == "leaving"
         why = str(seen.data.get("why") or seen.data.get("reason") or "")
-        return Failure(
-            kind=FailureKind.PREEMPTED if leaving else FailureKind.NODE_LOST,
-            time=seen.time,
-            node=seen.node,
-            step=self.last_step,
-            detail=f"node {seen.node} {'is leaving' if leaving else 'was lost'}: {why}",
-        )
+        lost = FailureKind.PARTITIONED if seen.data.get("silent") else FailureKind.NODE_LOST
+        return [
+            Failure(
+                kind=FailureKind.PREEMPTED if leaving else lost,
+                time=seen.time,
+                node=seen.node,
+                step=self.last_step,
+                detail=f"node {seen.node} {'is leaving' if leaving else 'was lost'}: {why}",
+            )
+        ]
+
+    def _on_notice(self, seen: Observation) -> list[Note | Failure]:
+        """A node will be taken away. Before the first step there is nothing to save, and another place to go to."""
+        if seen.node in self.notices or seen.node in self.gone:
+            return []
+        detail = f"node {seen.node} will be taken away in {seen.data.get('within_s', 0.0):.0f} s"
+        detail += f" ({seen.data.get('reason', '')})"
+        self.notices[seen.node] = detail
+        if self.training:
+            return []
+        return [Failure(kind=FailureKind.PREEMPTED, time=seen.time, node=seen.node, detail=detail)]
 
     def _on_spawned(self, seen: Observation) -> list[Note | Failure]:
         if seen.node in self.spawned:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -67,6 +68,11 @@ class StepClock:
             self._p99 = ordered[math.ceil(0.99 * len(ordered)) - 1]
         return FACTOR * self._p99 + MARGIN_S
 
+    @property
+    def typical_s(self) -> float:
+        """Median time of a step; 0 while too few were seen."""
+        return statistics.median(self._gaps) if len(self._gaps) >= LEARNED_STEPS else 0.0
+
     def silent_s(self, now: float) -> float:
         """Seconds since anything was heard."""
         return now - self._last
@@ -96,6 +102,11 @@ class HangWatch:
         self._excused = -math.inf
         self._answers: dict[int, Mapping[str, Any]] = {}
         self._nodes: dict[int, str] = {}
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step, the median so far; 0 while too few were seen."""
+        return self._clock.typical_s if self._clock else 0.0
 
     def begin(self, plan: ParallelPlan, now: float) -> None:
         """The first step of an attempt begins; its plan names the coordinates of a culprit."""
@@ -161,6 +172,10 @@ class HangWatch:
         at = self._topology.coordinates(rank)
         node = f" on {self._nodes[rank]}" if rank in self._nodes else ""
         return f"rank {rank}{node} (pipe {at.pipe}, data {at.data}, model {at.model})"
+
+    def account(self, hang: Failure, world_size: int) -> dict[str, Any]:
+        """Where everybody stood, and who it was, for people."""
+        return {"culprit": hang, "ranks": {str(rank): at for rank, at in self.standings(world_size).items()}}
 
     def standings(self, world_size: int) -> dict[int, Standing]:
         """Where every rank stands; one that has not answered has no stack."""

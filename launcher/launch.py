@@ -30,9 +30,9 @@ from typing import Any
 from jobs.spec import DataSpec
 from launcher import backends, build, ending, proposal, supervise
 from launcher.config import to_yaml
-from launcher.controller import Fenced
 from launcher.follow import Display, Screen, follow
 from launcher.lock import ControllerLock, newest_epoch
+from launcher.logbook import Fenced
 from launcher.redaction import environment
 from launcher.request import LaunchRequest
 from launcher.run import EventKind, RunState

@@ -187,12 +187,12 @@ class Book:
     def _on_planned(self, event: RunEvent) -> None:
         self._charge(event.time)
         reason, first = event.data.get("reason"), int(event.data.get("first_step", 1))
-        self._restart = reason in ("restart", "grow")
+        self._restart = reason in ("restart", "grow", "move")
         self._turn("place" if self._restart else "start")
         if self._loser is not None:
             self._loser.steps_lost += max(0, self._last_step - first + 1)
             self._owner.update(dict.fromkeys(range(first, self._computed + 1), self._loser))
-        if reason != "restart":
+        if reason not in ("restart", "move"):
             self._open = None
         self._loser, self._attempt, self._unfinished = None, event.attempt, True
         self._last_step = self._computed = first - 1
@@ -264,12 +264,12 @@ class Book:
 
     def _on_decision(self, event: RunEvent) -> None:
         action = str(event.data.get("action", ""))
-        if action == "grow":
-            return  # the ranks go on until their next checkpoint
+        if action in ("grow", "replace", "leave", "adopt"):
+            return  # the ranks go on, if only to their next checkpoint
         self._charge(event.time)
         if self._open is not None:
             self._open.action = action
-        self._turn("wait" if float(event.data.get("delay_s") or 0.0) > 0 else "place")
+        self._turn("wait" if action == "wait" or float(event.data.get("delay_s") or 0.0) > 0 else "place")
 
     def _on_waiting(self, event: RunEvent) -> None:
         self._charge(event.time)

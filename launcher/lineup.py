@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 from launcher.gang_state import GangState
 from launcher.progress import ResumePoint
+from launcher.recovery import Action, Decision
 from launcher.run import Run
 from strategies.plan import ParallelPlan
 from strategies.specs import ClusterSpec
@@ -28,6 +29,21 @@ def line_up(before: Sequence[str], up: Collection[str], need: int) -> list[str]:
     late = [node for node in before[need:] if node in up]
     fill = iter([*fresh, *late])
     return [node if node is not None else next(fill) for node in kept]
+
+
+def swapped(run: Run, state: GangState) -> Decision | None:
+    """Which nodes have taken the places of others; None where none has, or where the plan is another one.
+
+    Args:
+        run: The attempts so far.
+        state: The gang of the next one.
+    """
+    before, after = run.attempt.nodes if run.attempt else (), tuple(state.placement)
+    if len(before) != len(after) or set(before) == set(after):
+        return None
+    places = [f"{new} takes the place of {old}" for old, new in zip(before, after, strict=True) if old != new]
+    words = f"{', '.join(places)}: it stands by, so nothing is waited for and the plan stays as it is"
+    return Decision(action=Action.SWAP, reason=words)
 
 
 def form(

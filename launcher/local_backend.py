@@ -159,7 +159,8 @@ class LocalBackend:
         command += ["--run-dir", str(self._paths.root), "--node", node]
         command += ["--bind", self._address(node), "--slots", str(self._slots)]
         command += ["--detect-s", str(options.detect_s), "--lease-s", str(options.lease_s)]
-        command += ["--grace-s", str(options.grace_s), "--max-log-bytes", str(options.max_log_bytes)]
+        command += ["--grace-s", str(options.grace_s), "--preempt-grace-s", str(options.preempt_grace_s)]
+        command += ["--max-log-bytes", str(options.max_log_bytes)]
         command += ["--warm", options.warm, "--target", options.target, "--log-parent", options.log_parent]
         path = os.pathsep.join(filter(None, [str(packages_root()), os.environ.get("PYTHONPATH", "")]))
         self._paths.agents.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from launcher.backend import AgentAddress, Backend
 from launcher.clock import Clock
+from launcher.exclusion import usable
 from launcher.observation import Observation
 from strategies.specs import ClusterSpec
 
@@ -31,17 +32,20 @@ class Muster:
         clock: Source of time.
 
     Attributes:
-        up: Node to its agent, for every node that can be used now.
+        up: Node to its agent, for every node that answers and stays.
+        excluded: Nodes that carry no ranks for now, with the end of that (UTC seconds).
     """
 
     def __init__(self, backend: Backend, cluster: ClusterSpec, clock: Clock) -> None:
         self.up: dict[str, AgentAddress] = {}
+        self.excluded: Mapping[str, float] = {}
         self._backend = backend
         self._wanted = cluster.nodes + cluster.spares
         self._clock = clock
         self._asked = float("-inf")
         self._known: dict[str, AgentAddress] = {}  # all that have announced themselves, when we last looked
         self._cold: dict[str, float] = {}  # since when (monotonic)
+        self._departing: dict[str, AgentAddress] = {}  # told that they will be taken away
 
     def call_up(self, gang: Gang, *, urgent: bool) -> None:
         """Ask for the nodes and spares that are missing, and connect to those that came.
@@ -54,10 +58,24 @@ class Muster:
             ClusterError: The cluster cannot be reached.
         """
         now, every_s = self._clock.monotonic(), REQUEST_EVERY_S if urgent else SPARE_EVERY_S
-        if len(self.up) < self._wanted and now - self._asked >= every_s:
+        out = self._left_out()
+        if len(self.up) - len(out) < self._wanted and now - self._asked >= every_s:
             self._asked = now
-            self._backend.request_agents(self._wanted)
+            self._backend.request_agents(self._wanted + len(out) + len(self._departing))
             gang.connect(list(self._look().values()))
+
+    def _left_out(self) -> set[str]:
+        now = self._clock.time()
+        return {node for node in self.up if self.excluded.get(node, 0.0) > now}
+
+    def choose(self, legal: Callable[[int], bool]) -> tuple[dict[str, AgentAddress], tuple[str, ...]]:
+        """The nodes that may carry ranks, and those of them that are taken back although they are excluded.
+
+        Args:
+            legal: Whether so many nodes carry a plan.
+        """
+        nodes, back = usable(self.up, self.excluded, self._clock.time(), legal)
+        return {node: agent for node, agent in self.up.items() if node in nodes}, back
 
     def warm(self, busy: Collection[str]) -> int:
         """How many nodes would start their ranks at once.
@@ -65,18 +83,20 @@ class Muster:
         Args:
             busy: Nodes that carry ranks.
         """
-        late = self._clock.monotonic() - WARM_S
-        return sum(node in busy or self._cold.get(node, late) <= late for node in self.up)
+        late, out = self._clock.monotonic() - WARM_S, self._left_out()
+        return sum(node in busy or (node not in out and self._cold.get(node, late) <= late) for node in self.up)
 
     def note(self, seen: Observation) -> None:
-        """A node has come, or gone."""
+        """A node has come, is about to go, or has gone."""
         if seen.kind == "agent_up":
             self._cold[seen.node] = self._clock.monotonic()
             self._add(seen.node, seen.data.get("incarnation"))
         elif seen.kind == "pool":
             self._cold.pop(seen.node, None)
+        elif seen.kind == "notice" and seen.node in self.up:
+            self._departing[seen.node] = self.up.pop(seen.node)
         elif seen.kind in ("agent_lost", "leaving"):
-            lost = self.up.pop(seen.node, None)
+            lost = self.up.pop(seen.node, None) or self._departing.pop(seen.node, None)
             if lost is not None:
                 self._backend.forget(lost)
 

@@ -7,7 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 ObservationKind = Literal[
-    "agent_up", "agent_lost", "report", "exit", "killed", "spawned", "leaving", "pool", "stack", "fenced", "holdings"
+    "agent_up",
+    "agent_lost",
+    "report",
+    "exit",
+    "killed",
+    "spawned",
+    "notice",
+    "leaving",
+    "pool",
+    "stack",
+    "holdings",
+    "fenced",
 ]
 
 
@@ -18,10 +29,11 @@ class Observation:
     Attributes:
         kind: ``agent_up`` (data: the welcome: ``attempt``, ``epoch_of_attempt``, ``ranks``, ``cursor``, ``slots``, and
             then everything that the agent remembers of its attempt follows as if it happened now), ``agent_lost``
-            (``why``; its time is that of the last sign of life), ``report`` (a rank's report with ``rank`` and
-            ``attempt``; its kind is ``data["kind"]``), ``exit`` (``rank``, ``attempt``, ``pid``, ``code``, ``signal``,
-            ``requested``: we had it killed, ``log_tail``), ``spawned`` (``attempt``, ``ranks``), ``killed``
-            (``attempt``), ``leaving`` (``reason``),
+            (``why``; ``silent``: nothing was closed; its time is that of the last sign of life), ``report`` (a rank's
+            report with ``rank`` and ``attempt``; its kind is ``data["kind"]``), ``exit`` (``rank``, ``attempt``,
+            ``pid``, ``code``, ``signal``, ``requested``: we had it killed, ``log_tail``), ``spawned`` (``attempt``,
+            ``ranks``), ``killed`` (``attempt``), ``leaving`` (``reason``), ``notice`` (``reason``, ``within_s``: the
+            node will be taken away after so many seconds),
             ``pool`` (``state``, ``reason``), ``stack`` (``rank``, ``attempt``, ``state``, ``stack``: where a rank
             stands, see :mod:`launcher.host.stacks`), ``holdings`` (``id``, ``address``, ``held``: what the node holds
             in memory, see :mod:`launcher.memory_tier`), ``fenced`` (``epoch``: who owns the agent now).

@@ -12,6 +12,7 @@ from typing import Any
 from jobs import checkpoint
 from jobs.checkpoint.memory import MemoryPoint
 from jobs.paths import RunPaths
+from jobs.spec import JobSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +69,13 @@ def final_record(paths: RunPaths) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def completed(paths: RunPaths, job: JobSpec) -> dict[str, Any]:
+    """What the ranks have left behind when they did all steps of the job; empty while they have not."""
+    final = final_record(paths)
+    done = job.kind != "script" and int(final.get("step", 0)) >= job.train.steps
+    return final if done else {}
 
 
 def fault_records(paths: RunPaths) -> list[dict[str, Any]]:

@@ -25,10 +25,11 @@ _LOOKS_LIKE: dict[str, frozenset[FailureKind]] = {
     "rank_stop": frozenset({FailureKind.HANG}),
     "rank_spin": frozenset({FailureKind.HANG}),
     "rank_deadlock": frozenset({FailureKind.HANG}),
+    "rank_slow": frozenset(),  # nothing fails; see _named_slow
     "nan_grad": frozenset({FailureKind.NUMERIC}),
     "loss_spike": frozenset({FailureKind.NUMERIC}),
-    "node_kill": frozenset({FailureKind.NODE_LOST, FailureKind.PREEMPTED}),
-    "agent_kill": frozenset({FailureKind.NODE_LOST, FailureKind.PREEMPTED}),
+    "node_kill": frozenset({FailureKind.NODE_LOST, FailureKind.PARTITIONED, FailureKind.PREEMPTED}),
+    "agent_kill": frozenset({FailureKind.NODE_LOST, FailureKind.PARTITIONED, FailureKind.PREEMPTED}),
 }
 
 
@@ -79,10 +80,11 @@ def unproven(faults: Sequence[str], events: Iterable[RunEvent], records: Sequenc
         events: The run's log.
         records: What the injector left (:func:`launcher.progress.fault_records`).
     """
-    falls = _falls(events)
+    events = list(events)
+    falls, slow = _falls(events), _named_slow(events)
     by_id = {str(record["id"]): record for record in records}
     fired = [(name, fault, by_id[name]) for name, fault in named(faults) if name in by_id]
-    proven: set[str] = set()
+    proven = {name for name, fault, _ in fired if fault.kind == "rank_slow" and fault.target in slow}
     for name, fault, record in fired:
         for fall in falls:
             if not fall.faults and _may_be(fall, record) and fall.explains(fault):
@@ -93,6 +95,12 @@ def unproven(faults: Sequence[str], events: Iterable[RunEvent], records: Sequenc
         if any(fall.faults and _may_be(fall, record) for fall in falls):
             proven.add(name)
     return [str(fault) for name, fault in named(faults) if name not in proven]
+
+
+def _named_slow(events: Iterable[RunEvent]) -> set[int]:
+    """Ranks that were found to be slow."""
+    found = (event.data.get("failure") for event in events if event.kind is EventKind.STRAGGLER_FOUND)
+    return {int(failure.get("rank", -1)) for failure in found if isinstance(failure, Mapping)}
 
 
 def _may_be(fall: _Fall, record: Mapping[str, Any]) -> bool:

@@ -5,9 +5,10 @@ Both do their work in a thread of their own; the actor's methods only answer que
 ===============  ===============================================  ===================================================
 signal           to the process of a controller's actor           to the process of an agent's actor
 ===============  ===============================================  ===================================================
-SIGTERM, SIGINT  it dies at once; Ray starts it again, and the    its ranks end (``recovery.grace_s``), then the agent;
-                 gang is adopted with no step lost                the node counts as lost, a spare takes its place
-SIGKILL          likewise                                         likewise, without grace
+SIGTERM, SIGINT  it dies at once; Ray starts it again, and the    a notice that the node will be taken away: all ranks
+                 gang is adopted with no step lost                save and leave within ``recovery.preempt_grace_s``,
+                                                                  then the agent; a spare takes the node's place
+SIGKILL          likewise                                         the node counts as lost, a spare takes its place
 ===============  ===============================================  ===================================================
 
 Neither of them ends a run: that is what ``phalanx cancel`` is for.
@@ -28,9 +29,9 @@ from typing import Any
 from jobs.paths import RunPaths
 from launcher import ray_order
 from launcher.backend import Backend
-from launcher.controller import Fenced
 from launcher.host.agent import AgentOptions, HostAgent
 from launcher.lock import ControllerLock, newest_epoch
+from launcher.logbook import Fenced
 from launcher.proposal import accept
 from launcher.ray_client import as_remote
 from launcher.run import EventKind
@@ -94,6 +95,10 @@ class AgentHost:
     def stop(self, reason: str) -> None:
         """Ask the agent to end its ranks and itself; the actor ends with it."""
         self._agent.stop(reason)
+
+    def notice(self, reason: str) -> None:
+        """The node will be taken away; see :meth:`launcher.host.agent.HostAgent.notice`."""
+        self._agent.notice(reason)
 
     def pid(self) -> int:
         """Process id of the agent; also the proof that it came up."""

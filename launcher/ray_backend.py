@@ -65,7 +65,7 @@ class _AgentActor(AgentHost):
 
     def __init__(self, run_dir: str, node: str, bind: str, slots: int, options: Mapping[str, Any]) -> None:
         super().__init__(run_dir, node, bind, slots, options, leave=leave_for_good)
-        on_termination(self.stop)
+        on_termination(self.notice)
 
 
 class _Cluster:

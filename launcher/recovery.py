@@ -17,16 +17,37 @@ from strategies.schedule import Skip
 class FailureKind(enum.StrEnum):
     """What went wrong; the member order is the order of suspicion (see :func:`culprit`)."""
 
+    BAD_CONFIG = "bad_config"  # a rank refuses what it was told to do: another try ends alike
     CORRUPT_CHECKPOINT = "corrupt_checkpoint"
     NUMERIC = "numeric"  # training has blown up: a NaN, or a spike of the loss
     NODE_LOST = "node_lost"
+    PARTITIONED = "partitioned"  # silent with nothing closed: cut off, frozen, or without power
     PREEMPTED = "preempted"
+    OUT_OF_MEMORY = "out_of_memory"
     HANG = "hang"
     RANK_KILLED = "rank_killed"
     RANK_ERROR = "rank_error"
     RANK_EXIT = "rank_exit"
     START_TIMEOUT = "start_timeout"
+    STRAGGLER = "straggler"  # slow, and therefore all are; nothing has failed
     SECONDARY = "secondary"  # a rank that failed because a peer was gone
+
+
+BUDGET_OF: dict[FailureKind, str] = {
+    FailureKind.CORRUPT_CHECKPOINT: "storage",
+    FailureKind.NUMERIC: "numeric",
+    FailureKind.NODE_LOST: "hardware",
+    FailureKind.PARTITIONED: "hardware",
+    FailureKind.PREEMPTED: "preemption",
+    FailureKind.OUT_OF_MEMORY: "memory",
+    FailureKind.HANG: "hang",
+    FailureKind.RANK_KILLED: "hardware",
+    FailureKind.RANK_ERROR: "error",
+    FailureKind.RANK_EXIT: "error",
+    FailureKind.START_TIMEOUT: "start",
+    FailureKind.SECONDARY: "hardware",
+}
+"""Which of :class:`launcher.request.Budgets` a restart is taken from; bad configuration is never tried again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,9 +86,14 @@ class Failure:
 class Action(enum.StrEnum):
     """What the controller does next."""
 
-    RESTART = "restart"
-    SHRINK = "shrink"
-    GROW = "grow"
+    RESTART = "restart"  # new ranks, as soon as there are nodes for them
+    SWAP = "swap"  # a spare takes the place of a node
+    WAIT = "wait"  # for nodes
+    SHRINK = "shrink"  # go on with a smaller plan
+    GROW = "grow"  # leave at the next checkpoint, for a larger plan
+    REPLACE = "replace"  # leave at the next checkpoint, for a node that is not slow
+    LEAVE = "leave"  # leave after a step that all ranks know: a node will be taken away
+    ADOPT = "adopt"  # take over what lives
     GIVE_UP = "give_up"
 
 
@@ -93,6 +119,9 @@ _PEER_GONE = re.compile(
     re.IGNORECASE,
 )
 _COMMUNICATION = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
+_REFUSALS = ("ConfigError", "PlanInfeasible", "ResumeRefused")  # of strategies.errors: what a rank makes of its job
+_SIGKILL = 9
 # What differs between two attempts that meet the same error: addresses, ports, process ids, names that carry the token
 # or the rank: which of several ranks is the first to say it is chance.
 _ADDRESS = re.compile(
@@ -104,7 +133,8 @@ def classify_exit(data: Mapping[str, Any], *, node: str, when: float, error: Map
     """Name the failure behind a rank's exit.
 
     Args:
-        data: The agent's exit event: ``rank``, ``code``, ``signal``, ``log_tail``.
+        data: The agent's exit event: ``rank``, ``code``, ``signal``, ``log_tail``; ``oom``: the kernel has killed a
+            process of the node for want of memory while the rank ran.
         node: Node of the rank.
         when: When it was seen.
         error: The ``error`` report that the rank sent before, if any.
@@ -115,7 +145,10 @@ def classify_exit(data: Mapping[str, Any], *, node: str, when: float, error: Map
     tail = str(data.get("log_tail", ""))
     if signal:
         detail = f"rank {rank} on {node} was ended by signal {signal}"
-        return Failure(kind=FailureKind.RANK_KILLED, time=when, node=node, rank=rank, detail=detail)
+        starved = signal == _SIGKILL and bool(data.get("oom"))
+        detail += ", and the node had run out of memory" if starved else ""
+        kind = FailureKind.OUT_OF_MEMORY if starved else FailureKind.RANK_KILLED
+        return Failure(kind=kind, time=when, node=node, rank=rank, detail=detail)
     last = last_error_line(tail)
     detail = f"rank {rank} on {node} exited with code {data.get('code')}" + (f": {last}" if last else "")
     if last and _PEER_GONE.search(last):
@@ -127,20 +160,16 @@ def classify_exit(data: Mapping[str, Any], *, node: str, when: float, error: Map
 def _classify_error(error: Mapping[str, Any], *, rank: int, node: str, when: float) -> Failure:
     kind, message, step = str(error.get("type", "")), str(error.get("message", "")), int(error.get("step") or 0)
     detail = f"rank {rank} on {node} failed at step {step}: {kind}: {_in_a_line(message)}"
-    if kind in ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError") and _PEER_GONE.search(
-        message
-    ):
-        return Failure(kind=FailureKind.SECONDARY, time=when, node=node, rank=rank, step=step, detail=detail)
+    found = Failure(kind=FailureKind.RANK_ERROR, time=when, node=node, rank=rank, step=step, detail=detail)
     trace = str(error.get("traceback", "")) or message
-    return Failure(
-        kind=FailureKind.RANK_ERROR,
-        time=when,
-        node=node,
-        rank=rank,
-        step=step,
-        detail=detail,
-        signature=_signature(f"{kind}: {message}\n{trace}", step),
-    )
+    if kind in ("OutOfMemoryError", "MemoryError") or _NO_MEMORY.search(message):
+        # how much was free differs from one time to the next, where it was asked for does not
+        frames = "\n".join(line for line in trace.splitlines() if line.lstrip().startswith("File "))
+        return replace(found, kind=FailureKind.OUT_OF_MEMORY, signature=_signature(f"memory\n{frames}", step))
+    if kind in _COMMUNICATION and _PEER_GONE.search(message):
+        return replace(found, kind=FailureKind.SECONDARY)
+    refused = FailureKind.BAD_CONFIG if kind in _REFUSALS else FailureKind.RANK_ERROR
+    return replace(found, kind=refused, signature=_signature(f"{kind}: {message}\n{trace}", step))
 
 
 def _in_a_line(message: str) -> str:
@@ -178,29 +207,72 @@ def decide(run: Run, failure: Failure, spec: RecoverySpec) -> Decision:
     Args:
         run: The run, its newest failure already folded in.
         failure: The cause.
-        spec: Budget and patience.
+        spec: Budgets and patience.
     """
-    if failure.signature and run.signatures.count(failure.signature) >= spec.same_error_limit:
-        return Decision(
-            action=Action.GIVE_UP,
-            reason=f"the same error at the same step {run.signatures.count(failure.signature)} times: {failure.detail}",
-        )
     skip = _skip_for(failure)
-    if skip is not None and any(earlier.step == skip.step for earlier in run.skips):
-        return Decision(
-            action=Action.GIVE_UP,
-            reason=f"{failure.detail}, again with other samples: it is not the data. A lower learning rate (train.lr) "
-            "may help; train.spike_sigmas=0 takes spikes as they come",
-        )
-    if run.restarts >= spec.max_restarts:
-        return Decision(
-            action=Action.GIVE_UP,
-            reason=f"all {spec.max_restarts} restarts are used (recovery.max_restarts); last: {failure.detail}",
-        )
+    for judge in (_hopeless, _again, _spent, _stuck):
+        reason = judge(run, failure, spec)
+        if reason:
+            return Decision(action=Action.GIVE_UP, reason=reason)
     delay = 0.0
-    if run.idle_restarts:
+    if run.idle_restarts and failure.kind is not FailureKind.PREEMPTED:
         delay = min(spec.backoff_max_s, spec.backoff_s * 2 ** (run.idle_restarts - 1))
     return Decision(action=Action.RESTART, reason=failure.detail, delay_s=delay, skip=skip)
+
+
+def _hopeless(run: Run, failure: Failure, spec: RecoverySpec) -> str:
+    """The same input leads to the same end."""
+    if failure.kind is FailureKind.BAD_CONFIG:
+        return f"{failure.detail}. Another try would end alike"
+    return ""
+
+
+def _again(run: Run, failure: Failure, spec: RecoverySpec) -> str:
+    """It has happened before, in the same way at the same place."""
+    times = run.signatures.count(failure.signature) if failure.signature else 0
+    if times >= spec.same_error_limit:
+        return f"the same error at the same step {times} times: {failure.detail}{_advice(failure)}"
+    skip = _skip_for(failure)
+    if skip is not None and any(earlier.step == skip.step for earlier in run.skips):
+        return (
+            f"{failure.detail}, again with other samples: it is not the data. A lower learning rate (train.lr) "
+            "may help; train.spike_sigmas=0 takes spikes as they come"
+        )
+    return ""
+
+
+def _spent(run: Run, failure: Failure, spec: RecoverySpec) -> str:
+    """All restarts of this kind, or of all kinds together, are used."""
+    now = run.failures[-1].time if run.failures else failure.time
+    window = spec.budget_window_s
+    recent = [one.kind for one in run.failures if window is None or now - one.time <= window]
+    within = "" if window is None else f" within {window / 60:.0f} minutes"
+    name = BUDGET_OF.get(failure.kind, "error")
+    budget = getattr(spec.budgets, name)
+    if budget is not None and sum(BUDGET_OF.get(FailureKind(kind)) == name for kind in recent) > budget:
+        used = f"all {budget} restarts{within} after a failure of this kind are used (recovery.budgets.{name})"
+        return f"{used}; last: {failure.detail}{_advice(failure)}"
+    if failure.kind is FailureKind.PREEMPTED:
+        return ""
+    if sum(kind != FailureKind.PREEMPTED for kind in recent) > spec.max_restarts:
+        return f"all {spec.max_restarts} restarts are used{within} (recovery.max_restarts); last: {failure.detail}"
+    return ""
+
+
+def _stuck(run: Run, failure: Failure, spec: RecoverySpec) -> str:
+    """It fails again and again and gets nowhere."""
+    if failure.kind is FailureKind.PREEMPTED or run.idle_restarts < spec.no_progress_limit:
+        return ""
+    return (
+        f"{run.idle_restarts} restarts in a row have led to no newer checkpoint and no step beyond {run.best_step} "
+        f"(recovery.no_progress_limit); last: {failure.detail}"
+    )
+
+
+def _advice(failure: Failure) -> str:
+    if failure.kind is FailureKind.OUT_OF_MEMORY:
+        return ". Less memory: strategy.micro_batch, strategy.recompute, more shards; phalanx plan shows where it goes"
+    return ""
 
 
 def _skip_for(failure: Failure) -> Skip | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jobs.checkpoint.memory import generation_of
 from launcher import skips
-from launcher.render import node_name, plan_words, plural, seconds, shorten_ids
+from launcher.render import moment, node_name, plan_words, plural, seconds, shorten_ids
 from launcher.run import EventKind, RunEvent
 
 
@@ -37,12 +37,23 @@ def _controller_started(event: RunEvent) -> str | None:
     return f"controller {event.epoch} takes over" if event.epoch > 1 else None
 
 
+_DOING = {
+    "shrink": "shrinking",
+    "grow": "growing",
+    "swap": "swapping",
+    "wait": "waiting",
+    "replace": "replacing",
+    "leave": "leaving",
+    "adopt": "adopting",
+}
+
+
 def _decision(event: RunEvent) -> str:
     data = event.data
     if data.get("action") == "give_up":
         return f"giving up: {data.get('reason')}"
-    if data.get("action") in ("shrink", "grow"):
-        return f"{data['action']}ing: {data.get('reason')}"
+    if data.get("action") in _DOING:
+        return f"{_DOING[data['action']]}: {data.get('reason')}"
     delay = float(data.get("delay_s") or 0.0)
     text = "recovering: " + (f"new ranks in {delay:.1f} s" if delay else "placing new ranks")
     return text + skips.without(data.get("skip"))
@@ -68,6 +79,16 @@ def _restored(data: Mapping[str, Any]) -> str:
     return f"; the state was read in {seconds(float(data['restored_s']))}" if "restored_s" in data else ""
 
 
+def _excluded(event: RunEvent) -> str:
+    node, until = node_name(str(event.data.get("node"))), moment(float(event.data.get("until", 0.0)))
+    return f"node {node} carries no ranks until {until} UTC: {event.data.get('reason')}"
+
+
+def _readmitted(event: RunEvent) -> str:
+    nodes = ", ".join(node_name(str(node)) for node in event.data.get("nodes", []))
+    return f"taken back: {nodes}, {event.data.get('reason')}"
+
+
 def _pool_unsafe(event: RunEvent) -> str:
     node = node_name(str(event.data.get("node")))
     return f"node {node} starts its ranks afresh, which is slower: {event.data.get('reason')}"
@@ -81,6 +102,9 @@ _SENTENCES: dict[EventKind, Callable[[RunEvent], str | None]] = {
     EventKind.DECISION: _decision,
     EventKind.CHECKPOINT_REJECTED: lambda e: f"checkpoint refused: {e.data.get('reason') or e.data.get('path')}",
     EventKind.WAITING_FOR_NODES: _waiting,
+    EventKind.NODE_EXCLUDED: _excluded,
+    EventKind.NODE_READMITTED: _readmitted,
+    EventKind.STRAGGLER_FOUND: lambda e: f"slow: {_detail(e.data)}",
     EventKind.POOL_UNSAFE: _pool_unsafe,
     EventKind.RANKS_SPAWNED: lambda e: f"{plural(int(e.data.get('ranks', 0)), 'rank')} running, loading",
     EventKind.TRAINING_STARTED: lambda e: f"training from step {e.data.get('step')}" + _restored(e.data),

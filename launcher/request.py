@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from jobs.spec import JobSpec
@@ -13,11 +13,45 @@ from strategies.specs import ClusterSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Budgets:
+    """Restarts within ``recovery.budget_window_s`` by what had failed; null: as many as ``recovery.max_restarts``.
+
+    Attributes:
+        error: A rank raised an error, or exited with one.
+        memory: A device or a node had too little memory.
+        hardware: A node, a rank or a link was lost.
+        hang: No progress.
+        numeric: Training blew up.
+        storage: A checkpoint was damaged.
+        start: No first step in time.
+        preemption: A node was taken away with notice; null: without limit, and never counted in ``max_restarts``.
+    """
+
+    error: int | None = 4
+    memory: int | None = 2
+    hardware: int | None = None
+    hang: int | None = 8
+    numeric: int | None = 4
+    storage: int | None = 4
+    start: int | None = 3
+    preemption: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RecoverySpec:
     """When to give up, and how patient to be. Durations in seconds.
 
     Attributes:
-        max_restarts: Restarts (all kinds together) before the run fails; a person's resume renews them.
+        max_restarts: Restarts (all kinds together) within ``budget_window_s`` before the run fails; a person's resume
+            renews them.
+        budget_window_s: Failures that are older do not count any more; null: none is forgotten.
+        budgets: Restarts by what had failed.
+        no_progress_limit: So many restarts in a row without a newer checkpoint or a newer step end the run.
+        exclude_after: So many failures of one node within ``exclude_window_s`` exclude it; null: never.
+        exclude_window_s: Older failures do not count against a node.
+        exclude_for_s: For so long; a person's resume takes it back at once.
+        replace_stragglers: Leave at the next checkpoint when a rank is slow and a spare can take its node's place.
+        preempt_grace_s: From the notice that a node will be taken away (SIGTERM to its agent) to the end of its ranks.
         same_error_limit: The same traceback at the same step this many times ends the run.
         wait_for_nodes_s: How long to wait for a missing node when no spare is left and no smaller plan may be used.
         shrink: Go on with a smaller plan when nodes are missing; scripts never do.
@@ -34,6 +68,14 @@ class RecoverySpec:
     """
 
     max_restarts: int = 16
+    budget_window_s: float | None = 3600.0
+    budgets: Budgets = field(default_factory=Budgets)
+    no_progress_limit: int = 8
+    exclude_after: int | None = 3
+    exclude_window_s: float = 3600.0
+    exclude_for_s: float = 14400.0
+    replace_stragglers: bool = False
+    preempt_grace_s: float = 25.0
     same_error_limit: int = 2
     wait_for_nodes_s: float = 300.0
     shrink: bool = True

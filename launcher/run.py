@@ -45,7 +45,7 @@ class EventKind(enum.StrEnum):
     RUN_SUBMITTED = "run_submitted"  # request: digest
     CONTROLLER_STARTED = "controller_started"  # host, pid, adopted
     # plan, wanted (where it is not the plan), nodes or moved (launcher.roster), resume_from, first_step,
-    # reason: start | restart | resume | grow
+    # reason: start | restart | resume | grow | move (a node was taken away with notice, or swapped: no failure)
     ATTEMPT_PLANNED = "attempt_planned"
     RANKS_SPAWNED = "ranks_spawned"  # pids: number of ranks
     TRAINING_STARTED = "training_started"  # step, restored_s (slowest rank) and restored_bytes, as far as reported
@@ -53,10 +53,13 @@ class EventKind(enum.StrEnum):
     CHECKPOINT_REJECTED = "checkpoint_rejected"  # path, reason
     FAULT_FIRED = "fault_fired"  # fault, and the record that the injector left
     FAILURE_DETECTED = "failure_detected"  # failure, last_step, failed_at
-    # cause, failure, node, rank (after all evidence is in; failure is "" if it left on purpose), last_step
+    # cause, failure, node, rank (after all evidence is in; failure is "" if it left on purpose), signature, last_step
     GANG_STOPPED = "gang_stopped"
     DECISION = "decision"  # action, reason, delay_s, skip: samples to leave out from now on, or null
     WAITING_FOR_NODES = "waiting_for_nodes"  # have, need, why
+    NODE_EXCLUDED = "node_excluded"  # node, until (UTC seconds), reason
+    NODE_READMITTED = "node_readmitted"  # nodes, reason
+    STRAGGLER_FOUND = "straggler_found"  # failure, ratio: own time of a step over that of its peers
     POOL_UNSAFE = "pool_unsafe"  # node, reason: ranks there start as fresh processes
     # overrides, changes, request: digest; last_step of an attempt that has no recorded end
     RESUME_REQUESTED = "resume_requested"
@@ -102,7 +105,7 @@ class Attempt:
         first_step: First step it ran (or was to run).
         last_step: Last step known to be complete.
         resume_from: Checkpoint it restored, or "".
-        reason: ``start``, ``restart``, ``resume`` or ``grow``.
+        reason: ``start``, ``restart``, ``resume``, ``grow`` or ``move``.
         wanted: The plan that was asked for, if the attempt's own is smaller because nodes were missing.
         trained: When its first step began (UTC seconds), or None.
         restored_s: Seconds in which its slowest rank read the checkpoint, or None.
@@ -125,6 +128,21 @@ class Attempt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Fall:
+    """What ended an attempt.
+
+    Attributes:
+        kind: See :class:`launcher.recovery.FailureKind`.
+        time: When it was concluded (UTC seconds).
+        node: Node that it is put down to, or "".
+    """
+
+    kind: str
+    time: float
+    node: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """All that the event log says of a run."""
 
@@ -138,7 +156,10 @@ class Run:
     step: int = 0
     steps_lost: int = 0
     restarts: int = 0  # since the last person's submit or resume
-    idle_restarts: int = 0  # restarts in a row without a newer checkpoint
+    idle_restarts: int = 0  # restarts in a row without a newer checkpoint and without a newer step
+    best_step: int = 0  # the highest step that any attempt has come to
+    failures: tuple[Fall, ...] = ()  # since the last person's submit or resume
+    excluded: Mapping[str, float] = field(default_factory=dict)  # node -> until when (UTC seconds)
     signatures: tuple[str, ...] = ()  # of failures since the last person's submit or resume
     rejected: frozenset[str] = frozenset()
     faults: tuple[str, ...] = ()
@@ -227,6 +248,8 @@ def _resume_requested(run: Run, event: RunEvent) -> Run:
         restarts=0,
         idle_restarts=0,
         signatures=(),
+        failures=(),
+        excluded={},
         request=str(event.data.get("request", run.request)),
     )
 
@@ -247,13 +270,13 @@ def _planned(run: Run, event: RunEvent) -> Run:
         wanted=data.get("wanted"),
     )
     lost = max(0, run.attempts[-1].last_step - attempt.last_step) if run.attempts else 0
-    restart = data["reason"] == "restart"
+    restart, moved = data["reason"] == "restart", data["reason"] == "move"
     return replace(
         run,
         attempts=(*run.attempts, attempt),
         steps_lost=run.steps_lost + lost,
         restarts=run.restarts + restart,
-        idle_restarts=run.idle_restarts + 1 if restart else 0,
+        idle_restarts=run.idle_restarts + 1 if restart else run.idle_restarts if moved else 0,
     )
 
 
@@ -263,6 +286,7 @@ def _committed(run: Run, event: RunEvent) -> Run:
     return replace(
         run,
         committed_step=max(step, run.committed_step),
+        best_step=max(step, run.best_step),
         step=max(step, run.step),
         idle_restarts=0 if newer else run.idle_restarts,
     )
@@ -273,13 +297,32 @@ def _training(run: Run, event: RunEvent) -> Run:
 
 
 def _failure(run: Run, event: RunEvent) -> Run:
-    return _with_attempt(run, last_step=_last_step(run, event))
+    return _progressed(_with_attempt(run, last_step=_last_step(run, event)))
 
 
 def _stopped(run: Run, event: RunEvent) -> Run:
-    signature = str(event.data.get("signature", ""))
+    data = event.data
+    signature, kind = str(data.get("signature", "")), str(data.get("failure", ""))
     run = replace(run, signatures=(*run.signatures, signature) if signature else run.signatures)
-    return _with_attempt(run, ended=event.time, cause=event.data.get("cause"), last_step=_last_step(run, event))
+    if kind:
+        fall = Fall(kind=kind, time=event.time, node=str(data.get("node", "")))
+        run = replace(run, failures=(*run.failures, fall))
+    return _progressed(_with_attempt(run, ended=event.time, cause=data.get("cause"), last_step=_last_step(run, event)))
+
+
+def _progressed(run: Run) -> Run:
+    """A step that no attempt had come to is progress, even if it was lost."""
+    last = run.attempts[-1].last_step if run.attempts else 0
+    return replace(run, best_step=last, idle_restarts=0) if last > run.best_step else run
+
+
+def _excluded(run: Run, event: RunEvent) -> Run:
+    return replace(run, excluded={**run.excluded, str(event.data["node"]): float(event.data["until"])})
+
+
+def _readmitted(run: Run, event: RunEvent) -> Run:
+    back = set(event.data["nodes"])
+    return replace(run, excluded={node: until for node, until in run.excluded.items() if node not in back})
 
 
 def _last_step(run: Run, event: RunEvent) -> int:
@@ -338,6 +381,8 @@ _HANDLERS = {
     EventKind.TRAINING_STARTED: _training,
     EventKind.FAILURE_DETECTED: _failure,
     EventKind.GANG_STOPPED: _stopped,
+    EventKind.NODE_EXCLUDED: _excluded,
+    EventKind.NODE_READMITTED: _readmitted,
     EventKind.DECISION: _decided,
     EventKind.FAULT_FIRED: _fault,
     EventKind.RUN_SUCCEEDED: _ended,

@@ -27,7 +27,7 @@ from launcher.run import Attempt, Run
 from strategies.codec import from_json
 from strategies.errors import ConfigError
 from strategies.plan import ParallelPlan
-from strategies.shrink import plan_on, step_work, worth_waiting_s
+from strategies.shrink import plan_on, step_work, throughput, worth_waiting_s
 from strategies.topology import nodes_needed
 
 
@@ -37,14 +37,11 @@ class Answer:
 
     Attributes:
         plan: Start this one now; None means not yet, or never.
-        decision: What to put on record first; without a plan it is the end of the run.
+        decision: What to put on record: without a plan, why it is waited, or the end of the run.
     """
 
     plan: ParallelPlan | None = None
     decision: Decision | None = None
-
-
-WAIT = Answer()
 
 
 class Sizing:
@@ -83,10 +80,11 @@ class Sizing:
                 return Answer(plan=found, decision=None if found == before else self._growth(found, up))
             patience_s = min(self._patience_s(run, found), self._spec.wait_for_nodes_s)
             if waited_s >= patience_s:
-                return Answer(plan=found, decision=self._shrinking(found, up, waited_s, why()))
+                return Answer(plan=found, decision=self._shrinking(run, found, up, waited_s, why()))
+            return Answer(decision=self._waiting(run, found, up, patience_s))
         if waited_s > self._spec.wait_for_nodes_s:
             return Answer(decision=self._ending(run, up, waited_s, why()))
-        return WAIT
+        return Answer(decision=self._waiting(run, None, up, self._spec.wait_for_nodes_s))
 
     def growth(self, plan: ParallelPlan, up: int) -> Decision | None:
         """Why the running gang should leave at its next checkpoint; None if it is as large as it can be."""
@@ -131,12 +129,33 @@ class Sizing:
     def _patience_s(self, run: Run, found: ParallelPlan) -> float:
         if self._spec.shrink_after_s is not None:
             return self._spec.shrink_after_s
-        starts = [one.trained - one.started for one in run.attempts if one.trained is not None]
-        return worth_waiting_s(found, self._job.plan, statistics.median(starts)) if starts else math.inf
+        restart_s = _restart_s(run)
+        return math.inf if restart_s is None else worth_waiting_s(found, self._job.plan, restart_s)
 
-    def _shrinking(self, plan: ParallelPlan, up: int, waited_s: float, why: str) -> Decision:
+    def _waiting(self, run: Run, found: ParallelPlan | None, up: int, patience_s: float) -> Decision:
+        limit = min(patience_s, self._spec.wait_for_nodes_s)
+        reason = f"waiting at most {limit:.0f} s for {self.need - up} of {self.need} nodes"
+        if found is None:
+            obstacle = self._obstacle(up) or "none is legal there"
+            reason += f"; no smaller plan is used: {obstacle}" if run.attempts else ""
+        else:
+            reason += f"; {self._arithmetic(run, found)}"
+        return Decision(action=Action.WAIT, reason=reason)
+
+    def _arithmetic(self, run: Run, found: ParallelPlan) -> str:
+        """What speaks for waiting and what for the smaller plan, in numbers."""
+        speed, restart_s = throughput(found, self._job.plan), _restart_s(run)
+        words = f"{found.describe()} would make {speed:.0%} of the steps per second"
+        if restart_s is not None:
+            words += f" and one more restart of {restart_s:.1f} s later, to grow back: waiting is cheaper up to "
+            words += f"{restart_s:.1f} s / {speed:.2f} = {worth_waiting_s(found, self._job.plan, restart_s):.1f} s"
+        if self._spec.shrink_after_s is not None:
+            words += f" (decided by recovery.shrink_after_s={self._spec.shrink_after_s:g})"
+        return words
+
+    def _shrinking(self, run: Run, plan: ParallelPlan, up: int, waited_s: float, why: str) -> Decision:
         reason = f"{up} of {self.need} nodes are there after {waited_s:.0f} s: {why}; going on as {self._words(plan)}"
-        return Decision(action=Action.SHRINK, reason=reason)
+        return Decision(action=Action.SHRINK, reason=f"{reason}; {self._arithmetic(run, plan)}")
 
     def _growth(self, plan: ParallelPlan, up: int) -> Decision:
         reason = f"{min(up, self.need)} of {self.need} nodes are there again: going on as {self._words(plan)}"
@@ -152,6 +171,12 @@ class Sizing:
     def _words(self, plan: ParallelPlan) -> str:
         nodes = nodes_needed(plan, self._cluster.slots_per_node)
         return f"{plan.describe()} on {nodes} node{'' if nodes == 1 else 's'}"
+
+
+def _restart_s(run: Run) -> float | None:
+    """Seconds from planning an attempt to its first step, the median so far."""
+    starts = [one.trained - one.started for one in run.attempts if one.trained is not None]
+    return statistics.median(starts) if starts else None
 
 
 def plan_of(attempt: Attempt) -> ParallelPlan | None:

@@ -28,6 +28,7 @@ from jobs.hooks import Hooks
 from jobs.location import Location, locate
 from jobs.metrics import MetricsWriter
 from jobs.numerics import BlowUp, LossWatch
+from jobs.orders import Orders
 from jobs.parallel.vocabulary import IGNORE
 from jobs.paths import RunPaths
 from jobs.report import Reporter
@@ -70,6 +71,7 @@ class Pretrain:
         self._reporter = reporter
         self._hooks = hooks
         self._counter = counter
+        self._orders = Orders(env.order_fd)
         self._paths = RunPaths(env.run_dir)
         self._store = TokenStore(job.data, job.batch.seq)
         self._schedule = SampleSchedule(global_batch=job.batch.global_batch, skips=job.skips)
@@ -84,7 +86,8 @@ class Pretrain:
     def run(self) -> None:
         """Run from the checkpoint to restore, or from the start, to the end of the job. Collective.
 
-        Or to a checkpoint, if the ranks have been asked to leave (``leave.json`` of the attempt).
+        Or to a checkpoint, if the ranks have been asked to leave: at the next one that is due (``leave.json`` of the
+        attempt), or at one after a given step (:mod:`jobs.orders`).
 
         Raises:
             CorruptCheckpoint: The checkpoint to restore is damaged.
@@ -105,11 +108,13 @@ class Pretrain:
             manifest = self._save(done, wait=True)  # all was done, but not on disk
         for step in range(done + 1, steps + 1):
             due = step == steps or bool(self._job.checkpoint.every and step % self._job.checkpoint.every == 0)
+            ordered = self._orders.leaves_after(step)
+            due = due or ordered
             self._step(step, then="save" if due else "step")
             if not due:
                 self._saver.keep(step, self._extra(step))
                 continue
-            leaving = step < steps and self._is_to_leave()
+            leaving = step < steps and (ordered or self._is_to_leave())
             manifest = self._save(step, wait=leaving or step == steps)
             self._reporter.send("step", step=step, next="finish" if leaving or step == steps else "step")
             if leaving:
@@ -143,12 +148,13 @@ class Pretrain:
     def _step(self, step: int, *, then: str) -> None:
         self._counter.step = step
         self._hooks.step_begin(step)
-        begin = time.perf_counter()
+        self._engine.own_time.begin()
         result = self._engine.train_step(step, self._batches(step))
+        own_s, seconds = self._engine.own_time.end()
         self._judge(step, result)
         if self._metrics is not None:
-            self._metrics.append(self._line(step, result, time.perf_counter() - begin))
-        self._reporter.send("step", step=step, next=then)
+            self._metrics.append(self._line(step, result, seconds))
+        self._reporter.send("step", step=step, next=then, own_s=round(own_s, 6), seconds=round(seconds, 6))
         self._hooks.step_end(step)
 
     def _judge(self, step: int, result: StepResult) -> None:

@@ -47,6 +47,7 @@ class AgentOptions:
         detect_s: The controller takes an agent for lost when it is silent for so long; four beats are sent in it.
         lease_s: Without controller and without progress for so long, the agent ends its ranks and itself.
         grace_s: From SIGTERM to SIGKILL of the ranks when the agent itself is told to leave.
+        preempt_grace_s: From the notice that the node will be taken away to the end of its ranks.
         warm: ``module:function`` that warms the pool up; empty for a pool that starts every rank afresh.
         target: ``module:function`` that a rank of our own runs.
         env: Variables added to the environment of pool and ranks.
@@ -58,6 +59,7 @@ class AgentOptions:
     detect_s: float = 5.0
     lease_s: float = 60.0
     grace_s: float = 5.0
+    preempt_grace_s: float = 25.0
     warm: str = "jobs.warm:warm"
     target: str = "jobs.worker:main"
     env: Mapping[str, str] = field(default_factory=dict)
@@ -102,6 +104,8 @@ class HostAgent:
         )
         self._wakeup, self._wakeup_write = socket.socketpair()
         self._asked_to_stop = ""
+        self._noticed = ""
+        self._notice_until: float | None = None
         self._leaving = ""
         self._left = ""
         self._log_folder_stays = True
@@ -109,6 +113,18 @@ class HostAgent:
     def stop(self, reason: str) -> None:
         """Ask the agent to leave; safe from any thread and from a signal handler."""
         self._asked_to_stop = self._asked_to_stop or reason
+        with contextlib.suppress(OSError):
+            self._wakeup_write.send(b"x", socket.MSG_DONTWAIT)
+
+    def notice(self, reason: str) -> None:
+        """The node will be taken away: let the ranks leave in good order, for at most ``preempt_grace_s``.
+
+        Safe from any thread and from a signal handler. A second notice means at once.
+        """
+        if self._noticed:
+            self.stop(reason)
+            return
+        self._noticed = reason
         with contextlib.suppress(OSError):
             self._wakeup_write.send(b"x", socket.MSG_DONTWAIT)
 
@@ -197,7 +213,8 @@ class HostAgent:
     def _timeout(self) -> float:
         now = time.monotonic()
         deadlines = [self._beat_at, now + 0.5 if self._peers.has_strangers else self._beat_at]
-        deadlines += [at for at in (self._ranks.next_deadline(), self._stacks.due) if at is not None]
+        possible = (self._ranks.next_deadline(), self._stacks.due, self._notice_until)
+        deadlines += [at for at in possible if at is not None]
         return max(0.0, min(deadlines) - now)
 
     def _tick(self) -> None:
@@ -208,6 +225,8 @@ class HostAgent:
             self._events.append({"kind": "stack", "attempt": self._ranks.attempt} | answer)
         if self._asked_to_stop:
             self._leave(self._asked_to_stop, self._options.grace_s)
+        elif self._noticed:
+            self._heed_notice(now)
         if now >= self._beat_at:
             self._beat_at = now + self._options.detect_s / wire.BEATS
             if self._peers.owner is not None:
@@ -219,11 +238,22 @@ class HostAgent:
             self._leave("lease", 0.0)
         self._peers.pump()
 
+    def _heed_notice(self, now: float) -> None:
+        """Stay as long as ranks of ours may still leave in good order; a script is told by its own SIGTERM."""
+        if not self._ranks.alive or self._ranks.kind == "script" or self._peers.owner is None:
+            script = self._ranks.kind == "script"
+            self._leave(self._noticed, self._options.preempt_grace_s if script else self._options.grace_s)
+        elif self._notice_until is None:
+            self._notice_until = now + self._options.preempt_grace_s
+            self._events.append({"kind": "notice", "reason": self._noticed, "within_s": self._options.preempt_grace_s})
+        elif now >= self._notice_until:
+            self._leave(self._noticed, 0.0)
+
     def _leave(self, reason: str, grace_s: float) -> None:
         """Tell the owner, end the ranks, then end the loop."""
         if self._leaving:
             return
-        self._leaving = reason
+        self._leaving, self._notice_until = reason, None
         self._events.append({"kind": "leaving", "reason": reason})
         self._ranks.kill(self._ranks.attempt, grace_s, self._end)
 
@@ -277,6 +307,7 @@ class HostAgent:
             "spawn": lambda: self._spawn(peer, message),
             "holdings": lambda: self._persister.ask(lambda held: self._tell_holdings(peer, message, held)),
             "dump": lambda: self._dump(int(message["attempt"])),
+            "leave": lambda: self._ranks.leave(int(message["attempt"]), int(message["after"])),
             "kill": lambda: self._kill(int(message["attempt"]), float(message.get("grace_s", 0.0))),
             "shutdown": self._shut_down,
         }
@@ -284,7 +315,7 @@ class HostAgent:
 
     def _spawn(self, peer: Peer, message: Message) -> None:
         check_order(message)
-        if message["epoch"] == peer.epoch and not self._leaving:
+        if message["epoch"] == peer.epoch and not self._leaving and not self._noticed:
             self._ranks.spawn(message)
 
     def _tell_holdings(self, peer: Peer, message: Message, held: Message) -> None:
@@ -316,7 +347,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--node", required=True)
     parser.add_argument("--bind", required=True)
     parser.add_argument("--slots", type=int, required=True)
-    for name, kind in (("detect-s", float), ("lease-s", float), ("grace-s", float), ("max-log-bytes", int)):
+    durations = [(name, float) for name in ("detect-s", "lease-s", "grace-s", "preempt-grace-s")]
+    for name, kind in (*durations, ("max-log-bytes", int)):
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
     for name in ("warm", "target", "log-parent", "incarnation"):
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS)
@@ -328,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr, flush=True)
         return 1
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, lambda number, _: agent.stop(signal.Signals(number).name))
+        signal.signal(signum, lambda number, _: agent.notice(signal.Signals(number).name))
     print(f"agent of {agent.address.node} ended: {agent.serve()}", flush=True)
     return 0
 

@@ -12,9 +12,9 @@ too, so that there is one place that reaps, and one that kills:
 Started by the agent as ``python -P -m launcher.host.pool --fd N --parent PID --warm M:F --target M:F``. Messages are
 JSON datagrams on a sequenced-packet socket; file descriptors travel with them:
 
-``{"op": "spawn", "key", "name", "env", "cwd", "argv": null | [...], "fds": ["log", "report", "store"]}``, ``{"op":
-"kill", "key", "signal"}``; answers ``ready`` (``reason``), ``spawned`` (``key``, ``pid``, ``fresh``: reason or empty),
-``failed`` (``key``, ``reason``), ``exit`` (``key``, ``pid``, ``code``, ``signal``).
+``{"op": "spawn", "key", "name", "env", "cwd", "argv": null | [...], "fds": ["log", "report", "order", "store"]}``,
+``{"op": "kill", "key", "signal"}``; answers ``ready`` (``reason``), ``spawned`` (``key``, ``pid``, ``fresh``: reason or
+empty), ``failed`` (``key``, ``reason``), ``exit`` (``key``, ``pid``, ``code``, ``signal``).
 """
 
 from __future__ import annotations
@@ -279,6 +279,7 @@ def _rank_environment(message: dict[str, Any], fds: dict[str, int]) -> dict[str,
     environment: dict[str, str] = dict(message["env"])
     environment["PHALANX_REPORT_FD"] = str(fds.get("report", -1))
     environment["PHALANX_STORE_FD"] = str(fds.get("store", -1))
+    environment["PHALANX_ORDER_FD"] = str(fds.get("order", -1))
     return environment
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.checkpoint.persister import PERSISTER
+from jobs.orders import OrderBook
 from launcher.host import process, wire
 from launcher.host.child import EXIT_CANNOT_START
 from launcher.host.environment import Environments
@@ -96,6 +98,7 @@ class Ranks:
         self._by_key: dict[str, Rank] = {}
         self._order: Message | None = None
         self._store: socket.socket | None = None
+        self._orders: OrderBook | None = None
         self._kill_at: float | None = None
         self._force_at: float | None = None
         self._stopping = False
@@ -135,6 +138,7 @@ class Ranks:
         self._by_key.clear()
         self._stopping, self._published = False, False
         self._logs.forget_old_attempts(self.attempt)
+        self._renew_orders()
         for entry in order["ranks"]:
             key = f"{self.attempt}/{entry['rank']}"
             self._by_key[key] = Rank(entry["rank"], key, self._logs.path(self.attempt, entry["rank"]))
@@ -182,6 +186,8 @@ class Ranks:
                 raise
             os.set_blocking(rank.report, False)
             self._selector.register(rank.report, selectors.EVENT_READ, lambda: self._read(rank))
+            if self._orders is not None:
+                fds["order"] = self._orders.share()
         if ours and rank.rank == 0 and self._store is not None:
             fds["store"] = self._store.detach()
         return fds
@@ -211,6 +217,19 @@ class Ranks:
         for rank in self._living():
             rank.fell = bool(rank.pid) and process.is_ending(rank.pid)
 
+    def leave(self, attempt: int, after: int) -> None:
+        """Tell the ranks of an attempt to leave after a step; see :class:`jobs.orders.OrderBook`."""
+        if attempt == self.attempt and self._orders is not None:
+            self._orders.leave(after, reached=self.step)
+
+    def _renew_orders(self) -> None:
+        if self._orders is not None:
+            self._orders.close()
+        self._orders = None
+        if self.kind == "pretrain":
+            with contextlib.suppress(OSError):  # without it nobody can be asked to leave, and all else works
+                self._orders = OrderBook()
+
     # -- state -----------------------------------------------------------------------------------------------------
 
     def _living(self) -> list[Rank]:
@@ -228,7 +247,9 @@ class Ranks:
     def describe(self) -> Message:
         """The part of the welcome that an adopting controller needs."""
         ranks = [{"rank": rank.rank, "pid": rank.pid, "exited": rank.status} for rank in self._by_key.values()]
-        return {"attempt": self.attempt, "epoch_of_attempt": self.epoch, "ranks": ranks}
+        leave_after = self._orders.after if self._orders is not None else 0
+        described = {"attempt": self.attempt, "epoch_of_attempt": self.epoch, "ranks": ranks}
+        return described | {"leave_after": leave_after}
 
     def log_path(self, attempt: int, rank: int) -> Path:
         """Where the log of a rank of this or an earlier attempt is."""

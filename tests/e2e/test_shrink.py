@@ -19,7 +19,7 @@ from jobs.checkpoint import newest
 from jobs.checkpoint.reader import Reader
 from launcher import build, launch, muster
 from launcher.config import compose
-from launcher.controller import LEFT
+from launcher.departure import FOR_MORE as LEFT
 from launcher.follow import Screen
 from launcher.local_backend import LocalBackend
 from launcher.run import EventKind, RunState

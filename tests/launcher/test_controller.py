@@ -9,9 +9,10 @@ from typing import Any, cast
 import pytest
 
 from launcher import adoption
-from launcher.controller import Fenced, Phase
 from launcher.gang import Gang
 from launcher.lock import ControllerLock
+from launcher.logbook import Fenced
+from launcher.phase import Phase
 from launcher.run import EventKind, RunState
 from launcher.store import create_exclusive
 from launcher.supervise import request_cancel
@@ -213,9 +214,12 @@ def test_successor_adopts_the_live_gang(tmp_path: Path) -> None:
     adoption.begin(stage.controller)
     stage.turn()
     news = stage.store.events()[before:]
-    assert [event.kind for event in news] == [EventKind.CONTROLLER_STARTED, EventKind.CHECKPOINT_COMMITTED]
+    kinds = [EventKind.CONTROLLER_STARTED, EventKind.DECISION, EventKind.CHECKPOINT_COMMITTED]
+    assert [event.kind for event in news] == kinds
     assert news[0].data["adopted"] is True
-    assert news[1].data["step"] == 10
+    assert news[1].data["action"] == "adopt"
+    assert "taking it over loses 0 steps, a restart " in news[1].data["reason"]
+    assert news[2].data["step"] == 10
     assert stage.store.run().attempts[-1].number == 1
     assert not [call for call in stage.gang.calls if call[0] in ("spawn", "kill")]
 
@@ -400,7 +404,7 @@ def test_a_spare_that_comes_while_the_gang_runs_is_made_ready(tmp_path: Path) ->
     stage.clock.now += 5.0
     stage.turn(2)
     assert ("connect", "c-0") in stage.gang.calls
-    assert "c" in stage.controller.up
+    assert "c" in stage.controller.muster.up
 
 
 def test_a_manifest_that_cannot_be_read_is_named_in_the_log(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import pytest
 from jobs.paths import RunPaths
 from launcher import ray_actors, ray_order
 from launcher.backend import Backend
-from launcher.controller import Fenced
 from launcher.lock import ControllerLock, identity
+from launcher.logbook import Fenced
 from launcher.ray_actors import ControllerHost
 from launcher.run import EventKind, RunState
 from launcher.store import RunStore

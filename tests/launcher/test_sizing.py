@@ -11,10 +11,11 @@ import pytest
 
 from launcher import adoption
 from launcher.account import CLASSES
-from launcher.controller import LEFT, Phase
+from launcher.departure import FOR_MORE as LEFT
 from launcher.describe import brief, describe
 from launcher.gang import Gang
 from launcher.ledger import ledger
+from launcher.phase import Phase
 from launcher.render_events import event_line
 from launcher.run import EventKind, Run, RunEvent, RunState
 from launcher.sizing import Sizing, plan_of
@@ -208,7 +209,7 @@ def test_the_next_failure_of_a_smaller_gang_waits_for_nobody(tmp_path: Path) -> 
     stage.start()
     run = stage.store.run()
     assert [attempt.plan for attempt in run.attempts[1:]] == [run.attempts[1].plan] * 2
-    assert [action for action, _ in decisions(stage)] == ["restart", "shrink", "restart"]
+    assert [action for action, _ in decisions(stage)] == ["restart", "wait", "shrink", "restart"]
     assert run.restarts == 2
 
 

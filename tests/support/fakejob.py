@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+from jobs.orders import Orders
 from jobs.report import Reporter
 from jobs.spec import RankEnv
 
@@ -59,6 +60,9 @@ def _do(name: str, value: str, env: RankEnv, reporter: Reporter) -> None:
             time.sleep(float(value))
     elif name == "wait":
         time.sleep(float(value or 3600))
+    elif name == "obey":
+        while not Orders(env.order_fd).leaves_after(int(value)):
+            time.sleep(0.01)
     elif name == "exit":
         sys.exit(int(value))
     elif name == "raise":

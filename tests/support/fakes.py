@@ -70,6 +70,9 @@ class FakeGang:
     def kill(self, attempt: int, grace_s: float = 0.0) -> None:
         self.calls.append(("kill", attempt, grace_s))
 
+    def leave(self, attempt: int, after: int) -> None:
+        self.calls.append(("leave", attempt, after))
+
     def dump(self, attempt: int) -> None:
         self.calls.append(("dump", attempt))
 

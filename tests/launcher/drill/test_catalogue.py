@@ -9,12 +9,12 @@ import pytest
 
 from jobs.faults import Kind, resolve
 from launcher.config import compose
-from launcher.controller import Phase
 from launcher.drill import acts
 from launcher.drill.case import Aim, Case, Outcome, faults_of, usual_aim
 from launcher.drill.catalogue import CATALOGUE, named
 from launcher.drill.draw import draws
 from launcher.drill.toy import EVERY, Toy, shrink
+from launcher.phase import Phase
 
 ASKED = {
     "rank SIGKILL": "rank_sigkill",

@@ -55,9 +55,9 @@ def test_a_rank_inherits_exactly_what_it_needs(agents: Agents) -> None:
     watcher = agents.watch("n0")
     watcher.spawn(1, {"n0": [0, 1]}, FAKE="look,done")
     first, second = seen_by(watcher, agents, 0), seen_by(watcher, agents, 1)
-    report, store = int(first["env"]["PHALANX_REPORT_FD"]), int(first["env"]["PHALANX_STORE_FD"])
-    assert set(first["fds"]) == {0, 1, 2, report, store}
-    assert set(second["fds"]) == {0, 1, 2, int(second["env"]["PHALANX_REPORT_FD"])}
+    report, order, store = (int(first["env"][f"PHALANX_{name}_FD"]) for name in ("REPORT", "ORDER", "STORE"))
+    assert set(first["fds"]) == {0, 1, 2, report, order, store}
+    assert set(second["fds"]) == {0, 1, 2, *(int(second["env"][f"PHALANX_{name}_FD"]) for name in ("REPORT", "ORDER"))}
     assert second["env"]["PHALANX_STORE_FD"] == "-1"
     assert first["stdin"] == "/dev/null"
     assert first["session"] == first["group"] == first["pid"]
@@ -173,8 +173,8 @@ def test_an_unsafe_pool_starts_ranks_afresh(agents: Agents, warm: str, expected:
     assert expected in fresh.data["reason"]
     watcher.report("step", rank=1)
     assert seen_by(watcher, agents)["session"] == watcher.until_kind("exit", rank=0).data["pid"]
-    report, store = (seen_by(watcher, agents)["env"][f"PHALANX_{name}_FD"] for name in ("REPORT", "STORE"))
-    assert set(seen_by(watcher, agents)["fds"]) == {0, 1, 2, int(report), int(store)}
+    given = (seen_by(watcher, agents)["env"][f"PHALANX_{name}_FD"] for name in ("REPORT", "ORDER", "STORE"))
+    assert set(seen_by(watcher, agents)["fds"]) == {0, 1, 2, *map(int, given)}
 
 
 def test_a_pool_that_dies_of_its_imports_is_replaced_by_a_cold_one(agents: Agents) -> None:
@@ -235,18 +235,46 @@ def test_kill_9_of_the_agent_leaves_nothing(agents: Agents) -> None:
 
 
 def test_sigterm_at_the_agent_says_so_and_leaves_nothing(agents: Agents) -> None:
-    agent = agents.start()
+    agent = agents.start(preempt_grace_s=1.0)
     watcher = agents.watch("n0")
     watcher.spawn(1, {"n0": [0, 1]}, FAKE_0="step=1,wait", FAKE_1="stubborn,daemon,step=1,wait")
     for rank in (0, 1):
         watcher.report("step", rank=rank)
     agent.terminate()
-    assert watcher.until_kind("leaving").data["reason"] == "SIGTERM"
+    notice, leaving = watcher.until_kind("notice"), watcher.until_kind("leaving")
+    assert (notice.data["reason"], leaving.data["reason"]) == ("SIGTERM", "SIGTERM")
+    assert leaving.time - notice.time >= 1.0
     watcher.until_kind("agent_lost")
     assert agent.wait(10) == 0
     assert agents.alive() == []
     assert announce.read_all(agents.paths) == []
-    assert {o.data["signal"] for o in watcher.seen if o.kind == "exit"} == {signal.SIGTERM, signal.SIGKILL}
+    assert {o.data["signal"] for o in watcher.seen if o.kind == "exit"} == {signal.SIGKILL}
+
+
+def test_a_second_notice_means_at_once(agents: Agents) -> None:
+    agent = agents.start(preempt_grace_s=60.0)
+    watcher = agents.watch("n0")
+    watcher.spawn(1, {"n0": [0]}, FAKE="step=1,wait")
+    watcher.report("step", rank=0)
+    agent.terminate()
+    watcher.until_kind("notice")
+    agent.terminate()
+    watcher.until_kind("leaving")
+    assert agent.wait(10) == 0
+    assert {o.data["signal"] for o in watcher.seen if o.kind == "exit"} == {signal.SIGTERM}
+
+
+def test_ranks_that_leave_take_the_agent_with_them(agents: Agents) -> None:
+    agent = agents.start(preempt_grace_s=60.0)
+    watcher = agents.watch("n0")
+    watcher.spawn(1, {"n0": [0]}, FAKE="step=1,obey=3,done")
+    watcher.report("step", rank=0)
+    agent.terminate()
+    watcher.until_kind("notice")
+    watcher.gang.leave(1, 3)
+    assert watcher.until_kind("exit", rank=0).data["code"] == 0
+    watcher.until_kind("leaving")
+    assert agent.wait(10) == 0
 
 
 def test_shutdown_is_quiet_and_leaves_nothing(agents: Agents) -> None:

@@ -12,11 +12,12 @@ from jobs.paths import RunPaths
 from jobs.spec import CheckpointSpec, DataSpec, JobSpec, TrainSpec
 from launcher import adoption
 from launcher.backend import NodeInfo
-from launcher.controller import Controller, Phase
+from launcher.controller import Controller
 from launcher.gang import Gang
 from launcher.host.wire import BEATS
 from launcher.ledger import ledger
 from launcher.lock import ControllerLock
+from launcher.phase import Phase
 from launcher.request import LaunchRequest, RecoverySpec, TrackingSpec
 from launcher.run import EventKind, RunEvent, RunState
 from launcher.store import RunStore

@@ -1,0 +1,247 @@
+"""Which rank is slower than it should be? Judged from the time of a step that is a rank's own. Pure.
+
+In synchronous training all ranks take equally long for a step: those that are done wait for the slowest. So ranks tell
+how long they computed and did not wait (:mod:`jobs.own_time`), and each is compared
+
+- with its peers, who do equal work: ranks of the same pipeline stage, on other nodes where there are such;
+- with its own past, as far as the others have kept to theirs: this finds a slow node that holds a whole stage.
+
+Pauses, checkpoints and noise make single steps slow and leave the median of many alone. Named is who was slower in most
+steps of a window, by more than noise, and so much that the step suffers from it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from launcher.observation import Observation
+from launcher.recovery import Failure, FailureKind
+from strategies.plan import ParallelPlan
+from strategies.topology import Topology
+
+WINDOW = 16  # steps
+SLOW = 1.2  # the median of the window is larger than this ...
+CLEARLY = 1.1  # ... and most steps of it than this
+MOST = 13
+NOISE = 2.0  # ... and, where times are noisy, larger than 1 by so many typical deviations from 1 of a single step
+MATTERS = 0.05  # of the step, else nobody would gain by another node
+WARM_UP = 3  # the first steps of an attempt compile, allocate and connect
+LEARNED = 32  # steps from which a rank's own pace is learned
+MAX_NAMED = 8  # in one attempt; the log grows with decisions
+_FEW = 8  # from so many values on, one of them hardly moves the median
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slow:
+    """A rank that holds up the others.
+
+    Attributes:
+        rank: Global rank.
+        ratio: Its own time of a step over what it should be.
+        step: The step at which it was found.
+    """
+
+    rank: int
+    ratio: float
+    step: int
+
+
+@dataclass(slots=True)
+class _Window:
+    """The newest ratios of one rank; counts those that are clearly above 1, so that most ranks cost no sorting."""
+
+    ratios: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    above: int = 0
+
+    def add(self, ratio: float) -> None:
+        if len(self.ratios) == WINDOW:
+            self.above -= self.ratios[0] > CLEARLY
+        self.ratios.append(ratio)
+        self.above += ratio > CLEARLY
+
+    def verdict(self, slow: float) -> float:
+        """The median ratio where it is larger than ``slow`` and most are clearly above 1, else 0."""
+        if self.above < MOST:
+            return 0.0
+        median = statistics.median(self.ratios)
+        return median if median > slow else 0.0
+
+
+@dataclass(slots=True)
+class _Noise:
+    """How far ratios are from 1 in a typical step. Leaves out the newest steps: a straggler must not pass for noise."""
+
+    deviation: float = 0.0
+    older: deque[float] = field(default_factory=lambda: deque(maxlen=20 * WINDOW))
+    newest: list[float] = field(default_factory=list)
+
+    def add(self, ratios: Sequence[float]) -> None:
+        self.newest.append(statistics.median(abs(ratio - 1) for ratio in ratios))
+        if len(self.newest) == 3 * WINDOW:
+            self.older.extend(self.newest[:WINDOW])
+            del self.newest[:WINDOW]
+            self.deviation = statistics.median(self.older)
+
+
+class Pace:
+    """The own times of all ranks of one attempt, step by step.
+
+    Args:
+        peers: For each rank, the ranks that do equal work; empty where there are none.
+    """
+
+    def __init__(self, peers: Sequence[Sequence[int]]) -> None:
+        self._peers = peers
+        self._groups = {tuple(group) for group in peers if group}
+        self._against_peers = [_Window() for _ in peers]
+        self._against_past = [_Window() for _ in peers]
+        self._past: list[list[float]] = [[] for _ in peers]
+        self._usual: list[float] = []
+        self._noise = _Noise()
+        self._seen = 0
+        self._named: set[int] = set()
+
+    def note(self, step: int, own_s: Sequence[float], step_s: float) -> list[Slow]:
+        """A step is complete.
+
+        Args:
+            step: Its number.
+            own_s: Own time of every rank.
+            step_s: How long the step took.
+
+        Returns:
+            Ranks that are found to be slow now, each once until it has recovered.
+        """
+        self._seen += 1
+        if self._seen <= WARM_UP or min(own_s) <= 0:
+            return []
+        medians = {group: _median_of(group, own_s) for group in self._groups}
+        ratios = {rank: own_s[rank] / medians[tuple(peers)] for rank, peers in enumerate(self._peers) if peers}
+        for rank, ratio in ratios.items():
+            self._against_peers[rank].add(ratio)
+        if ratios:
+            self._noise.add(list(ratios.values()))
+        self._compare_with_the_past(own_s)
+        return self._judge(step, own_s, step_s)
+
+    def _compare_with_the_past(self, own_s: Sequence[float]) -> None:
+        if not self._usual:
+            for rank, own in enumerate(own_s):
+                self._past[rank].append(own)
+            if len(self._past[0]) == LEARNED:
+                self._usual = [statistics.median(past) for past in self._past]
+                self._past.clear()
+            return
+        drift = [own / usual for own, usual in zip(own_s, self._usual, strict=True)]
+        common = statistics.median(drift)
+        for rank, window in enumerate(self._against_past):
+            others = common if len(drift) > _FEW else _median_without(drift, rank)
+            window.add(drift[rank] / others)
+        if not self._groups:
+            self._noise.add([one / common for one in drift])
+
+    def _judge(self, step: int, own_s: Sequence[float], step_s: float) -> list[Slow]:
+        found, limit = [], max(SLOW, 1 + NOISE * self._noise.deviation)
+        for rank, windows in enumerate(zip(self._against_peers, self._against_past, strict=True)):
+            ratio = max(window.verdict(limit) for window in windows)
+            if not ratio:
+                if rank in self._named and all(window.above * 2 < WINDOW for window in windows):
+                    self._named.discard(rank)
+            elif rank not in self._named and own_s[rank] * (1 - 1 / ratio) > MATTERS * step_s:
+                self._named.add(rank)
+                found.append(Slow(rank=rank, ratio=ratio, step=step))
+        return found
+
+
+def _median_of(ranks: Sequence[int], own_s: Sequence[float]) -> float:
+    return statistics.median(own_s[rank] for rank in ranks)
+
+
+def _median_without(values: Sequence[float], index: int) -> float:
+    others = [*values[:index], *values[index + 1 :]]
+    return statistics.median(others) if others else values[index]
+
+
+def peers_of(plan: ParallelPlan, nodes: Mapping[int, str]) -> list[tuple[int, ...]]:
+    """For each rank those of its pipeline stage on other nodes, or of its own node if the stage has no other.
+
+    Args:
+        plan: The plan.
+        nodes: Rank -> node.
+    """
+    topology = Topology(plan)
+    stages: dict[int, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for rank in range(plan.world_size):
+        stages[topology.coordinates(rank).pipe][nodes.get(rank, "")].append(rank)
+    elsewhere = {
+        (stage, node): tuple(rank for other, ranks in by_node.items() if other != node for rank in ranks)
+        for stage, by_node in stages.items()
+        for node in by_node
+    }
+    found = []
+    for rank in range(plan.world_size):
+        stage, node = topology.coordinates(rank).pipe, nodes.get(rank, "")
+        here = tuple(other for other in stages[stage][node] if other != rank)
+        found.append(elsewhere[stage, node] or here)
+    return found
+
+
+class StragglerWatch:
+    """Watches one attempt after the other, through the step reports of its ranks."""
+
+    def __init__(self) -> None:
+        self._plan: ParallelPlan | None = None
+        self._pace: Pace | None = None
+        self._nodes: dict[int, str] = {}
+        self._steps: dict[int, dict[int, tuple[float, float]]] = {}
+        self._found: list[tuple[Failure, float]] = []
+        self._told = 0
+
+    def begin(self, plan: ParallelPlan) -> None:
+        """The first step of an attempt begins."""
+        self.end()
+        self._plan = plan
+
+    def end(self) -> None:
+        """The attempt ends."""
+        self._plan, self._pace, self._told = None, None, 0
+        self._nodes, self._steps, self._found = {}, {}, []
+
+    def note(self, seen: Observation) -> None:
+        """Take in what an agent says."""
+        data = seen.data
+        if self._plan is None or seen.kind != "report" or data.get("kind") != "step" or "own_s" not in data:
+            return
+        rank, step = int(data["rank"]), int(data["step"])
+        self._nodes[rank] = seen.node
+        reported = self._steps.setdefault(step, {})
+        reported[rank] = (float(data["own_s"]), float(data["seconds"]))
+        if len(reported) == self._plan.world_size:
+            self._steps = {later: some for later, some in self._steps.items() if later > step}
+            self._complete(self._plan, step, reported, seen.time)
+
+    def _complete(
+        self, plan: ParallelPlan, step: int, reported: Mapping[int, tuple[float, float]], when: float
+    ) -> None:
+        if self._pace is None:
+            self._pace = Pace(peers_of(plan, self._nodes))
+        own_s = [reported[rank][0] for rank in range(plan.world_size)]
+        step_s = max(seconds for _, seconds in reported.values())
+        for slow in self._pace.note(step, own_s, step_s):
+            if self._told < MAX_NAMED:
+                self._told += 1
+                self._found.append((self._failure(plan, slow, own_s[slow.rank], when), slow.ratio))
+
+    def _failure(self, plan: ParallelPlan, slow: Slow, own_s: float, when: float) -> Failure:
+        at, node = Topology(plan).coordinates(slow.rank), self._nodes[slow.rank]
+        name = f"rank {slow.rank} on {node} (pipe {at.pipe}, data {at.data}, model {at.model})"
+        detail = f"{name} takes {slow.ratio:.2f}x as long as it should for its part of a step, {own_s:.3g} s"
+        return Failure(kind=FailureKind.STRAGGLER, time=when, node=node, rank=slow.rank, step=slow.step, detail=detail)
+
+    def take(self) -> list[tuple[Failure, float]]:
+        """What was found since the last time, with the ratio of own times."""
+        taken, self._found = self._found, []
+        return taken

@@ -1,0 +1,131 @@
+"""Who is slow, and who only seems to be: judged from own times, without any process."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from launcher.observation import Observation
+from launcher.straggler import LEARNED, WARM_UP, Pace, Slow, StragglerWatch, peers_of
+from strategies.plan import ParallelPlan
+
+WITHIN = 20  # steps
+
+
+def plan_of(tp: int, pp: int, dp: int) -> ParallelPlan:
+    return ParallelPlan(tp=tp, pp=pp, dp=dp, zero_stage=1, stages=(1,) * pp, micro_batch=1, grad_accum=pp)
+
+
+def nodes_of(world: int, slots: int) -> dict[int, str]:
+    return {rank: f"n{rank // slots}" for rank in range(world)}
+
+
+class Gang:
+    """Own times with everything that happens to real ones: noise, rare long steps, pauses, checkpoints, slow starts."""
+
+    def __init__(self, plan: ParallelPlan, *, slots: int = 4, seed: int = 0, sigma: float = 0.08) -> None:
+        self.draw, self.sigma, self.step = random.Random(seed), sigma, 0
+        self.pace = Pace(peers_of(plan, nodes_of(plan.world_size, slots)))
+        per_stage = plan.world_size // plan.pp
+        # stages differ, and so do devices of one kind by a few per cent
+        self.usual = [
+            0.1 * (1 + 0.3 * (rank // per_stage)) * self.draw.gauss(1.0, 0.015) for rank in range(plan.world_size)
+        ]
+
+    def train(self, steps: int, slowdown: Callable[[int], float] = lambda rank: 1.0) -> list[Slow]:
+        found = []
+        for _ in range(steps):
+            self.step += 1
+            common = 3.0 if self.step % 500 == 0 else 1.0  # a checkpoint in the background, a data server that pauses
+            common *= 5.0 if self.step <= WARM_UP else 1.0
+            own = [usual * common * slowdown(rank) * self._noise() for rank, usual in enumerate(self.usual)]
+            found += self.pace.note(self.step, own, 1.15 * max(own))
+        return found
+
+    def _noise(self) -> float:
+        noise = self.draw.lognormvariate(0.0, self.sigma)
+        if self.draw.random() < 0.01:  # a garbage collection, an interrupt storm: no mean, hardly a variance
+            noise += self.draw.paretovariate(1.2) - 1
+        return noise
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 4), (4, 4, 4), (1, 1, 2), (8, 1, 1)])
+def test_no_alarm_in_ten_thousand_quiet_steps(shape: tuple[int, int, int]) -> None:
+    steps = 10_000 if shape != (4, 4, 4) else 2_500  # the same number of steps of a rank, and more
+    assert Gang(plan_of(*shape)).train(steps) == []
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 4), (4, 4, 4), (1, 1, 2), (8, 1, 1), (1, 4, 1)])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_rank_of_1_3_is_named_within_twenty_steps(shape: tuple[int, int, int], seed: int) -> None:
+    plan = plan_of(*shape)
+    victim = random.Random(seed).randrange(plan.world_size)
+    gang = Gang(plan, seed=seed)
+    assert gang.train(200) == []
+    (found,) = gang.train(WITHIN, lambda rank: 1.3 if rank == victim else 1.0)
+    assert found.rank == victim
+    assert 1.2 < found.ratio < 1.45
+    assert gang.train(300, lambda rank: 1.3 if rank == victim else 1.0) == []  # once
+
+
+def test_a_rank_that_is_slow_from_the_start_is_named_by_its_peers() -> None:
+    gang = Gang(plan_of(2, 2, 2))
+    found = gang.train(WARM_UP + WITHIN, lambda rank: 1.3 if rank == 5 else 1.0)
+    assert [slow.rank for slow in found] == [5]
+
+
+def test_a_slow_node_that_holds_a_whole_stage_is_named_by_its_past() -> None:
+    gang = Gang(plan_of(2, 4, 1), slots=2)
+    assert gang.train(WARM_UP + LEARNED + WITHIN) == []
+    found = gang.train(WITHIN, lambda rank: 1.4 if rank // 2 == 1 else 1.0)
+    assert {slow.rank for slow in found} == {2, 3}
+
+
+def test_nobody_is_slow_when_all_are() -> None:
+    gang = Gang(plan_of(2, 2, 2))
+    assert gang.train(100) == []
+    assert gang.train(200, lambda rank: 1.5) == []
+
+
+def test_who_has_recovered_may_be_named_again() -> None:
+    gang = Gang(plan_of(2, 2, 2))
+    slow = lambda rank: 1.4 if rank == 1 else 1.0  # noqa: E731
+    assert len(gang.train(100)) + len(gang.train(WITHIN, slow)) == 1
+    assert gang.train(100) == []
+    assert [again.rank for again in gang.train(WITHIN, slow)] == [1]
+
+
+def test_what_does_not_hold_up_the_step_is_left_alone() -> None:
+    pace, found = Pace([(1,), (0,)]), []
+    for step in range(1, 100):
+        found += pace.note(step, [0.002, 0.001], 1.0)  # twice as long, and nobody waits for it
+    assert found == []
+
+
+def test_peers_are_of_the_same_stage_and_of_another_node_where_there_is_one() -> None:
+    assert peers_of(plan_of(2, 2, 1), nodes_of(4, 2)) == [(1,), (0,), (3,), (2,)]
+    assert peers_of(plan_of(1, 2, 2), nodes_of(4, 1)) == [(1,), (0,), (3,), (2,)]
+    assert peers_of(plan_of(2, 1, 2), nodes_of(4, 2)) == [(2, 3), (2, 3), (0, 1), (0, 1)]
+    assert peers_of(plan_of(1, 2, 1), nodes_of(2, 1)) == [(), ()]
+
+
+def say(watch: StragglerWatch, rank: int, step: int, own_s: float) -> None:
+    data = {"kind": "step", "rank": rank, "attempt": 1, "step": step, "next": "step", "own_s": own_s, "seconds": 0.5}
+    watch.note(Observation(kind="report", node=f"node-{rank // 2}", time=float(step), data=data))
+
+
+def test_reports_lead_to_a_name_with_node_and_coordinates() -> None:
+    watch = StragglerWatch()
+    say(watch, 0, 1, 0.1)  # before the attempt has begun
+    watch.begin(plan_of(2, 2, 1))
+    for step in range(1, 30):
+        for rank in range(4):
+            if (step, rank) != (7, 2):  # a report that the controller has never seen
+                say(watch, rank, step, 0.4 if rank == 3 else 0.3)
+    ((failure, ratio),) = watch.take()
+    assert (failure.rank, failure.node) == (3, "node-1")
+    assert "rank 3 on node-1 (pipe 1, data 0, model 1) takes 1.33x" in failure.detail
+    assert ratio == pytest.approx(0.4 / 0.3)
+    assert watch.take() == []
