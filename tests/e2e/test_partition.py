@@ -94,7 +94,7 @@ def ruled_here(run: RunStore) -> RunState:
 
 
 def test_survivors_decide_in_time_and_the_cut_off_node_ends_by_itself(folder: Path, net: netns.Network) -> None:
-    run = netgang.make_run(folder, "cut", f"train.steps={STEPS}")
+    run = netgang.make_run(folder, "cut", f"train.steps={STEPS}", "recovery.lease_s=6.0")
     agents = [netgang.start_agent(net, run, index, lease_s=6.0) for index in range(3)]
     cut_at = [0.0]
 

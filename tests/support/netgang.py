@@ -75,7 +75,8 @@ def make_run(folder: Path, name: str, *words: str) -> RunStore:
     config = configuration(folder / "runs", name, list(more))
     from launcher.follow import Screen
 
-    request = launch.prepare_data(config, build.build_request(config, list(more)), Screen(open(os.devnull, "w")))  # noqa: SIM115
+    with open(os.devnull, "w") as nowhere:
+        request = launch.prepare_data(config, build.build_request(config, list(more)), Screen(nowhere))
     return create(request, config, None)
 
 
