@@ -260,6 +260,7 @@ def test_a_second_notice_means_at_once(agents: Agents) -> None:
     watcher.until_kind("notice")
     agent.terminate()
     watcher.until_kind("leaving")
+    watcher.until_kind("agent_lost")
     assert agent.wait(10) == 0
     assert {o.data["signal"] for o in watcher.seen if o.kind == "exit"} == {signal.SIGTERM}
 
