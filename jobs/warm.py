@@ -21,8 +21,8 @@ MODULES = (
 )
 """What a rank of our own imports; most of the rest follows from these."""
 
-LAZY = ("torch.profiler._cupti_monitor",)
-"""What torch imports at the first step; another version of it may not have them."""
+LAZY = ("torch.profiler._cupti_monitor", "numpy.ma")
+"""What torch imports at the first step and numpy in a restore; another version of them may not have it."""
 
 _NO_COMPILER = "TORCHDYNAMO_DISABLE"
 
