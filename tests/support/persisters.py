@@ -71,7 +71,7 @@ class Node:
         """What it holds, as the controller is told."""
         self._sock.send(json.dumps({"op": "holdings", "id": 1}).encode())
         answer = json.loads(self._sock.recv(MAX_MESSAGE_BYTES))
-        held = tuple(from_json(Holding, one) for one in answer["held"])
+        held = tuple(Holding.read(one) for one in answer["held"])
         return Stock(node=self.name, address=from_json(Address, answer["address"]), held=held)
 
     def goodbye(self) -> None:
