@@ -21,6 +21,7 @@ from strategies.errors import ClusterError
 ANSWER_S = 0.3  # a cluster that is well answers sooner
 FIRST_S = 15.0  # the first answer of a kind is worth waiting for: there is nothing to go on with
 PATIENCE_S = 120.0  # for a cluster that has answered before: a head that is started again may take so long
+RELEASE_S = 20.0  # less than the minute after which Ray ends a process that has lost its head
 CLOSE_S = 5.0
 
 
@@ -44,6 +45,7 @@ class Aside:
         first_s: How long to wait for the first one.
         patience_s: An error is raised at once if there has been no answer yet, else when there has been none for so
             long.
+        release_s: How long ``release`` waits.
     """
 
     def __init__(
@@ -54,9 +56,11 @@ class Aside:
         answer_s: float = ANSWER_S,
         first_s: float = FIRST_S,
         patience_s: float = PATIENCE_S,
+        release_s: float = RELEASE_S,
     ) -> None:
         self._backend, self._clock = backend, clock
         self._answer_s, self._first_s, self._patience_s = answer_s, first_s, patience_s
+        self._release_s = release_s
         self._ill_since: float | None = None  # since when calls have failed, with none that succeeded
         self._calls: deque[_Call] = deque()
         self._more = threading.Condition()
@@ -159,12 +163,13 @@ class Aside:
         return str(self._ask("why", self._backend.why_missing))
 
     def release(self) -> None:
-        """Give everything back; waits until the cluster has done so.
+        """Give everything back; waits until the cluster has done so, or is taken for gone with all that was reserved.
 
         Raises:
             ClusterError: The cluster has refused.
         """
-        self._send("release", self._backend.release, once=False).done.wait()
+        if not self._send("release", self._backend.release, once=False).done.wait(self._release_s):
+            print("warning: the cluster does not answer: what was reserved there was not given back", flush=True)
         error = self._errors.pop("release", None)
         if error is not None:
             raise error

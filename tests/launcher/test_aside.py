@@ -137,3 +137,12 @@ def test_release_waits_and_says_what_went_wrong(cluster: Cluster, aside: Aside) 
         aside.release()
     cluster.error = None
     aside.release()
+
+
+def test_release_does_not_wait_for_a_head_that_is_gone(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
+    aside = Aside(cluster, release_s=0.1)
+    cluster.well.clear()
+    aside.release()
+    assert "was not given back" in capsys.readouterr().out
+    cluster.well.set()
+    aside.close()
