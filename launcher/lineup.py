@@ -42,7 +42,8 @@ def swapped(run: Run, state: GangState) -> Decision | None:
     if len(before) != len(after) or set(before) == set(after):
         return None
     places = [f"{new} takes the place of {old}" for old, new in zip(before, after, strict=True) if old != new]
-    words = f"{', '.join(places)}: it stands by, so nothing is waited for and the plan stays as it is"
+    stand = "it stands" if len(places) == 1 else "they stand"
+    words = f"{', '.join(places)}: {stand} by, so nothing is waited for and the plan stays as it is"
     return Decision(action=Action.SWAP, reason=words)
 
 

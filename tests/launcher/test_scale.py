@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,7 +66,10 @@ def test_every_failure_was_recovered_from(outcome: Outcome) -> None:
         assert begun[-1] > first + at_s, f"{kind} at {at_s:.0f} s"
     kinds = outcome.kinds
     assert kinds[EventKind.ATTEMPT_PLANNED] == kinds[EventKind.FAILURE_DETECTED] + 1
-    assert kinds[EventKind.FAILURE_DETECTED] == kinds[EventKind.DECISION] == kinds[EventKind.GANG_STOPPED]
+    actions = Counter(event.data["action"] for event in outcome.events if event.kind is EventKind.DECISION)
+    assert kinds[EventKind.FAILURE_DETECTED] == actions["restart"] == kinds[EventKind.GANG_STOPPED]
+    assert set(actions) == {"restart", "swap"}
+    assert actions["swap"] == sum(bool(event.data.get("moved")) for event in outcome.events)
 
 
 def test_no_failure_costs_more_steps_than_the_policy_says(outcome: Outcome) -> None:
@@ -87,7 +91,7 @@ def test_replicas_next_door_die_with_the_rack(tmp_path: Path) -> None:
 
 def test_the_log_grows_with_decisions_only(outcome: Outcome) -> None:
     kinds = outcome.kinds
-    assert len(outcome.events) <= 2 + 7 * kinds[EventKind.ATTEMPT_PLANNED] + kinds[EventKind.WAITING_FOR_NODES]
+    assert len(outcome.events) <= 2 + 8 * kinds[EventKind.ATTEMPT_PLANNED] + kinds[EventKind.WAITING_FOR_NODES]
     assert kinds[EventKind.CHECKPOINT_COMMITTED] <= kinds[EventKind.ATTEMPT_PLANNED]
 
 
