@@ -16,7 +16,7 @@ ONE_PLACE = {
     "ray": "launcher/ray_backend.py",
     "hydra": "launcher/config.py",
     "omegaconf": "launcher/config.py",
-    "deepspeed": "jobs/engine.py",
+    "deepspeed": "jobs/engine",
 }
 MAX_LINES = 400
 TOP_LEVEL = {"strategies", "jobs", "launcher", "conf", "tests"}
@@ -50,7 +50,8 @@ def test_jobs_do_not_know_the_launcher(path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(ONE_PLACE))
 def test_heavy_imports_have_one_place(name: str) -> None:
     places = [relative(path) for path in SOURCES if name in imports(path)]
-    assert places == [ONE_PLACE[name]]
+    assert places
+    assert all(place == ONE_PLACE[name] or place.startswith(ONE_PLACE[name] + "/") for place in places)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
