@@ -97,7 +97,7 @@ class DataSpec:
     """Where the samples come from.
 
     Attributes:
-        kind: ``stdlib``: the source of Python's standard library; ``text``: files of the user; ``mixture``: ``sources``.
+        kind: ``stdlib``: Python's standard library; ``text``: files of the user; ``mixture``: ``sources``.
         path: File or folder (``text`` only).
         store: Folder of the prepared token store (of a mixture: of its tokenizer), on the shared file system; empty
             until prepared.

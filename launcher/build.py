@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.location import locate
-from jobs.spec import DataSpec, JobSpec, TrainSpec, engine_config
+from jobs.spec import JobSpec, TrainSpec, engine_config
+from launcher.data_checks import data_spec
 from launcher.request import LaunchRequest
 from launcher.schema import Config
 from strategies import rules
@@ -59,14 +60,16 @@ def settle(config: Config, *, name: str, cwd: Path) -> Config:
     def absolute(path: str) -> str:
         return os.path.abspath(cwd / Path(path).expanduser())
 
-    run_dir, path, cache = absolute(config.run.dir), config.data.path, config.data.cache
+    run_dir, data = absolute(config.run.dir), config.data
     return replace(
         config,
         run=replace(config.run, dir=run_dir, name=config.run.name or name),
         data=replace(
-            config.data,
-            path=absolute(path) if path else path,
-            cache=absolute(cache) if cache else os.path.join(run_dir, ".data"),
+            data,
+            path=absolute(data.path) if data.path else data.path,
+            cache=absolute(data.cache) if data.cache else os.path.join(run_dir, ".data"),
+            tokenizer=absolute(data.tokenizer) if data.tokenizer else data.tokenizer,
+            sources=tuple(replace(one, path=absolute(one.path)) if one.path else one for one in data.sources),
         ),
         job=replace(config.job, workdir=absolute(config.job.workdir)),
         checkpoint=replace(config.checkpoint, url=_address(config.checkpoint.url, absolute)),
@@ -209,7 +212,7 @@ def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
         plan=sketch.plan,
         batch=sketch.batch,
         train=train,
-        data=DataSpec(kind=config.data.kind, path=config.data.path or "", vocab=0),
+        data=data_spec(config),
         checkpoint=replace(config.checkpoint, url=f"{config.checkpoint.url}/{run_dir.name}")
         if config.checkpoint.url
         else config.checkpoint,

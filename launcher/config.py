@@ -22,6 +22,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from launcher.data_checks import data_problems
 from launcher.schema import GROUPS, HINTS, MAXIMUM, MINIMUM, Config
 from launcher.typed import Bounds, Problem, decode, is_text, leaf_types
 from strategies.codec import to_json
@@ -350,8 +351,7 @@ def _contradictions(config: Config) -> list[Problem]:
         )
     if name == "latest":
         found.append(Problem(key="run.name", message="'latest' stands for the newest run", hint="Choose another name."))
-    if config.data.kind == "text" and not config.data.path and config.job.kind == "pretrain":
-        found.append(Problem(key="data.path", message="missing", hint="data=text data.path=FILE_OR_DIR"))
+    found += data_problems(config)
     if config.job.kind == "script" and not (config.job.command or "").strip():
         found.append(Problem(key="job.command", message="missing", hint="job=script job.command='python train.py'"))
     if config.job.kind == "script" and config.faults:

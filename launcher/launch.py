@@ -22,12 +22,11 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from jobs.spec import DataSpec
 from launcher import backends, build, ending, proposal, supervise
 from launcher.config import to_yaml
 from launcher.follow import Display, Screen, follow
@@ -70,37 +69,6 @@ def measured(config: Config) -> ClusterSpec | None:
     if config.cluster.kind != "existing":
         return None
     return build.cluster_spec(config, backends.measure(build.existing_address(config)))
-
-
-def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> LaunchRequest:
-    """The request with its data prepared; a script brings its own.
-
-    Raises:
-        ConfigError: The corpus is empty, too short, or does not fit the vocabulary.
-        StorageError: The corpus cannot be read, or the store cannot be written.
-    """
-    if request.job.kind == "script":
-        return request
-    from jobs.data.build import prepare
-
-    assert config.data.cache is not None
-    shown: list[str] = []
-
-    def progress(phase: str, fraction: float) -> None:
-        if phase not in shown:
-            shown.append(phase)
-            if phase != "ready":
-                screen.say(f"data: {phase}")
-        screen.progress(f"data: {phase} {100 * fraction:.0f} %")
-
-    data = prepare(
-        DataSpec(kind=config.data.kind, path=config.data.path or ""),
-        Path(config.data.cache),
-        request.job.model.vocab,
-        progress,
-        seq=request.job.model.seq,
-    )
-    return replace(request, job=replace(request.job, data=data))
 
 
 def project(config: Config) -> Shipment | None:

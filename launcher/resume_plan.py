@@ -11,9 +11,11 @@ from jobs.paths import RunPaths
 from jobs.spec import JobSpec
 from launcher import build, launch, progress, proposal, render, resume_checks
 from launcher.config import recompose
+from launcher.data_checks import unprepared
 from launcher.describe import plan_line
 from launcher.follow import Screen
 from launcher.lock import controlled
+from launcher.preparation import prepare_data
 from launcher.request import LaunchRequest
 from launcher.resume_diff import Change, compare
 from launcher.run import Run, RunState
@@ -160,13 +162,13 @@ def _live_steps(store: RunStore, run: Run) -> int | None:
 def _with_data(config: Config, before: LaunchRequest, after: LaunchRequest) -> LaunchRequest:
     """The prepared data: those of the run as long as nothing about them changes and they are still there."""
     old, new = before.job, after.job
-    same = (new.kind, new.data.kind, new.data.path) == (old.kind, old.data.kind, old.data.path)
+    same = new.kind == old.kind and unprepared(new.data) == unprepared(old.data)
     if same and new.model.vocab == old.model.vocab and (new.kind == "script" or Path(old.data.store).is_dir()):
         return replace(after, job=replace(new, data=old.data))
     if new.model != old.model or new.kind != old.kind:
         return replace(after, job=replace(new, data=old.data))  # refused anyway: do not tokenize for it
     with launch.closing(_Quiet()) as screen:
-        return launch.prepare_data(config, after, screen)
+        return prepare_data(config, after, screen)
 
 
 class _Quiet(Screen):

@@ -8,21 +8,18 @@ new tokens, and a submit that was killed goes on with the shards that are missin
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jobs.data import tokenizer as bpe
 from jobs.data.build import Progress, silent
-from jobs.data.documents import Part
-from jobs.data.mixture import SHARES, form_problems, shares
+from jobs.data.mixture import SHARES, shares
 from jobs.data.shards import (
     FORMAT_VERSION,
     TRAIN,
-    VALID,
     Shard,
     SourceMeta,
     close_store,
@@ -31,9 +28,9 @@ from jobs.data.shards import (
     read_shard,
     read_source,
 )
-from jobs.data.sources import KINDS, Unit, default_name, units
 from jobs.data.store import TOKENIZER, file_digest, token_width
-from jobs.data.work import Answer, Processes, Request, Runner, texts
+from jobs.data.surveying import Surveyed, named, survey_sources, wanted
+from jobs.data.work import Processes, Request, Runner, answers, texts
 from jobs.spec import DataSpec, SourceSpec
 from strategies.codec import from_json, to_json
 from strategies.errors import ConfigError, StorageError
@@ -42,38 +39,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = ["named", "prepare_mixture"]
-_SHOWN = 5
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Surveyed:
-    """A source after it was read once.
-
-    Attributes:
-        source: What was asked for.
-        units: What there is to do; files that are not text are left out.
-        digest: SHA-256 over the text of all documents.
-        documents: How many there are.
-        text_bytes: Their length.
-        empty: Documents left out because there is nothing in them.
-        skipped: Files left out because they are not text.
-    """
-
-    source: SourceSpec
-    units: tuple[Unit, ...]
-    digest: str
-    documents: int
-    text_bytes: int
-    empty: int
-    skipped: int
-
-
-def named(data: DataSpec) -> tuple[SourceSpec, ...]:
-    """The sources of any kind of data, each with a name; other kinds than ``mixture`` have one."""
-    if data.kind != "mixture":
-        kind = "stdlib" if data.kind == "stdlib" else "text"
-        return (SourceSpec(path=data.path, name=data.kind, kind=kind, weight=1.0),)
-    return tuple(dataclasses.replace(source, name=source.name or default_name(source)) for source in data.sources)
 
 
 def prepare_mixture(
@@ -108,7 +73,7 @@ def prepare_mixture(
     library = bpe.library_version()
     runner = runner or Processes()
     problems: list[str] = []
-    found = _survey(named(data), runner, problems, progress)
+    found = survey_sources(named(data), runner, problems, progress)
     given = _given(data.tokenizer, vocab, problems)
     _refuse(problems)
     try:
@@ -122,7 +87,7 @@ def prepare_mixture(
         ) from error
     parts = _shares(found, metas, seq, samples)
     sources = tuple(
-        dataclasses.replace(
+        replace(
             one.source,
             store=str(store),
             digest=meta.digest,
@@ -133,7 +98,7 @@ def prepare_mixture(
         for one, (store, meta), part in zip(found, metas, parts, strict=True)
     )
     progress("ready", 1.0)
-    return dataclasses.replace(
+    return replace(
         data,
         store=str(folder),
         vocab=metas[0][1].vocab,
@@ -149,82 +114,6 @@ def mixture_digest(sources: Sequence[SourceSpec]) -> str:
     return hashlib.sha256(f"mixture {FORMAT_VERSION}|{told}".encode()).hexdigest()
 
 
-# ---- looking ----------------------------------------------------------------------------------------------------
-
-
-def _survey(sources: Sequence[SourceSpec], runner: Runner, problems: list[str], progress: Progress) -> list[_Surveyed]:
-    problems += [
-        f"{sources[number].name}: {key}: {message}. {hint}"
-        for number, key, message, hint in form_problems(sources, KINDS)
-    ]
-    work: list[list[Unit]] = []
-    for source in sources:
-        try:
-            work.append(units(source) if source.kind in KINDS and (source.path or source.kind == "stdlib") else [])
-        except (ConfigError, StorageError) as error:
-            problems.append(f"{source.name}: {error.what}")
-            work.append([])
-    requests: list[Request] = [{"verb": "survey", "unit": to_json(unit)} for some in work for unit in some]
-    answers = _answers(runner, requests, [unit.size for some in work for unit in some], "reading", progress)
-    found, at = [], 0
-    for source, some in zip(sources, work, strict=True):
-        parts = [
-            (part, told) for unit, answer in zip(some, answers[at:], strict=False) for part, told in _told(unit, answer)
-        ]
-        at += len(some)
-        found.append(_summary(source, some, parts, problems))
-    return found
-
-
-def _told(unit: Unit, answer: Answer) -> Iterator[tuple[Part, dict[str, Any]]]:
-    return zip(unit.parts, answer["parts"], strict=True)
-
-
-def _summary(
-    source: SourceSpec, work: Sequence[Unit], parts: Sequence[tuple[Part, dict[str, Any]]], problems: list[str]
-) -> _Surveyed:
-    """What was seen of a source; what is wrong with it goes to ``problems``."""
-    problems += _bad_records(source, parts)
-    binary = {part.path for part, told in parts if told["binary"]}
-    kept = [(part, told) for part, told in parts if part.path not in binary]
-    digest = hashlib.sha256("|".join(told["digest"] for _, told in kept).encode())
-    documents = sum(told["documents"] for _, told in kept)
-    empty = sum(told["empty"] for _, told in kept)
-    wanted = (source.weight or 0) > 0 or (source.epochs or 0) > 0
-    if work and not documents and wanted and not any(told["bad"] for _, told in kept):
-        why = "".join([f", {empty} empty" if empty else "", f", {len(binary)} not text" if binary else ""])
-        amount = f"weight {source.weight:g}" if source.weight is not None else f"{source.epochs:g} epochs"
-        problems.append(f"{source.name}: has {amount}, but no documents in {source.path or source.kind}{why}")
-    left = (
-        dataclasses.replace(one, parts=tuple(part for part in one.parts if part.path not in binary)) for one in work
-    )
-    return _Surveyed(
-        source=source,
-        units=tuple(one for one in left if one.parts),
-        digest=digest.hexdigest(),
-        documents=documents,
-        text_bytes=sum(told["text_bytes"] for _, told in kept),
-        empty=empty,
-        skipped=len(binary),
-    )
-
-
-def _bad_records(source: SourceSpec, parts: Sequence[tuple[Part, dict[str, Any]]]) -> list[str]:
-    """Records that cannot be used: how many, and where the first of them are."""
-    bad = sum(told["bad"] for _, told in parts)
-    if not bad:
-        return []
-    shown, before, path = [], 0, ""
-    for part, told in parts:
-        before = before if part.path == path else 0
-        path = part.path
-        shown += [f"{part.path}:{before + place}: {what}" for place, what in told["problems"]]
-        before += told["lines"]
-    more = f"\n      ... and {bad - _SHOWN} more" if bad > _SHOWN else ""
-    lines = "".join(f"\n      {line}" for line in shown[:_SHOWN])
-    return [f"{source.name}: {bad} {'record' if bad == 1 else 'records'} cannot be used{lines}{more}"]
-
-
 def _refuse(problems: Sequence[str]) -> None:
     if problems:
         count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
@@ -232,22 +121,6 @@ def _refuse(problems: Sequence[str]) -> None:
             f"The data have {count}:\n" + "\n".join(f"  - {one}" for one in problems),
             hint="Nothing was written. Mend them, or leave the source out.",
         )
-
-
-def _answers(
-    runner: Runner, requests: Sequence[Request], sizes: Sequence[int], phase: str, progress: Progress
-) -> list[Answer]:
-    """The answers in the order of the requests."""
-    answers: dict[int, Answer] = {}
-    total, done = max(1, sum(sizes)), 0
-    progress(phase, 0.0)
-    if requests:
-        with contextlib.closing(runner(requests)) as stream:
-            for index, answer in stream:
-                answers[index] = answer
-                done += sizes[index]
-                progress(phase, done / total)
-    return [answers[index] for index in range(len(requests))]
 
 
 # ---- the tokenizer ----------------------------------------------------------------------------------------------
@@ -274,7 +147,7 @@ def _given(path: str, vocab: int, problems: list[str]) -> Tokenizer | None:
 
 
 def _tokenizer(
-    given: Tokenizer | None, found: Sequence[_Surveyed], root: Path, vocab: int, library: str, progress: Progress
+    given: Tokenizer | None, found: Sequence[Surveyed], root: Path, vocab: int, library: str, progress: Progress
 ) -> tuple[Tokenizer, Path]:
     """The tokenizer and the folder that it lies in."""
     if given is None:
@@ -296,7 +169,7 @@ def _tokenizer(
     return given, folder
 
 
-def _training_text(found: Sequence[_Surveyed]) -> Iterator[str]:
+def _training_text(found: Sequence[Surveyed]) -> Iterator[str]:
     """Text to learn from, spread over all sources and all of each, whatever their weights."""
     stride = max(1, -(-sum(one.text_bytes for one in found) // bpe.TRAINING_BYTES))
     seen = taken = 0
@@ -319,7 +192,7 @@ def _key(word: str, *parts: object) -> str:
 
 
 def _tokenize(
-    data: DataSpec, found: Sequence[_Surveyed], tokenizer: Tokenizer, folder: Path, runner: Runner, progress: Progress
+    data: DataSpec, found: Sequence[Surveyed], tokenizer: Tokenizer, folder: Path, runner: Runner, progress: Progress
 ) -> list[tuple[Path, SourceMeta]]:
     """Every source's store: what is missing of it is made."""
     vocab, end_id = bpe.vocabulary(tokenizer), bpe.end_token(tokenizer)
@@ -394,13 +267,13 @@ def _make(
     def tell(phase: str, part: float) -> None:
         progress(phase, 1 - (1 - part) * todo / total)
 
-    answers = _answers(runner, [one for one, _ in missing], [size for _, size in missing], "tokenizing", tell)
-    for (request, _), answer in zip(missing, answers, strict=True):
+    told = answers(runner, [one for one, _ in missing], [size for _, size in missing], "tokenizing", tell)
+    for (request, _), answer in zip(missing, told, strict=True):
         made[request["folder"], request["number"]] = from_json(Shard, answer["shard"])
     return made
 
 
-def _shares(found: Sequence[_Surveyed], metas: Sequence[tuple[Path, SourceMeta]], seq: int, samples: int) -> list[int]:
+def _shares(found: Sequence[Surveyed], metas: Sequence[tuple[Path, SourceMeta]], seq: int, samples: int) -> list[int]:
     """Parts of all samples, by the sources' windows.
 
     Raises:
@@ -411,7 +284,7 @@ def _shares(found: Sequence[_Surveyed], metas: Sequence[tuple[Path, SourceMeta]]
         f"{one.source.name}: is shorter than one sequence: it has {meta.tokens(TRAIN)} tokens to train on, "
         f"model.seq={seq} needs {seq + 1}"
         for one, (_, meta), number in zip(found, metas, windows, strict=True)
-        if not number and ((one.source.weight or 0) > 0 or (one.source.epochs or 0) > 0)
+        if not number and wanted(one.source)
     ]
     parts, problem = shares([one.source for one in found], windows, samples) if not problems else ([], "")
     if problem:
@@ -420,8 +293,3 @@ def _shares(found: Sequence[_Surveyed], metas: Sequence[tuple[Path, SourceMeta]]
         raise ConfigError("The data do not fit the run:\n" + "\n".join(f"  - {one}" for one in problems))
     assert sum(parts) == SHARES
     return parts
-
-
-def validation_tokens(metas: Sequence[SourceMeta]) -> int:
-    """Tokens that are validated with."""
-    return sum(meta.tokens(VALID) for meta in metas)

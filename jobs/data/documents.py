@@ -53,7 +53,7 @@ class Findings:
     """What reading a part has shown.
 
     Attributes:
-        lines: Lines read (JSON lines only).
+        lines: Lines or rows read (not of text).
         empty: Documents without any text, which are left out.
         bad: Records that cannot be used.
         problems: The first of those: (line or row, counted from 1 within the part, and what is wrong).
@@ -206,14 +206,13 @@ def _blocks(file: IO[bytes], size: int, found: Findings) -> Iterator[str]:
 
 
 def _rows(kind: str, part: Part, name: str, found: Findings) -> Iterator[str]:
-    row = 0
     for column in _columns(kind, part, name):
         for value in column.to_pylist():
-            row += 1
+            found.lines += 1
             if value is None or isinstance(value, str):
                 yield value or ""
             else:
-                found.complain(row, f"has no text in {name!r} but {type(value).__name__}")
+                found.complain(found.lines, f"has no text in {name!r} but {type(value).__name__}")
 
 
 def _columns(kind: str, part: Part, name: str) -> Iterator[Any]:

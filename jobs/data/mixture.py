@@ -58,10 +58,8 @@ class Interleaving:
         node = self._root
         while node.left is not None and node.right is not None:
             before = node.first(index)
-            if node.first(index + 1) > before:
-                node, index = node.left, before
-            else:
-                node, index = node.right, index - before
+            goes_left = node.first(index + 1) > before
+            node, index = (node.left, before) if goes_left else (node.right, index - before)
         return node.source, index
 
     def counts(self, index: int) -> list[int]:

@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jobs.data.corpus import GENERATED, SKIPPED_FOLDERS, walk
 from jobs.data.documents import COMPRESSED, Part, arrow, batches
@@ -118,7 +119,7 @@ def _shards(dataset: Path) -> list[str]:
     return [str(one["filename"]) for one in state.get("_data_files", [])]
 
 
-def _read(path: Path) -> dict[str, list[dict[str, str]]]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,6 +130,34 @@ class Processes:
                 thread.join()
 
 
+def answers(
+    runner: Runner,
+    requests: Sequence[Request],
+    sizes: Sequence[int],
+    phase: str,
+    progress: Callable[[str, float], None],
+) -> list[Answer]:
+    """The answers in the order of the requests.
+
+    Args:
+        runner: Who answers.
+        requests: What to do.
+        sizes: About how much that is, each.
+        phase: What it is called.
+        progress: Told the phase and which part of it is done.
+    """
+    found: dict[int, Answer] = {}
+    total, done = max(1, sum(sizes)), 0
+    progress(phase, 0.0)
+    if requests:
+        with contextlib.closing(runner(requests)) as stream:
+            for index, answer in stream:
+                found[index] = answer
+                done += sizes[index]
+                progress(phase, done / total)
+    return [found[index] for index in range(len(requests))]
+
+
 def failed(answer: Answer) -> StorageError:
     """The error for a unit that could not be worked on."""
     return StorageError(
@@ -140,7 +168,7 @@ def failed(answer: Answer) -> StorageError:
 
 
 class _Worker:
-    """One process, which ends when its standard input does: it does not outlive whoever started it by more than a unit."""
+    """One process. It ends when its standard input does, so that it outlives who started it by a unit at most."""
 
     def __init__(self) -> None:
         root = str(Path(__file__).resolve().parents[2])

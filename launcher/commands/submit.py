@@ -39,6 +39,7 @@ def command(ctx: click.Context, dry_run: bool, detach: bool, as_json: bool, over
     from launcher.config import compose
     from launcher.finish import finish
     from launcher.follow import screen
+    from launcher.preparation import prepare_data
     from strategies.errors import ConfigError
 
     config = compose(overrides)
@@ -53,7 +54,7 @@ def command(ctx: click.Context, dry_run: bool, detach: bool, as_json: bool, over
     shipment = launch.project(config)
     launch.check_parent(Path(config.run.dir))
     with launch.closing(screen()) as shown:
-        request = launch.prepare_data(config, request, shown)
+        request = prepare_data(config, request, shown)
         if dry_run:
             print_json(dry_run_document(request, shipment))
             return

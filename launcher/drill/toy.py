@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher import build
-from launcher.schema import ClusterConfig, Config, DataConfig, ModelConfig, StrategyConfig, TrainConfig
+from launcher.data_schema import DataConfig
+from launcher.schema import ClusterConfig, Config, ModelConfig, StrategyConfig, TrainConfig
 from strategies.codec import to_json
 from strategies.errors import ConfigError, PlanInfeasible
 from strategies.plan import ParallelPlan

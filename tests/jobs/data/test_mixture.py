@@ -1,4 +1,4 @@
-"""The order of a mixture: exact counts over every prefix, a closed form that agrees with counting, shares from wishes."""
+"""The order of a mixture: exact counts over every prefix, a closed form that agrees with counting; shares."""
 
 from __future__ import annotations
 

@@ -1,0 +1,86 @@
+"""Data made ready before a run starts: here, or on the nodes of its cluster."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.spec import DataSpec
+from launcher.data_checks import data_spec
+from launcher.follow import Screen
+from launcher.render import count, plural, table
+from launcher.request import LaunchRequest
+from launcher.schema import Config
+
+if TYPE_CHECKING:
+    from jobs.data.work import Runner
+
+
+def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> LaunchRequest:
+    """The request with its data prepared; a script brings its own.
+
+    Raises:
+        ConfigError: Something is wrong with the sources or the tokenizer; all of it is told.
+        StorageError: They cannot be read, or a store cannot be written.
+    """
+    if request.job.kind == "script":
+        return request
+    from jobs.data import prepare, prepare_mixture
+
+    assert config.data.cache is not None
+    spec, root, progress = data_spec(config), Path(config.data.cache), _Progress(screen)
+    model = request.job.model
+    if not spec.mixed:
+        data = prepare(spec, root, model.vocab, progress, seq=model.seq)
+        return replace(request, job=replace(request.job, data=data))
+    with _runner(config, screen) as runner:
+        samples = request.job.train.steps * request.job.batch.global_batch
+        data = prepare_mixture(spec, root, model.vocab, progress, seq=model.seq, samples=samples, runner=runner)
+    screen.say(mixture_text(data, samples * model.seq))
+    return replace(request, job=replace(request.job, data=data))
+
+
+class _Progress:
+    """Tells a screen how far the preparation is."""
+
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+        self._shown: set[str] = set()
+
+    def __call__(self, phase: str, fraction: float) -> None:
+        if phase not in self._shown:
+            self._shown.add(phase)
+            if phase != "ready":
+                self._screen.say(f"data: {phase}")
+        filled = round(self._screen.bar * fraction)
+        bar = f"[{'=' * filled}{' ' * (self._screen.bar - filled)}] " if self._screen.bar else ""
+        self._screen.progress(f"data: {phase} {bar}{100 * fraction:.0f} %")
+
+
+@contextlib.contextmanager
+def _runner(config: Config, screen: Screen) -> Iterator[Runner]:
+    """Where a mixture is worked on: on the nodes of a running cluster, or in processes here."""
+    from jobs.data.work import Processes
+
+    yield Processes(config.data.workers or 0)
+
+
+def mixture_text(data: DataSpec, tokens: int) -> str:
+    """What a mixture is made of, and how many times each source is seen in a run of ``tokens``."""
+    from jobs.data.mixture import SHARES
+
+    rows = [
+        (
+            source.name,
+            f"{source.documents:,}",
+            count(source.tokens),
+            f"{100 * source.share / SHARES:.2f} %",
+            f"{source.share / SHARES * tokens / source.tokens:.2f}" if source.tokens else "-",
+        )
+        for source in data.sources
+    ]
+    head = f"data: {plural(len(rows), 'source')}, {count(tokens)} tokens in the run"
+    return f"{head}\n{table(('SOURCE', 'DOCUMENTS', 'TOKENS', 'WEIGHT', 'EPOCHS'), rows, right=range(1, 5))}"
