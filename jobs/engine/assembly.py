@@ -18,6 +18,7 @@ from torch import nn
 from jobs.distributed import Grid
 from jobs.engine.process import silence
 from jobs.models.gpt import Decoder, LayerSpec, LossFunction, Recipe, layer_specs, stage_bounds
+from jobs.models.packing import Documents
 from jobs.parallel.meta import ParamMeta
 from jobs.spec import JobSpec
 from strategies.errors import PlanInfeasible, Violation
@@ -47,16 +48,22 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
         self._job = job
         plan = job.plan
         topology = PipeModelDataParallelTopology(num_pp=plan.pp, num_mp=plan.tp, num_dp=plan.dp)
+        self.documents = documents_of(job)
         super().__init__(layers=[], topology=topology)
         self.loss_fn = LossFunction(job.model, self.grid, _loss_scale(job))
 
     def _partition_layers(self, method: str = "") -> None:
         job = self._job
         self.grid = _grid_of(self._grid)
-        self._layer_specs = [_pipe_layer(spec) for spec in layer_specs(_recipe(job, self.grid))]
+        self._layer_specs = [_pipe_layer(spec) for spec in layer_specs(_recipe(job, self.grid, self.documents))]
         self._num_layers = len(self._layer_specs)
         self.parts = stage_bounds(job.model, job.plan.stages)
         self._set_bounds(start=self.parts[self.grid.pipe], stop=self.parts[self.grid.pipe + 1])
+
+    def forward(self, inputs: Any) -> Any:
+        if self.documents is not None:
+            self.documents.begin()
+        return super().forward(inputs)
 
     def _synchronize_tied_weights(self) -> None:
         with torch.no_grad():  # DeepSpeed writes into the parameters under autograd's eyes
@@ -88,7 +95,7 @@ def _unpipelined(job: JobSpec) -> tuple[Any, Grid]:
     plan = job.plan
     mpu = PipelineParallelGrid(PipeModelDataParallelTopology(num_pp=1, num_mp=plan.tp, num_dp=plan.dp))
     grid = _grid_of(mpu)
-    module = Decoder(_recipe(job, grid), LossFunction(job.model, grid, _loss_scale(job)))
+    module = Decoder(_recipe(job, grid, documents_of(job)), LossFunction(job.model, grid, _loss_scale(job)))
     return _initialize(job, module, mpu=mpu), grid
 
 
@@ -115,8 +122,14 @@ def _undo_empty_step(optimizer: Any) -> None:
             master.data.copy_(weight.data)
 
 
-def _recipe(job: JobSpec, grid: Grid) -> Recipe:
-    return Recipe.of(job.model, grid, seed=job.train.seed, recompute=job.plan.recompute)
+def documents_of(job: JobSpec) -> Documents | None:
+    """What keeps documents apart, if that is asked for."""
+    return Documents(job.data.end_id) if job.data.packing else None
+
+
+def _recipe(job: JobSpec, grid: Grid, documents: Documents | None) -> Recipe:
+    recipe = Recipe.of(job.model, grid, seed=job.train.seed, recompute=job.plan.recompute)
+    return dataclasses.replace(recipe, documents=documents)
 
 
 def _loss_scale(job: JobSpec) -> float:

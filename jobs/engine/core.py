@@ -17,6 +17,7 @@ from torch import nn
 from jobs import distributed
 from jobs.distributed import Grid
 from jobs.engine import assembly, process
+from jobs.models.packing import Documents
 from jobs.own_time import OwnTime
 from jobs.parallel.meta import ParamMeta
 from jobs.spec import JobSpec, RankEnv
@@ -58,6 +59,7 @@ class Engine:
         self.plan = plan
         self.own_time = own_time
         self._own_norm: torch.Tensor | None = None
+        self._documents: Documents | None = getattr(ds.module, "documents", None)  # of a stage, not of a whole model
         if _unwrapped_optimizer(ds):
             ds.clip_fp32_gradients = lambda: None  # done by the hook, which also keeps the norm
             ds.basic_optimizer.register_step_pre_hook(lambda *_: self._clip())
@@ -87,8 +89,11 @@ class Engine:
 
     @property
     def needs_data(self) -> bool:
-        """Whether this rank looks at the batches it is given (the first stage embeds, the last has the loss)."""
-        return self.grid.first_stage or self.grid.last_stage
+        """Whether this rank looks at the batches it is given: the first stage embeds, the last has the loss.
+
+        Where documents are kept apart all do.
+        """
+        return self.grid.first_stage or self.grid.last_stage or self._documents is not None
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(global name, parameter) of everything this rank holds; each parameter carries ``.phalanx``."""
@@ -124,6 +129,20 @@ class Engine:
         loss = self._train_pipelined(batches) if self.plan.pp > 1 else self._train_unpipelined(batches)
         return StepResult(loss=loss, grad_norm=self._grad_norm(), lr=lr, overflow=self._overflow())
 
+    def evaluate(self, batches: Sequence[MicroBatch]) -> float:
+        """Mean cross entropy of micro-batches as :meth:`train_step` takes them. Collective.
+
+        No state of training changes. Where rows weigh nothing the mean is still over all tokens of a global batch.
+        """
+        if self.plan.pp > 1:
+            return float(self.ds.eval_batch(self._micro_batches(batches)))
+        self.ds.eval()
+        with torch.no_grad():
+            losses = (self.ds(tokens.to(self.device), targets.to(self.device)) for tokens, targets in batches)
+            loss = self._mean(sum(losses, torch.zeros((), dtype=torch.float64, device=self.device)))
+        self.ds.train()
+        return loss
+
     def set_position(self, step: int) -> None:
         """Make DeepSpeed's counters and the learning rate those of an engine that has done ``step`` steps."""
         self.ds.global_steps = step
@@ -136,7 +155,13 @@ class Engine:
         distributed.shutdown()
 
     def _train_pipelined(self, batches: Sequence[MicroBatch]) -> float:
-        return float(self.ds.train_batch(iter(batches)))
+        return float(self.ds.train_batch(self._micro_batches(batches)))
+
+    def _micro_batches(self, batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
+        """Micro-batches for a pipeline, whose stages all have to know where documents end."""
+        if self._documents is not None:
+            self._documents.load((tokens for tokens, _ in batches), self.device)
+        return iter(batches)
 
     def _train_unpipelined(self, batches: Sequence[MicroBatch]) -> float:
         self.ds.train()
@@ -146,6 +171,10 @@ class Engine:
             total += loss.detach()
             self.ds.backward(loss)
             self.ds.step()
+        return self._mean(total)
+
+    def _mean(self, total: torch.Tensor) -> float:
+        """Mean over micro-batches and replicas of a replica's sum."""
         if self.grid.data_group is not None:
             dist.all_reduce(total, group=self.grid.data_group)
         return float(total) / (self.plan.grad_accum * self.plan.dp)

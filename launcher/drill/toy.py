@@ -179,6 +179,7 @@ def _train(train: TrainConfig, dp: int) -> TrainConfig:
         precision=train.precision if train.precision == "fp32" else "bf16",
         spike_sigmas=train.spike_sigmas or 10.0,
         skips=(),
+        eval_every=0,
         sample_tokens=0,
     )
 
