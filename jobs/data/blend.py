@@ -228,7 +228,7 @@ def _tokenize(
             close_store(
                 store,
                 SourceMeta(
-                    digest=digest_of(some, end_id=end_id, width=width),
+                    digest=digest_of(some, tokenizer=digest, end_id=end_id, width=width),
                     width=width,
                     vocab=vocab,
                     end_id=end_id,

@@ -254,9 +254,9 @@ def close_store(folder: Path, meta: SourceMeta) -> None:
     sync_dir(folder.parent)
 
 
-def digest_of(shards: Iterable[Shard], *, end_id: int, width: int) -> str:
-    """Digest of a source's tokens."""
-    digest = hashlib.sha256(f"{FORMAT_VERSION}|{end_id}|{width}".encode())
+def digest_of(shards: Iterable[Shard], *, tokenizer: str, end_id: int, width: int) -> str:
+    """Digest of a source's tokens and of what they stand for (``tokenizer``: the digest of that)."""
+    digest = hashlib.sha256(f"{FORMAT_VERSION}|{tokenizer}|{end_id}|{width}".encode())
     for shard in shards:
         digest.update(f"|{shard.train.digest}|{shard.valid.digest}".encode())
     return digest.hexdigest()

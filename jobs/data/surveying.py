@@ -125,6 +125,7 @@ def _problems(seen: Surveyed, parts: Sequence[tuple[Part, dict[str, Any]]]) -> l
         path = part.path
         shown += [f"{part.path}:{before + place}: {what}" for place, what in told["problems"]]
         before += told["lines"]
-    more = f"\n      ... and {bad - _SHOWN} more" if bad > _SHOWN else ""
-    lines = "".join(f"\n      {line}" for line in shown[:_SHOWN])
+    shown = shown[:_SHOWN]
+    more = f"\n      ... and {bad - len(shown)} more" if bad > len(shown) else ""
+    lines = "".join(f"\n      {line}" for line in shown)
     return [f"{source.name}: {bad} {'record' if bad == 1 else 'records'} cannot be used{lines}{more}"]
