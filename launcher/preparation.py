@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.spec import DataSpec
+from launcher import build
 from launcher.data_checks import data_spec
 from launcher.follow import Screen
+from launcher.ray_client import is_dashboard
 from launcher.render import count, plural, table
 from launcher.request import LaunchRequest
 from launcher.schema import Config
@@ -36,9 +36,8 @@ def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> Laun
     if not spec.mixed:
         data = prepare(spec, root, model.vocab, progress, seq=model.seq)
         return replace(request, job=replace(request.job, data=data))
-    with _runner(config, screen) as runner:
-        samples = request.job.train.steps * request.job.batch.global_batch
-        data = prepare_mixture(spec, root, model.vocab, progress, seq=model.seq, samples=samples, runner=runner)
+    samples, runner = request.job.train.steps * request.job.batch.global_batch, _runner(config, screen)
+    data = prepare_mixture(spec, root, model.vocab, progress, seq=model.seq, samples=samples, runner=runner)
     screen.say(mixture_text(data, samples * model.seq))
     return replace(request, job=replace(request.job, data=data))
 
@@ -60,12 +59,18 @@ class _Progress:
         self._screen.progress(f"data: {phase} {bar}{100 * fraction:.0f} %")
 
 
-@contextlib.contextmanager
-def _runner(config: Config, screen: Screen) -> Iterator[Runner]:
+def _runner(config: Config, screen: Screen) -> Runner:
     """Where a mixture is worked on: on the nodes of a running cluster, or in processes here."""
+    address = build.existing_address(config) if config.cluster.kind == "existing" else ""
+    if address and not is_dashboard(address):
+        from launcher.ray_map import OnRay
+
+        return OnRay(address, Path(str(config.data.cache)))
+    if address:
+        screen.say("data: prepared on this machine; cluster.address=IP:PORT would spread the work over the cluster")
     from jobs.data.work import Processes
 
-    yield Processes(config.data.workers or 0)
+    return Processes(config.data.workers or 0)
 
 
 def mixture_text(data: DataSpec, tokens: int) -> str:

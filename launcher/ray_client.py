@@ -193,11 +193,11 @@ def _ask_ray(arguments: list[str], timeout_s: float, *, what: str) -> dict[str, 
                 hint="Check that cluster.address is the head's IP:PORT (6379 by default), not a port of another kind.",
             ) from error
         finally:
-            _let_go(asked)
+            let_go(asked)
     return answer_in(out.decode(errors="replace"), complaint.decode(errors="replace"), what=what)
 
 
-def _let_go(asked: subprocess.Popen[bytes]) -> None:
+def let_go(asked: subprocess.Popen[bytes]) -> None:
     """End a process that has not ended by itself: it may take back what it has begun, but not take long."""
     try:
         if asked.poll() is None:

@@ -43,7 +43,14 @@ class Runner(Protocol):
 
 
 def perform(request: Request) -> Answer:
-    """Do what is asked for: ``survey`` or ``tokenize`` a unit. An error is an answer with ``error``."""
+    """Do what is asked for: ``survey`` or ``tokenize`` a unit. An error is an answer with ``error``.
+
+    ``worker`` in the answer is the id of the process.
+    """
+    return _perform(request) | {"worker": os.getpid()}
+
+
+def _perform(request: Request) -> Answer:
     try:
         unit = from_json(Unit, request["unit"])
         if request["verb"] == "survey":

@@ -48,6 +48,11 @@ def dataset(folder: Path) -> None:
     (folder / "dataset_info.json").write_text("{}")
 
 
+def splits(folder: Path) -> None:
+    dataset(folder / "train")
+    (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+
+
 MAKERS: dict[str, Callable[[Path], object]] = {
     "a.jsonl": lambda path: path.write_bytes(lines()),
     "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(lines())),
@@ -55,10 +60,7 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "a.parquet": lambda path: write_table(path, "parquet"),
     "a.arrow": lambda path: write_table(path, "file"),
     "dataset": dataset,
-    "splits": lambda path: (
-        dataset(path / "train"),
-        (path / "dataset_dict.json").write_text('{"splits": ["train", "test"]}'),
-    ),
+    "splits": splits,
 }
 
 
