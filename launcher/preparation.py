@@ -76,6 +76,7 @@ def _runner(config: Config, screen: Screen) -> Runner:
 def mixture_text(data: DataSpec, tokens: int) -> str:
     """What a mixture is made of, and how many times each source is seen in a run of ``tokens``."""
     from jobs.data.mixture import SHARES
+    from jobs.data.shards import read_source
 
     rows = [
         (
@@ -87,5 +88,10 @@ def mixture_text(data: DataSpec, tokens: int) -> str:
         )
         for source in data.sources
     ]
+    metas = [read_source(Path(source.store)) for source in data.sources]
+    empty, skipped = sum(meta.empty for meta in metas), sum(meta.skipped for meta in metas)
+    left = [(empty, "empty document"), (skipped, "other file")]
+    left_out = " and ".join(plural(number, word) for number, word in left if number)
     head = f"data: {plural(len(rows), 'source')}, {count(tokens)} tokens in the run"
+    head += f", {left_out} left out" if left_out else ""
     return f"{head}\n{table(('SOURCE', 'DOCUMENTS', 'TOKENS', 'WEIGHT', 'EPOCHS'), rows, right=range(1, 5))}"

@@ -163,7 +163,8 @@ def _with_data(config: Config, before: LaunchRequest, after: LaunchRequest) -> L
     """The prepared data: those of the run as long as nothing about them changes and they are still there."""
     old, new = before.job, after.job
     same = new.kind == old.kind and unprepared(new.data) == unprepared(old.data)
-    if same and new.model.vocab == old.model.vocab and (new.kind == "script" or Path(old.data.store).is_dir()):
+    there = all(Path(store).is_dir() for store in (old.data.store, *(one.store for one in old.data.sources)))
+    if same and new.model.vocab == old.model.vocab and (new.kind == "script" or there):
         return replace(after, job=replace(new, data=old.data))
     if new.model != old.model or new.kind != old.kind:
         return replace(after, job=replace(new, data=old.data))  # refused anyway: do not tokenize for it

@@ -134,7 +134,7 @@ def test_nodes_and_slots_are_what_ray_reports(cluster: netns.RayCluster) -> None
 def test_a_mixture_is_tokenized_on_the_nodes(cluster: netns.RayCluster, tmp_path: Path) -> None:
     """By processes of several nodes, into what processes here would have made."""
     from jobs.data import prepare_mixture, sources
-    from jobs.data.work import Answer, Processes, Request
+    from jobs.data.work import Answer, Processes, Request, Runner
 
     class Watched(OnRay):
         workers: ClassVar[set[int]] = set()
@@ -149,7 +149,7 @@ def test_a_mixture_is_tokenized_on_the_nodes(cluster: netns.RayCluster, tmp_path
     data = DataSpec(kind="mixture", validation=0.1, sources=(SourceSpec(path=str(text), weight=1),))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "UNIT_BYTES", 50_000)
-        runners = {"there": Watched(cluster.address, tmp_path / "there"), "here": Processes(1)}
+        runners: dict[str, Runner] = {"there": Watched(cluster.address, tmp_path / "there"), "here": Processes(1)}
         made = {
             name: prepare_mixture(data, tmp_path / name, 300, seq=16, samples=10, runner=runner)
             for name, runner in runners.items()
@@ -160,8 +160,8 @@ def test_a_mixture_is_tokenized_on_the_nodes(cluster: netns.RayCluster, tmp_path
     gone = dataclasses.replace(data, sources=(SourceSpec(path=str(tmp_path / "gone"), weight=1),))
     with pytest.raises(ConfigError, match="there is no such file"):
         prepare_mixture(gone, tmp_path / "x", 300, seq=16, samples=10, runner=runners["there"])
+    unit = {"kind": "jsonl", "field": "text", "parts": [{"path": str(tmp_path / "gone.jsonl")}], "size": 1}
     with pytest.raises(StorageError, match=r"gone\.jsonl"):
-        unit = {"kind": "jsonl", "field": "text", "parts": [{"path": str(tmp_path / "gone.jsonl")}], "size": 1}
         list(runners["there"]([{"verb": "survey", "unit": unit}]))
 
 
