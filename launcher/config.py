@@ -320,7 +320,7 @@ def _delete(tree: DictConfig, key: str) -> None:
 
 def _located(problem: Problem, words: dict[str, str], file_of: Callable[[str], str]) -> Problem:
     """The problem with the word or the file that caused it."""
-    parts = problem.key.split(".")
+    parts = problem.key.partition("[")[0].split(".")  # an entry of a list was typed with the whole list
     typed = [words[key] for end in range(len(parts), 0, -1) if (key := ".".join(parts[:end])) in words]
     where = f"command line: {typed[0]}" if typed else file_of(problem.key)
     return dataclasses.replace(problem, message=f"{problem.message} ({where})")
