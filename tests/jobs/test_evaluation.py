@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -36,16 +36,20 @@ class Replica:
         return sum(rows) / BATCH
 
 
+def run(evaluation: Evaluation, replica: Replica, beats: list[int]) -> dict[str, Any]:
+    return evaluation.run(cast(Any, replica), cast(Any, lambda rows: rows), lambda: beats.append(1))
+
+
 @pytest.mark.parametrize("dp", [1, 2, 3])
 @pytest.mark.parametrize(("there", "batches"), [(1000, 4), (21, 4), (3, 1), (8, 2)])
 def test_the_mean_is_over_what_there_is(there: int, batches: int, dp: int) -> None:
     job = job_of(dp=dp, micro_batch=1, eval_every=5, eval_batches=batches)
-    evaluation = Evaluation(job, SimpleNamespace(count=there))  # type: ignore[arg-type]
+    evaluation = Evaluation(job, cast(Any, SimpleNamespace(count=there)))
     beats: list[int] = []
     total, seen = 0.0, []
     for data in range(dp):
         replica = Replica(job, data)
-        found = evaluation.run(replica, lambda rows: rows, lambda: beats.append(1))
+        found = run(evaluation, replica, beats)
         total += found["loss"]  # what a reduction over the replicas would do
         seen += replica.seen
     count = min(there, BATCH * batches)
@@ -56,10 +60,10 @@ def test_the_mean_is_over_what_there_is(there: int, batches: int, dp: int) -> No
 
 
 def test_when_it_is_due() -> None:
-    samples = SimpleNamespace(count=10)
-    evaluation = Evaluation(job_of(eval_every=6, steps=20), samples)  # type: ignore[arg-type]
+    samples = cast(Any, SimpleNamespace(count=10))
+    evaluation = Evaluation(job_of(eval_every=6, steps=20), samples)
     assert [step for step in range(1, 21) if evaluation.due(step)] == [6, 12, 18, 20]
-    assert not Evaluation(job_of(steps=20), samples).due(20)  # type: ignore[arg-type]
+    assert not Evaluation(job_of(steps=20), samples).due(20)
     assert not Evaluation(job_of(eval_every=6, steps=20), None).due(6)
 
 
@@ -67,7 +71,7 @@ def test_ranks_in_the_middle_get_nothing() -> None:
     job = job_of(eval_every=1)
     replica = Replica(job, 0)
     replica.needs_data = False
-    found = Evaluation(job, SimpleNamespace(count=8)).run(replica, lambda rows: rows, lambda: None)
+    found = run(Evaluation(job, cast(Any, SimpleNamespace(count=8))), replica, [])
     assert replica.seen == []
     assert found["perplexity"] == math.exp(found["loss"])
 
@@ -76,5 +80,5 @@ def test_a_loss_beyond_all_numbers_has_a_perplexity() -> None:
     job = dataclasses.replace(job_of(eval_every=1))
     replica = Replica(job, 0)
     replica.evaluate = lambda batches: 1e4  # type: ignore[method-assign]
-    found = Evaluation(job, SimpleNamespace(count=8)).run(replica, lambda rows: rows, lambda: None)
+    found = run(Evaluation(job, cast(Any, SimpleNamespace(count=8))), replica, [])
     assert math.isfinite(found["perplexity"])
