@@ -15,6 +15,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from jobs.parallel.region import TensorRegion
 from jobs.spec import RankEnv
 
 STORE_TIMEOUT_S = 300.0
@@ -35,6 +36,7 @@ class Grid:
         model_group: Ranks that hold the other shards of the same layers; None when ``tp`` is 1.
         data_group: Ranks that hold the same part of the model; None when ``dp`` is 1.
         pipe_group: Ranks of the other stages of this replica; None when ``pp`` is 1.
+        split: What lies between tensor-parallel layers is split over their ranks, along the sequence.
     """
 
     pipe: int = 0
@@ -46,6 +48,12 @@ class Grid:
     model_group: dist.ProcessGroup | None = None
     data_group: dist.ProcessGroup | None = None
     pipe_group: dist.ProcessGroup | None = None
+    split: bool = False
+
+    @property
+    def region(self) -> TensorRegion:
+        """What lies between tensor-parallel layers."""
+        return TensorRegion(group=self.model_group, rank=self.model, size=self.tp, split=self.split)
 
     @property
     def first_stage(self) -> bool:

@@ -168,8 +168,6 @@ def _modelled_only(plan: ParallelPlan, precision: Precision) -> tuple[str, str] 
         return f"offload {plan.offload} is modelled only", "strategy.offload=none"
     if precision == "fp8":
         return "fp8 is modelled only", "train.precision=bf16"
-    if plan.sequence_parallel and plan.tp > 1:
-        return "sequence_parallel is modelled only", "strategy.sequence_parallel=false"
     if precision == "fp16":
         return "fp16 is modelled only: no probe has run on a device that has it", "train.precision=bf16"
     return None

@@ -52,7 +52,7 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
 
     def _partition_layers(self, method: str = "") -> None:
         job = self._job
-        self.grid = _grid_of(self._grid)
+        self.grid = _grid_of(self._grid, job.plan)
         self._layer_specs = [_pipe_layer(spec) for spec in layer_specs(_recipe(job, self.grid))]
         self._num_layers = len(self._layer_specs)
         self.parts = stage_bounds(job.model, job.plan.stages)
@@ -87,7 +87,7 @@ def _pipelined(job: JobSpec) -> tuple[Any, Grid]:
 def _unpipelined(job: JobSpec) -> tuple[Any, Grid]:
     plan = job.plan
     mpu = PipelineParallelGrid(PipeModelDataParallelTopology(num_pp=1, num_mp=plan.tp, num_dp=plan.dp))
-    grid = _grid_of(mpu)
+    grid = _grid_of(mpu, plan)
     module = Decoder(_recipe(job, grid), LossFunction(job.model, grid, _loss_scale(job)))
     return _initialize(job, module, mpu=mpu), grid
 
@@ -124,7 +124,7 @@ def _loss_scale(job: JobSpec) -> float:
     return job.plan.grad_accum * job.plan.dp / job.batch.tokens
 
 
-def _grid_of(mpu: Any) -> Grid:
+def _grid_of(mpu: Any, plan: ParallelPlan) -> Grid:
     """Our view of DeepSpeed's grid; axes of one rank get no group, so that nothing is communicated over them."""
     pp, dp, tp = mpu.pipe_parallel_size, mpu.data_parallel_size, mpu.model_parallel_size
     return Grid(
@@ -137,6 +137,7 @@ def _grid_of(mpu: Any) -> Grid:
         pipe_group=mpu.get_pipe_parallel_group() if pp > 1 else None,
         data_group=mpu.get_data_parallel_group() if dp > 1 else None,
         model_group=mpu.get_slice_parallel_group() if tp > 1 else None,
+        split=plan.sequence_parallel and tp > 1,
     )
 
 
