@@ -73,11 +73,10 @@ class PositionEmbedding(nn.Module):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.weight = recipe.make.make("embed.positions.weight", (recipe.model.seq, recipe.model.hidden))
-        self._region = recipe.make.grid.region
+        self._grid = recipe.make.grid
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        start, stop = self._region.bounds(x.shape[1] * (self._region.size if self._region.split else 1))
-        return x + self._region.shared(self.weight)[start:stop]
+        return x + self._grid.region.shared(self.weight)[self._grid.positions(x.shape[1])]
 
 
 class Norm(nn.Module):
@@ -131,16 +130,17 @@ class Attention(nn.Module):
         self.o = RowParallelLinear(make, f"{name}.o", model.hidden, model.hidden, bias=bias, std=recipe.residual_std)
         self._model = model
         self._region = make.grid.region
+        self._sequence = make.grid.sequence
         self._recompute = recipe.recompute == "selective"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self._region.enter(x)
-        q, k, v = (self._heads(layer(x)) for layer in (self.q, self.k, self.v))
+        q, k, v = self._sequence.to_heads(*(self._heads(layer(x)) for layer in (self.q, self.k, self.v)))
         if self._recompute and torch.is_grad_enabled():
             mixed = checkpoint(self._mix, q, k, v, use_reentrant=False, preserve_rng_state=False)
         else:
             mixed = self._mix(q, k, v)
-        return cast(torch.Tensor, self.o(mixed.transpose(1, 2).flatten(2)))
+        return cast(torch.Tensor, self.o(self._sequence.to_tokens(mixed).transpose(1, 2).flatten(2)))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(*x.shape[:-1], -1, self._model.head_dim).transpose(1, 2)

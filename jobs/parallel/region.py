@@ -26,14 +26,10 @@ class TensorRegion:
 
     Attributes:
         group: The tensor-parallel group; None for a group of one.
-        rank: This rank's place in it.
-        size: Number of ranks in it.
         split: Each rank has a part of the sequence; else all have the whole.
     """
 
     group: dist.ProcessGroup | None = None
-    rank: int = 0
-    size: int = 1
     split: bool = False
 
     def enter(self, x: torch.Tensor) -> torch.Tensor:
@@ -59,12 +55,6 @@ class TensorRegion:
     def shared(self, parameter: torch.Tensor) -> torch.Tensor:
         """A parameter that is whole on all ranks, to be used on this rank's part of the sequence."""
         return _apply(_SumGradient, parameter, self.group) if self._splits else parameter
-
-    def bounds(self, length: int) -> tuple[int, int]:
-        """[start, stop) of this rank's part of ``length`` tokens."""
-        if not self._splits:
-            return 0, length
-        return length * self.rank // self.size, length * (self.rank + 1) // self.size
 
     @property
     def _splits(self) -> bool:
@@ -139,7 +129,7 @@ def gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 def scatter_sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """``[b, s, ...] -> [b, s / ranks, ...]``: this rank's part of the sum over the ranks; not differentiable."""
-    parts = x.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1).contiguous()
+    parts = _parts(x, group).contiguous()
     out = x.new_empty(parts.shape[1:])
     dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=group)
     return out
@@ -147,4 +137,10 @@ def scatter_sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 def own_part(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """``[b, s, ...] -> [b, s / ranks, ...]``: this rank's part; not differentiable."""
-    return x.unflatten(1, (dist.get_world_size(group), -1)).select(1, dist.get_rank(group)).contiguous()
+    return _parts(x, group)[dist.get_rank(group)].contiguous()
+
+
+def _parts(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """``[b, s, ...] -> [ranks, b, s / ranks, ...]``."""
+    ranks = dist.get_world_size(group)
+    return x.reshape(x.shape[0], ranks, x.shape[1] // ranks, *x.shape[2:]).transpose(0, 1)

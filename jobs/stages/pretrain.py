@@ -185,13 +185,13 @@ class Pretrain:
         return [self._micro_batch(self._schedule.rows(step, replica, micro, plan)) for micro in range(plan.grad_accum)]
 
     def _micro_batch(self, rows: tuple[int | None, ...]) -> MicroBatch:
-        seq = self._job.batch.seq
-        tokens = torch.zeros(len(rows), seq, dtype=torch.int64)
-        targets = torch.full((len(rows), seq), IGNORE, dtype=torch.int64)
+        held = self._engine.grid.tokens(self._job.batch.seq)
+        tokens = torch.zeros(len(rows), held.stop - held.start, dtype=torch.int64)
+        targets = torch.full_like(tokens, IGNORE)
         for row, index in enumerate(rows):
             if index is not None:
                 sample = torch.from_numpy(self._store.sample(self._job.train.seed, index))
-                tokens[row], targets[row] = sample[:-1], sample[1:]
+                tokens[row], targets[row] = sample[:-1][held], sample[1:][held]
         return tokens, targets
 
     def _save(self, step: int, *, wait: bool) -> Location:
