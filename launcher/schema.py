@@ -55,6 +55,8 @@ class ModelConfig:
         embed_norm: A norm follows the token embedding.
         moe: Experts instead of dense feed-forward blocks; null for none.
         latent: Latent attention instead of plain heads; null for none.
+        from_hf: Folder of a Hugging Face model (Llama, Mixtral or GPT-2) whose config.json fills in all of the above;
+            what is given on the command line beside it still counts. Null for none.
     """
 
     name: str
@@ -76,6 +78,7 @@ class ModelConfig:
     embed_norm: bool = False
     moe: MoeSpec | None = None
     latent: LatentAttention | None = None
+    from_hf: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,6 +199,8 @@ class TrainConfig:
             512 are passed over.
         sample_tokens: Tokens of text generated from the final weights; 0 for none.
         sample_prompt: What the generated text continues.
+        init_from: Weights to begin with instead of those that the seed draws: a Hugging Face folder, a run directory
+            (its newest checkpoint), or a manifest. Null for none.
     """
 
     steps: int
@@ -216,6 +221,7 @@ class TrainConfig:
     skips: tuple[Skip, ...] = ()
     sample_tokens: int = 0
     sample_prompt: str = "def "
+    init_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
