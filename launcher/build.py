@@ -19,6 +19,7 @@ from strategies.capabilities import MODELLED_ONLY
 from strategies.errors import ConfigError, PlanInfeasible, Violation
 from strategies.plan import ParallelPlan
 from strategies.resolve import resolve_plan
+from strategies.rotary import scaled_base
 from strategies.schedule import SampleSchedule
 from strategies.specs import BatchSpec, ClusterSpec, ModelSpec
 from strategies.workload import Workload
@@ -262,9 +263,16 @@ def outline_deepspeed(config: Config, plan: ParallelPlan) -> dict[str, object]:
 def model_spec(config: Config) -> ModelSpec:
     """The model, derived sizes filled in."""
     model = config.model
-    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name != "from_hf"}
-    derived = {"kv_heads": model.kv_heads or model.heads, "ffn": model.ffn or 4 * model.hidden}
-    return ModelSpec(**values | derived | {"head_width": model.head_width or 0})
+    values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    del values["from_hf"], values["rope_scaling"]
+    width = model.head_width or model.hidden // model.heads
+    derived = {
+        "kv_heads": model.kv_heads or model.heads,
+        "ffn": model.ffn or 4 * model.hidden,
+        "head_width": model.head_width or 0,
+        "rope_theta": scaled_base(model.rope_theta, model.rope_scaling, width),
+    }
+    return ModelSpec(**values | derived)
 
 
 def train_spec(config: Config) -> TrainSpec:

@@ -49,6 +49,8 @@ class ModelConfig:
         norm_eps: Epsilon of the norms.
         init_std: Standard deviation of the initial weights.
         rope_theta: Base of the rotary frequencies (``llama`` only).
+        rope_scaling: Sequences so many times as long as those that ``rope_theta`` was for: the base grows by
+            ``rope_scaling^(d / (d - 2))``, ``d`` being the width of a head (NTK-aware scaling).
         gated: The feed-forward block has a gate; null means that of the flavour.
         head_width: Width of one head; null means ``hidden / heads``.
         position_rows: Learned positions; null means ``seq`` for ``gpt3`` and none for ``llama``.
@@ -72,6 +74,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     rope_theta: float = 10000.0
+    rope_scaling: float = 1.0
     gated: bool | None = None
     head_width: int | None = None
     position_rows: int | None = None
@@ -310,6 +313,7 @@ BANDWIDTHS = ("memory_bandwidth", "intra_bandwidth", "inter_bandwidth", "host_ba
 # Smallest legal values. What depends on other values (divisibility, memory) is a rule of strategies.rules.
 MINIMUM: dict[str, float] = {
     **{f"model.{key}": 1 for key in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq", "head_width")},
+    "model.rope_scaling": 1,
     **{f"model.{key}": 0 for key in ("norm_eps", "init_std", "rope_theta", "position_rows")},
     **{f"model.moe.{key}": 1 for key in ("experts", "top_k", "ffn", "imbalance")},
     **{f"model.moe.{key}": 0 for key in ("dense_layers", "shared_ffn")},

@@ -57,7 +57,8 @@ def _live_master(engine: Engine, index: int, owner: torch.Tensor) -> torch.Tenso
 
 
 def _live_count(engine: Engine, parameter: Any) -> int:
-    return max(0, int(parameter.ds_numel) - (engine.grid.data * engine.grid.sp + engine.grid.seq) * int(parameter.ds_tensor.numel()))
+    place = engine.grid.data * engine.grid.sp + engine.grid.seq
+    return max(0, int(parameter.ds_numel) - place * int(parameter.ds_tensor.numel()))
 
 
 def _hash(tensor: torch.Tensor) -> str:
