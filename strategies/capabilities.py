@@ -22,7 +22,10 @@ MODELLED_ONLY = frozenset({"combination_runs", "combination_probed"})
 
 
 class Key(NamedTuple):
-    """A combination; ``tp``, ``pp`` and ``dp`` are True for degrees above 1."""
+    """A combination; ``tp``, ``pp`` and ``dp`` are True for degrees above 1.
+
+    To DeepSpeed the ranks that share a sequence are replicas, so ``dp`` stands for ``dp x sp``.
+    """
 
     tp: bool
     pp: bool
@@ -55,7 +58,7 @@ def key_of(plan: ParallelPlan, precision: Precision) -> Key:
     return Key(
         tp=plan.tp > 1,
         pp=plan.pp > 1,
-        dp=plan.dp > 1,
+        dp=plan.dp * plan.sp > 1,
         zero_stage=plan.zero_stage,
         precision=precision,
         grad_dtype=plan.grad_dtype,
@@ -162,14 +165,12 @@ def _modelled_only(plan: ParallelPlan, precision: Precision) -> tuple[str, str] 
     """What the engine does not build: message and hint."""
     if plan.schedule != "1f1b" and plan.pp > 1:
         return f"schedule {plan.schedule} is modelled only", "strategy.schedule=1f1b"
-    if plan.sp > 1 or plan.cp > 1:
-        return f"sp {plan.sp}, cp {plan.cp}: sequence parallelism is modelled only", "strategy.sp=1 strategy.cp=1"
+    if plan.cp > 1:
+        return f"cp {plan.cp}: context parallelism is modelled only", "strategy.cp=1; strategy.sp cuts sequences, too"
     if plan.offload != "none":
         return f"offload {plan.offload} is modelled only", "strategy.offload=none"
     if precision == "fp8":
         return "fp8 is modelled only", "train.precision=bf16"
-    if plan.sequence_parallel and plan.tp > 1:
-        return "sequence_parallel is modelled only", "strategy.sequence_parallel=false"
     if precision == "fp16":
         return "fp16 is modelled only: no probe has run on a device that has it", "train.precision=bf16"
     return None

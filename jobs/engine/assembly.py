@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.pipe import LayerSpec as PipeLayer
 from deepspeed.pipe import PipelineModule
 from deepspeed.pipe import TiedLayerSpec as PipeTiedLayer
@@ -22,11 +23,12 @@ from jobs.parallel.meta import ParamMeta
 from jobs.spec import JobSpec
 from strategies.errors import PlanInfeasible, Violation
 from strategies.plan import ParallelPlan
+from strategies.topology import Topology
 
 
 def refuse_modelled_only(plan: ParallelPlan) -> None:
     """The rules refuse such plans long before; this keeps one that slipped through from silently running another."""
-    runnable = {"ep": 1, "sp": 1, "cp": 1, "vpp": 1, "schedule": "1f1b", "offload": "none"}
+    runnable = {"ep": 1, "cp": 1, "vpp": 1, "schedule": "1f1b", "offload": "none"}
     broken = [
         Violation(rule="runnable", message=f"{field} is {getattr(plan, field)}", hint=f"only {value} can be run")
         for field, value in runnable.items()
@@ -45,14 +47,12 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
 
     def __init__(self, job: JobSpec) -> None:
         self._job = job
-        plan = job.plan
-        topology = PipeModelDataParallelTopology(num_pp=plan.pp, num_mp=plan.tp, num_dp=plan.dp)
-        super().__init__(layers=[], topology=topology)
+        super().__init__(layers=[], topology=_topology(job.plan))
         self.loss_fn = LossFunction(job.model, self.grid, _loss_scale(job))
 
     def _partition_layers(self, method: str = "") -> None:
         job = self._job
-        self.grid = _grid_of(self._grid)
+        self.grid = _grid_of(self._grid, job.plan)
         self._layer_specs = [_pipe_layer(spec) for spec in layer_specs(_recipe(job, self.grid))]
         self._num_layers = len(self._layer_specs)
         self.parts = stage_bounds(job.model, job.plan.stages)
@@ -86,8 +86,8 @@ def _pipelined(job: JobSpec) -> tuple[Any, Grid]:
 
 def _unpipelined(job: JobSpec) -> tuple[Any, Grid]:
     plan = job.plan
-    mpu = PipelineParallelGrid(PipeModelDataParallelTopology(num_pp=1, num_mp=plan.tp, num_dp=plan.dp))
-    grid = _grid_of(mpu)
+    mpu = PipelineParallelGrid(_topology(plan))
+    grid = _grid_of(mpu, plan)
     module = Decoder(_recipe(job, grid), LossFunction(job.model, grid, _loss_scale(job)))
     return _initialize(job, module, mpu=mpu), grid
 
@@ -121,23 +121,41 @@ def _recipe(job: JobSpec, grid: Grid) -> Recipe:
 
 def _loss_scale(job: JobSpec) -> float:
     """DeepSpeed averages over micro-batches and replicas; this makes that average a mean over real tokens."""
-    return job.plan.grad_accum * job.plan.dp / job.batch.tokens
+    return job.plan.grad_accum * Topology(job.plan).data_size / job.batch.tokens
 
 
-def _grid_of(mpu: Any) -> Grid:
+def _topology(plan: ParallelPlan) -> PipeModelDataParallelTopology:
+    """DeepSpeed's axes: to it, the ranks of a sequence are replicas."""
+    return PipeModelDataParallelTopology(num_pp=plan.pp, num_mp=plan.tp, num_dp=Topology(plan).data_size)
+
+
+def _grid_of(mpu: Any, plan: ParallelPlan) -> Grid:
     """Our view of DeepSpeed's grid; axes of one rank get no group, so that nothing is communicated over them."""
-    pp, dp, tp = mpu.pipe_parallel_size, mpu.data_parallel_size, mpu.model_parallel_size
+    pp, ranks, tp = mpu.pipe_parallel_size, mpu.data_parallel_size, mpu.model_parallel_size
+    replica, seq = divmod(mpu.get_data_parallel_id(), plan.sp)
     return Grid(
         pipe=mpu.get_stage_id(),
-        data=mpu.get_data_parallel_id(),
+        data=replica,
         model=mpu.get_slice_parallel_rank(),
+        seq=seq,
         pp=pp,
-        dp=dp,
+        dp=plan.dp,
         tp=tp,
+        sp=plan.sp,
         pipe_group=mpu.get_pipe_parallel_group() if pp > 1 else None,
-        data_group=mpu.get_data_parallel_group() if dp > 1 else None,
+        data_group=mpu.get_data_parallel_group() if ranks > 1 else None,
+        seq_group=_sequence_group(plan) if plan.sp > 1 else None,
         model_group=mpu.get_slice_parallel_group() if tp > 1 else None,
+        split=plan.sequence_parallel and tp > 1,
     )
+
+
+def _sequence_group(plan: ParallelPlan) -> dist.ProcessGroup:
+    """The ranks that share the sequences of this one. Collective."""
+    topology = Topology(plan)
+    groups = {topology.sp_group(rank): None for rank in range(topology.world_size)}
+    mine, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in groups])  # type: ignore[no-untyped-call]
+    return cast(dist.ProcessGroup, mine)
 
 
 def meta_of(parameter: nn.Parameter) -> ParamMeta:

@@ -21,6 +21,7 @@ from jobs.own_time import OwnTime
 from jobs.parallel.meta import ParamMeta
 from jobs.spec import JobSpec, RankEnv
 from strategies.plan import ParallelPlan
+from strategies.topology import Topology
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
 
@@ -110,9 +111,9 @@ class Engine:
 
         Args:
             step: Number of the step; decides the learning rate.
-            batches: ``grad_accum`` pairs (tokens, targets), int64 ``[micro_batch, seq]`` each; targets are
-                ``IGNORE`` where a row weighs nothing. Ranks of one replica get the same; ranks for which
-                :attr:`needs_data` is false may get anything.
+            batches: ``grad_accum`` pairs (tokens, targets), int64 ``[micro_batch, seq / sp]`` each; targets are
+                ``IGNORE`` where a row weighs nothing. Ranks of one replica get the same rows, each its part
+                (:meth:`Grid.tokens`); ranks for which :attr:`needs_data` is false may get anything.
 
         Raises:
             ValueError: The number of micro-batches is not the plan's.
@@ -148,7 +149,7 @@ class Engine:
             self.ds.step()
         if self.grid.data_group is not None:
             dist.all_reduce(total, group=self.grid.data_group)
-        return float(total) / (self.plan.grad_accum * self.plan.dp)
+        return float(total) / (self.plan.grad_accum * Topology(self.plan).data_size)
 
     def _grad_norm(self) -> float:
         norm = self.ds.get_global_grad_norm() if self._own_norm is None else self._own_norm
