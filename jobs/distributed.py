@@ -35,6 +35,7 @@ class Grid:
         model_group: Ranks that hold the other shards of the same layers; None when ``tp`` is 1.
         data_group: Ranks that hold the same part of the model; None when ``dp`` is 1.
         pipe_group: Ranks of the other stages of this replica; None when ``pp`` is 1.
+        folded: The model runs down through the stages and up again (DualPipeV), so the first has both its ends.
     """
 
     pipe: int = 0
@@ -46,6 +47,7 @@ class Grid:
     model_group: dist.ProcessGroup | None = None
     data_group: dist.ProcessGroup | None = None
     pipe_group: dist.ProcessGroup | None = None
+    folded: bool = False
 
     @property
     def first_stage(self) -> bool:
@@ -55,7 +57,7 @@ class Grid:
     @property
     def last_stage(self) -> bool:
         """Whether this rank computes the loss."""
-        return self.pipe == self.pp - 1
+        return self.pipe == (0 if self.folded else self.pp - 1)
 
 
 def init_process_group(env: RankEnv, backend: str, *, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> None:

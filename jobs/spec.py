@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from strategies.deepspeed_config import deepspeed_config
 from strategies.plan import ParallelPlan
-from strategies.schedule import Skip
+from strategies.schedule import SampleSchedule, Skip
 from strategies.specs import BatchSpec, ModelSpec, Precision
 
 
@@ -129,6 +129,10 @@ class JobSpec:
     command: str = ""
     workdir: str = ""
     version: int = 1
+
+    def schedule(self) -> SampleSchedule:
+        """Which samples each step consumes, from the first step on."""
+        return SampleSchedule.of(self.batch, self.skips)
 
     def skipping(self, skips: tuple[Skip, ...]) -> JobSpec:
         """The same job, passing over more samples."""

@@ -20,7 +20,7 @@ from strategies.plan import ParallelPlan
 from strategies.resolve import resolve_plan
 from strategies.schedule import SampleSchedule
 from strategies.specs import BatchSpec, ClusterSpec, ModelSpec
-from strategies.workload import Workload
+from strategies.workload import Workload, run_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +104,7 @@ def outline(config: Config, cluster: ClusterSpec | None = None, *, plan: Paralle
     """
     machine = cluster or cluster_spec(config)
     missing = _missing_nodes(config, machine)
-    model, batch = model_spec(config), BatchSpec(global_batch=config.train.global_batch, seq=config.model.seq)
+    model, batch = model_spec(config), batch_spec(config)
     if config.job.kind == "script":
         plan = _script_plan(config, machine)
         rows = BatchSpec(global_batch=plan.dp, seq=1)
@@ -138,7 +138,7 @@ def work_of(config: Config, model: ModelSpec, batch: BatchSpec, machine: Cluster
         cluster=machine,
         precision=config.train.precision,
         framework=config.planner.framework,
-        tokens=float(config.train.steps * batch.tokens) if tokens is None else tokens,
+        tokens=float(run_tokens(batch, config.train.steps)) if tokens is None else tokens,
     )
 
 
@@ -201,7 +201,7 @@ def build_request(config: Config, overrides: Sequence[str], cluster: ClusterSpec
 def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
     script = config.job.kind == "script"
     train = train_spec(config)
-    SampleSchedule(global_batch=config.train.global_batch, skips=config.train.skips)  # says what is wrong with them
+    SampleSchedule.of(sketch.batch, config.train.skips)  # says what is wrong with them
     return JobSpec(
         run_id=str(config.run.name),
         kind=config.job.kind,
@@ -255,11 +255,16 @@ def model_spec(config: Config) -> ModelSpec:
     return ModelSpec(**values | derived | {"head_width": model.head_width or 0})
 
 
+def batch_spec(config: Config) -> BatchSpec:
+    """The work of one step, and how it grows."""
+    return BatchSpec(global_batch=config.train.global_batch, seq=config.model.seq, ramp=config.train.ramp)
+
+
 def train_spec(config: Config) -> TrainSpec:
     """The recipe, derived rates filled in."""
     train = config.train
     values = {field.name: getattr(train, field.name) for field in dataclasses.fields(train)}
-    del values["global_batch"], values["tokens"], values["skips"]
+    del values["global_batch"], values["ramp"], values["tokens"], values["skips"]
     return TrainSpec(**values | {"min_lr": train.lr / 10 if train.min_lr is None else train.min_lr})
 
 

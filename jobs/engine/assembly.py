@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -12,6 +13,7 @@ from deepspeed.pipe import LayerSpec as PipeLayer
 from deepspeed.pipe import PipelineModule
 from deepspeed.pipe import TiedLayerSpec as PipeTiedLayer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch import nn
 
@@ -26,11 +28,16 @@ from strategies.plan import ParallelPlan
 
 def refuse_modelled_only(plan: ParallelPlan) -> None:
     """The rules refuse such plans long before; this keeps one that slipped through from silently running another."""
-    runnable = {"ep": 1, "sp": 1, "cp": 1, "vpp": 1, "schedule": "1f1b", "offload": "none"}
+    one = (1,)
+    runnable = {"ep": one, "sp": one, "cp": one, "vpp": one, "schedule": ("1f1b", "dualpipev"), "offload": ("none",)}
     broken = [
-        Violation(rule="runnable", message=f"{field} is {getattr(plan, field)}", hint=f"only {value} can be run")
-        for field, value in runnable.items()
-        if getattr(plan, field) != value
+        Violation(
+            rule="runnable",
+            message=f"{field} is {getattr(plan, field)}",
+            hint=f"only {' or '.join(map(str, values))} can be run",
+        )
+        for field, values in runnable.items()
+        if getattr(plan, field) not in values
     ]
     if broken:
         raise PlanInfeasible(broken)
@@ -48,19 +55,31 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
         plan = job.plan
         topology = PipeModelDataParallelTopology(num_pp=plan.pp, num_mp=plan.tp, num_dp=plan.dp)
         super().__init__(layers=[], topology=topology)
-        self.loss_fn = LossFunction(job.model, self.grid, _loss_scale(job))
+        self.loss_fn = LossFunction(job.model, self.grid)
 
     def _partition_layers(self, method: str = "") -> None:
-        job = self._job
-        self.grid = _grid_of(self._grid)
-        self._layer_specs = [_pipe_layer(spec) for spec in layer_specs(_recipe(job, self.grid))]
+        self._cut(_grid_of(self._grid))
+
+    def _cut(self, grid: Grid) -> None:
+        self.grid = grid
+        self._layer_specs = [_pipe_layer(spec) for spec in layer_specs(_recipe(self._job, grid))]
         self._num_layers = len(self._layer_specs)
-        self.parts = stage_bounds(job.model, job.plan.stages)
-        self._set_bounds(start=self.parts[self.grid.pipe], stop=self.parts[self.grid.pipe + 1])
+        self.parts = stage_bounds(self._job.model, self._job.plan.parts)
+        self._set_bounds(start=self.parts[grid.pipe], stop=self.parts[grid.pipe + 1])
 
     def _synchronize_tied_weights(self) -> None:
         with torch.no_grad():  # DeepSpeed writes into the parameters under autograd's eyes
             super()._synchronize_tied_weights()
+
+
+class _FoldedStages(_Stages, DualPipeVModule):  # type: ignore[misc]  # deepspeed has no types
+    """The same for DualPipeV: this rank has two parts of the model, one on the way down and one on the way up."""
+
+    def _partition_layers(self, method: str = "") -> None:
+        self._cut(dataclasses.replace(_grid_of(self._grid), folded=True))
+        self.num_stages *= 2
+        up = self.num_stages - 1 - self.stage_id
+        self.phase_bounds = [(self._local_start, self._local_stop), (self.parts[up], self.parts[up + 1])]
 
 
 def _pipe_layer(spec: LayerSpec) -> Any:
@@ -69,27 +88,42 @@ def _pipe_layer(spec: LayerSpec) -> Any:
     return PipeTiedLayer(spec.tied, spec.build, *spec.args, forward_fn=spec.run)
 
 
-def assemble(job: JobSpec) -> tuple[Any, Grid]:
-    """DeepSpeed's engine of this rank with the initial weights of the job, and the rank's place. Collective."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assembled:
+    """What a rank trains with.
+
+    Attributes:
+        ds: DeepSpeed's engine, with the initial weights of the job.
+        grid: The rank's place.
+        loss: What the engine applies to the logits.
+    """
+
+    ds: Any
+    grid: Grid
+    loss: LossFunction
+
+
+def assemble(job: JobSpec) -> Assembled:
+    """Everything of this rank. Collective."""
     with silence():
         return (_pipelined if job.plan.pp > 1 else _unpipelined)(job)
 
 
-def _pipelined(job: JobSpec) -> tuple[Any, Grid]:
-    module = _Stages(job)
+def _pipelined(job: JobSpec) -> Assembled:
+    module = (_FoldedStages if job.plan.schedule == "dualpipev" else _Stages)(job)
     grid: Grid = module.grid
     if not grid.first_stage:
         for parameter in module.tied_modules.parameters():
             _set_meta(parameter, dataclasses.replace(meta_of(parameter), primary=False))
-    return _initialize(job, module, mpu=None), grid
+    return Assembled(ds=_initialize(job, module, mpu=None), grid=grid, loss=module.loss_fn)
 
 
-def _unpipelined(job: JobSpec) -> tuple[Any, Grid]:
+def _unpipelined(job: JobSpec) -> Assembled:
     plan = job.plan
     mpu = PipelineParallelGrid(PipeModelDataParallelTopology(num_pp=1, num_mp=plan.tp, num_dp=plan.dp))
     grid = _grid_of(mpu)
-    module = Decoder(_recipe(job, grid), LossFunction(job.model, grid, _loss_scale(job)))
-    return _initialize(job, module, mpu=mpu), grid
+    loss = LossFunction(job.model, grid)
+    return Assembled(ds=_initialize(job, Decoder(_recipe(job, grid), loss), mpu=mpu), grid=grid, loss=loss)
 
 
 def _initialize(job: JobSpec, module: nn.Module, *, mpu: Any) -> Any:
@@ -117,11 +151,6 @@ def _undo_empty_step(optimizer: Any) -> None:
 
 def _recipe(job: JobSpec, grid: Grid) -> Recipe:
     return Recipe.of(job.model, grid, seed=job.train.seed, recompute=job.plan.recompute)
-
-
-def _loss_scale(job: JobSpec) -> float:
-    """DeepSpeed averages over micro-batches and replicas; this makes that average a mean over real tokens."""
-    return job.plan.grad_accum * job.plan.dp / job.batch.tokens
 
 
 def _grid_of(mpu: Any) -> Grid:
