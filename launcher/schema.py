@@ -144,6 +144,7 @@ class StrategyConfig:
         recompute: Activation checkpointing; null means ``none``.
         grad_dtype: Precision in which gradients are accumulated; null means fp32 (with ZeRO-0 in 16 bit: that one).
         offload: What lives in host memory; null means ``none``.
+        offload_path: Folder on local disks (NVMe) of every node that it lives in instead; null for host memory.
         flash: Fused attention that never stores the scores; null means true.
         sequence_parallel: Norms and residuals are split over the tensor-parallel ranks (Megatron); null means false.
     """
@@ -163,6 +164,7 @@ class StrategyConfig:
     recompute: Recompute | None = None
     grad_dtype: GradDtype | None = None
     offload: Offload | None = None
+    offload_path: str | None = None
     flash: bool | None = None
     sequence_parallel: bool | None = None
 

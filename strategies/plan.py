@@ -34,6 +34,7 @@ class ParallelPlan:
         grad_dtype: Precision in which gradients are accumulated.
         recompute: Activation checkpointing.
         offload: What lives in host memory.
+        offload_path: Folder on local disks (NVMe) that it lives in instead; empty for host memory.
         flash: Fused attention that never stores the score matrix.
         sequence_parallel: Megatron's: norms and residuals are split over the tensor-parallel ranks, along the sequence.
         version: Version of this document.
@@ -54,6 +55,7 @@ class ParallelPlan:
     grad_dtype: GradDtype = "fp32"
     recompute: Recompute = "none"
     offload: Offload = "none"
+    offload_path: str = ""
     flash: bool = True
     sequence_parallel: bool = False
     version: int = PLAN_VERSION

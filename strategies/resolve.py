@@ -34,6 +34,7 @@ def resolve_plan(
     grad_dtype: GradDtype | None = None,
     recompute: Recompute = "none",
     offload: Offload = "none",
+    offload_path: str = "",
     flash: bool = True,
     sequence_parallel: bool = False,
 ) -> ParallelPlan:
@@ -75,6 +76,7 @@ def resolve_plan(
         grad_dtype=grad_dtype,
         recompute=recompute,
         offload=offload,
+        offload_path=offload_path,
         flash=flash,
         sequence_parallel=sequence_parallel,
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec as PipeLayer
 from deepspeed.pipe import PipelineModule
 from deepspeed.pipe import TiedLayerSpec as PipeTiedLayer
@@ -22,19 +23,19 @@ from jobs.engine.process import silence
 from jobs.models.gpt import Decoder, LayerSpec, LossFunction, Recipe, layer_specs, stage_bounds
 from jobs.parallel.meta import ParamMeta
 from jobs.spec import JobSpec
-from strategies.errors import PlanInfeasible, Violation
+from strategies.errors import ConfigError, PlanInfeasible, Violation
 from strategies.plan import ParallelPlan
 
 
 def refuse_modelled_only(plan: ParallelPlan) -> None:
     """The rules refuse such plans long before; this keeps one that slipped through from silently running another."""
     one = (1,)
-    runnable = {"ep": one, "sp": one, "cp": one, "vpp": one, "schedule": ("1f1b", "dualpipev"), "offload": ("none",)}
+    runnable = {"ep": one, "sp": one, "cp": one, "vpp": one, "schedule": ("1f1b", "dualpipev")}
     broken = [
         Violation(
             rule="runnable",
             message=f"{field} is {getattr(plan, field)}",
-            hint=f"only {' or '.join(map(str, values))} can be run",
+            hint=f"only {' or '.join(str(value) for value in values)} can be run",
         )
         for field, values in runnable.items()
         if getattr(plan, field) not in values
@@ -58,7 +59,7 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
         self.loss_fn = LossFunction(job.model, self.grid)
 
     def _partition_layers(self, method: str = "") -> None:
-        self._cut(_grid_of(self._grid))
+        self._cut(_grid_of(self._grid, self._job.plan))
 
     def _cut(self, grid: Grid) -> None:
         self.grid = grid
@@ -76,7 +77,7 @@ class _FoldedStages(_Stages, DualPipeVModule):  # type: ignore[misc]  # deepspee
     """The same for DualPipeV: this rank has two parts of the model, one on the way down and one on the way up."""
 
     def _partition_layers(self, method: str = "") -> None:
-        self._cut(dataclasses.replace(_grid_of(self._grid), folded=True))
+        self._cut(_grid_of(self._grid, self._job.plan))
         self.num_stages *= 2
         up = self.num_stages - 1 - self.stage_id
         self.phase_bounds = [(self._local_start, self._local_stop), (self.parts[up], self.parts[up + 1])]
@@ -104,7 +105,17 @@ class Assembled:
 
 
 def assemble(job: JobSpec) -> Assembled:
-    """Everything of this rank. Collective."""
+    """Everything of this rank. Collective.
+
+    Raises:
+        ConfigError: The device does not have the precision.
+    """
+    if job.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            f"This device ({get_accelerator().device_name()}) does not compute in fp16.",
+            why="the accelerator says so (on CPUs oneDNN does, which wants avx512_fp16)",
+            hint="train.precision=bf16",
+        )
     with silence():
         return (_pipelined if job.plan.pp > 1 else _unpipelined)(job)
 
@@ -121,7 +132,7 @@ def _pipelined(job: JobSpec) -> Assembled:
 def _unpipelined(job: JobSpec) -> Assembled:
     plan = job.plan
     mpu = PipelineParallelGrid(PipeModelDataParallelTopology(num_pp=1, num_mp=plan.tp, num_dp=plan.dp))
-    grid = _grid_of(mpu)
+    grid = _grid_of(mpu, plan)
     loss = LossFunction(job.model, grid)
     return Assembled(ds=_initialize(job, Decoder(_recipe(job, grid), loss), mpu=mpu), grid=grid, loss=loss)
 
@@ -153,7 +164,7 @@ def _recipe(job: JobSpec, grid: Grid) -> Recipe:
     return Recipe.of(job.model, grid, seed=job.train.seed, recompute=job.plan.recompute)
 
 
-def _grid_of(mpu: Any) -> Grid:
+def _grid_of(mpu: Any, plan: ParallelPlan) -> Grid:
     """Our view of DeepSpeed's grid; axes of one rank get no group, so that nothing is communicated over them."""
     pp, dp, tp = mpu.pipe_parallel_size, mpu.data_parallel_size, mpu.model_parallel_size
     return Grid(
@@ -166,6 +177,7 @@ def _grid_of(mpu: Any) -> Grid:
         pipe_group=mpu.get_pipe_parallel_group() if pp > 1 else None,
         data_group=mpu.get_data_parallel_group() if dp > 1 else None,
         model_group=mpu.get_slice_parallel_group() if tp > 1 else None,
+        folded=plan.schedule == "dualpipev" and pp > 1,
     )
 
 

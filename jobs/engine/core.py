@@ -56,6 +56,7 @@ class Engine:
         self.plan = job.plan
         self.own_time = own_time
         self._loss = parts.loss
+        self._scale = getattr(ds.optimizer, "loss_scale_config", None)  # of the optimizer that reports scaled norms
         self._full = job.batch
         self._own_norm: torch.Tensor | None = None
         if _unwrapped_optimizer(ds):
@@ -123,8 +124,9 @@ class Engine:
         self._accumulate(len(batches), tokens or self._full.tokens)
         self.set_position(step - 1)
         lr = float(self.ds.get_lr()[0])
+        scale = float(self._scale.cur_scale) if self._scale is not None else 1.0
         loss = self._train_pipelined(batches) if self.plan.pp > 1 else self._train_unpipelined(batches)
-        return StepResult(loss=loss, grad_norm=self._grad_norm(), lr=lr, overflow=self._overflow())
+        return StepResult(loss=loss, grad_norm=self._grad_norm() / scale, lr=lr, overflow=self._overflow())
 
     def set_position(self, step: int) -> None:
         """Make DeepSpeed's counters and the learning rate those of an engine that has done ``step`` steps."""

@@ -111,6 +111,7 @@ def test_a_ramp_is_the_same_under_every_plan_and_after_every_restart(
     attempt(pool, tmp_path / "replanned", job_of(data, dp=2, zero_stage=2), 2, str(moved))
     check_parity(lines(tmp_path / "replanned"), wanted)
     assert samples(tmp_path / "replanned", 2) == list(range(first, sum(SIZES)))
-    assert json.loads((killed / "final.json").read_text())["weights_digest"] == (
-        json.loads((tmp_path / "whole" / "final.json").read_text())["weights_digest"]
+    assert (
+        json.loads((killed / "final.json").read_text())["weights_digest"]
+        == (json.loads((tmp_path / "whole" / "final.json").read_text())["weights_digest"])
     )
