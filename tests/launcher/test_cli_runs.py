@@ -91,18 +91,16 @@ def test_status_json_has_the_promised_fields(tmp_path: Path, invoke: Invoke) -> 
 
 def test_status_names_slow_ranks_and_the_nodes_that_carry_none(tmp_path: Path, invoke: Invoke) -> None:
     store = failed_run(tmp_path)
-    slow = {
-        "failure": {"detail": "rank 2 on b takes 1.4 x its peers' time", "node": "b", "rank": 2},
-        "ratio": 1.4,
-    }
-    put(store, 20.0, EventKind.STRAGGLER_FOUND, **slow)
+    detail = "rank 2 on b takes 1.4 x its peers' time"
+    failure = {"detail": detail, "node": "b", "rank": 2}
+    put(store, 20.0, EventKind.STRAGGLER_FOUND, failure=failure, ratio=1.4)
     for node, hours, reason in (("b", 6, "slow"), ("c", -1, "long ago")):
         put(store, 20.0, EventKind.NODE_EXCLUDED, node=node, until=time.time() + 3600 * hours, reason=reason)
     document = json.loads(invoke("status", "demo", "--json", "--dir", str(tmp_path))[1])
     assert [(one["node"], one["reason"]) for one in document["excluded"]] == [("b", "slow")]
     assert [one["failure"]["rank"] for one in document["stragglers"]] == [2]
     out = invoke("status", "demo", "--dir", str(tmp_path))[1]
-    assert "found slow:\n  rank 2 on b takes 1.4 x its peers' time" in out
+    assert f"found slow:\n  {detail}" in out
     assert "carry no ranks for now:\n  node b until" in out
 
 
