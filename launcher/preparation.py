@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.spec import DataSpec
-from launcher import build
+from launcher import build, pretrained
 from launcher.data_checks import data_spec
 from launcher.follow import Screen
 from launcher.ray_client import is_dashboard
@@ -28,6 +28,9 @@ def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> Laun
     """
     if request.job.kind == "script":
         return request
+    if request.job.initial is not None:
+        screen.say(f"reading the weights to begin with: {request.job.initial.path}")
+        request = pretrained.with_digests(request)
     from jobs.data import prepare, prepare_mixture
 
     assert config.data.cache is not None
@@ -36,7 +39,8 @@ def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> Laun
     if not spec.mixed:
         data = prepare(spec, root, model.vocab, progress, seq=model.seq)
         return replace(request, job=replace(request.job, data=data))
-    samples, runner = request.job.train.steps * request.job.batch.global_batch, _runner(config, screen)
+    samples = request.job.schedule().trained(request.job.train.steps + 1)
+    runner = _runner(config, screen)
     data = prepare_mixture(spec, root, model.vocab, progress, seq=model.seq, samples=samples, runner=runner)
     screen.say(mixture_text(data, samples * model.seq))
     return replace(request, job=replace(request.job, data=data))

@@ -48,7 +48,8 @@ class Evaluation:
         """
         total, plan = 0.0, engine.plan
         for batch in range(1, self._batches + 1):
-            rows = [self._rows(batch, engine, micro) for micro in range(plan.grad_accum)]
+            micro_batches = self._schedule.micro_batches(batch, plan)
+            rows = [self._rows(batch, engine, micro) for micro in range(micro_batches)]
             total += engine.evaluate([load(some) for some in rows])
             beat()
         loss = total * self._schedule.global_batch / self._count

@@ -16,11 +16,11 @@ def train(env: RankEnv, job: dict[str, Any], steps: int, evaluate_every: int = 0
     engine = Engine.build(spec, env)
     losses, norms, evaluations = [], [], []
     for step in range(1, steps + 1):
-        result = engine.train_step(step, batches(spec, step, engine.grid.data))
+        result = engine.train_step(step, batches(spec, step, engine.grid))
         losses.append(result.loss.hex())
         norms.append(result.grad_norm.hex())
         if evaluate_every and step % evaluate_every == 0:
-            evaluations += [engine.evaluate(batches(spec, 100 + n, engine.grid.data)).hex() for n in range(2)]
+            evaluations += [engine.evaluate(batches(spec, 100 + n, engine.grid)).hex() for n in range(2)]
     out = {
         "loss": losses,
         "grad_norm": norms,
@@ -37,7 +37,7 @@ def judge(env: RankEnv, job: dict[str, Any], steps: int) -> list[str]:
     spec = from_json(JobSpec, job)
     engine = Engine.build(spec, env)
     for step in range(1, steps + 1):
-        engine.train_step(step, batches(spec, step, engine.grid.data))
-    result = engine.train_step(steps + 1, batches(spec, 100, engine.grid.data))
+        engine.train_step(step, batches(spec, step, engine.grid))
+    result = engine.train_step(steps + 1, batches(spec, 100, engine.grid))
     engine.close()
     return [result.loss.hex()]
