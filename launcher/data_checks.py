@@ -64,9 +64,7 @@ def data_problems(config: Config) -> Iterator[Problem]:
     strategy = config.strategy
     if data.packing and ((strategy.sp or 1) > 1 or (strategy.cp or 1) > 1 or strategy.schedule == "dualpipev"):
         message = "documents cannot be kept apart with sequence or context parallelism, nor under dualpipev"
-        yield Problem(
-            key="data.packing", message=message, hint="data.packing=false, or strategy.sp=1 and schedule 1f1b"
-        )
+        yield Problem(key="data.packing", message=message, hint="data.packing=false")
     if config.train.eval_every and not data.validation:
         message = "there is nothing to validate with, data.validation is 0"
         yield Problem(key="train.eval_every", message=message, hint="data.validation=0.01 keeps one document in 100.")

@@ -63,8 +63,19 @@ def packed(pool: WarmPool) -> dict[str, Any]:
     return {name: run(pool, model, {}, packing=True)[0] for name, model in (("gpt", MODEL), ("llama", ROTARY))}
 
 
+full = pytest.mark.full
+
+
 @pytest.mark.parametrize(
-    ("model", "plan"), [*(("gpt", name) for name in PLANS), ("llama", "pp2"), ("llama", "tp2-pp2-dp2")]
+    ("model", "plan"),
+    [
+        ("gpt", "pp2"),
+        pytest.param("gpt", "pp4-recompute", marks=full),
+        pytest.param("gpt", "tp2-pp2-dp2", marks=full),
+        pytest.param("gpt", "dp2-zero3-selective", marks=full),
+        pytest.param("llama", "pp2", marks=full),
+        ("llama", "tp2-pp2-dp2"),
+    ],
 )
 def test_packed_documents_train_the_same_under_every_plan(
     pool: WarmPool, packed: dict[str, Any], model: str, plan: str
@@ -92,7 +103,15 @@ EVALUATED = {
 }
 
 
-@pytest.mark.parametrize(("plan", "precision"), [*((name, "fp32") for name in EVALUATED), ("tp2-pp2-dp2", "bf16")])
+@pytest.mark.parametrize(
+    ("plan", "precision"),
+    [
+        ("tp2-pp2-dp2", "fp32"),
+        ("dp2-zero3", "fp32"),
+        *(pytest.param(name, "fp32", marks=full) for name in ("1", "pp2-zero0", "dp3-zero2")),
+        pytest.param("tp2-pp2-dp2", "bf16", marks=full),
+    ],
+)
 def test_evaluation_leaves_no_trace(pool: WarmPool, plan: str, precision: str) -> None:
     """Losses, norms and final weights are those of a training without evaluation, bit by bit."""
     packing = plan == "tp2-pp2-dp2"
@@ -106,7 +125,7 @@ def test_evaluation_leaves_no_trace(pool: WarmPool, plan: str, precision: str) -
     assert len(told[0]) == 2 * STEPS // 2
 
 
-@pytest.mark.parametrize("plan", ["1", "tp2-pp2-dp2", "dp3-zero2"])
+@pytest.mark.parametrize("plan", [pytest.param("1", marks=full), "tp2-pp2-dp2", pytest.param("dp3-zero2", marks=full)])
 def test_an_evaluation_is_the_loss_that_a_step_would_have(pool: WarmPool, plan: str) -> None:
     degrees = EVALUATED[plan]
     found = numbers(run(pool, MODEL, degrees, every=2, steps=2)[0]["eval"])

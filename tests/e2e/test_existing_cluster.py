@@ -131,6 +131,7 @@ def test_nodes_and_slots_are_what_ray_reports(cluster: netns.RayCluster) -> None
         assert ray_client.measure(address) == (3, 2)
 
 
+@pytest.mark.full
 def test_a_mixture_is_tokenized_on_the_nodes(cluster: netns.RayCluster, tmp_path: Path) -> None:
     """By processes of several nodes, into what processes here would have made."""
     from jobs.data import prepare_mixture, sources
