@@ -35,6 +35,10 @@ class Grid:
         model_group: Ranks that hold the other shards of the same layers; None when ``tp`` is 1.
         data_group: Ranks that hold the same part of the model; None when ``dp`` is 1.
         pipe_group: Ranks of the other stages of this replica; None when ``pp`` is 1.
+        expert: Which share of the experts this rank has, from 0.
+        ep: Number of shares.
+        expert_group: Replicas that hold the other shares of the experts; None when ``ep`` is 1.
+        expert_group_name: DeepSpeed's name for that group.
     """
 
     pipe: int = 0
@@ -46,6 +50,10 @@ class Grid:
     model_group: dist.ProcessGroup | None = None
     data_group: dist.ProcessGroup | None = None
     pipe_group: dist.ProcessGroup | None = None
+    expert: int = 0
+    ep: int = 1
+    expert_group: dist.ProcessGroup | None = None
+    expert_group_name: str = ""
 
     @property
     def first_stage(self) -> bool:

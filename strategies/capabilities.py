@@ -127,7 +127,7 @@ def runnable(plan: ParallelPlan, precision: Precision, model: ModelSpec) -> Viol
         precision: Arithmetic of forward and backward.
         model: The model; both flavours run the same combinations.
     """
-    modelled = _not_built(model) or _modelled_only(plan, precision)
+    modelled = _not_built(model) or _modelled_only(plan, precision) or _not_with_experts(plan, model)
     if modelled is not None:
         return Violation(rule="combination_runs", message=modelled[0], hint=modelled[1])
     seen = outcome(plan, precision)
@@ -144,7 +144,6 @@ def runnable(plan: ParallelPlan, precision: Precision, model: ModelSpec) -> Viol
 def _not_built(model: ModelSpec) -> tuple[str, str] | None:
     """What our own model code does not have: message and hint. It would silently build another model."""
     parts = {
-        "mixture of experts": model.moe is not None,
         "latent attention": model.latent is not None,
         "a norm after the embedding": model.embed_norm,
         "a feed-forward block of the other flavour": model.has_gate != (model.flavour == "llama"),
@@ -172,6 +171,22 @@ def _modelled_only(plan: ParallelPlan, precision: Precision) -> tuple[str, str] 
         return "sequence_parallel is modelled only", "strategy.sequence_parallel=false"
     if precision == "fp16":
         return "fp16 is modelled only: no probe has run on a device that has it", "train.precision=bf16"
+    return None
+
+
+def _not_with_experts(plan: ParallelPlan, model: ModelSpec) -> tuple[str, str] | None:
+    """What runs, but not with experts: message and hint."""
+    if model.moe is None:
+        return None
+    if plan.sp * plan.cp > 1 or (plan.sequence_parallel and plan.tp > 1):
+        hint = "strategy.sp=1 strategy.cp=1 strategy.sequence_parallel=false"
+        return "experts with a sequence that is split over ranks are modelled only", hint
+    if plan.ep > 1 and plan.zero_stage == 3:
+        message = f"zero_stage 3 with ep {plan.ep} is modelled only: DeepSpeed's ZeRO-3 cuts over all replicas"
+        return message, "strategy.zero_stage=2, or strategy.ep=1"
+    if plan.ep > 1 and plan.zero_stage == 0 and plan.grad_dtype != "fp32" and plan.pp == 1:
+        message = f"zero_stage 0 with ep {plan.ep} and gradients in {plan.grad_dtype} is modelled only"
+        return message, "strategy.zero_stage=1"
     return None
 
 

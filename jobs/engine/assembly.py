@@ -16,9 +16,11 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataP
 from torch import nn
 
 from jobs.distributed import Grid
+from jobs.engine import experts
 from jobs.engine.process import silence
 from jobs.models.gpt import Decoder, LayerSpec, LossFunction, Recipe, layer_specs, stage_bounds
 from jobs.parallel.meta import ParamMeta
+from jobs.parallel.router_log import RouterLog
 from jobs.spec import JobSpec
 from strategies.errors import PlanInfeasible, Violation
 from strategies.plan import ParallelPlan
@@ -26,7 +28,7 @@ from strategies.plan import ParallelPlan
 
 def refuse_modelled_only(plan: ParallelPlan) -> None:
     """The rules refuse such plans long before; this keeps one that slipped through from silently running another."""
-    runnable = {"ep": 1, "sp": 1, "cp": 1, "vpp": 1, "schedule": "1f1b", "offload": "none"}
+    runnable = {"sp": 1, "cp": 1, "vpp": 1, "schedule": "1f1b", "offload": "none"}
     broken = [
         Violation(rule="runnable", message=f"{field} is {getattr(plan, field)}", hint=f"only {value} can be run")
         for field, value in runnable.items()
@@ -43,8 +45,9 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
     the partition: so that is where the list of layers is made.
     """
 
-    def __init__(self, job: JobSpec) -> None:
+    def __init__(self, job: JobSpec, log: RouterLog | None) -> None:
         self._job = job
+        self._log = log
         plan = job.plan
         topology = PipeModelDataParallelTopology(num_pp=plan.pp, num_mp=plan.tp, num_dp=plan.dp)
         super().__init__(layers=[], topology=topology)
@@ -52,8 +55,8 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
 
     def _partition_layers(self, method: str = "") -> None:
         job = self._job
-        self.grid = _grid_of(self._grid)
-        self._layer_specs = [_pipe_layer(spec) for spec in layer_specs(_recipe(job, self.grid))]
+        self.grid = _grid_of(self._grid, job.plan)
+        self._layer_specs = [_pipe_layer(spec) for spec in layer_specs(_recipe(job, self.grid, self._log))]
         self._num_layers = len(self._layer_specs)
         self.parts = stage_bounds(job.model, job.plan.stages)
         self._set_bounds(start=self.parts[self.grid.pipe], stop=self.parts[self.grid.pipe + 1])
@@ -69,14 +72,22 @@ def _pipe_layer(spec: LayerSpec) -> Any:
     return PipeTiedLayer(spec.tied, spec.build, *spec.args, forward_fn=spec.run)
 
 
-def assemble(job: JobSpec) -> tuple[Any, Grid]:
-    """DeepSpeed's engine of this rank with the initial weights of the job, and the rank's place. Collective."""
+def assemble(job: JobSpec) -> tuple[Any, Grid, RouterLog | None]:
+    """DeepSpeed's engine of this rank with the initial weights of the job, the rank's place, what sees its routers.
+
+    Collective.
+    """
+    log = None
+    if job.model.moe is not None:  # DeepSpeed divides by the number of micro-batches once more
+        row_weight = job.model.seq * _loss_scale(job) / job.plan.grad_accum
+        log = RouterLog(job.model, job.model.moe, row_weight)
     with silence():
-        return (_pipelined if job.plan.pp > 1 else _unpipelined)(job)
+        ds, grid = (_pipelined if job.plan.pp > 1 else _unpipelined)(job, log)
+    return ds, grid, log
 
 
-def _pipelined(job: JobSpec) -> tuple[Any, Grid]:
-    module = _Stages(job)
+def _pipelined(job: JobSpec, log: RouterLog | None) -> tuple[Any, Grid]:
+    module = _Stages(job, log)
     grid: Grid = module.grid
     if not grid.first_stage:
         for parameter in module.tied_modules.parameters():
@@ -84,11 +95,11 @@ def _pipelined(job: JobSpec) -> tuple[Any, Grid]:
     return _initialize(job, module, mpu=None), grid
 
 
-def _unpipelined(job: JobSpec) -> tuple[Any, Grid]:
+def _unpipelined(job: JobSpec, log: RouterLog | None) -> tuple[Any, Grid]:
     plan = job.plan
     mpu = PipelineParallelGrid(PipeModelDataParallelTopology(num_pp=1, num_mp=plan.tp, num_dp=plan.dp))
-    grid = _grid_of(mpu)
-    module = Decoder(_recipe(job, grid), LossFunction(job.model, grid, _loss_scale(job)))
+    grid = _grid_of(mpu, plan)
+    module = Decoder(_recipe(job, grid, log), LossFunction(job.model, grid, _loss_scale(job)))
     return _initialize(job, module, mpu=mpu), grid
 
 
@@ -99,6 +110,8 @@ def _initialize(job: JobSpec, module: nn.Module, *, mpu: Any) -> Any:
         for parameter in module.parameters():
             parameter.tensor_model_parallel = meta_of(parameter).primary  # type: ignore[attr-defined]
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if job.plan.ep > 1:
+        experts.declare(module)
     config = json.loads(json.dumps(dict(job.deepspeed)))  # DeepSpeed writes into it
     ds, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config, mpu=mpu)
     if isinstance(ds.optimizer, FP16_UnfusedOptimizer):
@@ -115,8 +128,8 @@ def _undo_empty_step(optimizer: Any) -> None:
             master.data.copy_(weight.data)
 
 
-def _recipe(job: JobSpec, grid: Grid) -> Recipe:
-    return Recipe.of(job.model, grid, seed=job.train.seed, recompute=job.plan.recompute)
+def _recipe(job: JobSpec, grid: Grid, log: RouterLog | None) -> Recipe:
+    return Recipe.of(job.model, grid, seed=job.train.seed, recompute=job.plan.recompute, router_log=log)
 
 
 def _loss_scale(job: JobSpec) -> float:
@@ -124,10 +137,10 @@ def _loss_scale(job: JobSpec) -> float:
     return job.plan.grad_accum * job.plan.dp / job.batch.tokens
 
 
-def _grid_of(mpu: Any) -> Grid:
+def _grid_of(mpu: Any, plan: ParallelPlan) -> Grid:
     """Our view of DeepSpeed's grid; axes of one rank get no group, so that nothing is communicated over them."""
     pp, dp, tp = mpu.pipe_parallel_size, mpu.data_parallel_size, mpu.model_parallel_size
-    return Grid(
+    grid = Grid(
         pipe=mpu.get_stage_id(),
         data=mpu.get_data_parallel_id(),
         model=mpu.get_slice_parallel_rank(),
@@ -138,6 +151,7 @@ def _grid_of(mpu: Any) -> Grid:
         data_group=mpu.get_data_parallel_group() if dp > 1 else None,
         model_group=mpu.get_slice_parallel_group() if tp > 1 else None,
     )
+    return grid if plan.ep == 1 else experts.with_groups(grid, mpu, plan.ep)
 
 
 def meta_of(parameter: nn.Parameter) -> ParamMeta:

@@ -17,8 +17,10 @@ from torch import nn
 from jobs import distributed
 from jobs.distributed import Grid
 from jobs.engine import assembly, process
+from jobs.engine.norm import ExpertNorm
 from jobs.own_time import OwnTime
 from jobs.parallel.meta import ParamMeta
+from jobs.parallel.router_log import RouterLog, RouterStats
 from jobs.spec import JobSpec, RankEnv
 from strategies.plan import ParallelPlan
 
@@ -34,12 +36,14 @@ class StepResult:
         grad_norm: Global gradient norm before clipping; inf when the gradients are not finite.
         lr: Learning rate of this update.
         overflow: The update was left out because the fp16 loss scale was too large; that is normal.
+        moe: What the routers have done; None without experts. Their losses are in the gradient, not in ``loss``.
     """
 
     loss: float
     grad_norm: float
     lr: float
     overflow: bool = False
+    moe: RouterStats | None = None
 
 
 class Engine:
@@ -50,14 +54,19 @@ class Engine:
         grid: This rank's place in the gang.
         plan: The plan.
         own_time: Sees what this rank waits for others.
+        router_log: Sees what routers do; None without experts.
     """
 
-    def __init__(self, ds: Any, grid: Grid, plan: ParallelPlan, own_time: OwnTime) -> None:
+    def __init__(
+        self, ds: Any, grid: Grid, plan: ParallelPlan, own_time: OwnTime, router_log: RouterLog | None = None
+    ) -> None:
         self.ds = ds
         self.grid = grid
         self.plan = plan
         self.own_time = own_time
+        self.router_log = router_log
         self._own_norm: torch.Tensor | None = None
+        self._expert_norm = ExpertNorm(ds, grid) if plan.ep > 1 else None
         if _unwrapped_optimizer(ds):
             ds.clip_fp32_gradients = lambda: None  # done by the hook, which also keeps the norm
             ds.basic_optimizer.register_step_pre_hook(lambda *_: self._clip())
@@ -71,8 +80,8 @@ class Engine:
         """
         assembly.refuse_modelled_only(job.plan)
         own_time = process.join(env, deterministic=job.train.deterministic)
-        ds, grid = assembly.assemble(job)
-        return cls(ds, grid, job.plan, own_time)
+        ds, grid, router_log = assembly.assemble(job)
+        return cls(ds, grid, job.plan, own_time, router_log)
 
     @property
     def device(self) -> torch.device:
@@ -121,8 +130,11 @@ class Engine:
             raise ValueError(f"step {step}: {len(batches)} micro-batches given, the plan has {self.plan.grad_accum}")
         self.set_position(step - 1)
         lr = float(self.ds.get_lr()[0])
+        if self.router_log is not None and self.ds.fp16_enabled():
+            self.router_log.loss_scale = float(self.ds.optimizer.loss_scale)
         loss = self._train_pipelined(batches) if self.plan.pp > 1 else self._train_unpipelined(batches)
-        return StepResult(loss=loss, grad_norm=self._grad_norm(), lr=lr, overflow=self._overflow())
+        moe = None if self.router_log is None else self.router_log.take(self.grid)
+        return StepResult(loss=loss, grad_norm=self._grad_norm(), lr=lr, overflow=self._overflow(), moe=moe)
 
     def set_position(self, step: int) -> None:
         """Make DeepSpeed's counters and the learning rate those of an engine that has done ``step`` steps."""
@@ -161,6 +173,9 @@ class Engine:
 
     def _clip(self) -> None:
         limit = self.ds.gradient_clipping() or math.inf
+        if self._expert_norm is not None:
+            self._own_norm = self._expert_norm.clip(limit)
+            return
         self._own_norm = clip_grad_norm_(self.ds.module.parameters(), max_norm=limit, mpu=self.ds.mpu)
 
 
