@@ -63,13 +63,14 @@ class RouterLog:
     Args:
         model: The model.
         moe: Its experts.
-        row_weight: What the loss of one sequence weighs in the loss of its micro-batch, as the engine scales it.
+        row_weight: Weight of one sequence in the gradient, as the engine scales it: 1 / sequences of the step, times
+            the replicas over which DeepSpeed averages. The engine keeps it up to date.
     """
 
-    def __init__(self, model: ModelSpec, moe: MoeSpec, row_weight: float) -> None:
+    def __init__(self, model: ModelSpec, moe: MoeSpec, row_weight: float = 0.0) -> None:
         self._moe = moe
         self.row_weight = row_weight
-        self.loss_scale = 1.0  # of fp16; the engine keeps it up to date
+        self.loss_scale = 1.0  # of fp16, likewise
         # Per layer: load of each expert, then dropped, crossed, balance loss, z-loss, sequences
         self._table = torch.zeros(model.layers, moe.experts + 5, dtype=torch.float64)
 
