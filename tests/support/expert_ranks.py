@@ -20,7 +20,7 @@ def step_seconds(env: RankEnv, job: dict[str, Any], steps: int) -> dict[str, flo
     engine = Engine.build(spec, env)
     whole, own, crossed = [], [], 0
     for step in range(1, WARM_UP + steps + 1):
-        given = batches(spec, step, engine.grid.data)
+        given = batches(spec, step, engine.grid)
         engine.own_time.begin()
         begin = time.perf_counter()
         result = engine.train_step(step, given)

@@ -163,7 +163,7 @@ def deepspeeds_norm(env: RankEnv, job: dict[str, Any]) -> str:
     spec = from_json(JobSpec, job)
     engine = Engine.build(spec, env)
     engine._expert_norm = None
-    result = engine.train_step(1, batches(spec, 1, engine.grid.data))
+    result = engine.train_step(1, batches(spec, 1, engine.grid))
     engine.close()
     return result.grad_norm.hex()
 
