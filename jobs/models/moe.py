@@ -87,6 +87,11 @@ class MixtureOfExperts(nn.Module):
         self._log = recipe.router_log
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self._grid.region.part(self._routed(self._grid.region.whole(x)))
+        return out if self.shared is None else out + self.shared(x)
+
+    def _routed(self, x: torch.Tensor) -> torch.Tensor:
+        """What the chosen experts make of whole sequences."""
         logits = self.router(x)
         choice = choose(logits, self._moe)
         kept = None if choice.kept is None else choice.kept.flatten(0, 1)
@@ -97,8 +102,6 @@ class MixtureOfExperts(nn.Module):
         weights = copy_to_ranks(choice.weights, self._grid.model_group).flatten(0, 1)
         out = reduce_from_ranks((made * weights.unsqueeze(-1).to(made.dtype)).sum(dim=1), self._grid.model_group)
         out = out.view_as(x)
-        if self.shared is not None:
-            out = out + self.shared(x)
         if self._log is None or not torch.is_grad_enabled():
             return out
         with torch.no_grad():

@@ -56,6 +56,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "ep2-pp2": {"dp": 2, "ep": 2, "pp": 2, "zero_stage": 1},
     "ep2-pp2-recompute": {"dp": 2, "ep": 2, "pp": 2, "zero_stage": 1, "recompute": "full", "micro_batch": 2},
     "ep2-tp2-pp2": {"dp": 2, "ep": 2, "tp": 2, "pp": 2, "zero_stage": 1},
+    "ep2-tp2-split": {"dp": 2, "ep": 2, "tp": 2, "zero_stage": 1, "sequence_parallel": True},
+    "ep2-pp2-dualpipev": {"dp": 2, "ep": 2, "pp": 2, "zero_stage": 1, "schedule": "dualpipev"},
     "dp3": {"dp": 3, "zero_stage": 1},  # 9 rows for 8 sequences: one is padding
     "dp3-tp2": {"dp": 3, "tp": 2, "zero_stage": 2},
     "dp2-zero3": {"dp": 2, "zero_stage": 3},

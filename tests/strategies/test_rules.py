@@ -327,7 +327,7 @@ def test_experts_run_under_every_degree(zero_stage: int) -> None:
     ("degrees", "message", "hint"),
     [
         ({"zero_stage": 3}, "zero_stage 3 with ep 2 is modelled only", "strategy.zero_stage=2, or strategy.ep=1"),
-        ({"sp": 2, "ep": 4}, "sequence", "strategy.sp=1"),
+        ({"sp": 2, "ep": 4}, "experts with sp 2, cp 1 are modelled only", "strategy.sp=1"),
     ],
 )
 def test_what_does_not_run_with_experts(degrees: dict[str, Any], message: str, hint: str) -> None:
