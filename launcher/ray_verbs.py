@@ -18,36 +18,42 @@ from strategies.errors import ClusterError
 
 
 def main() -> None:
-    """Entry point: ``start ARGS...``, ``describe ADDRESS``, ``submit RUN_DIR ORDER``, ``map ADDRESS CODE``.
+    """Entry point: ``start ARGS...``; ``submit RUN_DIR ORDER``; ``map ADDRESS CODE``; ``serve`` for any questions.
 
-    All but the first answer in JSON.
+    A question is a line of standard input, the JSON list of a verb and its arguments; an answer is a line of JSON.
     """
     verb, *rest = sys.argv[1:]
-    if verb == "start":
+    if verb == "serve":
+        for line in sys.stdin:
+            _answer(*json.loads(line))
+    elif verb == "start":
         try:
             ray_backend.start_node(*rest)
         except ClusterError as error:
             sys.exit(" ".join(str(error).split()))
+    else:
+        sys.exit(not _answer(verb, *rest))
+
+
+def _answer(verb: str, *arguments: str) -> bool:
+    """Answer a question; whether all was well."""
     try:
         if verb == "describe":
-            answer: dict[str, Any] = {"nodes": ray_backend.gcs_nodes(rest[0])}
+            answer: dict[str, Any] = {"nodes": ray_backend.gcs_nodes(arguments[0])}
         else:
             # Whoever asked has lost patience: what has been begun must be taken back.
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
-        if verb == "map":
-            answer = {"answered": spread_work(rest[0], Path(rest[1]))}
-        elif verb == "submit":
-            answer = submit(Path(rest[0]), rest[1])
+            answer = _spread(*arguments) if verb == "map" else submit(Path(arguments[0]), arguments[1])
     except Exception as error:
         answer = {"error": as_remote(error)}
     print(json.dumps({"phalanx": 1} | answer), flush=True)
-    sys.exit("error" in answer)
+    return "error" not in answer
 
 
-def spread_work(address: str, code: Path) -> int:
+def _spread(address: str, code: str) -> dict[str, Any]:
     """Pass requests of :mod:`jobs.data.work` from standard input to a cluster, and its answers to standard output."""
     requests = [json.loads(line) for line in sys.stdin]
     with ray_backend.connected(Path(os.environ[VISIT]), address):
-        for index, answer in ray_backend.spread(perform, requests, code):
+        for index, answer in ray_backend.spread(perform, requests, Path(code)):
             print(json.dumps({"index": index, "answer": answer}), flush=True)
-    return len(requests)
+    return {"answered": len(requests)}
