@@ -42,7 +42,7 @@ def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> Laun
     samples = request.job.schedule().trained(request.job.train.steps + 1)
     runner = _runner(config, screen)
     data = prepare_mixture(spec, root, model.vocab, progress, seq=model.seq, samples=samples, runner=runner)
-    screen.say(mixture_text(data, samples * model.seq))
+    screen.say(mixture_text(data, samples, model.seq))
     return replace(request, job=replace(request.job, data=data))
 
 
@@ -77,8 +77,8 @@ def _runner(config: Config, screen: Screen) -> Runner:
     return Processes(config.data.workers or 0)
 
 
-def mixture_text(data: DataSpec, tokens: int) -> str:
-    """What a mixture is made of, and how many times each source is seen in a run of ``tokens``."""
+def mixture_text(data: DataSpec, samples: int, seq: int) -> str:
+    """What a mixture is made of, and how many times each source is seen in a run of ``samples`` sequences."""
     from jobs.data.mixture import SHARES
     from jobs.data.shards import read_source
 
@@ -88,7 +88,7 @@ def mixture_text(data: DataSpec, tokens: int) -> str:
             f"{source.documents:,}",
             count(source.tokens),
             f"{100 * source.share / SHARES:.2f} %",
-            f"{source.share / SHARES * tokens / source.tokens:.2f}" if source.tokens else "-",
+            f"{source.share / SHARES * samples / ((source.tokens - 1) // seq):.2f}" if source.share else "-",
         )
         for source in data.sources
     ]
@@ -96,6 +96,6 @@ def mixture_text(data: DataSpec, tokens: int) -> str:
     empty, skipped = sum(meta.empty for meta in metas), sum(meta.skipped for meta in metas)
     left = [(empty, "empty document"), (skipped, "other file")]
     left_out = " and ".join(plural(number, word) for number, word in left if number)
-    head = f"data: {plural(len(rows), 'source')}, {count(tokens)} tokens in the run"
+    head = f"data: {plural(len(rows), 'source')}, {count(samples * seq)} tokens in the run"
     head += f", {left_out} left out" if left_out else ""
     return f"{head}\n{table(('SOURCE', 'DOCUMENTS', 'TOKENS', 'WEIGHT', 'EPOCHS'), rows, right=range(1, 5))}"
