@@ -139,11 +139,11 @@ def test_a_mixture_is_tokenized_on_the_nodes(cluster: netns.RayCluster, tmp_path
     from jobs.data.work import Answer, Processes, Request, Runner
 
     class Watched(OnRay):
-        workers: ClassVar[set[int]] = set()
+        nodes: ClassVar[set[int]] = set()
 
         def __call__(self, requests: Sequence[Request]) -> Generator[tuple[int, Answer]]:
             for index, answer in super().__call__(requests):
-                self.workers.add(answer["worker"])
+                self.nodes.update(node for node in range(3) if answer["worker"] in cluster.net.pids(node))
                 yield index, answer
 
     text = tmp_path / "text.jsonl"
@@ -157,8 +157,7 @@ def test_a_mixture_is_tokenized_on_the_nodes(cluster: netns.RayCluster, tmp_path
             for name, runner in runners.items()
         }
     assert made["there"].digest == made["here"].digest
-    nodes = [index for index in range(3) if Watched.workers & set(cluster.net.pids(index))]
-    assert len(nodes) >= 2, "the work is spread"
+    assert len(Watched.nodes) >= 2, "the work is spread"
     gone = dataclasses.replace(data, sources=(SourceSpec(path=str(tmp_path / "gone"), weight=1),))
     with pytest.raises(ConfigError, match="there is no such file"):
         prepare_mixture(gone, tmp_path / "x", 300, seq=16, samples=10, runner=runners["there"])
