@@ -22,13 +22,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from jobs.spec import DataSpec
-from launcher import backends, build, ending, pretrained, proposal, supervise
+from launcher import backends, build, ending, proposal, supervise
 from launcher.config import to_yaml
 from launcher.follow import Display, Screen, follow
 from launcher.lock import ControllerLock, newest_epoch
@@ -77,40 +76,6 @@ def measured(config: Config, ray: RayProcess | None = None) -> ClusterSpec | Non
     if config.cluster.kind != "existing":
         return None
     return build.cluster_spec(config, backends.measure(build.existing_address(config), ray))
-
-
-def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> LaunchRequest:
-    """The request with its data prepared; a script brings its own.
-
-    Raises:
-        ConfigError: The corpus is empty, too short, or does not fit the vocabulary.
-        StorageError: The corpus cannot be read, or the store cannot be written.
-    """
-    if request.job.kind == "script":
-        return request
-    if request.job.initial is not None:
-        screen.say(f"reading the weights to begin with: {request.job.initial.path}")
-        request = pretrained.with_digests(request)
-    from jobs.data.build import prepare
-
-    assert config.data.cache is not None
-    shown: list[str] = []
-
-    def progress(phase: str, fraction: float) -> None:
-        if phase not in shown:
-            shown.append(phase)
-            if phase != "ready":
-                screen.say(f"data: {phase}")
-        screen.progress(f"data: {phase} {100 * fraction:.0f} %")
-
-    data = prepare(
-        DataSpec(kind=config.data.kind, path=config.data.path or ""),
-        Path(config.data.cache),
-        request.job.model.vocab,
-        progress,
-        seq=request.job.model.seq,
-    )
-    return replace(request, job=replace(request.job, data=data))
 
 
 def project(config: Config) -> Shipment | None:

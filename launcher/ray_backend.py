@@ -345,6 +345,17 @@ def run_everywhere(function: Callable[[], str], *, timeout_s: float, besides: Co
         return words
 
 
+def spread(function: Callable[[Any], Any], items: Sequence[Any], code: Path) -> Iterator[tuple[int, Any]]:
+    """What a function of ours returns for every item, worked on by all processors of the cluster, as it comes."""
+    variables = {"PYTHONPATH": f"{code}{os.pathsep}${{PYTHONPATH}}", "TOKENIZERS_PARALLELISM": "false"}
+    with _cluster_errors():
+        task = ray.remote(function).options(num_cpus=1, runtime_env={"env_vars": variables})
+        running = {task.remote(item): index for index, item in enumerate(items)}
+        while running:
+            for ref in ray.wait(list(running), num_returns=1)[0]:
+                yield running.pop(ref), ray.get(ref)
+
+
 def gcs_nodes(address: str) -> list[dict[str, Any]]:
     """Living nodes of a cluster, asked of its head without becoming a driver: works from any machine."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
@@ -355,16 +366,9 @@ def gcs_nodes(address: str) -> list[dict[str, Any]]:
         raise refused() from error
     except (ray.exceptions.RayError, ConnectionError, RuntimeError) as error:
         raise no_head(address, error) from error
-    else:
-        return [
-            {
-                "node": info.node_id.hex(),
-                "address": info.node_manager_address,
-                "slots": device_count(info.resources_total),
-            }
-            for info in found
-            if info.state == 0  # GcsNodeInfo.ALIVE
-        ]
+    living = [info for info in found if info.state == 0]  # GcsNodeInfo.ALIVE
+    rows = [(one.node_id.hex(), one.node_manager_address, device_count(one.resources_total)) for one in living]
+    return [{"node": node, "address": where, "slots": slots} for node, where, slots in rows]
 
 
 def start_node(*arguments: str) -> None:

@@ -60,7 +60,7 @@ class RayProcess:
                     cwd=variables[VISIT],
                     start_new_session=True,
                 )
-            stack.callback(_let_go, self._process)
+            stack.callback(let_go, self._process)
             self._running = stack.pop_all()
 
     def ask(self, arguments: list[str], timeout_s: float, *, what: str) -> str:
@@ -115,7 +115,7 @@ class RayProcess:
         self._running.close()
 
 
-def _let_go(asked: subprocess.Popen[bytes]) -> None:
+def let_go(asked: subprocess.Popen[bytes]) -> None:
     """End a process: it may take back what it has begun, but not take long."""
     try:
         if asked.poll() is None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+from jobs.data.work import perform
 from launcher import ray_backend
 from launcher.ray_client import as_remote
+from launcher.ray_node import VISIT
 from launcher.ray_submit import submit
 from strategies.errors import ClusterError
 
 
 def main() -> None:
-    """Entry point: ``start ARGS...``; ``submit RUN_DIR ORDER``; ``serve`` for any number of questions.
+    """Entry point: ``start ARGS...``; ``submit RUN_DIR ORDER``; ``map ADDRESS CODE``; ``serve`` for many questions.
 
     A question is a line of standard input, the JSON list of a verb and its arguments; an answer is a line of JSON.
     """
@@ -40,8 +43,20 @@ def _answer(verb: str, *arguments: str) -> bool:
         else:
             # Whoever asked has lost patience: what has been begun must be taken back.
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
-            answer = submit(Path(arguments[0]), arguments[1])
+            if verb == "map":
+                answer = {"answered": spread_work(arguments[0], Path(arguments[1]))}
+            else:
+                answer = submit(Path(arguments[0]), arguments[1])
     except Exception as error:
         answer = {"error": as_remote(error)}
     print(json.dumps({"phalanx": 1} | answer), flush=True)
     return "error" not in answer
+
+
+def spread_work(address: str, code: Path) -> int:
+    """Pass requests of :mod:`jobs.data.work` from standard input to a cluster, and its answers to standard output."""
+    requests = [json.loads(line) for line in sys.stdin]
+    with ray_backend.connected(Path(os.environ[VISIT]), address):
+        for index, answer in ray_backend.spread(perform, requests, code):
+            print(json.dumps({"index": index, "answer": answer}), flush=True)
+    return len(requests)

@@ -48,6 +48,7 @@ def _submit(overrides: tuple[str, ...], ray: RayProcess | None, *, dry_run: bool
     from launcher.config import compose
     from launcher.finish import finish
     from launcher.follow import screen
+    from launcher.preparation import prepare_data
     from strategies.errors import ConfigError
 
     config = compose(overrides)
@@ -62,7 +63,7 @@ def _submit(overrides: tuple[str, ...], ray: RayProcess | None, *, dry_run: bool
     shipment = launch.project(config)
     launch.check_parent(Path(config.run.dir))
     with launch.closing(screen()) as shown:
-        request = launch.prepare_data(config, request, shown)
+        request = prepare_data(config, request, shown)
         if dry_run:
             print_json(dry_run_document(request, shipment))
             return 0
