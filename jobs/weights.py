@@ -92,7 +92,9 @@ def check(weights: WeightsSpec, model: ModelSpec) -> None:
         if field.name not in _FREE and getattr(there, field.name) != getattr(model, field.name)
     ]
     if there.learned_positions != model.learned_positions:
-        different.append(f"learned positions: {there.learned_positions} in the checkpoint, {model.learned_positions} here")
+        different.append(
+            f"learned positions: {there.learned_positions} in the checkpoint, {model.learned_positions} here"
+        )
     if different:
         raise ConfigError(f"The checkpoint {weights.path} is of another model.", why="; ".join(different))
 

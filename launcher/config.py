@@ -294,11 +294,10 @@ def _finish(tree: DictConfig, given: list[Given], file_of: Callable[[str], str],
     problems: list[Problem] = []
     try:
         _apply(tree, given)
-        folder = OmegaConf.select(tree, "model.from_hf")
-        if folder and (fresh or "model.from_hf" in words):  # a stored configuration has the sizes already
-            values, problems = pretrained.model_section(str(folder))
-            OmegaConf.update(tree, "model", values, merge=True)
-            _apply(tree, [one for one in given if one.key.startswith("model.")])
+        if fresh or {"model.from_hf", "job.weights"} & set(words):  # a stored configuration has the sizes already
+            values, problems = pretrained.model_section(tree["job"], tree["model"])
+            tree["model"] = OmegaConf.merge(tree["model"], values)
+            _apply(tree, [one for one in given if one.key.startswith("model.") and one.key != "model.from_hf"])
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
@@ -373,6 +372,7 @@ def _contradictions(config: Config) -> list[Problem]:
     if config.job.kind == "script" and config.checkpoint.url:
         message = "a script writes its checkpoints itself, to $PHALANX_CKPT_DIR in the run directory"
         found.append(Problem(key="checkpoint.url", message=message, hint="Leave it out."))
+    found += pretrained.contradictions(config)
     if config.strategy.auto and config.job.kind == "script":
         message = "a script brings its own parallelism: there is nothing to choose"
         found.append(Problem(key="strategy.auto", message=message, hint="Use strategy=default."))

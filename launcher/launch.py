@@ -82,8 +82,12 @@ def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> Laun
     if request.job.kind == "script":
         return request
     if request.job.initial is not None:
-        screen.say(f"reading the weights to begin with: {request.job.initial.path}")
+        screen.say(f"reading the weights: {request.job.initial.path}")
         request = pretrained.with_digests(request)
+    if request.job.infers:
+        assert config.data.cache is not None
+        screen.say("reading what is asked")
+        return pretrained.with_rows(request, Path(config.data.cache))
     from jobs.data.build import prepare
 
     assert config.data.cache is not None
@@ -180,7 +184,7 @@ def run(
         StorageError: The run directory cannot be written.
     """
     request = request or store.request()
-    steps = request.job.train.steps if request.job.kind == "pretrain" else None
+    steps = None if request.job.kind == "script" else request.job.train.steps
     display = Display(store, steps=steps, onto=screen)
     try:
         if request.cluster.kind != "existing":

@@ -92,6 +92,13 @@ def _unpipelined(job: JobSpec) -> tuple[Any, Grid]:
     return _initialize(job, module, mpu=mpu), grid
 
 
+def grid_of(plan: ParallelPlan) -> Grid:
+    """The rank's place under a plan, with DeepSpeed's groups but without an engine. Collective."""
+    with silence():
+        topology = PipeModelDataParallelTopology(num_pp=plan.pp, num_mp=plan.tp, num_dp=plan.dp)
+        return _grid_of(PipelineParallelGrid(topology))
+
+
 def _initialize(job: JobSpec, module: nn.Module, *, mpu: Any) -> Any:
     if job.train.precision == "fp32" and job.plan.zero_stage == 0:
         # This path of DeepSpeed (clip_grad_norm_) counts, beside what is marked, only the parameters of the very first

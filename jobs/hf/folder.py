@@ -154,7 +154,11 @@ def compare(folder: Folder, parts: Iterable[Part], *, tied: bool) -> list[Flaw]:
         ("of another shape", shapes, ""),
         ("of a type that is not read", types, f"Known: {', '.join(WIDTHS)}."),
     )
-    return [Flaw(message=f"{_tensors(len(names))} {what}: {_some(names)}", hint=hint) for what, names, hint in groups if names]
+    return [
+        Flaw(message=f"{_tensors(len(names))} {what}: {_some(names)}", hint=hint)
+        for what, names, hint in groups
+        if names
+    ]
 
 
 def did_you_mean_pairs(missing: list[str], extra: list[str]) -> str:

@@ -6,16 +6,20 @@ import base64
 import hashlib
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from jobs.checkpoint.fragments import access
 from jobs.distributed import Grid
 from jobs.engine import Engine, MicroBatch
+from jobs.initial import initialise
 from jobs.models.gpt import Decoder, Recipe
 from jobs.parallel.meta import ParamMeta
 from jobs.parallel.vocabulary import IGNORE
 from jobs.spec import JobSpec, RankEnv
+from jobs.weights import open_weights
 from strategies.codec import from_json, to_json
 from strategies.deepspeed_config import learning_rate
 from strategies.schedule import SampleSchedule
@@ -43,6 +47,24 @@ def batches(job: JobSpec, step: int, replica: int) -> list[MicroBatch]:
                 tokens[row], targets[row] = line[:-1], line[1:]
         out.append((tokens, targets))
     return out
+
+
+def train_from(env: RankEnv, job: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Train from the weights that the job names; says also whether every master is one of theirs to the bit."""
+    spec = from_json(JobSpec, job)
+    engine = Engine.build(spec, env)
+    initialise(engine, spec)
+    assert spec.initial is not None
+    source = open_weights(spec.initial, spec.model)
+    exact = True
+    for fragment in access(engine.ds).fragments():
+        values = np.empty(fragment.slice.elements, dtype=np.float32)
+        source.read_slice(fragment.slice, values)
+        exact &= torch.equal(fragment.master[: len(values)].cpu(), torch.from_numpy(values))
+    initial = dump(engine)
+    results = [engine.train_step(step, batches(spec, step, engine.grid.data)) for step in range(1, steps + 1)]
+    engine.close()
+    return {"loss": [result.loss.hex() for result in results], "initial": initial, "masters_exact": exact}
 
 
 def train(env: RankEnv, job: dict[str, Any], steps: int, weights: bool = False) -> dict[str, Any]:

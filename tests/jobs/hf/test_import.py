@@ -41,10 +41,12 @@ def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     forward = Forward(model, open_weights(weights, model))
     wanted = hf_models.logits(theirs, tokens)
     assert wanted.std() > 0.3
-    for position in (0, 7, model.seq - 1):
-        ours = forward.logits_at(tokens, torch.full((2,), position))
-        assert ours is not None
-        assert (ours - wanted[:, position]).abs().max() < 1e-4
+    ours = forward.logits(tokens)
+    assert ours is not None
+    assert (ours - wanted).abs().max() < 1e-4
+    one = forward.logits_at(tokens, torch.tensor([3, model.seq - 1]))
+    assert one is not None
+    assert (one - wanted[[0, 1], [3, model.seq - 1]]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
@@ -148,7 +150,14 @@ def test_every_feature_that_is_not_ours_is_told_at_once(tmp_path: Path) -> None:
         num_hidden_layers="three",
     )
     told = refusal(tmp_path / "hf")
-    for word in ("5 problems", "attention_bias", "hidden_act", "sliding_window", "'yarn' is not implemented", "'three'"):
+    for word in (
+        "5 problems",
+        "attention_bias",
+        "hidden_act",
+        "sliding_window",
+        "'yarn' is not implemented",
+        "'three'",
+    ):
         assert word in told
 
 
