@@ -155,8 +155,8 @@ class JobSpec:
 
     Attributes:
         run_id: Name of the run, unique in its parent folder.
-        kind: ``pretrain``: our own worker trains; ``evaluate``, ``generate``: it only computes; ``script``: a command of
-            the user.
+        kind: ``pretrain``: our own worker trains; ``evaluate``, ``generate``: it only computes; ``script``: a command
+            of the user.
         model: The model (``pretrain``).
         plan: The plan.
         batch: The global batch.

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from jobs.location import locate
 from jobs.spec import CheckpointSpec, DataSpec, InferenceSpec, JobSpec, TrainSpec, engine_config
@@ -77,7 +78,7 @@ def settle(config: Config, *, name: str, cwd: Path) -> Config:
     )
 
 
-def _places(job: JobConfig, absolute: Callable[[str], str]) -> dict[str, str | None]:
+def _places(job: JobConfig, absolute: Callable[[str], str]) -> dict[str, Any]:
     """The paths of the section ``job``, absolute."""
     files = {name: getattr(job, name) for name in ("tokenizer", "text", "choices", "prompts")}
     found = {name: absolute(path) if path else path for name, path in files.items()}
@@ -247,8 +248,10 @@ def inference_spec(config: Config) -> InferenceSpec | None:
     if not job.infers:
         return None
     texts = ("text", "choices", "prompts", "prompt", "tokenizer")
-    values = {name: getattr(job, name) or "" for name in texts}
-    numbers = {name: getattr(job, name) for name in ("shots", "tokens", "temperature", "top_k", "top_p")}
+    values: dict[str, Any] = {name: getattr(job, name) or "" for name in texts}
+    numbers: dict[str, Any] = {
+        name: getattr(job, name) for name in ("shots", "tokens", "temperature", "top_k", "top_p")
+    }
     return InferenceSpec(**values, **numbers)
 
 

@@ -303,9 +303,9 @@ def _finish(tree: DictConfig, given: list[Given], file_of: Callable[[str], str],
         key = getattr(error, "full_key", None) or "the configuration"
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
     config, wrong = decode(Config, plain, Bounds(least=MINIMUM, most=MAXIMUM, hints=HINTS))
-    problems += wrong
-    if not problems:
-        problems = _contradictions(config) + (pretrained.problems(config) if fresh else [])
+    problems += wrong or _contradictions(config)
+    if fresh and not problems:
+        problems = pretrained.problems(config)
     _raise([_located(problem, words, file_of) for problem in problems])
     return cast(Config, config)
 

@@ -101,6 +101,7 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "measured": forecast.measured(books),
         "weights_digest": run.weights_digest,
         "sample": _text(store.paths.sample),
+        "results": progress.results(store.paths) if request.job.infers else None,
     }
 
 

@@ -87,7 +87,7 @@ def model_of(path: Path) -> ModelSpec:
 
 def _spec(values: Mapping[str, Any]) -> ModelSpec:
     moe = values.get("moe")
-    return ModelSpec(**values | {"moe": MoeSpec(**moe) if moe else None})
+    return ModelSpec(**dict(values) | {"moe": MoeSpec(**moe) if moe else None})
 
 
 def open_folder(path: Path, model: ModelSpec) -> Folder:
@@ -192,7 +192,7 @@ def file_digest(path: Path) -> str:
 
 
 def _other_model(own: ModelSpec, model: ModelSpec) -> list[Flaw]:
-    """Fields in which the folder's model is not the one asked for; sequences may be shorter or longer where they turn."""
+    """Fields in which the folder's model is not the one asked for; where positions turn, sequences may be longer."""
     fields = ["flavour", "layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "tied", "norm_eps", "head_dim", "moe"]
     fields += ["rope_theta"] if model.flavour == "llama" else ["learned_positions"]
     if own.moe is not None and model.moe is not None:

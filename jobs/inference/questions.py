@@ -1,4 +1,4 @@
-"""Local files of an evaluation or a generation: texts, multiple-choice questions, prompts. Every bad line at once. Pure."""
+"""Local files of an evaluation or a generation: texts, questions, prompts. Every bad line at once. Pure."""
 
 from __future__ import annotations
 

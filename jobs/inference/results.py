@@ -1,4 +1,4 @@
-"""What an evaluation found, from the scores of its rows: perplexity, accuracy with its standard error, a table. Pure."""
+"""What an evaluation found, from the scores of its rows: perplexity, accuracy and its standard error. Pure."""
 
 from __future__ import annotations
 
@@ -63,8 +63,9 @@ def table(found: Mapping[str, Any]) -> str:
     lines = []
     if found["text"]:
         text = found["text"]
+        counts = f"{text['tokens']:,} tokens of {text['documents']:,} documents"
         lines += [
-            f"perplexity         {text['perplexity']:.4f}  ({text['tokens']:,} tokens of {text['documents']:,} documents)",
+            f"perplexity         {text['perplexity']:.4f}  ({counts})",
             f"loss per token     {text['loss']:.6f}",
             f"bits per byte      {text['bits_per_byte']:.6f}",
         ]

@@ -1,7 +1,7 @@
 """Evaluation and generation: batches of rows through a model, results kept batch by batch.
 
-What is done lies in ``checkpoints/<batch>/results.jsonl`` with a file ``COMMIT`` beside it, as a script's checkpoints do:
-a gang that was restarted goes on after the newest of them. Results do not depend on the plan, so neither do they.
+What is done lies in ``checkpoints/<batch>/results.jsonl`` with a file ``COMMIT`` beside it, as a script's checkpoints
+do: a gang that was restarted goes on after the newest of them. Results do not depend on the plan, so neither do they.
 """
 
 from __future__ import annotations

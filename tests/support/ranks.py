@@ -50,7 +50,12 @@ def batches(job: JobSpec, step: int, replica: int) -> list[MicroBatch]:
 
 
 def train_from(env: RankEnv, job: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Train from the weights that the job names; says also whether every master is one of theirs to the bit."""
+    """Train from the weights that the job names.
+
+    Returns:
+        Losses in hexadecimal, the initial weights (:func:`dump`), whether every master is one of theirs to the bit, and
+        the samples of the first step.
+    """
     spec = from_json(JobSpec, job)
     engine = Engine.build(spec, env)
     initialise(engine, spec)
@@ -64,7 +69,9 @@ def train_from(env: RankEnv, job: dict[str, Any], steps: int) -> dict[str, Any]:
     initial = dump(engine)
     results = [engine.train_step(step, batches(spec, step, engine.grid.data)) for step in range(1, steps + 1)]
     engine.close()
-    return {"loss": [result.loss.hex() for result in results], "initial": initial, "masters_exact": exact}
+    lines = [sample(spec, index).tolist() for index in range(spec.batch.global_batch)]
+    losses = [result.loss.hex() for result in results]
+    return {"loss": losses, "initial": initial, "masters_exact": exact, "lines": lines}
 
 
 def train(env: RankEnv, job: dict[str, Any], steps: int, weights: bool = False) -> dict[str, Any]:
