@@ -17,6 +17,7 @@ from jobs.checkpoint.slices import clip
 from jobs.distributed import Grid
 from jobs.models.gpt import Recipe, TokenEmbedding, layer_specs, stage_bounds
 from jobs.parallel.meta import ParamMeta
+from jobs.parallel.region import TensorRegion
 from jobs.parallel.vocabulary import VocabParallelProjection, vocab_parallel_cross_entropy
 from jobs.weights import WeightSource
 from strategies.specs import ModelSpec
@@ -151,8 +152,8 @@ class Forward:
         return x
 
 
-def _of(embedding: TokenEmbedding) -> tuple[nn.Parameter, dist.ProcessGroup | None]:
-    return embedding.weight, embedding.group
+def _of(embedding: TokenEmbedding) -> tuple[nn.Parameter, TensorRegion]:
+    return embedding.weight, embedding.region
 
 
 def _peer(group: dist.ProcessGroup | None, stage: int) -> int:

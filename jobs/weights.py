@@ -91,12 +91,13 @@ def check(weights: WeightsSpec, model: ModelSpec) -> None:
         for field in dataclasses.fields(model)
         if field.name not in _FREE and getattr(there, field.name) != getattr(model, field.name)
     ]
+    hint = "Take its model; the sequence length and the rotary base may be others."
     if there.learned_positions != model.learned_positions:
-        different.append(
-            f"learned positions: {there.learned_positions} in the checkpoint, {model.learned_positions} here"
-        )
+        rows = there.learned_positions
+        different.append(f"learned positions: {rows} in the checkpoint, {model.learned_positions} here")
+        hint = f"Learned positions cannot be extended: keep model.seq={rows}."
     if different:
-        raise ConfigError(f"The checkpoint {weights.path} is of another model.", why="; ".join(different))
+        raise ConfigError(f"The checkpoint {weights.path} is of another model.", why="; ".join(different), hint=hint)
 
 
 def digested(weights: WeightsSpec, model: ModelSpec) -> WeightsSpec:

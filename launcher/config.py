@@ -373,6 +373,9 @@ def _contradictions(config: Config) -> list[Problem]:
         message = "a script writes its checkpoints itself, to $PHALANX_CKPT_DIR in the run directory"
         found.append(Problem(key="checkpoint.url", message=message, hint="Leave it out."))
     found += pretrained.contradictions(config)
+    if config.model.rope_scaling != 1 and config.model.flavour != "llama":
+        message = f"flavour {config.model.flavour} has learned positions, which reach no further than model.seq"
+        found.append(Problem(key="model.rope_scaling", message=message, hint="Use 1, or a model of flavour llama."))
     if config.strategy.auto and config.job.kind == "script":
         message = "a script brings its own parallelism: there is nothing to choose"
         found.append(Problem(key="strategy.auto", message=message, hint="Use strategy=default."))

@@ -21,7 +21,15 @@ from strategies.codec import to_json
 from strategies.errors import PhalanxError
 
 # What config.json says nothing about: our models' defaults.
-_PLAIN = {"gated": None, "position_rows": None, "embed_norm": False, "moe": None, "latent": None, "rope_theta": 10000.0}
+_PLAIN = {
+    "gated": None,
+    "position_rows": None,
+    "embed_norm": False,
+    "moe": None,
+    "latent": None,
+    "rope_theta": 10000.0,
+    "rope_scaling": 1.0,
+}
 
 
 def model_section(job: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
@@ -71,11 +79,22 @@ def problems(config: Config) -> list[Problem]:
         source = weights.find(expanded(given))
         if source.kind == "hf":
             _, flaws = hf.inspect(Path(source.path), model)
-            return [Problem(key=key, message=f"{source.path}: {flaw.message}", hint=flaw.hint) for flaw in flaws]
+            found = [Problem(key=key, message=f"{source.path}: {flaw.message}", hint=flaw.hint) for flaw in flaws]
+            return found + _other_base(config, Path(source.path))
         weights.check(source, model)
     except PhalanxError as error:
         return [_told(key, error)]
     return []
+
+
+def _other_base(config: Config, folder: Path) -> list[Problem]:
+    """Another rotary base than the folder's is meant only where the scale says so (``model.rope_scaling``)."""
+    there = hf.look(folder)[0].get("rope_theta", config.model.rope_theta)
+    if there == config.model.rope_theta:
+        return []
+    message = f"{config.model.rope_theta:g}, the weights in {folder} were trained with {there:g}"
+    hint = f"model.rope_theta={there:g}, and model.rope_scaling=FACTOR for longer sequences."
+    return [Problem(key="model.rope_theta", message=message, hint=hint)]
 
 
 def _told(key: str, error: PhalanxError) -> Problem:
@@ -106,8 +125,9 @@ def contradictions(config: Config) -> list[Problem]:
         if (getattr(config.strategy, axis) or 1) > 1:
             message = f"a job of kind {job.kind} runs under tp, pp and dp"
             found.append(Problem(key=f"strategy.{axis}", message=message, hint=f"strategy.{axis}=1"))
-    if config.strategy.schedule not in (None, "1f1b"):
-        found.append(Problem(key="strategy.schedule", message="there is nothing to schedule", hint="Leave it out."))
+    for key, plain in (("schedule", (None, "1f1b")), ("sequence_parallel", (None, False))):
+        if getattr(config.strategy, key) not in plain:
+            found.append(Problem(key=f"strategy.{key}", message="is for training", hint="Leave it out."))
     return found
 
 

@@ -194,7 +194,7 @@ def file_digest(path: Path) -> str:
 def _other_model(own: ModelSpec, model: ModelSpec) -> list[Flaw]:
     """Fields in which the folder's model is not the one asked for; where positions turn, sequences may be longer."""
     fields = ["flavour", "layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "tied", "norm_eps", "head_dim", "moe"]
-    fields += ["rope_theta"] if model.flavour == "llama" else ["learned_positions"]
+    fields += [] if model.flavour == "llama" else ["learned_positions"]
     if own.moe is not None and model.moe is not None:
         fields[fields.index("moe")] = "top_k"
     different = [name for name in fields if _value(own, name) != _value(model, name)]
