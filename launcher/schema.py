@@ -307,7 +307,9 @@ MINIMUM: dict[str, float] = {
     "model.rope_scaling": 1,
     **{f"model.{key}": 0 for key in ("norm_eps", "init_std", "rope_theta", "position_rows")},
     **{f"model.moe.{key}": 1 for key in ("experts", "top_k", "ffn", "imbalance")},
-    **{f"model.moe.{key}": 0 for key in ("dense_layers", "shared_ffn")},
+    **{
+        f"model.moe.{key}": 0 for key in ("dense_layers", "shared_ffn", "capacity_factor", "balance_weight", "z_weight")
+    },
     **{f"model.latent.{key}": 1 for key in ("kv_rank", "nope_width", "rope_width", "value_width")},
     "model.latent.q_rank": 0,
     **{f"cluster.{key}": 1 for key in ("nodes", "slots_per_node")},

@@ -19,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from jobs.distributed import Grid
 from jobs.models.init import ParameterFactory
+from jobs.models.moe import MixtureOfExperts
 from jobs.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from jobs.parallel.router_log import RouterLog
 from jobs.parallel.vocabulary import (
     IGNORE,
     VocabParallelEmbedding,
@@ -28,7 +30,7 @@ from jobs.parallel.vocabulary import (
     vocab_parallel_cross_entropy,
 )
 from strategies.plan import Recompute
-from strategies.specs import ModelSpec
+from strategies.specs import ModelSpec, MoeSpec
 
 __all__ = ["IGNORE", "Decoder", "LayerSpec", "LossFunction", "Recipe", "layer_specs", "stage_bounds"]
 
@@ -43,16 +45,33 @@ class Recipe:
         model: The model.
         make: Makes the parameters of this rank.
         recompute: Which activations are computed again in backward instead of being kept.
+        router_log: Adds the routers' losses to the gradient and counts; None where nothing is trained.
     """
 
     model: ModelSpec
     make: ParameterFactory
     recompute: Recompute = "none"
+    router_log: RouterLog | None = None
 
     @classmethod
-    def of(cls, model: ModelSpec, grid: Grid, *, seed: int, recompute: Recompute = "none") -> Recipe:
+    def of(
+        cls,
+        model: ModelSpec,
+        grid: Grid,
+        *,
+        seed: int,
+        recompute: Recompute = "none",
+        router_log: RouterLog | None = None,
+    ) -> Recipe:
         """The recipe of one rank."""
-        return cls(model=model, make=ParameterFactory(grid=grid, seed=seed, std=model.init_std), recompute=recompute)
+        make = ParameterFactory(grid=grid, seed=seed, std=model.init_std)
+        return cls(model=model, make=make, recompute=recompute, router_log=router_log)
+
+    @property
+    def moe(self) -> MoeSpec:
+        """The experts of a model that has them."""
+        assert self.model.moe is not None
+        return self.model.moe
 
     @property
     def residual_std(self) -> float:
@@ -155,17 +174,17 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GELU (tanh form) or SwiGLU; the inner width is split over the tensor-parallel ranks."""
+    """GELU (tanh form) or SwiGLU; the inner ``width`` is split over the tensor-parallel ranks."""
 
-    def __init__(self, recipe: Recipe, name: str) -> None:
+    def __init__(self, recipe: Recipe, name: str, width: int) -> None:
         super().__init__()
         model, make = recipe.model, recipe.make
         bias = model.flavour == "gpt3"
         self.gate = None
         if model.flavour == "llama":
-            self.gate = ColumnParallelLinear(make, f"{name}.gate", model.hidden, model.ffn, bias=False)
-        self.up = ColumnParallelLinear(make, f"{name}.up", model.hidden, model.ffn, bias=bias)
-        self.down = RowParallelLinear(make, f"{name}.down", model.ffn, model.hidden, bias=bias, std=recipe.residual_std)
+            self.gate = ColumnParallelLinear(make, f"{name}.gate", model.hidden, width, bias=False)
+        self.up = ColumnParallelLinear(make, f"{name}.up", model.hidden, width, bias=bias)
+        self.down = RowParallelLinear(make, f"{name}.down", width, model.hidden, bias=bias, std=recipe.residual_std)
         self._region = make.grid.region
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -173,6 +192,15 @@ class FeedForward(nn.Module):
         if self.gate is None:
             return cast(torch.Tensor, self.down(F.gelu(self.up(x), approximate="tanh")))
         return cast(torch.Tensor, self.down(F.silu(self.gate(x)) * self.up(x)))
+
+
+def feed_forward(recipe: Recipe, name: str, index: int) -> nn.Module:
+    """The second half of block ``index``: dense, or with experts."""
+    moe = recipe.model.moe
+    if moe is None or index < moe.dense_layers:
+        return FeedForward(recipe, name, recipe.model.ffn)
+    shared = FeedForward(recipe, f"{name}.shared", moe.shared_ffn) if moe.shared_ffn else None
+    return MixtureOfExperts(recipe, name, layer=index, shared=shared)
 
 
 class Block(nn.Module):
@@ -184,7 +212,7 @@ class Block(nn.Module):
         self.attn_norm = Norm(recipe, f"{name}.attn_norm")
         self.attn = Attention(recipe, f"{name}.attn")
         self.mlp_norm = Norm(recipe, f"{name}.mlp_norm")
-        self.mlp = FeedForward(recipe, f"{name}.mlp")
+        self.mlp = feed_forward(recipe, f"{name}.mlp", index)
         self._recompute = recipe.recompute == "full"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -171,6 +171,7 @@ class Pretrain:
             raise BlowUp(step, why, self._schedule.batch_at(step))
 
     def _line(self, step: int, result: StepResult, seconds: float) -> dict[str, Any]:
+        routing = {} if result.moe is None else {"moe": dataclasses.asdict(result.moe)}
         return {
             "step": step,
             "loss": result.loss,
@@ -181,6 +182,7 @@ class Pretrain:
             "epoch": self._env.epoch,
             "seconds": seconds,
             "time": time.time(),
+            **routing,
         }
 
     def _batches(self, step: int) -> list[MicroBatch]:
