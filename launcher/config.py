@@ -295,19 +295,18 @@ def _finish(tree: DictConfig, given: list[Given], file_of: Callable[[str], str],
     problems: list[Problem] = []
     try:
         _apply(tree, given)
-        folder = OmegaConf.select(tree, "model.from_hf")
-        if folder and (fresh or "model.from_hf" in words):  # a stored configuration has the sizes already
-            values, problems = pretrained.model_section(str(folder))
-            OmegaConf.update(tree, "model", values, merge=True)
-            _apply(tree, [one for one in given if one.key.startswith("model.")])
+        if fresh or {"model.from_hf", "job.weights"} & set(words):  # a stored configuration has the sizes already
+            values, problems = pretrained.model_section(tree["job"], tree["model"])
+            tree["model"] = OmegaConf.merge(tree["model"], values)
+            _apply(tree, [one for one in given if one.key.startswith("model.") and one.key != "model.from_hf"])
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
     config, wrong = decode(Config, plain, Bounds(least=MINIMUM, most=MAXIMUM, hints=HINTS))
-    problems += wrong
-    if not problems:
-        problems = _contradictions(config) + (pretrained.problems(config) if fresh else [])
+    problems += wrong or _contradictions(config)
+    if fresh and not problems:
+        problems = pretrained.problems(config)
     _raise([_located(problem, words, file_of) for problem in problems])
     return cast(Config, config)
 
@@ -373,6 +372,7 @@ def _contradictions(config: Config) -> list[Problem]:
     if config.job.kind == "script" and config.checkpoint.url:
         message = "a script writes its checkpoints itself, to $PHALANX_CKPT_DIR in the run directory"
         found.append(Problem(key="checkpoint.url", message=message, hint="Leave it out."))
+    found += pretrained.contradictions(config)
     if config.model.rope_scaling != 1 and config.model.flavour != "llama":
         message = f"flavour {config.model.flavour} has learned positions, which reach no further than model.seq"
         found.append(Problem(key="model.rope_scaling", message=message, hint="Use 1, or a model of flavour llama."))

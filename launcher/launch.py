@@ -154,7 +154,7 @@ def run(
         StorageError: The run directory cannot be written.
     """
     request = request or store.request()
-    steps = request.job.train.steps if request.job.kind == "pretrain" else None
+    steps = None if request.job.kind == "script" else request.job.train.steps
     display = Display(store, steps=steps, onto=screen)
     try:
         if request.cluster.kind != "existing":

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from jobs.spec import CheckpointSpec
 from launcher.data_schema import DataConfig
 from launcher.request import Budgets, RecoverySpec, TrackingSpec
+from launcher.schema_job import JobConfig
 from strategies.hardware import FROM_ZERO, Hardware
 from strategies.plan import GradDtype, Offload, Recompute, Schedule
 from strategies.ramp import Ramp
@@ -225,23 +226,6 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JobConfig:
-    """What the ranks do.
-
-    Attributes:
-        kind: ``pretrain``: our own worker. ``script``: a command of the user on every rank.
-        command: Command line of a ``script`` job; starts in a copy of ``workdir``.
-        workdir: Folder of the user's project (``script`` only), copied into the run directory.
-        ship_limit_mb: Largest project that is copied, in MB.
-    """
-
-    kind: Literal["pretrain", "script"]
-    command: str | None = None
-    workdir: str = "."
-    ship_limit_mb: int = 200
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ExperimentConfig:
     """What a named run demands of itself.
 
@@ -350,7 +334,9 @@ MINIMUM: dict[str, float] = {
     },
     **{f"checkpoint.{key}": 0 for key in ("every", "memory_every")},
     "checkpoint.keep": 1,
-    "job.ship_limit_mb": 1,
+    **{f"job.{key}": 1 for key in ("ship_limit_mb", "tokens")},
+    **{f"job.{key}": 0 for key in ("shots", "temperature", "top_k")},
+    "job.top_p": 1e-6,
     "recovery.max_restarts": 0,
     **{f"recovery.budgets.{field.name}": 0 for field in fields(Budgets)},
     **{f"recovery.{key}": 1 for key in ("same_error_limit", "min_nodes", "no_progress_limit", "exclude_after")},
@@ -363,6 +349,7 @@ MINIMUM: dict[str, float] = {
 MAXIMUM: dict[str, float] = {
     "strategy.zero_stage": 3,
     "data.validation": 0.5,
+    "job.top_p": 1,
     "train.beta1": 1,
     "train.beta2": 1,
     **{f"cluster.hardware.{key}": 1 for key in ("intra_latency_s", "inter_latency_s")},

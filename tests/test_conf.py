@@ -19,10 +19,13 @@ from strategies.errors import ConfigError, PlanInfeasible
 from strategies.estimate import Estimator
 from strategies.rules import check
 from strategies.specs import ModelSpec
+from tests.support import hf_models
 
 NEEDED = {
     "data=text": ["data.path=corpus.txt"],
     "data=mixture": ["data.sources=[{path: a.jsonl, weight: 1}]"],
+    "job=evaluate": ["job.text=corpus.txt"],
+    "job=generate": ["job.prompt=x"],
     "job=script": ["job.command=python train.py"],
     "cluster=existing": ["cluster.nodes=3", "cluster.slots_per_node=2"],
 }
@@ -94,10 +97,18 @@ def test_every_file_is_a_choice() -> None:
     assert {path.name for path in conf_dir().iterdir() if path.is_dir()} == set(GROUPS)
 
 
+def _weights(choice: str, folder: Path) -> list[str]:
+    """A model that exists, for the jobs that only compute with one."""
+    if choice not in ("job=evaluate", "job=generate"):
+        return []
+    hf_models.make(folder / "hf", "llama")
+    return [f"job.weights={folder / 'hf'}"]
+
+
 @pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice != "strategy=auto"])
 def test_composes_and_plans(choice: str, tmp_path: Path) -> None:
     """It can be planned with; it can be submitted, too, unless it is modelled only: then submit says so."""
-    config = compose([choice, *NEEDED.get(choice, [])])
+    config = compose([choice, *NEEDED.get(choice, []), *_weights(choice, tmp_path)])
     sketch = build.outline(config)
     assert sketch.broken == ()
     settled = build.settle(config, name="run", cwd=tmp_path)

@@ -159,6 +159,12 @@ def _unpipelined(job: JobSpec, log: RouterLog | None) -> Assembled:
     return Assembled(ds=ds, grid=grid, loss=loss, router_log=log)
 
 
+def grid_of(plan: ParallelPlan) -> Grid:
+    """The rank's place under a plan, with DeepSpeed's groups but without an engine. Collective."""
+    with silence():
+        return _grid_of(PipelineParallelGrid(_topology(plan)), plan)
+
+
 def _initialize(job: JobSpec, module: nn.Module, *, mpu: Any) -> Any:
     if job.train.precision == "fp32" and job.plan.zero_stage == 0:
         # This path of DeepSpeed (clip_grad_norm_) counts, beside what is marked, only the parameters of the very first

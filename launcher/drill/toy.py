@@ -72,6 +72,8 @@ def shrink(config: Config) -> Toy:
         ConfigError: It is a script, which brings a model of its own; or the size of its cluster is not known.
         PlanInfeasible: Its plan is illegal, or no small plan of its kind runs.
     """
+    if config.job.infers:
+        raise ConfigError(f"Only training can be rehearsed, not a job of kind {config.job.kind}.")
     if config.job.kind == "script":
         raise ConfigError(
             "A script cannot be rehearsed at toy width: its model is its own.",
