@@ -42,6 +42,7 @@ class Grid:
         seq_group: Ranks that have the other parts of the same sequences, in order; None when ``sp`` is 1.
         pipe_group: Ranks of the other stages of this replica; None when ``pp`` is 1.
         split: What lies between tensor-parallel layers is split over their ranks, along the sequence.
+        folded: The model runs down through the stages and up again (DualPipeV), so the first has both its ends.
     """
 
     pipe: int = 0
@@ -57,6 +58,7 @@ class Grid:
     seq_group: dist.ProcessGroup | None = None
     pipe_group: dist.ProcessGroup | None = None
     split: bool = False
+    folded: bool = False
 
     @property
     def region(self) -> TensorRegion:
@@ -87,7 +89,7 @@ class Grid:
     @property
     def last_stage(self) -> bool:
         """Whether this rank computes the loss."""
-        return self.pipe == self.pp - 1
+        return self.pipe == (0 if self.folded else self.pp - 1)
 
 
 def init_process_group(env: RankEnv, backend: str, *, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from strategies.deepspeed_config import deepspeed_config
 from strategies.plan import ParallelPlan
-from strategies.schedule import Skip
+from strategies.schedule import SampleSchedule, Skip
 from strategies.specs import BatchSpec, ModelSpec, Precision
 
 
@@ -146,6 +146,10 @@ class JobSpec:
     workdir: str = ""
     initial: WeightsSpec | None = None
     version: int = 1
+
+    def schedule(self) -> SampleSchedule:
+        """Which samples each step consumes, from the first step on."""
+        return SampleSchedule.of(self.batch, self.skips)
 
     def skipping(self, skips: tuple[Skip, ...]) -> JobSpec:
         """The same job, passing over more samples."""

@@ -22,7 +22,7 @@ from strategies.resolve import resolve_plan
 from strategies.rotary import scaled_base
 from strategies.schedule import SampleSchedule
 from strategies.specs import BatchSpec, ClusterSpec, ModelSpec
-from strategies.workload import Workload
+from strategies.workload import Workload, run_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +116,7 @@ def outline(config: Config, cluster: ClusterSpec | None = None, *, plan: Paralle
     """
     machine = cluster or cluster_spec(config)
     missing = _missing_nodes(config, machine)
-    model, batch = model_spec(config), BatchSpec(global_batch=config.train.global_batch, seq=config.model.seq)
+    model, batch = model_spec(config), batch_spec(config)
     if config.job.kind == "script":
         plan = _script_plan(config, machine)
         rows = BatchSpec(global_batch=plan.dp, seq=1)
@@ -150,7 +150,7 @@ def work_of(config: Config, model: ModelSpec, batch: BatchSpec, machine: Cluster
         cluster=machine,
         precision=config.train.precision,
         framework=config.planner.framework,
-        tokens=float(config.train.steps * batch.tokens) if tokens is None else tokens,
+        tokens=float(run_tokens(batch, config.train.steps)) if tokens is None else tokens,
     )
 
 
@@ -213,7 +213,7 @@ def build_request(config: Config, overrides: Sequence[str], cluster: ClusterSpec
 def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
     script = config.job.kind == "script"
     train = train_spec(config)
-    SampleSchedule(global_batch=config.train.global_batch, skips=config.train.skips)  # says what is wrong with them
+    SampleSchedule.of(sketch.batch, config.train.skips)  # says what is wrong with them
     return JobSpec(
         run_id=str(config.run.name),
         kind=config.job.kind,
@@ -275,11 +275,17 @@ def model_spec(config: Config) -> ModelSpec:
     return ModelSpec(**values | derived)
 
 
+def batch_spec(config: Config) -> BatchSpec:
+    """The work of one step, and how it grows."""
+    return BatchSpec(global_batch=config.train.global_batch, seq=config.model.seq, ramp=config.train.ramp)
+
+
 def train_spec(config: Config) -> TrainSpec:
     """The recipe, derived rates filled in."""
     train = config.train
     values = {field.name: getattr(train, field.name) for field in dataclasses.fields(train)}
-    del values["global_batch"], values["tokens"], values["skips"], values["init_from"]
+    for name in ("global_batch", "ramp", "tokens", "skips", "init_from"):
+        del values[name]
     return TrainSpec(**values | {"min_lr": train.lr / 10 if train.min_lr is None else train.min_lr})
 
 

@@ -22,7 +22,6 @@ from launcher.ship import Shipment, changed_files
 from launcher.store import RunStore
 from strategies.codec import to_json
 from strategies.errors import ResumeRefused
-from strategies.schedule import SampleSchedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +116,7 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
 
 def next_sample(job: JobSpec, step: int) -> int:
     """Index of the first sample after ``step`` steps."""
-    return SampleSchedule(global_batch=job.batch.global_batch, skips=job.skips).first_index(step + 1)
+    return job.schedule().first_index(step + 1)
 
 
 def propose(store: RunStore, planned: ResumePlan) -> dict[str, Any]:

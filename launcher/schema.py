@@ -13,6 +13,7 @@ from jobs.spec import CheckpointSpec
 from launcher.request import Budgets, RecoverySpec, TrackingSpec
 from strategies.hardware import FROM_ZERO, Hardware
 from strategies.plan import GradDtype, Offload, Recompute, Schedule
+from strategies.ramp import Ramp
 from strategies.schedule import Skip
 from strategies.specs import Flavour, LatentAttention, MoeSpec, Precision
 from strategies.workload import Framework
@@ -149,6 +150,7 @@ class StrategyConfig:
         recompute: Activation checkpointing; null means ``none``.
         grad_dtype: Precision in which gradients are accumulated; null means fp32 (with ZeRO-0 in 16 bit: that one).
         offload: What lives in host memory; null means ``none``.
+        offload_path: Folder on local disks (NVMe) of every node that it lives in instead; null for host memory.
         flash: Fused attention that never stores the scores; null means true.
         sequence_parallel: Norms and residuals are split over the tensor-parallel ranks (Megatron); null means false.
     """
@@ -168,6 +170,7 @@ class StrategyConfig:
     recompute: Recompute | None = None
     grad_dtype: GradDtype | None = None
     offload: Offload | None = None
+    offload_path: str | None = None
     flash: bool | None = None
     sequence_parallel: bool | None = None
 
@@ -184,7 +187,10 @@ class TrainConfig:
     Attributes:
         steps: Optimizer steps of the whole run.
         tokens: Tokens of the whole run, for planning; null means those of ``steps``.
-        global_batch: Sequences per optimizer step, over all replicas.
+        global_batch: Sequences per optimizer step, over all replicas; with a ramp, those that it grows to.
+        ramp: How the batch grows, for example ``{start: 8, increment: 8, samples: 4096}`` or
+            ``{points: [{tokens: 0, global_batch: 8}, {tokens: 2e6, global_batch: 32}], tokens: 8e6}``; null for none.
+            The learning rate stays a function of the step.
         seed: Seed of the initial weights and of the order of samples.
         lr: Peak learning rate.
         min_lr: Learning rate at the last step (cosine decay); null means a tenth of ``lr``.
@@ -209,6 +215,7 @@ class TrainConfig:
     steps: int
     tokens: float | None = None
     global_batch: int
+    ramp: Ramp | None = None
     seed: int = 0
     lr: float
     min_lr: float | None = None
@@ -329,6 +336,7 @@ MINIMUM: dict[str, float] = {
     **{f"strategy.{key}": 1 for key in ("tp", "pp", "dp", "ep", "sp", "cp", "vpp", "micro_batch")},
     "strategy.zero_stage": 0,
     **{f"train.{key}": 1 for key in ("steps", "tokens", "global_batch")},
+    **{f"train.ramp.{key}": 0 for key in ("start", "increment", "samples", "tokens")},
     **{
         f"train.{key}": 0
         for key in (

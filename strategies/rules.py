@@ -17,6 +17,7 @@ from strategies.plan import ParallelPlan, accumulation
 from strategies.resolve import largest_plan
 from strategies.rules_hardware import HARDWARE_RULES
 from strategies.rules_model import MODEL_RULES
+from strategies.rules_ramp import RAMP_RULES
 from strategies.rules_split import SPLIT_RULES
 from strategies.specs import BatchSpec, ClusterSpec, ModelSpec, Precision
 
@@ -202,6 +203,7 @@ RULES: tuple[Rule, ...] = (
     sequence_within_positions,
     replicas_within_batch,
     accumulation_exact,
+    *RAMP_RULES,
     zero_stage_known,
     zero_with_pipeline,
     sequence_parallel_with_pipeline,

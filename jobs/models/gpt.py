@@ -266,20 +266,23 @@ class LossFunction:
     Args:
         model: The model.
         grid: The rank's place.
+
+    Attributes:
         scale: The constant: with ``replicas x micro-batches / real tokens of the step`` the mean over replicas and
-            micro-batches, which DeepSpeed computes, is the sum over all real tokens divided by their number.
+            micro-batches, which DeepSpeed computes, is the sum over all real tokens divided by their number. The engine
+            sets it before every step.
     """
 
-    def __init__(self, model: ModelSpec, grid: Grid, scale: float) -> None:
+    def __init__(self, model: ModelSpec, grid: Grid, scale: float = 1.0) -> None:
+        self.scale = scale
         self._vocab = model.vocab
         self._grid = grid
-        self._scale = scale
 
     def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         losses = vocab_parallel_cross_entropy(
             logits, targets, vocab=self._vocab, rank=self._grid.model, group=self._grid.model_group
         )
-        return losses.sum() * self._scale
+        return losses.sum() * self.scale
 
 
 class Decoder(nn.Module):
