@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.build import model_spec
 from launcher.config import compose
 from launcher.drill.catalogue import CATALOGUE
 from launcher.drill.programme import choose
@@ -78,6 +79,10 @@ def test_submit_as_a_dry_run(words: list[str], tmp_path: Path) -> None:
     """The main job runs for real elsewhere; the address of the example is nobody's."""
     (tmp_path / "train.py").write_text("print('hello')\n")
     words = [re.sub("^run.dir=/shared", f"run.dir={tmp_path}", word) for word in words[1:]]
+    if "train.init_from=runs/short" in words:
+        run = RunStore.create(tiny_request(tmp_path / "runs", name="short"))
+        model = model_spec(compose(["model=llama_tiny", "model.vocab=300", "model.seq=256"]))
+        write_model_checkpoint(run.paths.checkpoint_dir, model)
     if "cluster=existing" in words:
         pytest.skip("needs the cluster that it names; tests/e2e/test_existing_cluster.py has one")
     done = cli.phalanx(*words, "--dry-run", "data=text", cli.corpus(tmp_path), "model.vocab=300", cwd=tmp_path)
