@@ -220,12 +220,17 @@ def test_zero_2_and_3_exclude_a_pipeline(stage: int) -> None:
     assert f"zero_stage {stage} with pp 2" in violation.message
 
 
-@pytest.mark.parametrize("degrees", [{"sp": 2}, {"cp": 2}])
-def test_sequence_parallelism_excludes_a_pipeline_and_is_modelled_only(degrees: dict[str, Any]) -> None:
-    rules = [violation.rule for violation in _check(plan(pp=2, **degrees), modelled=True)]
+def test_context_parallelism_excludes_a_pipeline_and_is_modelled_only() -> None:
+    rules = [violation.rule for violation in _check(plan(pp=2, cp=2), modelled=True)]
     assert rules == ["sequence_parallel_with_pipeline"]
-    assert _check(plan(**degrees), modelled=True) == ()
-    assert _only(_check(plan(**degrees))).rule == "combination_runs"
+    assert _check(plan(cp=2), modelled=True) == ()
+    assert _only(_check(plan(cp=2))).rule == "combination_runs"
+
+
+@pytest.mark.parametrize("degrees", [{}, {"pp": 2}, {"zero_stage": 3}, {"tp": 2, "sequence_parallel": True}])
+def test_sequences_that_are_split_run(degrees: dict[str, Any]) -> None:
+    assert _check(plan(sp=2, **degrees)) == ()
+    assert _check(plan(**degrees)) == ()
 
 
 def test_ulysses_needs_heads_on_every_shard() -> None:
