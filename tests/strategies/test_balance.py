@@ -78,4 +78,4 @@ def test_without_speeds_there_is_no_time() -> None:
 
 def test_one_stage_has_everything() -> None:
     for how in ("blocks", "parameters", "time"):
-        assert balanced(plan(), work_of(TINY), how).stages == (4,)  # type: ignore[arg-type]
+        assert balanced(plan(), work_of(TINY), how).stages == (4,)
