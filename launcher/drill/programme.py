@@ -119,7 +119,8 @@ class Programme:
             if steps != STEPS:
                 name = f"{name}-{steps}"
             if skipped:
-                skip = Skip(step=skipped, samples=config.train.global_batch)
+                size = SampleSchedule.of(batch_spec(config)).batch_at(skipped)
+                skip = Skip(step=skipped, samples=size)
                 config, name = replace(config, train=replace(config.train, skips=(skip,))), f"{name}-without-{skipped}"
             store = create(config, name, ())
             undisturbed(store, self._watching(name))
