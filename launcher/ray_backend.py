@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -323,16 +323,18 @@ def ask(actor: Any, method: str, *arguments: Any, timeout_s: float) -> Any:
         return ray.get(getattr(actor, method).remote(*arguments), timeout=timeout_s)
 
 
-def run_everywhere(function: Callable[[], str], *, timeout_s: float) -> dict[str, str]:
-    """Run a function on every node that has devices; node address -> what it returned, or why there is no answer."""
+def run_everywhere(function: Callable[[], str], *, timeout_s: float, besides: Collection[str] = ()) -> dict[str, str]:
+    """Run a function on every other node that has devices; node address -> what it returned, or why nothing came."""
     with _cluster_errors():
         task = ray.remote(function)
         answers = {}
         for node in ray.nodes():
-            if node["Alive"] and device_count(node["Resources"]):
+            if node["Alive"] and device_count(node["Resources"]) and node["NodeID"] not in besides:
                 affinity = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": affinity}
                 answers[task.options(**options).remote()] = node["NodeManagerAddress"]
+        if not answers:
+            return {}
         done, late = ray.wait(list(answers), num_returns=len(answers), timeout=timeout_s)
         words = {answers[ref]: f"it did not answer within {timeout_s:.0f} s" for ref in late}
         for ref in done:

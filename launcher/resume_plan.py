@@ -83,7 +83,7 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
     config = replace(config, run=replace(config.run, dir=str(here.parent)))
     config = build.settle(config, name=here.name, cwd=Path.cwd())
     words = tuple(dict.fromkeys([*before.overrides, *overrides]))
-    after = build.build_request(config, words, launch.measured(config))
+    after = _request(config, before, words, overrides)
     after = _with_data(config, before, after)
     after, shipment = _with_project(config, store.paths, before, after)
     script = after.job.kind == "script"
@@ -166,6 +166,15 @@ def _with_data(config: Config, before: LaunchRequest, after: LaunchRequest) -> L
         return replace(after, job=replace(new, data=old.data))  # refused anyway: do not tokenize for it
     with launch.closing(_Quiet()) as screen:
         return launch.prepare_data(config, after, screen)
+
+
+def _request(config: Config, before: LaunchRequest, words: tuple[str, ...], fresh: Sequence[str]) -> LaunchRequest:
+    """The new request. The weights that the run began with stay those that were recorded, whatever became of them."""
+    if any(word.lstrip("+~").startswith("train.init_from") for word in fresh):
+        return build.build_request(config, words, launch.measured(config))
+    plain = replace(config, train=replace(config.train, init_from=None))
+    after = build.build_request(plain, words, launch.measured(config))
+    return replace(after, job=replace(after.job, initial=before.job.initial))
 
 
 class _Quiet(Screen):

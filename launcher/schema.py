@@ -50,12 +50,16 @@ class ModelConfig:
         norm_eps: Epsilon of the norms.
         init_std: Standard deviation of the initial weights.
         rope_theta: Base of the rotary frequencies (``llama`` only).
+        rope_scaling: Sequences so many times as long as those that ``rope_theta`` was for: the base grows by
+            ``rope_scaling^(d / (d - 2))``, ``d`` being the width of a head (NTK-aware scaling).
         gated: The feed-forward block has a gate; null means that of the flavour.
         head_width: Width of one head; null means ``hidden / heads``.
         position_rows: Learned positions; null means ``seq`` for ``gpt3`` and none for ``llama``.
         embed_norm: A norm follows the token embedding.
         moe: Experts instead of dense feed-forward blocks; null for none.
         latent: Latent attention instead of plain heads; null for none.
+        from_hf: Folder of a Hugging Face model (Llama, Mixtral or GPT-2) whose config.json fills in all of the above;
+            what is given on the command line beside it still counts. Null for none.
     """
 
     name: str
@@ -71,12 +75,14 @@ class ModelConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     rope_theta: float = 10000.0
+    rope_scaling: float = 1.0
     gated: bool | None = None
     head_width: int | None = None
     position_rows: int | None = None
     embed_norm: bool = False
     moe: MoeSpec | None = None
     latent: LatentAttention | None = None
+    from_hf: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,6 +210,8 @@ class TrainConfig:
             512 are passed over.
         sample_tokens: Tokens of text generated from the final weights; 0 for none.
         sample_prompt: What the generated text continues.
+        init_from: Weights to begin with instead of those that the seed draws: a Hugging Face folder, a run directory
+            (its newest checkpoint), or a manifest. Null for none.
     """
 
     steps: int
@@ -225,6 +233,7 @@ class TrainConfig:
     skips: tuple[Skip, ...] = ()
     sample_tokens: int = 0
     sample_prompt: str = "def "
+    init_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -313,9 +322,12 @@ BANDWIDTHS = ("memory_bandwidth", "intra_bandwidth", "inter_bandwidth", "host_ba
 # Smallest legal values. What depends on other values (divisibility, memory) is a rule of strategies.rules.
 MINIMUM: dict[str, float] = {
     **{f"model.{key}": 1 for key in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq", "head_width")},
+    "model.rope_scaling": 1,
     **{f"model.{key}": 0 for key in ("norm_eps", "init_std", "rope_theta", "position_rows")},
     **{f"model.moe.{key}": 1 for key in ("experts", "top_k", "ffn", "imbalance")},
-    **{f"model.moe.{key}": 0 for key in ("dense_layers", "shared_ffn")},
+    **{
+        f"model.moe.{key}": 0 for key in ("dense_layers", "shared_ffn", "capacity_factor", "balance_weight", "z_weight")
+    },
     **{f"model.latent.{key}": 1 for key in ("kv_rank", "nope_width", "rope_width", "value_width")},
     "model.latent.q_rank": 0,
     **{f"cluster.{key}": 1 for key in ("nodes", "slots_per_node")},

@@ -142,14 +142,14 @@ def zero_with_pipeline(case: Case) -> Violation | None:
 
 
 def sequence_parallel_with_pipeline(case: Case) -> Violation | None:
-    """DeepSpeed's pipeline grid has no sequence axis."""
+    """DeepSpeed's pipeline grid has no context axis; the ranks of Ulysses are replicas to it."""
     plan = case.plan
-    if plan.pp <= 1 or max(plan.sp, plan.cp) <= 1 or not case.engine:
+    if plan.pp <= 1 or plan.cp <= 1 or not case.engine:
         return None
     return Violation(
         rule="sequence_parallel_with_pipeline",
-        message=f"sp {plan.sp}, cp {plan.cp} with pp {plan.pp}: the pipeline grid has no sequence axis",
-        hint="strategy.sp=1 strategy.cp=1, or strategy.pp=1",
+        message=f"cp {plan.cp} with pp {plan.pp}: the pipeline grid has no context axis",
+        hint="strategy.cp=1 (strategy.sp cuts sequences in a pipeline, too), or strategy.pp=1",
     )
 
 

@@ -134,7 +134,7 @@ def test_rounded_counts_are_those_of_the_papers() -> None:
         assert _model(model).parameters / 1e9 == pytest.approx(billions, rel=tolerance), model
     for model, (billions, tolerance) in ACTIVE.items():
         assert _model(model).active_parameters / 1e9 == pytest.approx(billions, rel=tolerance), model
-    tiny = {"gpt_tiny", "llama_tiny"}
+    tiny = {"gpt_tiny", "llama_tiny", "moe_tiny"}
     assert set(choices_of("model")) == {*PUBLISHED, *ROUNDED, *tiny}
 
 
@@ -282,3 +282,16 @@ def test_quickstart_is_the_main_job() -> None:
     assert config.tracking.mode == "offline"
     assert config.faults
     assert config.experiment.require_faults
+
+
+def test_the_quickstart_with_experts_spreads_them_inside_of_the_main_job() -> None:
+    sketch = build.outline(compose(["experiment=moe_quickstart"]))
+    plan, moe = sketch.plan, sketch.model.moe
+    assert sketch.violations == ()
+    assert (plan.tp, plan.pp, plan.dp, plan.ep, plan.zero_stage, plan.world_size) == (2, 2, 2, 2, 1, 8)
+    assert moe is not None
+    assert (moe.routing, moe.capacity_factor) == ("softmax", 0)
+    # as many parameters per token as the dense model, but for the routers and the narrower experts' second bias
+    dense = _model("gpt_tiny").active_parameters
+    assert sketch.model.active_parameters == pytest.approx(dense, rel=0.01)
+    assert sketch.model.parameters > 2 * dense

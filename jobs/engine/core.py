@@ -16,9 +16,12 @@ from torch import nn
 
 from jobs import distributed
 from jobs.engine import assembly, process
+from jobs.engine.norm import ExpertNorm
 from jobs.own_time import OwnTime
 from jobs.parallel.meta import ParamMeta
+from jobs.parallel.router_log import RouterStats
 from jobs.spec import JobSpec, RankEnv
+from strategies.topology import Topology
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
 
@@ -32,12 +35,14 @@ class StepResult:
         grad_norm: Global gradient norm before clipping; inf when the gradients are not finite.
         lr: Learning rate of this update.
         overflow: The update was left out because the fp16 loss scale was too large; that is normal.
+        moe: What the routers have done; None without experts. Their losses are in the gradient, not in ``loss``.
     """
 
     loss: float
     grad_norm: float
     lr: float
     overflow: bool = False
+    moe: RouterStats | None = None
 
 
 class Engine:
@@ -48,6 +53,7 @@ class Engine:
         grid: This rank's place in the gang.
         plan: The plan.
         own_time: Sees what this rank waits for others.
+        router_log: Sees what routers do; None without experts.
     """
 
     def __init__(self, parts: assembly.Assembled, job: JobSpec, own_time: OwnTime) -> None:
@@ -55,10 +61,12 @@ class Engine:
         self.grid = parts.grid
         self.plan = job.plan
         self.own_time = own_time
+        self.router_log = parts.router_log
         self._loss = parts.loss
         self._scale = getattr(ds.optimizer, "loss_scale_config", None)  # of the optimizer that reports scaled norms
         self._full = job.batch
         self._own_norm: torch.Tensor | None = None
+        self._expert_norm = ExpertNorm(ds, self.grid) if self.plan.ep > 1 else None
         if _unwrapped_optimizer(ds):
             ds.clip_fp32_gradients = lambda: None  # done by the hook, which also keeps the norm
             ds.basic_optimizer.register_step_pre_hook(lambda *_: self._clip())
@@ -110,9 +118,9 @@ class Engine:
 
         Args:
             step: Number of the step; decides the learning rate.
-            batches: Pairs (tokens, targets), int64 ``[micro_batch, seq]`` each, the same number on every rank; targets
-                are ``IGNORE`` where a row weighs nothing. Ranks of one replica get the same; ranks for which
-                :attr:`needs_data` is false may get anything.
+            batches: Pairs (tokens, targets), int64 ``[micro_batch, seq / sp]`` each, the same number on every rank;
+                targets are ``IGNORE`` where a row weighs nothing. Ranks of one replica get the same rows, each its part
+                (:meth:`Grid.tokens`); ranks for which :attr:`needs_data` is false may get anything.
             tokens: Real tokens of the step, over all replicas; None: those of the full batch.
 
         Raises:
@@ -125,8 +133,16 @@ class Engine:
         self.set_position(step - 1)
         lr = float(self.ds.get_lr()[0])
         scale = float(self._scale.cur_scale) if self._scale is not None else 1.0
+        if self.router_log is not None and self.ds.fp16_enabled():
+            self.router_log.loss_scale = float(self.ds.optimizer.loss_scale)
         loss = self._train_pipelined(batches) if self.plan.pp > 1 else self._train_unpipelined(batches)
-        return StepResult(loss=loss, grad_norm=self._grad_norm() / scale, lr=lr, overflow=self._overflow())
+        return StepResult(
+            loss=loss,
+            grad_norm=self._grad_norm() / scale,
+            lr=lr,
+            overflow=self._overflow(),
+            moe=None if self.router_log is None else self.router_log.take(self.grid),
+        )
 
     def set_position(self, step: int) -> None:
         """Make DeepSpeed's counters and the learning rate those of an engine that has done ``step`` steps."""
@@ -137,10 +153,12 @@ class Engine:
 
     def _accumulate(self, micro_batches: int, tokens: int) -> None:
         """DeepSpeed averages over micro-batches and replicas; make that average a mean over the step's real tokens."""
-        replicas = self.plan.dp
+        replicas = Topology(self.plan).data_size
         if micro_batches != self.ds.gradient_accumulation_steps():
             self.ds.set_train_batch_size(self.plan.micro_batch * micro_batches * replicas)
         self._loss.scale = micro_batches * replicas / tokens
+        if self.router_log is not None:  # whose losses are one number per sequence
+            self.router_log.row_weight = self._full.seq * replicas / tokens
 
     def close(self) -> None:
         """Leave the gang. The engine is of no use afterwards."""
@@ -159,7 +177,7 @@ class Engine:
             self.ds.step()
         if self.grid.data_group is not None:
             dist.all_reduce(total, group=self.grid.data_group)
-        return float(total) / (len(batches) * self.plan.dp)
+        return float(total) / (len(batches) * Topology(self.plan).data_size)
 
     def _grad_norm(self) -> float:
         norm = self.ds.get_global_grad_norm() if self._own_norm is None else self._own_norm
@@ -172,6 +190,9 @@ class Engine:
 
     def _clip(self) -> None:
         limit = self.ds.gradient_clipping() or math.inf
+        if self._expert_norm is not None:
+            self._own_norm = self._expert_norm.clip(limit)
+            return
         self._own_norm = clip_grad_norm_(self.ds.module.parameters(), max_norm=limit, mpu=self.ds.mpu)
 
 

@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from jobs.distributed import Grid
 from jobs.models.init import ParameterFactory
-from jobs.parallel.collectives import copy_to_ranks
+from jobs.models.moe import MixtureOfExperts
 from jobs.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from jobs.parallel.router_log import RouterLog
 from jobs.parallel.vocabulary import (
     IGNORE,
     VocabParallelEmbedding,
@@ -29,7 +30,7 @@ from jobs.parallel.vocabulary import (
     vocab_parallel_cross_entropy,
 )
 from strategies.plan import Recompute
-from strategies.specs import ModelSpec
+from strategies.specs import ModelSpec, MoeSpec
 
 __all__ = ["IGNORE", "Decoder", "LayerSpec", "LossFunction", "Recipe", "layer_specs", "stage_bounds"]
 
@@ -44,16 +45,33 @@ class Recipe:
         model: The model.
         make: Makes the parameters of this rank.
         recompute: Which activations are computed again in backward instead of being kept.
+        router_log: Adds the routers' losses to the gradient and counts; None where nothing is trained.
     """
 
     model: ModelSpec
     make: ParameterFactory
     recompute: Recompute = "none"
+    router_log: RouterLog | None = None
 
     @classmethod
-    def of(cls, model: ModelSpec, grid: Grid, *, seed: int, recompute: Recompute = "none") -> Recipe:
+    def of(
+        cls,
+        model: ModelSpec,
+        grid: Grid,
+        *,
+        seed: int,
+        recompute: Recompute = "none",
+        router_log: RouterLog | None = None,
+    ) -> Recipe:
         """The recipe of one rank."""
-        return cls(model=model, make=ParameterFactory(grid=grid, seed=seed, std=model.init_std), recompute=recompute)
+        make = ParameterFactory(grid=grid, seed=seed, std=model.init_std)
+        return cls(model=model, make=make, recompute=recompute, router_log=router_log)
+
+    @property
+    def moe(self) -> MoeSpec:
+        """The experts of a model that has them."""
+        assert self.model.moe is not None
+        return self.model.moe
 
     @property
     def residual_std(self) -> float:
@@ -74,9 +92,10 @@ class PositionEmbedding(nn.Module):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.weight = recipe.make.make("embed.positions.weight", (recipe.model.seq, recipe.model.hidden))
+        self._grid = recipe.make.grid
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.weight[: x.shape[1]]
+        return x + self._grid.region.shared(self.weight)[self._grid.positions(x.shape[1])]
 
 
 class Norm(nn.Module):
@@ -90,13 +109,15 @@ class Norm(nn.Module):
         if model.flavour == "gpt3":
             self.bias = recipe.make.make(f"{name}.bias", (model.hidden,), std=0.0)
         self._eps = model.norm_eps
+        self._region = recipe.make.grid.region
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self._region.shared(self.weight)
         if self.bias is not None:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self._eps)
+            return F.layer_norm(x, weight.shape, weight, self._region.shared(self.bias), self._eps)
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self._eps)
-        return (wide * scale).to(x.dtype) * self.weight
+        return (wide * scale).to(x.dtype) * weight
 
 
 def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
@@ -127,17 +148,18 @@ class Attention(nn.Module):
         self.v = ColumnParallelLinear(make, f"{name}.v", model.hidden, narrow, bias=bias)
         self.o = RowParallelLinear(make, f"{name}.o", model.hidden, model.hidden, bias=bias, std=recipe.residual_std)
         self._model = model
-        self._group = make.grid.model_group
+        self._region = make.grid.region
+        self._sequence = make.grid.sequence
         self._recompute = recipe.recompute == "selective"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = copy_to_ranks(x, self._group)
-        q, k, v = (self._heads(layer(x)) for layer in (self.q, self.k, self.v))
+        x = self._region.enter(x)
+        q, k, v = self._sequence.to_heads(*(self._heads(layer(x)) for layer in (self.q, self.k, self.v)))
         if self._recompute and torch.is_grad_enabled():
             mixed = checkpoint(self._mix, q, k, v, use_reentrant=False, preserve_rng_state=False)
         else:
             mixed = self._mix(q, k, v)
-        return cast(torch.Tensor, self.o(mixed.transpose(1, 2).flatten(2)))
+        return cast(torch.Tensor, self.o(self._sequence.to_tokens(mixed).transpose(1, 2).flatten(2)))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(*x.shape[:-1], -1, self._model.head_dim).transpose(1, 2)
@@ -152,24 +174,33 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GELU (tanh form) or SwiGLU; the inner width is split over the tensor-parallel ranks."""
+    """GELU (tanh form) or SwiGLU; the inner ``width`` is split over the tensor-parallel ranks."""
 
-    def __init__(self, recipe: Recipe, name: str) -> None:
+    def __init__(self, recipe: Recipe, name: str, width: int) -> None:
         super().__init__()
         model, make = recipe.model, recipe.make
         bias = model.flavour == "gpt3"
         self.gate = None
         if model.flavour == "llama":
-            self.gate = ColumnParallelLinear(make, f"{name}.gate", model.hidden, model.ffn, bias=False)
-        self.up = ColumnParallelLinear(make, f"{name}.up", model.hidden, model.ffn, bias=bias)
-        self.down = RowParallelLinear(make, f"{name}.down", model.ffn, model.hidden, bias=bias, std=recipe.residual_std)
-        self._group = make.grid.model_group
+            self.gate = ColumnParallelLinear(make, f"{name}.gate", model.hidden, width, bias=False)
+        self.up = ColumnParallelLinear(make, f"{name}.up", model.hidden, width, bias=bias)
+        self.down = RowParallelLinear(make, f"{name}.down", width, model.hidden, bias=bias, std=recipe.residual_std)
+        self._region = make.grid.region
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = copy_to_ranks(x, self._group)
+        x = self._region.enter(x)
         if self.gate is None:
             return cast(torch.Tensor, self.down(F.gelu(self.up(x), approximate="tanh")))
         return cast(torch.Tensor, self.down(F.silu(self.gate(x)) * self.up(x)))
+
+
+def feed_forward(recipe: Recipe, name: str, index: int) -> nn.Module:
+    """The second half of block ``index``: dense, or with experts."""
+    moe = recipe.model.moe
+    if moe is None or index < moe.dense_layers:
+        return FeedForward(recipe, name, recipe.model.ffn)
+    shared = FeedForward(recipe, f"{name}.shared", moe.shared_ffn) if moe.shared_ffn else None
+    return MixtureOfExperts(recipe, name, layer=index, shared=shared)
 
 
 class Block(nn.Module):
@@ -181,7 +212,7 @@ class Block(nn.Module):
         self.attn_norm = Norm(recipe, f"{name}.attn_norm")
         self.attn = Attention(recipe, f"{name}.attn")
         self.mlp_norm = Norm(recipe, f"{name}.mlp_norm")
-        self.mlp = FeedForward(recipe, f"{name}.mlp")
+        self.mlp = feed_forward(recipe, f"{name}.mlp", index)
         self._recompute = recipe.recompute == "full"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -206,12 +237,12 @@ class OutputProjection(VocabParallelProjection):
 
     def __init__(self, recipe: Recipe) -> None:
         shape = (recipe.model.vocab, recipe.model.hidden)
-        super().__init__(recipe.make.make("head.output.weight", shape, axis=0), recipe.make.grid.model_group)
+        super().__init__(recipe.make.make("head.output.weight", shape, axis=0), recipe.make.grid.region)
 
 
 def project_tied(embedding: TokenEmbedding, x: torch.Tensor) -> torch.Tensor:
     """Logits from the token embedding's weights."""
-    return project(x, embedding.weight, embedding.group)
+    return project(x, embedding.weight, embedding.region)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -299,7 +330,7 @@ class Decoder(nn.Module):
                 self.layers.append(spec.build(*spec.args))
             else:
                 embedding = cast(TokenEmbedding, self.layers[0])
-                self.layers.append(VocabParallelProjection(embedding.weight, embedding.group))
+                self.layers.append(VocabParallelProjection(embedding.weight, embedding.region))
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Logits ``[b, s, padded vocab / tp]``, or the loss when targets are given."""

@@ -25,6 +25,7 @@ from jobs.checkpoint.saver import BehindSaver, DirectSaver, Saver
 from jobs.checkpoint.source import ShardSource
 from jobs.data import TokenStore
 from jobs.hooks import Hooks
+from jobs.initial import initialise
 from jobs.location import Location, locate
 from jobs.metrics import MetricsWriter
 from jobs.numerics import BlowUp, LossWatch
@@ -34,6 +35,7 @@ from jobs.paths import RunPaths
 from jobs.report import Reporter
 from jobs.sample import generate
 from jobs.spec import JobSpec, RankEnv
+from strategies.codec import to_json
 from strategies.errors import ResumeRefused, StorageError
 from strategies.schedule import SampleSchedule, Skip
 from strategies.specs import BatchSpec
@@ -93,6 +95,7 @@ class Pretrain:
         Raises:
             CorruptCheckpoint: The checkpoint to restore is damaged.
             ResumeRefused: It belongs to another model, corpus or seed.
+            ConfigError: The weights to begin with are another model's.
             StorageError: The run directory cannot be read or written.
             BlowUp: A step's numbers cannot be right; nothing of it was kept.
         """
@@ -100,6 +103,8 @@ class Pretrain:
         done, manifest = 0, locate(self._env.resume_from)
         if self._env.resume_from:
             done = self._restore()
+        else:
+            initialise(self._engine, self._job)
         dist.barrier()
         self._saver.open()
         steps = self._job.train.steps
@@ -166,6 +171,7 @@ class Pretrain:
             raise BlowUp(step, why, self._schedule.batch_at(step))
 
     def _line(self, step: int, result: StepResult, seconds: float) -> dict[str, Any]:
+        routing = {} if result.moe is None else {"moe": dataclasses.asdict(result.moe)}
         return {
             "step": step,
             "loss": result.loss,
@@ -176,6 +182,7 @@ class Pretrain:
             "epoch": self._env.epoch,
             "seconds": seconds,
             "time": time.time(),
+            **routing,
         }
 
     def _batches(self, step: int) -> list[MicroBatch]:
@@ -187,13 +194,13 @@ class Pretrain:
         return [self._micro_batch(self._schedule.rows(step, replica, micro, plan)) for micro in range(count)]
 
     def _micro_batch(self, rows: tuple[int | None, ...]) -> MicroBatch:
-        seq = self._job.batch.seq
-        tokens = torch.zeros(len(rows), seq, dtype=torch.int64)
-        targets = torch.full((len(rows), seq), IGNORE, dtype=torch.int64)
+        held = self._engine.grid.tokens(self._job.batch.seq)
+        tokens = torch.zeros(len(rows), held.stop - held.start, dtype=torch.int64)
+        targets = torch.full_like(tokens, IGNORE)
         for row, index in enumerate(rows):
             if index is not None:
                 sample = torch.from_numpy(self._store.sample(self._job.train.seed, index))
-                tokens[row], targets[row] = sample[:-1], sample[1:]
+                tokens[row], targets[row] = sample[:-1][held], sample[1:][held]
         return tokens, targets
 
     def _save(self, step: int, *, wait: bool) -> Location:
@@ -202,7 +209,8 @@ class Pretrain:
         return self._saver.save(step, self._extra(step), wait=wait)
 
     def _extra(self, step: int) -> dict[str, Any]:
-        return {
+        initial = {} if self._job.initial is None else {"initial": to_json(self._job.initial)}
+        return initial | {
             "sampler": self._schedule.state(step + 1),
             "data": {"digest": self._job.data.digest, "vocab": self._job.data.vocab},
             "seed": self._job.train.seed,

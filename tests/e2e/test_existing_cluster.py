@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -197,14 +198,22 @@ def test_agents_and_ranks_are_where_the_placement_group_put_them(cluster: netns.
     assert process.wait_until(lambda: quiet(cluster), 10.0)
 
 
+def controller_is_at_the_head(cluster: netns.RayCluster, store: RunStore) -> bool:
+    """Whether the first controller runs on the head's node; looks as soon as it controls."""
+    record = store.paths.controllers / "1.json"
+    wait(record.exists, 90.0, store)
+    return bool(read_json(record)["pid"] in cluster.net.pids(0))
+
+
 @pytest.mark.parametrize("by", [pytest.param("head", marks=pytest.mark.full), "dashboard"])
 def test_the_client_can_go_away(cluster: netns.RayCluster, tmp_path: Path, by: str) -> None:
     """The controller is on the cluster: this process only looks at the run directory."""
     address = cluster.address if by == "head" else cluster.dashboard_url
     store = make_run(cluster, tmp_path, 3, 0.2, address=address)
-    assert ray_client.start_controller(store.paths.root, address) == 1
-    (holder,) = [read_json(path) for path in store.paths.controllers.glob("1.json")]
-    assert holder["pid"] in cluster.net.pids(0)  # the head's node: one that falls with a worker is missed late
+    with ThreadPoolExecutor() as beside:  # a run this short may be over before its client knows that it has begun
+        at_the_head = beside.submit(controller_is_at_the_head, cluster, store)
+        assert ray_client.start_controller(store.paths.root, address) == 1
+        assert at_the_head.result()  # one that falls with a worker is missed late
     wait(lambda: store.run().state.terminal, 90.0, store)
     assert store.run().state is RunState.SUCCEEDED
     assert store.run().step == 3
