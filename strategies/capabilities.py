@@ -67,7 +67,7 @@ class Key(NamedTuple):
     @property
     def to_deepspeed(self) -> Key:
         """What DeepSpeed sees of it: ranks that share a sequence are replicas, and it does not see them split it."""
-        return self._replace(dp=self.dp or self.sp, sp=False, sequence_parallel=False)
+        return self._replace(sp=False, sequence_parallel=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -84,8 +84,11 @@ def test_dualpipev_runs_with_every_state_that_1f1b_runs_with() -> None:
 def test_the_rows_of_the_table_are_those_of_the_probe() -> None:
     keys = list(combinations())
     assert len(keys) == len(set(keys))
-    assert set(parse_table(TABLE)) == set(keys)
     assert all(set(key.rows) <= set(keys) for key in keys)
+    table = parse_table(TABLE)
+    assert set(table) <= set(keys)
+    plain = [key for key in keys if not (key.ep or key.sp or key.cp or key.sequence_parallel)]
+    assert set(plain) <= set(table), "the others go by them until they have been tried"
 
 
 def test_the_probe_goes_on_where_it_was_and_starts_anew_for_another_deepspeed(tmp_path: Path) -> None:
