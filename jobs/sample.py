@@ -8,8 +8,7 @@ from typing import cast
 import torch
 
 from jobs.checkpoint.reader import Reader
-from jobs.data import TokenStore
-from jobs.data.tokenizer import END_OF_TEXT_ID
+from jobs.data import Samples
 from jobs.distributed import Grid
 from jobs.location import Location
 from jobs.models.gpt import Decoder, Recipe
@@ -20,7 +19,7 @@ TEMPERATURE = 0.7
 TOP_K = 40
 
 
-def generate(job: JobSpec, manifest: Location, store: TokenStore) -> str:
+def generate(job: JobSpec, manifest: Location, store: Samples) -> str:
     """Continue the job's prompt by ``train.sample_tokens`` tokens; a pure function of job and checkpoint.
 
     Raises:
@@ -28,7 +27,7 @@ def generate(job: JobSpec, manifest: Location, store: TokenStore) -> str:
         StorageError: It or the tokenizer cannot be read.
     """
     model = load(job, manifest)
-    tokens = store.encode(job.train.sample_prompt) or [END_OF_TEXT_ID]
+    tokens = store.encode(job.train.sample_prompt) or [job.data.end_id]
     generator = torch.Generator().manual_seed(job.train.seed)
     with torch.no_grad():
         for _ in range(job.train.sample_tokens):

@@ -36,6 +36,8 @@ class TrainSpec:
         deterministic: Refuse kernels whose result depends on scheduling (matters on CUDA).
         spike_sigmas: A loss this many standard deviations above its running median is a blow-up
             (:mod:`jobs.numerics`); 0: only what is not finite.
+        eval_every: Steps between evaluations on the validation part of the data; 0 for none.
+        eval_batches: Global batches of one evaluation, as far as there are so many.
         sample_tokens: Tokens of text generated from the final weights; 0 for none.
         sample_prompt: What the generated text continues.
     """
@@ -53,8 +55,41 @@ class TrainSpec:
     weight_decay: float = 0.1
     deterministic: bool = True
     spike_sigmas: float = 10.0
+    eval_every: int = 0
+    eval_batches: int = 4
     sample_tokens: int = 0
     sample_prompt: str = "def "
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceSpec:
+    """One source of a mixture; the fields from ``store`` on are filled when it is prepared.
+
+    Attributes:
+        path: File or folder; empty for ``stdlib``.
+        name: What people call it; unique in the mixture.
+        kind: How documents lie in it: one of :data:`jobs.data.sources.KINDS`.
+        field: Where the text of a record is (``jsonl``, ``parquet``, ``arrow``).
+        weight: Share of the run's tokens, in proportion to the other weights; None where ``epochs`` says it.
+        epochs: How many times its tokens are seen in the whole run; None where ``weight`` says it.
+        store: Folder of its prepared shards.
+        digest: Digest of its tokens.
+        share: Its part of all samples, of :data:`jobs.data.mixture.SHARES`.
+        documents: Documents in it that are trained on.
+        tokens: Tokens in it that are trained on.
+    """
+
+    path: str = ""
+    name: str = ""
+    kind: str = "auto"
+    field: str = "text"
+    weight: float | None = None
+    epochs: float | None = None
+    store: str = ""
+    digest: str = ""
+    share: int = 0
+    documents: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,18 +97,34 @@ class DataSpec:
     """Where the samples come from.
 
     Attributes:
-        kind: ``stdlib``: the source of Python's standard library; ``text``: files of the user.
+        kind: ``stdlib``: Python's standard library; ``text``: files of the user; ``mixture``: ``sources``.
         path: File or folder (``text`` only).
-        store: Folder of the prepared token store, on the shared file system; empty until prepared.
+        store: Folder of the prepared token store (of a mixture: of its tokenizer), on the shared file system; empty
+            until prepared.
         digest: Digest of the prepared tokens; ranks refuse a store that does not carry it.
         vocab: Vocabulary of the tokenizer.
+        sources: What a mixture is made of. Any other kind has one source, itself, once it needs one of the following.
+        tokenizer: A ``tokenizer.json`` (``mixture``); empty trains one.
+        validation: Part of the documents that is not trained on but validated with.
+        packing: No token sees another document than its own, and positions start anew with each.
+        end_id: The token that ends a document.
     """
 
-    kind: Literal["stdlib", "text"]
+    kind: Literal["stdlib", "text", "mixture"]
     path: str = ""
     store: str = ""
     digest: str = ""
     vocab: int = 0
+    sources: tuple[SourceSpec, ...] = ()
+    tokenizer: str = ""
+    validation: float = 0.0
+    packing: bool = False
+    end_id: int = 0
+
+    @property
+    def mixed(self) -> bool:
+        """Whether it is prepared as a mixture is: shard by shard, with a part for validation."""
+        return bool(self.kind == "mixture" or self.tokenizer or self.validation)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

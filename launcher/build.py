@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.location import locate
-from jobs.spec import DataSpec, JobSpec, TrainSpec, engine_config
+from jobs.spec import JobSpec, TrainSpec, engine_config
 from jobs.weights import find
+from launcher.data_checks import data_spec
 from launcher.request import LaunchRequest
 from launcher.schema import Config
 from strategies import rules
@@ -61,14 +62,16 @@ def settle(config: Config, *, name: str, cwd: Path) -> Config:
     def absolute(path: str) -> str:
         return os.path.abspath(cwd / Path(path).expanduser())
 
-    run_dir, path, cache = absolute(config.run.dir), config.data.path, config.data.cache
+    run_dir, data = absolute(config.run.dir), config.data
     return replace(
         config,
         run=replace(config.run, dir=run_dir, name=config.run.name or name),
         data=replace(
-            config.data,
-            path=absolute(path) if path else path,
-            cache=absolute(cache) if cache else os.path.join(run_dir, ".data"),
+            data,
+            path=absolute(data.path) if data.path else data.path,
+            cache=absolute(data.cache) if data.cache else os.path.join(run_dir, ".data"),
+            tokenizer=absolute(data.tokenizer) if data.tokenizer else data.tokenizer,
+            sources=tuple(replace(one, path=absolute(one.path)) if one.path else one for one in data.sources),
         ),
         model=replace(config.model, from_hf=_place(config.model.from_hf, absolute)),
         train=replace(config.train, init_from=_place(config.train.init_from, absolute)),
@@ -221,7 +224,7 @@ def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
         plan=sketch.plan,
         batch=sketch.batch,
         train=train,
-        data=DataSpec(kind=config.data.kind, path=config.data.path or "", vocab=0),
+        data=data_spec(config),
         checkpoint=replace(config.checkpoint, url=f"{config.checkpoint.url}/{run_dir.name}")
         if config.checkpoint.url
         else config.checkpoint,

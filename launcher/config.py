@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from launcher import pretrained
+from launcher.data_checks import data_problems
 from launcher.schema import GROUPS, HINTS, MAXIMUM, MINIMUM, Config
 from launcher.typed import Bounds, Problem, decode, is_text, leaf_types
 from strategies.codec import to_json
@@ -331,7 +332,7 @@ def _delete(tree: DictConfig, key: str) -> None:
 
 def _located(problem: Problem, words: dict[str, str], file_of: Callable[[str], str]) -> Problem:
     """The problem with the word or the file that caused it."""
-    parts = problem.key.split(".")
+    parts = problem.key.partition("[")[0].split(".")  # an entry of a list was typed with the whole list
     typed = [words[key] for end in range(len(parts), 0, -1) if (key := ".".join(parts[:end])) in words]
     where = f"command line: {typed[0]}" if typed else file_of(problem.key)
     return dataclasses.replace(problem, message=f"{problem.message} ({where})")
@@ -362,8 +363,7 @@ def _contradictions(config: Config) -> list[Problem]:
         )
     if name == "latest":
         found.append(Problem(key="run.name", message="'latest' stands for the newest run", hint="Choose another name."))
-    if config.data.kind == "text" and not config.data.path and config.job.kind == "pretrain":
-        found.append(Problem(key="data.path", message="missing", hint="data=text data.path=FILE_OR_DIR"))
+    found += data_problems(config)
     if config.job.kind == "script" and not (config.job.command or "").strip():
         found.append(Problem(key="job.command", message="missing", hint="job=script job.command='python train.py'"))
     if config.job.kind == "script" and config.faults:

@@ -52,6 +52,7 @@ _RULES: tuple[tuple[str, Verdict | None, str], ...] = (
     ("initial", "refused", "the weights that the run began with are its own"),
     ("train.seed", "refused", "the seed fixes the initial weights and the order of samples"),
     ("train.sample", "safe", "only the text generated at the end"),
+    ("train.eval", "safe", "what is measured beside the run does not change it"),
     ("train.spike_sigmas", "safe", "what is taken for a blow-up does not change the numbers"),
     ("train.steps", "changes the run", "the learning rate decays over the whole run"),
     ("train.precision", "changes the run", "other rounding from the next step on"),

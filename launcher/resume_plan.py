@@ -11,9 +11,11 @@ from jobs.paths import RunPaths
 from jobs.spec import JobSpec
 from launcher import build, launch, progress, proposal, render, resume_checks
 from launcher.config import recompose
+from launcher.data_checks import unprepared
 from launcher.describe import plan_line
 from launcher.follow import Screen
 from launcher.lock import controlled
+from launcher.preparation import prepare_data
 from launcher.request import LaunchRequest
 from launcher.resume_diff import Change, compare
 from launcher.run import Run, RunState
@@ -159,13 +161,14 @@ def _live_steps(store: RunStore, run: Run) -> int | None:
 def _with_data(config: Config, before: LaunchRequest, after: LaunchRequest) -> LaunchRequest:
     """The prepared data: those of the run as long as nothing about them changes and they are still there."""
     old, new = before.job, after.job
-    same = (new.kind, new.data.kind, new.data.path) == (old.kind, old.data.kind, old.data.path)
-    if same and new.model.vocab == old.model.vocab and (new.kind == "script" or Path(old.data.store).is_dir()):
+    same = new.kind == old.kind and unprepared(new.data) == unprepared(old.data)
+    there = all(Path(store).is_dir() for store in (old.data.store, *(one.store for one in old.data.sources)))
+    if same and new.model.vocab == old.model.vocab and (new.kind == "script" or there):
         return replace(after, job=replace(new, data=old.data))
     if new.model != old.model or new.kind != old.kind:
         return replace(after, job=replace(new, data=old.data))  # refused anyway: do not tokenize for it
     with launch.closing(_Quiet()) as screen:
-        return launch.prepare_data(config, after, screen)
+        return prepare_data(config, after, screen)
 
 
 def _request(config: Config, before: LaunchRequest, words: tuple[str, ...], fresh: Sequence[str]) -> LaunchRequest:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from jobs.spec import CheckpointSpec
+from launcher.data_schema import DataConfig
 from launcher.request import Budgets, RecoverySpec, TrackingSpec
 from strategies.hardware import FROM_ZERO, Hardware
 from strategies.plan import GradDtype, Offload, Recompute, Schedule
@@ -83,21 +84,6 @@ class ModelConfig:
     moe: MoeSpec | None = None
     latent: LatentAttention | None = None
     from_hf: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """Where the text comes from.
-
-    Attributes:
-        kind: ``stdlib``: the source of Python's standard library on this machine. ``text``: files of the user.
-        path: File or folder of text (``text`` only).
-        cache: Folder of prepared token stores, shared like ``run.dir``; null means ``<run.dir>/.data``.
-    """
-
-    kind: Literal["stdlib", "text"]
-    path: str | None = None
-    cache: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,6 +190,8 @@ class TrainConfig:
         deterministic: Refuse kernels whose result depends on scheduling (matters on CUDA).
         spike_sigmas: A loss this many standard deviations above its running median is a blow-up: the run goes back to
             before it and leaves the step's samples out, once. 0: only what is not finite.
+        eval_every: Steps between evaluations on what ``data.validation`` keeps from training; 0 for none.
+        eval_batches: Global batches of one evaluation, as far as there are so many.
         skips: Samples that are never trained on, for example ``[{step: 100, samples: 512}]``: before step 100 the next
             512 are passed over.
         sample_tokens: Tokens of text generated from the final weights; 0 for none.
@@ -228,6 +216,8 @@ class TrainConfig:
     weight_decay: float = 0.1
     deterministic: bool = True
     spike_sigmas: float = 10.0
+    eval_every: int = 0
+    eval_batches: int = 4
     skips: tuple[Skip, ...] = ()
     sample_tokens: int = 0
     sample_prompt: str = "def "
@@ -337,8 +327,10 @@ MINIMUM: dict[str, float] = {
     **{f"cluster.hardware.{key}": 0 for key in FROM_ZERO},
     **{f"strategy.{key}": 1 for key in ("tp", "pp", "dp", "ep", "sp", "cp", "vpp", "micro_batch")},
     "strategy.zero_stage": 0,
-    **{f"train.{key}": 1 for key in ("steps", "tokens", "global_batch")},
+    **{f"train.{key}": 1 for key in ("steps", "tokens", "global_batch", "eval_batches")},
     **{f"train.ramp.{key}": 0 for key in ("start", "increment", "samples", "tokens")},
+    "data.validation": 0,
+    "data.workers": 1,
     **{
         f"train.{key}": 0
         for key in (
@@ -352,6 +344,7 @@ MINIMUM: dict[str, float] = {
             "eps",
             "weight_decay",
             "spike_sigmas",
+            "eval_every",
             "sample_tokens",
         )
     },
@@ -369,6 +362,7 @@ MINIMUM: dict[str, float] = {
 }
 MAXIMUM: dict[str, float] = {
     "strategy.zero_stage": 3,
+    "data.validation": 0.5,
     "train.beta1": 1,
     "train.beta2": 1,
     **{f"cluster.hardware.{key}": 1 for key in ("intra_latency_s", "inter_latency_s")},

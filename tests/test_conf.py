@@ -22,6 +22,7 @@ from strategies.specs import ModelSpec
 
 NEEDED = {
     "data=text": ["data.path=corpus.txt"],
+    "data=mixture": ["data.sources=[{path: a.jsonl, weight: 1}]"],
     "job=script": ["job.command=python train.py"],
     "cluster=existing": ["cluster.nodes=3", "cluster.slots_per_node=2"],
 }

@@ -80,7 +80,15 @@ def test_submit_as_a_dry_run(words: list[str], tmp_path: Path) -> None:
     words = [re.sub("^run.dir=/shared", f"run.dir={tmp_path}", word) for word in words[1:]]
     if "cluster=existing" in words:
         pytest.skip("needs the cluster that it names; tests/e2e/test_existing_cluster.py has one")
-    done = cli.phalanx(*words, "--dry-run", "data=text", cli.corpus(tmp_path), "model.vocab=300", cwd=tmp_path)
+    if "data=mixture" in words:
+        lines = "".join(f'{{"text": "{number} is a number", "body": "{number}"}}\n' for number in range(3000))
+        for name in ("crawl", "wiki"):
+            (tmp_path / f"{name}.jsonl").write_text(lines)
+        words = [word.replace("crawl,", "crawl.jsonl,").replace("wiki,", "wiki.jsonl,") for word in words]
+        words = [word.replace("books.parquet,", "crawl.jsonl, name: books,") for word in words] + ["model.seq=16"]
+    else:
+        words += ["data=text", cli.corpus(tmp_path)]
+    done = cli.phalanx(*words, "--dry-run", "model.vocab=300", cwd=tmp_path)
     assert done.code == 0, done.err
     assert done.document["request"]["run_name"]
 

@@ -23,12 +23,20 @@ from jobs.distributed import Grid
 from jobs.engine import experts
 from jobs.engine.process import silence
 from jobs.models.gpt import Decoder, LayerSpec, LossFunction, Recipe, layer_specs, stage_bounds
+from jobs.models.packing import Documents
 from jobs.parallel.meta import ParamMeta
 from jobs.parallel.router_log import RouterLog
 from jobs.spec import JobSpec
 from strategies.errors import ConfigError, PlanInfeasible, Violation
 from strategies.plan import ParallelPlan
 from strategies.topology import Topology
+
+
+def refuse_packing(job: JobSpec) -> None:
+    """Likewise: which document a token is of is known to ranks that have whole sequences, in the order of 1F1B."""
+    if job.data.packing and (job.plan.sp > 1 or job.plan.schedule != "1f1b"):
+        message = f"documents cannot be kept apart with sp={job.plan.sp}, schedule={job.plan.schedule}"
+        raise PlanInfeasible([Violation(rule="packing", message=message, hint="data.packing=false")])
 
 
 def refuse_modelled_only(plan: ParallelPlan) -> None:
@@ -58,6 +66,7 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
     def __init__(self, job: JobSpec, log: RouterLog | None) -> None:
         self._job = job
         self._log = log
+        self.documents = documents_of(job)
         super().__init__(layers=[], topology=_topology(job.plan))
         self.loss_fn = LossFunction(job.model, self.grid)
 
@@ -66,10 +75,16 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
 
     def _cut(self, grid: Grid) -> None:
         self.grid = grid
-        self._layer_specs = [_pipe_layer(spec) for spec in layer_specs(_recipe(self._job, grid, self._log))]
+        recipe = _recipe(self._job, grid, self.documents, self._log)
+        self._layer_specs = [_pipe_layer(spec) for spec in layer_specs(recipe)]
         self._num_layers = len(self._layer_specs)
         self.parts = stage_bounds(self._job.model, self._job.plan.parts)
         self._set_bounds(start=self.parts[grid.pipe], stop=self.parts[grid.pipe + 1])
+
+    def forward(self, inputs: Any) -> Any:
+        if self.documents is not None:
+            self.documents.begin()
+        return super().forward(inputs)
 
     def _synchronize_tied_weights(self) -> None:
         with torch.no_grad():  # DeepSpeed writes into the parameters under autograd's eyes
@@ -140,7 +155,7 @@ def _unpipelined(job: JobSpec, log: RouterLog | None) -> Assembled:
     mpu = PipelineParallelGrid(_topology(plan))
     grid = _grid_of(mpu, plan)
     loss = LossFunction(job.model, grid)
-    ds = _initialize(job, Decoder(_recipe(job, grid, log), loss), mpu=mpu)
+    ds = _initialize(job, Decoder(_recipe(job, grid, documents_of(job), log), loss), mpu=mpu)
     return Assembled(ds=ds, grid=grid, loss=loss, router_log=log)
 
 
@@ -169,8 +184,15 @@ def _undo_empty_step(optimizer: Any) -> None:
             master.data.copy_(weight.data)
 
 
-def _recipe(job: JobSpec, grid: Grid, log: RouterLog | None) -> Recipe:
-    return Recipe.of(job.model, grid, seed=job.train.seed, recompute=job.plan.recompute, router_log=log)
+def documents_of(job: JobSpec) -> Documents | None:
+    """What keeps documents apart, if that is asked for."""
+    return Documents(job.data.end_id) if job.data.packing else None
+
+
+def _recipe(job: JobSpec, grid: Grid, documents: Documents | None, log: RouterLog | None) -> Recipe:
+    return Recipe.of(
+        job.model, grid, seed=job.train.seed, recompute=job.plan.recompute, documents=documents, router_log=log
+    )
 
 
 def _topology(plan: ParallelPlan) -> PipeModelDataParallelTopology:

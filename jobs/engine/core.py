@@ -17,6 +17,7 @@ from torch import nn
 from jobs import distributed
 from jobs.engine import assembly, process
 from jobs.engine.norm import ExpertNorm
+from jobs.models.packing import Documents
 from jobs.own_time import OwnTime
 from jobs.parallel.meta import ParamMeta
 from jobs.parallel.router_log import RouterStats
@@ -67,6 +68,7 @@ class Engine:
         self._full = job.batch
         self._own_norm: torch.Tensor | None = None
         self._expert_norm = ExpertNorm(ds, self.grid) if self.plan.ep > 1 else None
+        self._documents: Documents | None = getattr(ds.module, "documents", None)  # of a stage, not of a whole model
         if _unwrapped_optimizer(ds):
             ds.clip_fp32_gradients = lambda: None  # done by the hook, which also keeps the norm
             ds.basic_optimizer.register_step_pre_hook(lambda *_: self._clip())
@@ -79,6 +81,7 @@ class Engine:
             PlanInfeasible: The plan uses an axis or a schedule that is modelled only.
         """
         assembly.refuse_modelled_only(job.plan)
+        assembly.refuse_packing(job)
         own_time = process.join(env, deterministic=job.train.deterministic)
         return cls(assembly.assemble(job), job, own_time)
 
@@ -95,8 +98,11 @@ class Engine:
 
     @property
     def needs_data(self) -> bool:
-        """Whether this rank looks at the batches it is given (the first stage embeds, the last has the loss)."""
-        return self.grid.first_stage or self.grid.last_stage
+        """Whether this rank looks at the batches it is given: the first stage embeds, the last has the loss.
+
+        Where documents are kept apart all do.
+        """
+        return self.grid.first_stage or self.grid.last_stage or self._documents is not None
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(global name, parameter) of everything this rank holds; each parameter carries ``.phalanx``."""
@@ -144,6 +150,21 @@ class Engine:
             moe=None if self.router_log is None else self.router_log.take(self.grid),
         )
 
+    def evaluate(self, batches: Sequence[MicroBatch]) -> float:
+        """Mean cross entropy of micro-batches as :meth:`train_step` takes them. Collective.
+
+        No state of training changes. Where rows weigh nothing the mean is still over all tokens of a global batch.
+        """
+        self._accumulate(len(batches), self._full.tokens)
+        if self.plan.pp > 1:
+            return float(self.ds.eval_batch(self._micro_batches(batches)))
+        self.ds.eval()
+        with torch.no_grad():
+            losses = (self.ds(tokens.to(self.device), targets.to(self.device)) for tokens, targets in batches)
+            total = sum(losses, torch.zeros((), dtype=torch.float64, device=self.device))
+        self.ds.train()
+        return self._mean(total, len(batches))
+
     def set_position(self, step: int) -> None:
         """Make DeepSpeed's counters and the learning rate those of an engine that has done ``step`` steps."""
         self.ds.global_steps = step
@@ -165,7 +186,13 @@ class Engine:
         distributed.shutdown()
 
     def _train_pipelined(self, batches: Sequence[MicroBatch]) -> float:
-        return float(self.ds.train_batch(iter(batches)))
+        return float(self.ds.train_batch(self._micro_batches(batches)))
+
+    def _micro_batches(self, batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
+        """Micro-batches for a pipeline, whose stages all have to know where documents end."""
+        if self._documents is not None:
+            self._documents.load((tokens for tokens, _ in batches), self.device)
+        return iter(batches)
 
     def _train_unpipelined(self, batches: Sequence[MicroBatch]) -> float:
         self.ds.train()
@@ -175,9 +202,13 @@ class Engine:
             total += loss.detach()
             self.ds.backward(loss)
             self.ds.step()
+        return self._mean(total, len(batches))
+
+    def _mean(self, total: torch.Tensor, count: int) -> float:
+        """Mean over ``count`` micro-batches and all replicas of a replica's sum."""
         if self.grid.data_group is not None:
             dist.all_reduce(total, group=self.grid.data_group)
-        return float(total) / (len(batches) * Topology(self.plan).data_size)
+        return float(total) / (count * Topology(self.plan).data_size)
 
     def _grad_norm(self) -> float:
         norm = self.ds.get_global_grad_norm() if self._own_norm is None else self._own_norm

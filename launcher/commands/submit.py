@@ -12,6 +12,7 @@ import click
 from launcher.commands.common import json_option, overrides_argument, print_json, say
 
 if TYPE_CHECKING:
+    from launcher.ray_process import RayProcess
     from launcher.request import LaunchRequest
     from launcher.ship import Shipment
 
@@ -35,10 +36,19 @@ def command(ctx: click.Context, dry_run: bool, detach: bool, as_json: bool, over
     OVERRIDES are those of plan. Exit code: 0 succeeded (or detached), 100 failed, 103 cancelled. Ctrl-C cancels a run
     on this machine cleanly, and detaches from one on an existing cluster.
     """
+    from launcher import backends
+
+    with backends.asking(overrides) as ray:
+        ctx.exit(_submit(overrides, ray, dry_run=dry_run, detach=detach, as_json=as_json))
+
+
+def _submit(overrides: tuple[str, ...], ray: RayProcess | None, *, dry_run: bool, detach: bool, as_json: bool) -> int:
+    """Everything; returns the exit code."""
     from launcher import build, launch
     from launcher.config import compose
     from launcher.finish import finish
     from launcher.follow import screen
+    from launcher.preparation import prepare_data
     from strategies.errors import ConfigError
 
     config = compose(overrides)
@@ -49,18 +59,18 @@ def command(ctx: click.Context, dry_run: bool, detach: bool, as_json: bool, over
             f"--detach needs cluster=existing: a cluster={config.cluster.kind} run is controlled by this command.",
             hint="Use cluster=existing cluster.address=IP:PORT, or leave --detach out.",
         )
-    request = build.build_request(config, overrides, launch.measured(config))
+    request = build.build_request(config, overrides, launch.measured(config, ray))
     shipment = launch.project(config)
     launch.check_parent(Path(config.run.dir))
     with launch.closing(screen()) as shown:
-        request = launch.prepare_data(config, request, shown)
+        request = prepare_data(config, request, shown)
         if dry_run:
             print_json(dry_run_document(request, shipment))
-            return
+            return 0
         store = launch.create(request, config, shipment)
         shown.say(f"run {store.name} in {store.paths.root}")
-        outcome = launch.run(store, shown, detach=detach)
-    ctx.exit(finish(store, config, outcome, as_json=as_json, folder=_typed_folder(config.run.dir)))
+        outcome = launch.run(store, shown, detach=detach, ray=ray)
+    return finish(store, config, outcome, as_json=as_json, folder=_typed_folder(config.run.dir))
 
 
 def dry_run_document(request: LaunchRequest, shipment: Shipment | None) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher import build
-from launcher.schema import ClusterConfig, Config, DataConfig, ModelConfig, StrategyConfig, TrainConfig
+from launcher.data_schema import DataConfig
+from launcher.schema import ClusterConfig, Config, ModelConfig, StrategyConfig, TrainConfig
 from strategies.codec import to_json
 from strategies.errors import ConfigError, PlanInfeasible
 from strategies.plan import ParallelPlan
@@ -178,6 +179,7 @@ def _train(train: TrainConfig, dp: int) -> TrainConfig:
         precision=train.precision if train.precision == "fp32" else "bf16",
         spike_sigmas=train.spike_sigmas or 10.0,
         skips=(),
+        eval_every=0,
         sample_tokens=0,
     )
 
