@@ -48,5 +48,5 @@ def test_weights_of_shorter_sequences_are_taken_where_positions_turn(tmp_path: P
 
 def test_learned_positions_reach_no_further(tmp_path: Path) -> None:
     weights = find(str(write_model_checkpoint(tmp_path, GPT)))
-    with pytest.raises(ConfigError, match="cannot be extended: keep model.seq=32"):
+    with pytest.raises(ConfigError, match=r"cannot be extended: keep model\.seq=32"):
         check(weights, dataclasses.replace(GPT, seq=128))
