@@ -297,7 +297,8 @@ def _finish(tree: DictConfig, given: list[Given], file_of: Callable[[str], str],
         _apply(tree, given)
         if fresh or {"model.from_hf", "job.weights"} & set(words):  # a stored configuration has the sizes already
             values, problems = pretrained.model_section(tree["job"], tree["model"])
-            tree["model"] = OmegaConf.merge(tree["model"], values)
+            for key, value in values.items():
+                tree["model"][key] = value  # as a whole: nothing is left of experts that were chosen before
             _apply(tree, [one for one in given if one.key.startswith("model.") and one.key != "model.from_hf"])
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
