@@ -42,6 +42,7 @@ def command(ctx: click.Context, faults: str, seed: int, count: int, as_json: boo
     from launcher import launch
     from launcher.config import compose
     from launcher.drill import report
+    from launcher.drill.changes import changes_text
     from launcher.drill.programme import Programme, choose, keeper
     from launcher.drill.toy import shrink
     from launcher.follow import screen
@@ -54,7 +55,7 @@ def command(ctx: click.Context, faults: str, seed: int, count: int, as_json: boo
     folder = Path(toy.config.run.dir)
     drawn = seed if faults == "random" else None
     with _signals(), launch.closing(screen()) as shown:
-        shown.say(f"drill of {toy.plan.describe()} in {folder}\n{report.changes_text(toy.changes)}")
+        shown.say(f"drill of {toy.plan.describe()} in {folder}\n{changes_text(toy.changes)}")
         results = Programme(toy, chosen, shown).carry_out(keeper(toy, seed=drawn))
     if as_json:
         plan = toy.plan.describe()

@@ -11,11 +11,12 @@ from pathlib import Path
 from launcher.drill import report
 from launcher.drill.case import Aim, Case, usual_aim
 from launcher.drill.catalogue import CATALOGUE, named
+from launcher.drill.changes import with_changes
 from launcher.drill.compare import compare
 from launcher.drill.draw import Draw, draws
 from launcher.drill.evidence import gather
 from launcher.drill.needs import missing
-from launcher.drill.rehearsal import Ended, Rehearsal, create, prepared, undisturbed, with_changes
+from launcher.drill.rehearsal import Ended, Rehearsal, create, prepared, undisturbed
 from launcher.drill.report import Result
 from launcher.drill.toy import STEPS, Toy
 from launcher.follow import Screen
