@@ -28,6 +28,7 @@ from strategies.codec import to_json
 from strategies.errors import ConfigError, StorageError, did_you_mean
 
 SEARCHPATH = "hydra.searchpath"
+LONGEST_NAME = 128  # characters of the name of a run; file systems take 255 bytes, and other names are made of it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -348,6 +349,9 @@ def _contradictions(config: Config) -> list[Problem]:
         found.append(
             Problem(key="run.name", message=f"{name!r} is no name: letters, digits and ._- only, no leading . or -")
         )
+    elif name is not None and len(name) > LONGEST_NAME:
+        message = f"{len(name)} characters are too many for the name of a folder and what is made of it"
+        found.append(Problem(key="run.name", message=message, hint=f"Use at most {LONGEST_NAME}."))
     if name == "latest":
         found.append(Problem(key="run.name", message="'latest' stands for the newest run", hint="Choose another name."))
     if config.data.kind == "text" and not config.data.path and config.job.kind == "pretrain":

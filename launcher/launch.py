@@ -38,7 +38,7 @@ from launcher.request import LaunchRequest
 from launcher.run import EventKind, RunState
 from launcher.schema import Config
 from launcher.ship import Shipment, renew_code, same_code, ship_code, ship_project, survey
-from launcher.store import RunStore, dump, write_atomic
+from launcher.store import RunStore, dump, taken, write_atomic
 from strategies.errors import ClusterError, PhalanxError, ResumeRefused, StorageError
 from strategies.specs import ClusterSpec
 
@@ -346,8 +346,20 @@ def closing(screen: Screen) -> Iterator[Screen]:
         sys.stderr.flush()
 
 
+def check_place(run_dir: Path) -> None:
+    """A run directory can be made there, before anything expensive is done.
+
+    Raises:
+        ConfigError: A run of this name exists.
+        StorageError: Its parent cannot be written.
+    """
+    if run_dir.exists():
+        raise taken(run_dir)
+    check_parent(run_dir.parent)
+
+
 def check_parent(folder: Path) -> None:
-    """The parent of run directories can be written, before anything expensive is done.
+    """The parent of run directories can be written.
 
     Raises:
         StorageError: It cannot.

@@ -69,7 +69,7 @@ def command(
         )
     request = build.build_request(config, overrides, launch.measured(config))
     shipment = launch.project(config)
-    launch.check_parent(Path(config.run.dir))
+    launch.check_place(Path(request.run_dir))
     with launch.closing(screen()) as shown:
         if toy:
             _announce(toy, request, shown)

@@ -45,6 +45,10 @@ def choose(words: str, toy: Toy, *, seed: int, count: int) -> tuple[Draw, ...]:
     if words == "random":
         able = [case for case in CATALOGUE if case.drawn and not missing(case.needs, toy.plan)]
         return draws(able, seed=seed, count=count, plan=toy.plan, nodes=nodes)
+    if not words.strip(" ,"):
+        raise ConfigError(
+            "--faults names no fault.", hint="phalanx drill --faults list shows them; all is the default."
+        )
     names = [case.name for case in CATALOGUE] if words == "all" else [word.strip() for word in words.split(",")]
     unknown = [name for name in names if named(name) is None]
     if unknown:
