@@ -15,6 +15,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from jobs.parallel.region import TensorRegion
+from jobs.parallel.ulysses import SequenceRanks
 from jobs.spec import RankEnv
 
 STORE_TIMEOUT_S = 300.0
@@ -23,29 +25,61 @@ COLLECTIVE_TIMEOUT_S = 1800.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """This rank's place in the gang, with the process groups of its three axes.
+    """This rank's place in the gang, with the process groups of its axes.
 
     Attributes:
         pipe: Pipeline stage, from 0.
         data: Data-parallel replica, from 0.
         model: Tensor-parallel rank, from 0.
+        seq: Which part of its replica's sequences this rank has, from 0 (Ulysses).
         pp: Number of stages.
         dp: Number of replicas.
         tp: Tensor-parallel degree.
+        sp: Number of parts that sequences are cut into.
         model_group: Ranks that hold the other shards of the same layers; None when ``tp`` is 1.
-        data_group: Ranks that hold the same part of the model; None when ``dp`` is 1.
+        data_group: Ranks that hold the same part of the model: replicas, and the ranks of a replica's sequences; None
+            for a group of one.
+        seq_group: Ranks that have the other parts of the same sequences, in order; None when ``sp`` is 1.
         pipe_group: Ranks of the other stages of this replica; None when ``pp`` is 1.
+        split: What lies between tensor-parallel layers is split over their ranks, along the sequence.
+        folded: The model runs down through the stages and up again (DualPipeV), so the first has both its ends.
     """
 
     pipe: int = 0
     data: int = 0
     model: int = 0
+    seq: int = 0
     pp: int = 1
     dp: int = 1
     tp: int = 1
+    sp: int = 1
     model_group: dist.ProcessGroup | None = None
     data_group: dist.ProcessGroup | None = None
+    seq_group: dist.ProcessGroup | None = None
     pipe_group: dist.ProcessGroup | None = None
+    split: bool = False
+    folded: bool = False
+
+    @property
+    def region(self) -> TensorRegion:
+        """What lies between tensor-parallel layers."""
+        return TensorRegion(group=self.model_group, split=self.split)
+
+    @property
+    def sequence(self) -> SequenceRanks:
+        """The ranks that share a sequence."""
+        return SequenceRanks(group=self.seq_group, size=self.sp)
+
+    def tokens(self, length: int) -> slice:
+        """Which of the ``length`` tokens of a sequence this rank is given."""
+        held = length // self.sp
+        return slice(self.seq * held, (self.seq + 1) * held)
+
+    def positions(self, count: int) -> slice:
+        """Where the ``count`` tokens that this rank has between its layers are in their sequence."""
+        held = count * self.tp if self.split else count
+        first = self.seq * held + (self.model * count if self.split else 0)
+        return slice(first, first + count)
 
     @property
     def first_stage(self) -> bool:
@@ -55,7 +89,7 @@ class Grid:
     @property
     def last_stage(self) -> bool:
         """Whether this rank computes the loss."""
-        return self.pipe == self.pp - 1
+        return self.pipe == (0 if self.folded else self.pp - 1)
 
 
 def init_process_group(env: RankEnv, backend: str, *, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> None:

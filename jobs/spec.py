@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from strategies.deepspeed_config import deepspeed_config
 from strategies.plan import ParallelPlan
-from strategies.schedule import Skip
+from strategies.schedule import SampleSchedule, Skip
 from strategies.specs import BatchSpec, ModelSpec, Precision
 
 
@@ -95,6 +95,21 @@ class CheckpointSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsSpec:
+    """Weights that a job takes from elsewhere (:mod:`jobs.weights`).
+
+    Attributes:
+        kind: ``hf``: a Hugging Face folder. ``checkpoint``: a committed checkpoint.
+        path: The folder, or the manifest.
+        files: SHA-256 of what it consists of, by name; empty until they are recorded.
+    """
+
+    kind: Literal["hf", "checkpoint"]
+    path: str
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class JobSpec:
     """Everything that all ranks of a job agree on.
 
@@ -112,6 +127,7 @@ class JobSpec:
         faults: Faults to inject, in the grammar of :mod:`jobs.faults`, all resolved (no ``random``).
         command: Command line of a ``script`` job.
         workdir: Folder in which a ``script`` job starts.
+        initial: The weights that training begins with; None: drawn from the seed.
         version: Version of this document.
     """
 
@@ -128,7 +144,12 @@ class JobSpec:
     faults: tuple[str, ...] = ()
     command: str = ""
     workdir: str = ""
+    initial: WeightsSpec | None = None
     version: int = 1
+
+    def schedule(self) -> SampleSchedule:
+        """Which samples each step consumes, from the first step on."""
+        return SampleSchedule.of(self.batch, self.skips)
 
     def skipping(self, skips: tuple[Skip, ...]) -> JobSpec:
         """The same job, passing over more samples."""

@@ -228,7 +228,7 @@ def overrides(plan: ParallelPlan) -> list[str]:
 
 
 def _configured(config: Config, machine: ClusterSpec | None) -> Workload:
-    batch = BatchSpec(global_batch=config.train.global_batch, seq=config.model.seq)
+    batch = build.batch_spec(config)
     return _work(config, build.model_spec(config), batch, machine or build.cluster_spec(config))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jobs.location import locate
 from jobs.spec import DataSpec, JobSpec, TrainSpec, engine_config
+from jobs.weights import find
 from launcher.request import LaunchRequest
 from launcher.schema import Config
 from strategies import rules
@@ -18,9 +19,10 @@ from strategies.capabilities import MODELLED_ONLY
 from strategies.errors import ConfigError, PlanInfeasible, Violation
 from strategies.plan import ParallelPlan
 from strategies.resolve import resolve_plan
+from strategies.rotary import scaled_base
 from strategies.schedule import SampleSchedule
 from strategies.specs import BatchSpec, ClusterSpec, ModelSpec
-from strategies.workload import Workload
+from strategies.workload import Workload, run_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,9 +70,19 @@ def settle(config: Config, *, name: str, cwd: Path) -> Config:
             path=absolute(path) if path else path,
             cache=absolute(cache) if cache else os.path.join(run_dir, ".data"),
         ),
+        model=replace(config.model, from_hf=_place(config.model.from_hf, absolute)),
+        train=replace(config.train, init_from=_place(config.train.init_from, absolute)),
         job=replace(config.job, workdir=absolute(config.job.workdir)),
         checkpoint=replace(config.checkpoint, url=_address(config.checkpoint.url, absolute)),
     )
+
+
+def _place(path: str | None, absolute: Callable[[str], str]) -> str | None:
+    """An absolute path, what says of which kind it is kept; addresses in an object store are absolute already."""
+    if not path or "://" in path:
+        return path
+    kind = "hf:" if path.startswith("hf:") else ""
+    return kind + absolute(path.removeprefix(kind))
 
 
 def _address(url: str | None, absolute: Callable[[str], str]) -> str | None:
@@ -104,7 +116,7 @@ def outline(config: Config, cluster: ClusterSpec | None = None, *, plan: Paralle
     """
     machine = cluster or cluster_spec(config)
     missing = _missing_nodes(config, machine)
-    model, batch = model_spec(config), BatchSpec(global_batch=config.train.global_batch, seq=config.model.seq)
+    model, batch = model_spec(config), batch_spec(config)
     if config.job.kind == "script":
         plan = _script_plan(config, machine)
         rows = BatchSpec(global_batch=plan.dp, seq=1)
@@ -138,7 +150,7 @@ def work_of(config: Config, model: ModelSpec, batch: BatchSpec, machine: Cluster
         cluster=machine,
         precision=config.train.precision,
         framework=config.planner.framework,
-        tokens=float(config.train.steps * batch.tokens) if tokens is None else tokens,
+        tokens=float(run_tokens(batch, config.train.steps)) if tokens is None else tokens,
     )
 
 
@@ -201,7 +213,7 @@ def build_request(config: Config, overrides: Sequence[str], cluster: ClusterSpec
 def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
     script = config.job.kind == "script"
     train = train_spec(config)
-    SampleSchedule(global_batch=config.train.global_batch, skips=config.train.skips)  # says what is wrong with them
+    SampleSchedule.of(sketch.batch, config.train.skips)  # says what is wrong with them
     return JobSpec(
         run_id=str(config.run.name),
         kind=config.job.kind,
@@ -218,6 +230,7 @@ def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
         faults=resolved_faults(config, sketch),
         command=config.job.command or "" if script else "",
         workdir=str(run_dir / "user") if script else "",
+        initial=find(config.train.init_from) if config.train.init_from else None,
     )
 
 
@@ -251,15 +264,28 @@ def model_spec(config: Config) -> ModelSpec:
     """The model, derived sizes filled in."""
     model = config.model
     values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-    derived = {"kv_heads": model.kv_heads or model.heads, "ffn": model.ffn or 4 * model.hidden}
-    return ModelSpec(**values | derived | {"head_width": model.head_width or 0})
+    del values["from_hf"], values["rope_scaling"]
+    width = model.head_width or model.hidden // model.heads
+    derived = {
+        "kv_heads": model.kv_heads or model.heads,
+        "ffn": model.ffn or 4 * model.hidden,
+        "head_width": model.head_width or 0,
+        "rope_theta": scaled_base(model.rope_theta, model.rope_scaling, width),
+    }
+    return ModelSpec(**values | derived)
+
+
+def batch_spec(config: Config) -> BatchSpec:
+    """The work of one step, and how it grows."""
+    return BatchSpec(global_batch=config.train.global_batch, seq=config.model.seq, ramp=config.train.ramp)
 
 
 def train_spec(config: Config) -> TrainSpec:
     """The recipe, derived rates filled in."""
     train = config.train
     values = {field.name: getattr(train, field.name) for field in dataclasses.fields(train)}
-    del values["global_batch"], values["tokens"], values["skips"]
+    for name in ("global_batch", "ramp", "tokens", "skips", "init_from"):
+        del values[name]
     return TrainSpec(**values | {"min_lr": train.lr / 10 if train.min_lr is None else train.min_lr})
 
 

@@ -22,6 +22,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from launcher import pretrained
 from launcher.schema import GROUPS, HINTS, MAXIMUM, MINIMUM, Config
 from launcher.typed import Bounds, Problem, decode, is_text, leaf_types
 from strategies.codec import to_json
@@ -73,7 +74,7 @@ def compose(overrides: Sequence[str]) -> Config:
     """
     given, folders = _understand(overrides)
     tree, choices = _compose_groups(given)
-    return _finish(tree, given, lambda key: _file_of(key, choices, folders))
+    return _finish(tree, given, lambda key: _file_of(key, choices, folders), fresh=True)
 
 
 def recompose(stored: Path, overrides: Sequence[str]) -> Config:
@@ -106,7 +107,7 @@ def recompose(stored: Path, overrides: Sequence[str]) -> Config:
         fresh, _ = _compose_groups(given)
         for one in picked:
             tree[one.key] = fresh[one.key]
-    return _finish(tree, given, lambda key: str(stored))
+    return _finish(tree, given, lambda key: str(stored), fresh=False)
 
 
 def to_yaml(config: Config) -> str:
@@ -288,27 +289,38 @@ def _compose_groups(given: list[Given]) -> tuple[DictConfig, dict[str, str]]:
 # ---- values -----------------------------------------------------------------------------------------------------
 
 
-def _finish(tree: DictConfig, given: list[Given], file_of: Callable[[str], str]) -> Config:
-    words: dict[str, str] = {}
+def _finish(tree: DictConfig, given: list[Given], file_of: Callable[[str], str], *, fresh: bool) -> Config:
+    words = {one.key: one.text for one in given if not one.group and one.key != SEARCHPATH}
     OmegaConf.set_struct(tree, False)
+    problems: list[Problem] = []
     try:
-        for one in given:
-            if one.group or one.key == SEARCHPATH:
-                continue
-            words[one.key] = one.text
-            if one.delete:
-                _delete(tree, one.key)
-            else:
-                OmegaConf.update(tree, one.key, one.value, merge=True, force_add=True)
+        _apply(tree, given)
+        folder = OmegaConf.select(tree, "model.from_hf")
+        if folder and (fresh or "model.from_hf" in words):  # a stored configuration has the sizes already
+            values, problems = pretrained.model_section(str(folder))
+            OmegaConf.update(tree, "model", values, merge=True)
+            _apply(tree, [one for one in given if one.key.startswith("model.")])
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
-    config, problems = decode(Config, plain, Bounds(least=MINIMUM, most=MAXIMUM, hints=HINTS))
+    config, wrong = decode(Config, plain, Bounds(least=MINIMUM, most=MAXIMUM, hints=HINTS))
+    problems += wrong
     if not problems:
-        problems = _contradictions(config)
+        problems = _contradictions(config) + (pretrained.problems(config) if fresh else [])
     _raise([_located(problem, words, file_of) for problem in problems])
     return cast(Config, config)
+
+
+def _apply(tree: DictConfig, given: Iterable[Given]) -> None:
+    """Lay single values over the tree, in the order in which they were typed."""
+    for one in given:
+        if one.group or one.key == SEARCHPATH:
+            continue
+        if one.delete:
+            _delete(tree, one.key)
+        else:
+            OmegaConf.update(tree, one.key, one.value, merge=True, force_add=True)
 
 
 def _delete(tree: DictConfig, key: str) -> None:
@@ -365,6 +377,9 @@ def _contradictions(config: Config) -> list[Problem]:
     if config.job.kind == "script" and config.checkpoint.url:
         message = "a script writes its checkpoints itself, to $PHALANX_CKPT_DIR in the run directory"
         found.append(Problem(key="checkpoint.url", message=message, hint="Leave it out."))
+    if config.model.rope_scaling != 1 and config.model.flavour != "llama":
+        message = f"flavour {config.model.flavour} has learned positions, which reach no further than model.seq"
+        found.append(Problem(key="model.rope_scaling", message=message, hint="Use 1, or a model of flavour llama."))
     if config.strategy.auto and config.job.kind == "script":
         message = "a script brings its own parallelism: there is nothing to choose"
         found.append(Problem(key="strategy.auto", message=message, hint="Use strategy=default."))

@@ -11,6 +11,8 @@ Of what a run has cost:
 ``predicted``    the planner's numbers (:mod:`launcher.forecast`), or ``why`` there are none
 ``measured``     the same of what happened
 ``attempts``     with ``errors``: what the ranks died of, equal errors grouped (:mod:`launcher.rank_errors`)
+``excluded``     nodes that carry no ranks for now: ``node``, ``until`` (UTC seconds), ``reason``
+``stragglers``   ranks that were found slow: ``attempt``, ``failure``, ``ratio`` (own time of a step over its peers')
 ``slow_starts``  nodes whose ranks started as fresh processes, not from the warm pool, and why
 ===============  ======================================================================================================
 """
@@ -86,6 +88,8 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "loss": _losses(store, last),
         "tokens_per_s": last.get("tokens_per_s"),
         "attempts": [_attempt(attempt, store.paths) for attempt in run.attempts],
+        "excluded": _excluded(run, events, now),
+        "stragglers": [{"attempt": e.attempt, **e.data} for e in events if e.kind is EventKind.STRAGGLER_FOUND],
         "slow_starts": [{"attempt": e.attempt, **e.data} for e in events if e.kind is EventKind.POOL_UNSAFE],
         "ranks": _ranks(store.paths, run),
         "steps_lost": run.steps_lost,
@@ -102,6 +106,12 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "weights_digest": run.weights_digest,
         "sample": _text(store.paths.sample),
     }
+
+
+def _excluded(run: Run, events: Sequence[RunEvent], now: float) -> list[dict[str, Any]]:
+    why = {str(e.data["node"]): str(e.data["reason"]) for e in events if e.kind is EventKind.NODE_EXCLUDED}
+    still = sorted((until, node) for node, until in run.excluded.items() if until > now)
+    return [{"node": node, "until": until, "reason": why.get(node, "")} for until, node in still]
 
 
 def brief(store: RunStore) -> dict[str, Any]:

@@ -220,7 +220,10 @@ def _failures(work: Workload, estimate: CostEstimate) -> dict[str, Any]:
     for name in ("cost_low", "cost_50", "cost_90"):
         values[f"{name}_usd"] = values.pop(name)
     values["sweep"] = [{"restart_s": seconds, "goodput": share} for seconds, share in estimate.outlook.sweep]
-    values["days_fault_free"] = work.tokens / estimate.tokens_per_s / 86400 if work.tokens else None
+    seconds = work.tokens / estimate.tokens_per_s
+    if work.batch.ramp is not None:
+        seconds = work.step_count(estimate.plan) * estimate.step_s
+    values["days_fault_free"] = seconds / 86400 if work.tokens else None
     return values
 
 

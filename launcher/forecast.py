@@ -38,14 +38,14 @@ def predicted(request: LaunchRequest, plan: ParallelPlan) -> dict[str, Any]:
     if request.cluster.hardware is None:
         return {"why": f"nothing is known about the hardware of cluster={request.cluster.name} (phalanx cluster probe)"}
     from strategies.estimate import Estimator  # only here: most that is shown of runs needs no planner
-    from strategies.workload import Workload
+    from strategies.workload import Workload, run_tokens
 
     work = Workload(
         model=job.model,
         batch=job.batch,
         cluster=request.cluster,
         precision=job.train.precision,
-        tokens=float(job.train.steps * job.batch.tokens),
+        tokens=float(run_tokens(job.batch, job.train.steps)),
     )
     try:
         estimate = Estimator(work).estimate(plan)

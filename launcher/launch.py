@@ -28,7 +28,7 @@ from types import FrameType
 from typing import Any
 
 from jobs.spec import DataSpec
-from launcher import backends, build, ending, proposal, supervise
+from launcher import backends, build, ending, pretrained, proposal, supervise
 from launcher.config import to_yaml
 from launcher.follow import Display, Screen, follow
 from launcher.lock import ControllerLock, newest_epoch
@@ -81,6 +81,9 @@ def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> Laun
     """
     if request.job.kind == "script":
         return request
+    if request.job.initial is not None:
+        screen.say(f"reading the weights to begin with: {request.job.initial.path}")
+        request = pretrained.with_digests(request)
     from jobs.data.build import prepare
 
     assert config.data.cache is not None

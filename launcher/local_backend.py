@@ -11,6 +11,7 @@ import os
 import secrets
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 from jobs.paths import RunPaths
@@ -126,6 +127,8 @@ class LocalBackend:
 
     def release(self) -> None:
         """End every agent with everything below it, and wait until all of it is gone."""
+        for incarnation, pid in self._started.values():
+            process.wait_until(partial(_can_be_told, pid, incarnation), 5.0)
         living = {address.incarnation: address.pid for address in announce.read_all(self._paths)}
         living |= dict(self._started.values())
         living = {incarnation: pid for incarnation, pid in living.items() if _is_agent(pid, incarnation)}
@@ -198,6 +201,11 @@ class LocalBackend:
 def _is_agent(pid: int, incarnation: str) -> bool:
     """Whether ``pid`` is this very agent, and no later process that was given the same number."""
     return incarnation in process.command_line(pid) and process.is_running(pid)
+
+
+def _can_be_told(pid: int, incarnation: str) -> bool:
+    """False in the moment after a start in which the kernel does not show the new program's arguments yet."""
+    return _is_agent(pid, incarnation) or _has_ended(pid)
 
 
 def _has_ended(pid: int, *, wait: bool = False) -> bool:

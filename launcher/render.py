@@ -164,6 +164,18 @@ def run_text(run: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
+def _doubtful(run: Mapping[str, Any]) -> list[str]:
+    """Nodes and ranks that are not what they should be."""
+    blocks = []
+    if run["excluded"]:
+        rows = (f"  node {node_name(o['node'])} until {moment(o['until'])} UTC: {o['reason']}" for o in run["excluded"])
+        blocks.append("carry no ranks for now:\n" + "\n".join(rows))
+    if run["stragglers"]:
+        found = dict.fromkeys(f"  {shorten_ids(str(one['failure']['detail']))}" for one in run["stragglers"])
+        blocks.append("found slow:\n" + "\n".join(found))
+    return blocks
+
+
 def _cost(run: Mapping[str, Any]) -> list[str]:
     """What went wrong, and where the time went."""
     from launcher.render_incidents import errors_text, forecast_table, incidents_table
@@ -175,6 +187,7 @@ def _cost(run: Mapping[str, Any]) -> list[str]:
     if run["slow_starts"]:
         lines = {f"  node {node_name(str(one.get('node')))}: {one.get('reason')}" for one in run["slow_starts"]}
         blocks.append("ranks that started afresh, not from the warm pool:\n" + "\n".join(sorted(lines)))
+    blocks += _doubtful(run)
     if run["incidents"]:
         blocks.append(incidents_table(run["incidents"], live=not run["ended"]))
     if run["ledger"].get("wall"):

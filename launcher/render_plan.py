@@ -9,8 +9,10 @@ from typing import Any
 from launcher.render import count, plural, size, table
 from launcher.verdict import fastest_text, tight, tight_text
 from strategies.capabilities import MODELLED_ONLY
+from strategies.codec import from_json
 from strategies.plan import ParallelPlan
-from strategies.specs import ClusterSpec
+from strategies.schedule import SampleSchedule
+from strategies.specs import BatchSpec, ClusterSpec
 from strategies.topology import draw, nodes_needed, place
 
 _STAGES_SHOWN = 32
@@ -102,11 +104,26 @@ def _head(document: Mapping[str, Any], plan: ParallelPlan, cluster: ClusterSpec)
             f"{batch['global_batch']} sequences x {batch['seq']} tokens = {count(tokens)} tokens per step"
             + (f", {plural(padding, 'padding row')} of weight 0" if padding > 0 else ""),
         ),
+        *([("ramp", ramp_line(from_json(BatchSpec, batch), plan))] if batch["ramp"] is not None else []),
         ("cluster", machine),
     ]
     if document["estimate"] is not None:
         rows.append(("forecast", _forecast(document["estimate"])))
     return "\n".join(f"{name + ':':<12}{text}" for name, text in rows)
+
+
+def ramp_line(batch: BatchSpec, plan: ParallelPlan) -> str:
+    """How the batch grows, in steps of this plan."""
+    schedule = SampleSchedule.of(batch)
+    if not schedule.changes:
+        return f"every step has {batch.global_batch} sequences"
+    first, last = 1, schedule.changes[-1].step
+    accumulated = schedule.micro_batches(first, plan)
+    return (
+        f"{schedule.batch_at(first)} -> {batch.global_batch} sequences in {len(schedule.changes)} increments; the full "
+        f"batch from step {last:,} on, after {count(schedule.trained(last) * batch.seq)} tokens "
+        f"(micro-batches per step: {accumulated} -> {plan.grad_accum})"
+    )
 
 
 def _forecast(estimate: Mapping[str, Any]) -> str:

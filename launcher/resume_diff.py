@@ -49,6 +49,7 @@ _RULES: tuple[tuple[str, Verdict | None, str], ...] = (
     ("model.name", "safe", "a name for people"),
     ("model", "refused", "the checkpoints hold the weights of another model"),
     ("batch", "refused", "the position in the data is counted in batches of the old size"),
+    ("initial", "refused", "the weights that the run began with are its own"),
     ("train.seed", "refused", "the seed fixes the initial weights and the order of samples"),
     ("train.sample", "safe", "only the text generated at the end"),
     ("train.spike_sigmas", "safe", "what is taken for a blow-up does not change the numbers"),

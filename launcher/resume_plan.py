@@ -22,7 +22,6 @@ from launcher.ship import Shipment, changed_files
 from launcher.store import RunStore
 from strategies.codec import to_json
 from strategies.errors import ResumeRefused
-from strategies.schedule import SampleSchedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +83,7 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
     config = replace(config, run=replace(config.run, dir=str(here.parent)))
     config = build.settle(config, name=here.name, cwd=Path.cwd())
     words = tuple(dict.fromkeys([*before.overrides, *overrides]))
-    after = build.build_request(config, words, launch.measured(config))
+    after = _request(config, before, words, overrides)
     after = _with_data(config, before, after)
     after, shipment = _with_project(config, store.paths, before, after)
     script = after.job.kind == "script"
@@ -117,7 +116,7 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
 
 def next_sample(job: JobSpec, step: int) -> int:
     """Index of the first sample after ``step`` steps."""
-    return SampleSchedule(global_batch=job.batch.global_batch, skips=job.skips).first_index(step + 1)
+    return job.schedule().first_index(step + 1)
 
 
 def propose(store: RunStore, planned: ResumePlan) -> dict[str, Any]:
@@ -167,6 +166,15 @@ def _with_data(config: Config, before: LaunchRequest, after: LaunchRequest) -> L
         return replace(after, job=replace(new, data=old.data))  # refused anyway: do not tokenize for it
     with launch.closing(_Quiet()) as screen:
         return launch.prepare_data(config, after, screen)
+
+
+def _request(config: Config, before: LaunchRequest, words: tuple[str, ...], fresh: Sequence[str]) -> LaunchRequest:
+    """The new request. The weights that the run began with stay those that were recorded, whatever became of them."""
+    if any(word.lstrip("+~").startswith("train.init_from") for word in fresh):
+        return build.build_request(config, words, launch.measured(config))
+    plain = replace(config, train=replace(config.train, init_from=None))
+    after = build.build_request(plain, words, launch.measured(config))
+    return replace(after, job=replace(after.job, initial=before.job.initial))
 
 
 class _Quiet(Screen):

@@ -13,6 +13,7 @@ from jobs.spec import CheckpointSpec
 from launcher.request import Budgets, RecoverySpec, TrackingSpec
 from strategies.hardware import FROM_ZERO, Hardware
 from strategies.plan import GradDtype, Offload, Recompute, Schedule
+from strategies.ramp import Ramp
 from strategies.schedule import Skip
 from strategies.specs import Flavour, LatentAttention, MoeSpec, Precision
 from strategies.workload import Framework
@@ -49,12 +50,16 @@ class ModelConfig:
         norm_eps: Epsilon of the norms.
         init_std: Standard deviation of the initial weights.
         rope_theta: Base of the rotary frequencies (``llama`` only).
+        rope_scaling: Sequences so many times as long as those that ``rope_theta`` was for: the base grows by
+            ``rope_scaling^(d / (d - 2))``, ``d`` being the width of a head (NTK-aware scaling).
         gated: The feed-forward block has a gate; null means that of the flavour.
         head_width: Width of one head; null means ``hidden / heads``.
         position_rows: Learned positions; null means ``seq`` for ``gpt3`` and none for ``llama``.
         embed_norm: A norm follows the token embedding.
         moe: Experts instead of dense feed-forward blocks; null for none.
         latent: Latent attention instead of plain heads; null for none.
+        from_hf: Folder of a Hugging Face model (Llama, Mixtral or GPT-2) whose config.json fills in all of the above;
+            what is given on the command line beside it still counts. Null for none.
     """
 
     name: str
@@ -70,12 +75,14 @@ class ModelConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     rope_theta: float = 10000.0
+    rope_scaling: float = 1.0
     gated: bool | None = None
     head_width: int | None = None
     position_rows: int | None = None
     embed_norm: bool = False
     moe: MoeSpec | None = None
     latent: LatentAttention | None = None
+    from_hf: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +150,7 @@ class StrategyConfig:
         recompute: Activation checkpointing; null means ``none``.
         grad_dtype: Precision in which gradients are accumulated; null means fp32 (with ZeRO-0 in 16 bit: that one).
         offload: What lives in host memory; null means ``none``.
+        offload_path: Folder on local disks (NVMe) of every node that it lives in instead; null for host memory.
         flash: Fused attention that never stores the scores; null means true.
         sequence_parallel: Norms and residuals are split over the tensor-parallel ranks (Megatron); null means false.
     """
@@ -162,6 +170,7 @@ class StrategyConfig:
     recompute: Recompute | None = None
     grad_dtype: GradDtype | None = None
     offload: Offload | None = None
+    offload_path: str | None = None
     flash: bool | None = None
     sequence_parallel: bool | None = None
 
@@ -178,7 +187,10 @@ class TrainConfig:
     Attributes:
         steps: Optimizer steps of the whole run.
         tokens: Tokens of the whole run, for planning; null means those of ``steps``.
-        global_batch: Sequences per optimizer step, over all replicas.
+        global_batch: Sequences per optimizer step, over all replicas; with a ramp, those that it grows to.
+        ramp: How the batch grows, for example ``{start: 8, increment: 8, samples: 4096}`` or
+            ``{points: [{tokens: 0, global_batch: 8}, {tokens: 2e6, global_batch: 32}], tokens: 8e6}``; null for none.
+            The learning rate stays a function of the step.
         seed: Seed of the initial weights and of the order of samples.
         lr: Peak learning rate.
         min_lr: Learning rate at the last step (cosine decay); null means a tenth of ``lr``.
@@ -196,11 +208,14 @@ class TrainConfig:
             512 are passed over.
         sample_tokens: Tokens of text generated from the final weights; 0 for none.
         sample_prompt: What the generated text continues.
+        init_from: Weights to begin with instead of those that the seed draws: a Hugging Face folder, a run directory
+            (its newest checkpoint), or a manifest. Null for none.
     """
 
     steps: int
     tokens: float | None = None
     global_batch: int
+    ramp: Ramp | None = None
     seed: int = 0
     lr: float
     min_lr: float | None = None
@@ -216,6 +231,7 @@ class TrainConfig:
     skips: tuple[Skip, ...] = ()
     sample_tokens: int = 0
     sample_prompt: str = "def "
+    init_from: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -304,6 +320,7 @@ BANDWIDTHS = ("memory_bandwidth", "intra_bandwidth", "inter_bandwidth", "host_ba
 # Smallest legal values. What depends on other values (divisibility, memory) is a rule of strategies.rules.
 MINIMUM: dict[str, float] = {
     **{f"model.{key}": 1 for key in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq", "head_width")},
+    "model.rope_scaling": 1,
     **{f"model.{key}": 0 for key in ("norm_eps", "init_std", "rope_theta", "position_rows")},
     **{f"model.moe.{key}": 1 for key in ("experts", "top_k", "ffn", "imbalance")},
     **{f"model.moe.{key}": 0 for key in ("dense_layers", "shared_ffn")},
@@ -319,6 +336,7 @@ MINIMUM: dict[str, float] = {
     **{f"strategy.{key}": 1 for key in ("tp", "pp", "dp", "ep", "sp", "cp", "vpp", "micro_batch")},
     "strategy.zero_stage": 0,
     **{f"train.{key}": 1 for key in ("steps", "tokens", "global_batch")},
+    **{f"train.ramp.{key}": 0 for key in ("start", "increment", "samples", "tokens")},
     **{
         f"train.{key}": 0
         for key in (

@@ -11,13 +11,12 @@ from typing import Any
 
 from jobs.spec import JobSpec
 from launcher.run import Run
-from strategies.schedule import SampleSchedule
 
 
 def skipped(job: JobSpec, run: Run) -> list[dict[str, Any]]:
     """Every skip for ``status --json``: before which ``step``, how many ``samples``, ``first`` and ``last`` index, and
     ``by`` whom (``configuration`` or ``recovery``), in the order of the steps."""
-    schedule = SampleSchedule(global_batch=job.batch.global_batch, skips=(*job.skips, *run.skips))
+    schedule = job.skipping(run.skips).schedule()
     configured = list(job.skips)
     rows = []
     for skip, indices in schedule.skipped():

@@ -1,7 +1,12 @@
 """Which combinations this DeepSpeed really runs: a table that a probe generates by training, never typed.
 
-``python -m tests.e2e.probe_capabilities --write`` trains two steps per combination through the engine and rewrites
-:data:`TABLE`; a test compares the two. A degree in the table stands for "1" or "more than 1".
+``make capabilities`` (:mod:`tests.e2e.probe_capabilities`) trains two steps per combination through the engine and
+rewrites :mod:`strategies.capability_table`; a test compares a sample of the two. A degree in the table stands for "1"
+or "more than 1".
+
+The full product of all axes would take days, so the table has two kinds of rows: of the *state* (degrees, schedule,
+ZeRO, precisions, offload) without recomputation, and of the *activations* (degrees, schedule, ZeRO, recomputation, the
+split sequence) in fp32. The two meet only in our own layers, so a plan runs if both of its rows do.
 """
 
 from __future__ import annotations
@@ -13,16 +18,24 @@ from itertools import product
 from types import MappingProxyType
 from typing import NamedTuple, cast
 
+from strategies.capability_table import TABLE
 from strategies.errors import Violation
-from strategies.plan import GradDtype, ParallelPlan, Recompute
+from strategies.plan import GradDtype, ParallelPlan, Recompute, Schedule
 from strategies.specs import ModelSpec, Precision
 
 MODELLED_ONLY = frozenset({"combination_runs", "combination_probed"})
 """Names of the verdicts of :func:`runnable`: what they refuse to run can still be planned with."""
 
+AXES = ("tp", "pp", "dp", "ep", "sp", "cp")
+_LETTERS = "TPDESC"
+_SPLIT = "+split"
+
 
 class Key(NamedTuple):
-    """A combination; ``tp``, ``pp`` and ``dp`` are True for degrees above 1."""
+    """A combination; the degrees (:data:`AXES`) are True above 1.
+
+    ``offload`` is that of the plan, with ``@nvme`` behind it when there is a path to disks.
+    """
 
     tp: bool
     pp: bool
@@ -31,6 +44,30 @@ class Key(NamedTuple):
     precision: Precision
     grad_dtype: GradDtype
     recompute: Recompute
+    ep: bool = False
+    sp: bool = False
+    cp: bool = False
+    sequence_parallel: bool = False
+    schedule: Schedule = "1f1b"
+    offload: str = "none"
+
+    @property
+    def degrees(self) -> str:
+        """The degrees above 1 as letters: ``TP.E..``."""
+        return "".join(letter if getattr(self, axis) else "." for letter, axis in zip(_LETTERS, AXES, strict=True))
+
+    @property
+    def rows(self) -> tuple[Key, ...]:
+        """The rows of the table that say whether it runs."""
+        state = self._replace(recompute="none", sequence_parallel=False)
+        if state == self:
+            return (state,)
+        return state, self._replace(precision="fp32", grad_dtype="fp32", offload="none")
+
+    @property
+    def to_deepspeed(self) -> Key:
+        """What DeepSpeed sees of it: ranks that share a sequence are replicas, and it does not see them split it."""
+        return self._replace(dp=self.dp or self.sp, sp=False, sequence_parallel=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,15 +88,17 @@ class Outcome:
 
 
 def key_of(plan: ParallelPlan, precision: Precision) -> Key:
-    """The row of the table that a plan belongs to."""
+    """The combination that a plan is of."""
+    disks = "@nvme" if plan.offload != "none" and plan.offload_path else ""
     return Key(
-        tp=plan.tp > 1,
-        pp=plan.pp > 1,
-        dp=plan.dp > 1,
+        **{axis: getattr(plan, axis) > 1 for axis in AXES},
         zero_stage=plan.zero_stage,
         precision=precision,
         grad_dtype=plan.grad_dtype,
         recompute=plan.recompute,
+        sequence_parallel=plan.sequence_parallel and plan.tp > 1,
+        schedule=plan.schedule if plan.pp > 1 else "1f1b",
+        offload=plan.offload + disks,
     )
 
 
@@ -67,51 +106,56 @@ def parse_table(text: str) -> dict[Key, Outcome]:
     """Read what :func:`format_table` wrote."""
     table: dict[Key, Outcome] = {}
     for line in text.strip().splitlines():
-        kinds, recomputes, degrees, verdict = (part.strip() for part in line.split("|", maxsplit=3))
-        zero, precision, grad = kinds.split()
+        kinds, activations, degrees, verdict = (part.strip() for part in line.split("|", maxsplit=3))
+        zero, precision, grad, offload, schedule = kinds.split()
         word, _, rest = verdict.partition(" ")
         if word == "runs":
             engine, optimizer = rest.split()
             found = Outcome(runs=True, engine=engine, optimizer=optimizer)
         else:
             found = Outcome(runs=False, reason=rest)
-        for recompute, letters in product(recomputes.split(","), degrees.split()):
+        for activation, letters in product(activations.split(","), degrees.split()):
             key = Key(
-                tp="T" in letters,
-                pp="P" in letters,
-                dp="D" in letters,
+                **{axis: letter in letters for letter, axis in zip(_LETTERS, AXES, strict=True)},
                 zero_stage=int(zero),
                 precision=cast(Precision, precision),
                 grad_dtype=cast(GradDtype, grad),
-                recompute=cast(Recompute, recompute),
+                recompute=cast(Recompute, activation.removesuffix(_SPLIT)),
+                sequence_parallel=activation.endswith(_SPLIT),
+                schedule=cast(Schedule, schedule),
+                offload=offload,
             )
             table[key] = found
     return table
 
 
 def format_table(table: Mapping[Key, Outcome]) -> str:
-    """The table as text: ZeRO stage, precision, gradients | recompute | degrees above 1 (T, P, D) | outcome."""
-    grouped: dict[tuple[int, str, str, str], dict[str, list[str]]] = {}
+    """The table as text: ZeRO stage, precision, gradients, offload, schedule | recompute | degrees | outcome.
+
+    Degrees above 1 are letters: T, P, D, E, S, C for tp, pp, dp, ep, sp, cp.
+    """
+    grouped: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for key, found in sorted(table.items(), key=lambda item: item[0]):
-        letters = "".join(letter if on else "." for letter, on in zip("TPD", key[:3], strict=True))
         verdict = f"runs {found.engine} {found.optimizer}" if found.runs else f"refused {found.reason}"
-        group = grouped.setdefault((key.zero_stage, key.precision, key.grad_dtype, verdict), {})
-        group.setdefault(letters, []).append(key.recompute)
+        kinds = f"{key.zero_stage} {key.precision} {key.grad_dtype} {key.offload} {key.schedule}"
+        activation = key.recompute + _SPLIT * key.sequence_parallel
+        grouped.setdefault((kinds, verdict), {}).setdefault(key.degrees, []).append(activation)
     lines = []
-    for (zero, precision, grad, verdict), recomputes_of in sorted(grouped.items()):
+    for (kinds, verdict), activations_of in sorted(grouped.items()):
         merged: dict[str, list[str]] = {}
-        for letters, recomputes in recomputes_of.items():
-            merged.setdefault(",".join(sorted(recomputes)), []).append(letters)
+        for letters, activations in activations_of.items():
+            merged.setdefault(",".join(sorted(activations)), []).append(letters)
         lines += [
-            f"{zero} {precision} {grad} | {recomputes} | {' '.join(degrees)} | {verdict}"
-            for recomputes, degrees in sorted(merged.items())
+            f"{kinds} | {activations} | {' '.join(sorted(degrees))} | {verdict}"
+            for activations, degrees in sorted(merged.items())
         ]
     return "".join(f"{line}\n" for line in lines)
 
 
 def outcome(plan: ParallelPlan, precision: Precision) -> Outcome | None:
     """What the probe saw for such a plan; None if the combination was not probed."""
-    return _probed().get(key_of(plan, precision))
+    found = [_probed().get(row) or _probed().get(row.to_deepspeed) for row in key_of(plan, precision).rows]
+    return next((one for one in found if one is None or not one.runs), found[0])
 
 
 @cache
@@ -127,7 +171,7 @@ def runnable(plan: ParallelPlan, precision: Precision, model: ModelSpec) -> Viol
         precision: Arithmetic of forward and backward.
         model: The model; both flavours run the same combinations.
     """
-    modelled = _not_built(model) or _modelled_only(plan, precision)
+    modelled = unbuilt(plan, precision, model)
     if modelled is not None:
         return Violation(rule="combination_runs", message=modelled[0], hint=modelled[1])
     seen = outcome(plan, precision)
@@ -139,6 +183,11 @@ def runnable(plan: ParallelPlan, precision: Precision, model: ModelSpec) -> Viol
         message=f"{plan.describe()} in {precision}, gradients in {plan.grad_dtype}, does not run: {reason}",
         hint="strategy.zero_stage=1 with strategy.grad_dtype=fp32 runs with every tp, pp and dp",
     )
+
+
+def unbuilt(plan: ParallelPlan, precision: Precision, model: ModelSpec) -> tuple[str, str] | None:
+    """What phalanx itself does not build, message and hint; the probe has nothing to try then."""
+    return _not_built(model) or _modelled_only(plan, precision)
 
 
 def _not_built(model: ModelSpec) -> tuple[str, str] | None:
@@ -160,45 +209,10 @@ def _not_built(model: ModelSpec) -> tuple[str, str] | None:
 
 def _modelled_only(plan: ParallelPlan, precision: Precision) -> tuple[str, str] | None:
     """What the engine does not build: message and hint."""
-    if plan.schedule != "1f1b" and plan.pp > 1:
-        return f"schedule {plan.schedule} is modelled only", "strategy.schedule=1f1b"
-    if plan.sp > 1 or plan.cp > 1:
-        return f"sp {plan.sp}, cp {plan.cp}: sequence parallelism is modelled only", "strategy.sp=1 strategy.cp=1"
-    if plan.offload != "none":
-        return f"offload {plan.offload} is modelled only", "strategy.offload=none"
+    if plan.schedule not in ("1f1b", "dualpipev") and plan.pp > 1:
+        return f"schedule {plan.schedule} is modelled only", "strategy.schedule=1f1b, or strategy.schedule=dualpipev"
+    if plan.cp > 1:
+        return f"cp {plan.cp}: context parallelism is modelled only", "strategy.cp=1; strategy.sp cuts sequences, too"
     if precision == "fp8":
         return "fp8 is modelled only", "train.precision=bf16"
-    if plan.sequence_parallel and plan.tp > 1:
-        return "sequence_parallel is modelled only", "strategy.sequence_parallel=false"
-    if precision == "fp16":
-        return "fp16 is modelled only: no probe has run on a device that has it", "train.precision=bf16"
     return None
-
-
-# generated by tests.e2e.probe_capabilities: begin
-TABLE = """
-0 bf16 bf16 | full,none,selective | ... ..D T.. T.D | runs DeepSpeedEngine FP16_UnfusedOptimizer
-0 bf16 bf16 | full,none,selective | .P. .PD TP. TPD | runs PipelineEngine BF16_Optimizer
-0 bf16 fp32 | full,none,selective | ... ..D .P. .PD T.. T.D TP. TPD | refused unsupported mix of model_dtype=torch.bfloat16 and grad_accum_dtype=torch.float32
-0 fp32 fp32 | full,none,selective | ... ..D T.. T.D | runs DeepSpeedEngine AdamW
-0 fp32 fp32 | full,none,selective | .P. .PD TP. TPD | runs PipelineEngine AdamW
-1 bf16 bf16 | full,none,selective | ... ..D T.. T.D | runs DeepSpeedEngine DeepSpeedZeroOptimizer
-1 bf16 bf16 | full,none,selective | .P. .PD TP. TPD | runs PipelineEngine DeepSpeedZeroOptimizer
-1 bf16 fp32 | full,none,selective | ... ..D T.. T.D | runs DeepSpeedEngine BF16_Optimizer
-1 bf16 fp32 | full,none,selective | .P. .PD TP. TPD | runs PipelineEngine BF16_Optimizer
-1 fp32 fp32 | full,none,selective | ... ..D T.. T.D | runs DeepSpeedEngine DeepSpeedZeroOptimizer
-1 fp32 fp32 | full,none,selective | .P. .PD TP. TPD | runs PipelineEngine DeepSpeedZeroOptimizer
-2 bf16 bf16 | full,none,selective | .P. .PD TP. TPD | refused ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism
-2 bf16 bf16 | full,none,selective | ... ..D T.. T.D | runs DeepSpeedEngine DeepSpeedZeroOptimizer
-2 bf16 fp32 | full,none,selective | .P. .PD TP. TPD | refused ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism
-2 bf16 fp32 | full,none,selective | ... ..D T.. T.D | runs DeepSpeedEngine DeepSpeedZeroOptimizer
-2 fp32 fp32 | full,none,selective | .P. .PD TP. TPD | refused ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism
-2 fp32 fp32 | full,none,selective | ... ..D T.. T.D | runs DeepSpeedEngine DeepSpeedZeroOptimizer
-3 bf16 bf16 | full,none,selective | .P. .PD TP. TPD | refused ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism
-3 bf16 bf16 | full,none,selective | ... ..D T.. T.D | runs DeepSpeedEngine DeepSpeedZeroOptimizer_Stage3
-3 bf16 fp32 | full,none,selective | .P. .PD TP. TPD | refused ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism
-3 bf16 fp32 | full,none,selective | ... ..D T.. T.D | runs DeepSpeedEngine DeepSpeedZeroOptimizer_Stage3
-3 fp32 fp32 | full,none,selective | .P. .PD TP. TPD | refused ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism
-3 fp32 fp32 | full,none,selective | ... ..D T.. T.D | runs DeepSpeedEngine DeepSpeedZeroOptimizer_Stage3
-"""  # noqa: E501
-# generated by tests.e2e.probe_capabilities: end

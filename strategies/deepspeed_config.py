@@ -67,7 +67,7 @@ def deepspeed_config(
             },
         },
         "scheduler": {"type": "WarmupCosineLR", "params": _cosine(lr, min_lr, warmup_steps, steps)},
-        "zero_optimization": _zero(plan.zero_stage),
+        "zero_optimization": _zero(plan.zero_stage) | _offload(plan),
         "data_types": {"grad_accum_dtype": plan.grad_dtype},
         "communication_data_type": plan.grad_dtype,  # sums over replicas are as precise as sums over micro-batches
         "prescale_gradients": False,
@@ -76,6 +76,8 @@ def deepspeed_config(
     }
     if precision != "fp32":
         config[precision] = _PRECISION_SECTIONS[precision].copy()
+    if plan.offload != "none":
+        config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW also there: no compiled op, the same numbers
     if plan.pp > 1:
         # DeepSpeed's default cuts activations and their gradients over the tensor-parallel ranks on the wire; our
         # layers hand over whole tensors, and DualPipeV refuses anything else.
@@ -113,6 +115,15 @@ def _zero(stage: int) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": _BUCKET_ELEMENTS,
         }
     return section
+
+
+def _offload(plan: ParallelPlan) -> dict[str, Any]:
+    """Where state lives beside the device: nothing is said of what stays on it."""
+    place: dict[str, Any] = {"device": "cpu", "pin_memory": True}
+    if plan.offload_path:
+        place = {"device": "nvme", "nvme_path": plan.offload_path, "pin_memory": True}
+    kinds = {"none": (), "optimizer": ("optimizer",), "optimizer+params": ("optimizer", "param")}[plan.offload]
+    return {f"offload_{kind}": place.copy() for kind in kinds}
 
 
 def _cosine(lr: float, min_lr: float, warmup_steps: int, steps: int) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class ParallelPlan:
         grad_dtype: Precision in which gradients are accumulated.
         recompute: Activation checkpointing.
         offload: What lives in host memory.
+        offload_path: Folder on local disks (NVMe) that it lives in instead; empty for host memory.
         flash: Fused attention that never stores the score matrix.
         sequence_parallel: Megatron's: norms and residuals are split over the tensor-parallel ranks, along the sequence.
         version: Version of this document.
@@ -54,6 +55,7 @@ class ParallelPlan:
     grad_dtype: GradDtype = "fp32"
     recompute: Recompute = "none"
     offload: Offload = "none"
+    offload_path: str = ""
     flash: bool = True
     sequence_parallel: bool = False
     version: int = PLAN_VERSION
@@ -67,6 +69,22 @@ class ParallelPlan:
     def rows_per_step(self) -> int:
         """Rows (sequences) that all replicas process in one step, padding rows included."""
         return self.micro_batch * self.grad_accum * self.dp
+
+    @property
+    def least_accumulation(self) -> int:
+        """Micro-batches without which the schedule cannot run: DualPipeV keeps two streams of them in flight."""
+        return 2 * self.pp if self.schedule == "dualpipev" and self.pp > 1 else 1
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Blocks of every part of the pipeline, in the order of the model.
+
+        Under DualPipeV the layers run down through the stages and up again: stage ``r`` has the parts ``r`` and
+        ``2 pp - 1 - r``, the surplus block of an odd number in the first. Else parts are stages.
+        """
+        if self.least_accumulation == 1:
+            return self.stages
+        return (*((blocks + 1) // 2 for blocks in self.stages), *(blocks // 2 for blocks in reversed(self.stages)))
 
     def describe(self) -> str:
         """One short line, for tables: ``TP2 x PP2 x DP2 ZeRO-1, micro-batch 1 x 4``."""

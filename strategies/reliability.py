@@ -243,7 +243,7 @@ def outlook(
     parts, whole = shares(what, standby), what.rounded(step_s)
     kept, tier = max(LEAST, parts.goodput), what.correlated < 1
     nodes = nodes_needed(plan, work.cluster.slots_per_node)
-    work_s, now_s = math.ceil(work.tokens / work.batch.tokens) * step_s, work.hardware.restart_s
+    work_s, now_s = work.step_count(plan) * step_s, work.hardware.restart_s
     ends, spread = kept > LEAST_GOODPUT, (band[0] / step_s, band[1] / step_s) if band else (1.0, 1.0)
     days = finish_range(what, standby, work_s, spread) if work.tokens and ends else (None,) * 3
     price = work.hardware.price_per_device_hour * billed_nodes(work, plan) * work.cluster.slots_per_node * 24

@@ -34,12 +34,14 @@ def resolve_plan(
     grad_dtype: GradDtype | None = None,
     recompute: Recompute = "none",
     offload: Offload = "none",
+    offload_path: str = "",
     flash: bool = True,
     sequence_parallel: bool = False,
 ) -> ParallelPlan:
     """Fill in what is None.
 
-    - ``dp``: as many replicas as the cluster and the batch carry, without those that would not save a micro-batch.
+    - ``dp``: as many replicas as the cluster and the (smallest) batch carry, without those that would not save a
+      micro-batch.
     - ``zero_stage``: 1 with mixed precision (DeepSpeed accumulates in fp32 from there on) or a pipeline, else 0.
     - ``grad_dtype``: fp32, except with an explicit ``zero_stage`` of 0 in mixed precision, which has only the low one.
     - ``stages``: an even split, the longer stages in the middle.
@@ -50,7 +52,8 @@ def resolve_plan(
     """
     if dp is None:
         slots = cluster.slots if cluster is not None else tp * pp * sp * cp
-        dp = most_replicas(batch.global_batch, micro_batch, slots // max(1, tp * pp * sp * cp))
+        room = min(slots // max(1, tp * pp * sp * cp), batch.smallest // max(1, micro_batch))
+        dp = most_replicas(batch.global_batch, micro_batch, room)
     if zero_stage is None:
         zero_stage = 1 if pp > 1 or precision != "fp32" else 0
     if grad_dtype is None:
@@ -73,6 +76,7 @@ def resolve_plan(
         grad_dtype=grad_dtype,
         recompute=recompute,
         offload=offload,
+        offload_path=offload_path,
         flash=flash,
         sequence_parallel=sequence_parallel,
     )
@@ -110,7 +114,7 @@ def largest_plan(
 
     def fitted(tp: int, pp: int) -> ParallelPlan | None:
         wanted = plan.dp if (tp, pp) == (plan.tp, plan.pp) else plan.world_size // (tp * pp * others)
-        dp = min(wanted, cluster.slots // (tp * pp * others), batch.global_batch // plan.micro_batch)
+        dp = min(wanted, cluster.slots // (tp * pp * others), batch.smallest // plan.micro_batch)
         if dp < 1:
             return None
         stages = plan.stages if pp == plan.pp else split_layers(model.layers, pp)

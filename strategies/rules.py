@@ -17,6 +17,7 @@ from strategies.plan import ParallelPlan, accumulation
 from strategies.resolve import largest_plan
 from strategies.rules_hardware import HARDWARE_RULES
 from strategies.rules_model import MODEL_RULES
+from strategies.rules_ramp import RAMP_RULES
 from strategies.rules_split import SPLIT_RULES
 from strategies.specs import BatchSpec, ClusterSpec, ModelSpec, Precision
 
@@ -140,14 +141,14 @@ def zero_with_pipeline(case: Case) -> Violation | None:
 
 
 def sequence_parallel_with_pipeline(case: Case) -> Violation | None:
-    """DeepSpeed's pipeline grid has no sequence axis."""
+    """DeepSpeed's pipeline grid has no context axis; the ranks of Ulysses are replicas to it."""
     plan = case.plan
-    if plan.pp <= 1 or max(plan.sp, plan.cp) <= 1 or not case.engine:
+    if plan.pp <= 1 or plan.cp <= 1 or not case.engine:
         return None
     return Violation(
         rule="sequence_parallel_with_pipeline",
-        message=f"sp {plan.sp}, cp {plan.cp} with pp {plan.pp}: the pipeline grid has no sequence axis",
-        hint="strategy.sp=1 strategy.cp=1, or strategy.pp=1",
+        message=f"cp {plan.cp} with pp {plan.pp}: the pipeline grid has no context axis",
+        hint="strategy.cp=1 (strategy.sp cuts sequences in a pipeline, too), or strategy.pp=1",
     )
 
 
@@ -202,6 +203,7 @@ RULES: tuple[Rule, ...] = (
     sequence_within_positions,
     replicas_within_batch,
     accumulation_exact,
+    *RAMP_RULES,
     zero_stage_known,
     zero_with_pipeline,
     sequence_parallel_with_pipeline,

@@ -9,13 +9,15 @@ of weight 0.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from strategies.codec import from_json, to_json
 from strategies.errors import ConfigError
-from strategies.plan import ParallelPlan
+from strategies.plan import ParallelPlan, accumulation
+from strategies.ramp import Level
+from strategies.specs import BatchSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +74,33 @@ class SampleSchedule:
         if any(skip.step < 1 or skip.samples < 0 for skip in self.skips):
             raise ConfigError("A skip needs a step of 1 or more and a number of samples of 0 or more.")
 
+    @classmethod
+    def of(cls, batch: BatchSpec, skips: tuple[Skip, ...] = ()) -> SampleSchedule:
+        """The schedule of a run from its first step on.
+
+        Args:
+            batch: The global batch and its ramp.
+            skips: Samples passed over.
+
+        Raises:
+            ConfigError: Numbers are out of range (:func:`strategies.ramp.broken` says it of a ramp).
+        """
+        first, *later = ramp_changes(batch.levels)
+        return cls(global_batch=first.global_batch, changes=tuple(later), skips=skips)
+
+    def onward(self, step: int, batch: BatchSpec) -> SampleSchedule:
+        """What has been is left as it is; from ``step`` on, the batch is that of ``batch``.
+
+        A ramp goes by the samples that have been trained on, so under the same ramp nothing changes.
+        """
+        earlier = tuple(change for change in self.changes if change.step < step)
+        past = replace(self, changes=earlier)
+        first, *rest = ramp_changes(batch.levels, step=step, trained=past.trained(step))
+        if step == 1:
+            return replace(past, global_batch=first.global_batch, changes=tuple(rest))
+        same = past.batch_at(step) == first.global_batch
+        return replace(past, changes=(*earlier, *([] if same else [first]), *rest))
+
     def batch_at(self, step: int) -> int:
         """Sequences of step ``step``."""
         size = self.global_batch
@@ -88,14 +117,17 @@ class SampleSchedule:
         """
         if step < 1:
             raise ConfigError(f"Steps count from 1, found {step}.")
+        return self.trained(step) + sum(skip.samples for skip in self.skips if skip.step <= step)
+
+    def trained(self, step: int) -> int:
+        """Samples that the steps before ``step`` consume; what is skipped does not count."""
         consumed, size, since = 0, self.global_batch, 1
         for change in self.changes:
             if change.step >= step:
                 break
             consumed += size * (change.step - since)
             size, since = change.global_batch, change.step
-        consumed += size * (step - since)
-        return consumed + sum(skip.samples for skip in self.skips if skip.step <= step)
+        return consumed + size * (step - since)
 
     def step_range(self, step: int) -> range:
         """Sample indices of step ``step``; step 1 of a plain schedule is ``range(0, global_batch)``."""
@@ -111,6 +143,20 @@ class SampleSchedule:
             passed += skip.samples
         return found
 
+    def steps_for(self, samples: int) -> int:
+        """Steps until at least ``samples`` samples have been trained on."""
+        consumed, size, since = 0, self.global_batch, 1
+        for change in self.changes:
+            if consumed + size * (change.step - since) >= samples:
+                break
+            consumed += size * (change.step - since)
+            size, since = change.global_batch, change.step
+        return since - 1 + max(0, -(-(samples - consumed) // size))
+
+    def micro_batches(self, step: int, plan: ParallelPlan) -> int:
+        """Forward passes per replica in step ``step``: as many as its samples take, and as the schedule needs."""
+        return max(accumulation(self.batch_at(step), plan.micro_batch, plan.dp), plan.least_accumulation)
+
     def rows(self, step: int, data_rank: int, micro_index: int, plan: ParallelPlan) -> tuple[int | None, ...]:
         """Samples of one micro-batch of one replica.
 
@@ -120,7 +166,7 @@ class SampleSchedule:
         Args:
             step: The step, counted from 1.
             data_rank: Index of the replica, 0 .. dp - 1.
-            micro_index: Index of the micro-batch, 0 .. grad_accum - 1.
+            micro_index: Index of the micro-batch; :meth:`micro_batches` says how many there are.
             plan: The plan.
 
         Returns:
@@ -162,3 +208,26 @@ class SampleSchedule:
                 why="the record does not agree with itself",
             )
         return schedule
+
+
+def ramp_changes(levels: Sequence[Level], *, step: int = 1, trained: int = 0) -> list[BatchChange]:
+    """The sizes of all steps from ``step`` on, as changes; the first is at ``step`` itself.
+
+    A step has the size of the level that the samples trained on before it have reached, so a level lasts for whole
+    steps and begins up to a step late.
+
+    Args:
+        levels: The ramp, ascending; the first level begins at sample 0.
+        step: The step to begin with.
+        trained: Samples that have been trained on before it.
+    """
+    found = []
+    ends = [level.samples for level in levels[1:]]
+    for level, end in zip(levels, [*ends, None], strict=True):
+        if end is not None and trained >= end:
+            continue
+        found.append(BatchChange(step=step, global_batch=level.global_batch))
+        if end is not None:
+            steps = -(-(end - trained) // level.global_batch)
+            step, trained = step + steps, trained + steps * level.global_batch
+    return found

@@ -151,7 +151,7 @@ class Space:
         self.fixed = dict(fixed or {})
         self.runnable_only = runnable_only
         self.flash = bool(self.fixed.get("flash", True))
-        model, batch, lone = work.model, work.batch.global_batch, runnable_only
+        model, lone = work.model, runnable_only
         self.tp: tuple[int, ...] = self._keep("tp", tuple(legal_tp(model)))
         self.pp: tuple[int, ...] = self._keep("pp", tuple(range(1, model.layers + 1)))
         self.sp: tuple[int, ...] = self._keep("sp", (1,) if lone else tuple(divisors(model.heads)))
@@ -160,7 +160,7 @@ class Space:
         self.recompute: tuple[Recompute, ...] = self._keep("recompute", self._recomputes())
         self.offload: tuple[Offload, ...] = self._keep("offload", ("none",) if lone else get_args(Offload))
         size = self.fixed.get("micro_batch")
-        self.micro_batch = micro_batches(batch) if size is None else (cast(int, size),)
+        self.micro_batch = micro_batches(work.batch.smallest) if size is None else (cast(int, size),)
         self._known_states: dict[tuple[bool, bool], tuple[State, ...]] = {}
         self._known_pipes: dict[tuple[int, bool], tuple[Pipe, ...]] = {}
 
@@ -268,7 +268,7 @@ class Space:
 
     def room(self, shape: Shape) -> int:
         """Replicas that the machine carries, of those that the batch could use."""
-        return min(self.work.cluster.slots // shape.ranks, self.work.batch.global_batch)
+        return min(self.work.cluster.slots // shape.ranks, self.work.batch.smallest)
 
     @cache  # noqa: B019 - a space lives as long as its search
     def _axis(self, size: int, unit: int, pp: int, schedule: Schedule) -> _Axis:
@@ -278,7 +278,8 @@ class Space:
             return _axis(tuple(one for one in plain if _takes(schedule, pp, one.grad_accum)))
         batch, dp, accumulated = self.work.batch.global_batch, self.fixed.get("dp"), self.fixed.get("grad_accum")
         choices = replica_choices(batch, size, unit) if dp is None else _given(batch, size, unit, cast(int, dp))
-        return _axis(tuple(one for one in choices if accumulated in (None, one.grad_accum)))
+        fed = (one for one in choices if one.dp * size <= self.work.batch.smallest)  # also in the first steps of a ramp
+        return _axis(tuple(one for one in fed if accumulated in (None, one.grad_accum)))
 
     # ---- counting ---------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from strategies.hardware import Hardware
+from strategies.ramp import Level, Ramp
 
 Flavour = Literal["gpt3", "llama"]
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]
@@ -268,12 +269,25 @@ class BatchSpec:
     """The work of one optimizer step.
 
     Attributes:
-        global_batch: Sequences per optimizer step, over all replicas.
+        global_batch: Sequences per optimizer step, over all replicas; with a ramp, those that it grows to.
         seq: Tokens per sequence.
+        ramp: How the batch grows; None: every step has the full size.
     """
 
     global_batch: int
     seq: int
+    ramp: Ramp | None = None
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """Every size of a step and from which sample on it holds, ascending; the first from sample 0 on."""
+        full = Level(0, self.global_batch)
+        return (full,) if self.ramp is None else self.ramp.levels(self.global_batch, self.seq)
+
+    @property
+    def smallest(self) -> int:
+        """Sequences of the smallest step."""
+        return self.ramp.smallest() if self.ramp is not None else self.global_batch
 
     @property
     def tokens(self) -> int:

@@ -3,7 +3,7 @@
 Ranks count with the model axis innermost, then data, then pipe, exactly as DeepSpeed's
 ``PipeModelDataParallelTopology``: ``rank = (pipe * data_size + data) * tp + model``. Neighbouring ranks are thus
 tensor-parallel peers, and filling nodes with consecutive ranks keeps them inside a node where they fit. Sequence- and
-context-parallel ranks lie on the data axis, as in DeepSpeed.
+context-parallel ranks lie on the data axis, as in DeepSpeed: ``data = (replica * cp + context) * sp + sequence``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Coordinates:
 
     Attributes:
         pipe: Pipeline stage.
-        data: Index on the data axis (replica).
+        data: Index on the data axis: replica, and part of the sequence within it.
         model: Tensor-parallel shard.
     """
 
@@ -50,6 +50,7 @@ class Topology:
         self.pipe_size = plan.pp
         self.data_size = plan.dp * plan.sp * plan.cp
         self.model_size = plan.tp
+        self.seq_size = plan.sp
         self.world_size = plan.world_size
 
     def coordinates(self, rank: int) -> Coordinates:
@@ -78,6 +79,11 @@ class Topology:
         at = self.coordinates(rank)
         start = at.pipe * self.data_size * self.model_size + at.model
         return tuple(range(start, start + self.data_size * self.model_size, self.model_size))
+
+    def sp_group(self, rank: int) -> tuple[int, ...]:
+        """Ranks that have the other parts of the same sequences (Ulysses), in order of their parts."""
+        start = rank - self.coordinates(rank).data % self.seq_size * self.model_size
+        return tuple(range(start, start + self.seq_size * self.model_size, self.model_size))
 
     def pp_group(self, rank: int) -> tuple[int, ...]:
         """Ranks that pass activations of the same samples to each other, first stage to last."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from strategies.errors import ConfigError
 from strategies.hardware import Hardware
+from strategies.plan import ParallelPlan
+from strategies.schedule import SampleSchedule
 from strategies.specs import BatchSpec, ClusterSpec, ModelSpec, Precision
 
 Framework = Literal["megatron", "mcore", "fsdp"]
@@ -49,6 +52,27 @@ class Workload:
                 hint="phalanx cluster probe measures it; cluster=a100_80 and others come with figures",
             )
         return self.cluster.hardware
+
+    def step_count(self, plan: ParallelPlan) -> float:
+        """Steps of the full batch that take as long as all steps of the run.
+
+        A smaller step of a ramp takes as long as its micro-batches do, with the pipeline's fill and drain.
+        """
+        if self.batch.ramp is None:
+            return math.ceil(self.tokens / self.batch.tokens)
+        schedule = SampleSchedule.of(self.batch)
+        end = schedule.steps_for(math.ceil(self.tokens / self.batch.seq)) + 1
+        begins = [1, *(change.step for change in schedule.changes)]
+        drain = (plan.pp - 1) / plan.vpp
+        return sum(
+            max(0, min(until, end) - since) * (schedule.micro_batches(since, plan) + drain) / (plan.grad_accum + drain)
+            for since, until in zip(begins, [*begins[1:], end], strict=True)
+        )
+
+
+def run_tokens(batch: BatchSpec, steps: int) -> int:
+    """Tokens that a run of ``steps`` steps trains on."""
+    return SampleSchedule.of(batch).trained(steps + 1) * batch.seq
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 def trainer_state(optimizer: OptimizerAccess) -> TrainerState:
     """What the engine knows beside the tensors; the same on every rank."""
-    scaler = getattr(optimizer.outer, "loss_scaler", None)
+    scaler = _scaler(optimizer)
     return TrainerState(
         optimizer_steps=optimizer.steps,
         learning_rates=tuple(float(group["lr"]) for group in optimizer.inner.param_groups),
@@ -37,10 +37,16 @@ def set_trainer_state(optimizer: OptimizerAccess, state: TrainerState) -> None:
         group["lr"] = rates[index if len(rates) == len(groups) else 0]
     for name, value in state.counters.items():
         setattr(optimizer.ds, name, value)
-    scaler = getattr(optimizer.outer, "loss_scaler", None)
+    scaler = _scaler(optimizer)
     for name, value in state.loss_scaler.items():
         if hasattr(scaler, name):
             setattr(scaler, name, value)
+
+
+def _scaler(optimizer: OptimizerAccess) -> Any:
+    """What holds the loss scale: a scaler, or (ZeRO-0 in 16 bits) a record of the optimizer."""
+    outer = optimizer.outer
+    return getattr(outer, "loss_scaler", None) or getattr(outer, "loss_scale_config", None)
 
 
 def rng_state() -> dict[str, Any]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import deepspeed
 import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import LayerSpec as PipeLayer
 from deepspeed.pipe import PipelineModule
 from deepspeed.pipe import TiedLayerSpec as PipeTiedLayer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch import nn
 
@@ -20,17 +24,23 @@ from jobs.engine.process import silence
 from jobs.models.gpt import Decoder, LayerSpec, LossFunction, Recipe, layer_specs, stage_bounds
 from jobs.parallel.meta import ParamMeta
 from jobs.spec import JobSpec
-from strategies.errors import PlanInfeasible, Violation
+from strategies.errors import ConfigError, PlanInfeasible, Violation
 from strategies.plan import ParallelPlan
+from strategies.topology import Topology
 
 
 def refuse_modelled_only(plan: ParallelPlan) -> None:
     """The rules refuse such plans long before; this keeps one that slipped through from silently running another."""
-    runnable = {"ep": 1, "sp": 1, "cp": 1, "vpp": 1, "schedule": "1f1b", "offload": "none"}
+    one = (1,)
+    runnable = {"ep": one, "cp": one, "vpp": one, "schedule": ("1f1b", "dualpipev")}
     broken = [
-        Violation(rule="runnable", message=f"{field} is {getattr(plan, field)}", hint=f"only {value} can be run")
-        for field, value in runnable.items()
-        if getattr(plan, field) != value
+        Violation(
+            rule="runnable",
+            message=f"{field} is {getattr(plan, field)}",
+            hint=f"only {' or '.join(str(value) for value in values)} can be run",
+        )
+        for field, values in runnable.items()
+        if getattr(plan, field) not in values
     ]
     if broken:
         raise PlanInfeasible(broken)
@@ -45,22 +55,32 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
 
     def __init__(self, job: JobSpec) -> None:
         self._job = job
-        plan = job.plan
-        topology = PipeModelDataParallelTopology(num_pp=plan.pp, num_mp=plan.tp, num_dp=plan.dp)
-        super().__init__(layers=[], topology=topology)
-        self.loss_fn = LossFunction(job.model, self.grid, _loss_scale(job))
+        super().__init__(layers=[], topology=_topology(job.plan))
+        self.loss_fn = LossFunction(job.model, self.grid)
 
     def _partition_layers(self, method: str = "") -> None:
-        job = self._job
-        self.grid = _grid_of(self._grid)
-        self._layer_specs = [_pipe_layer(spec) for spec in layer_specs(_recipe(job, self.grid))]
+        self._cut(_grid_of(self._grid, self._job.plan))
+
+    def _cut(self, grid: Grid) -> None:
+        self.grid = grid
+        self._layer_specs = [_pipe_layer(spec) for spec in layer_specs(_recipe(self._job, grid))]
         self._num_layers = len(self._layer_specs)
-        self.parts = stage_bounds(job.model, job.plan.stages)
-        self._set_bounds(start=self.parts[self.grid.pipe], stop=self.parts[self.grid.pipe + 1])
+        self.parts = stage_bounds(self._job.model, self._job.plan.parts)
+        self._set_bounds(start=self.parts[grid.pipe], stop=self.parts[grid.pipe + 1])
 
     def _synchronize_tied_weights(self) -> None:
         with torch.no_grad():  # DeepSpeed writes into the parameters under autograd's eyes
             super()._synchronize_tied_weights()
+
+
+class _FoldedStages(_Stages, DualPipeVModule):  # type: ignore[misc]  # deepspeed has no types
+    """The same for DualPipeV: this rank has two parts of the model, one on the way down and one on the way up."""
+
+    def _partition_layers(self, method: str = "") -> None:
+        self._cut(_grid_of(self._grid, self._job.plan))
+        self.num_stages *= 2
+        up = self.num_stages - 1 - self.stage_id
+        self.phase_bounds = [(self._local_start, self._local_stop), (self.parts[up], self.parts[up + 1])]
 
 
 def _pipe_layer(spec: LayerSpec) -> Any:
@@ -69,27 +89,52 @@ def _pipe_layer(spec: LayerSpec) -> Any:
     return PipeTiedLayer(spec.tied, spec.build, *spec.args, forward_fn=spec.run)
 
 
-def assemble(job: JobSpec) -> tuple[Any, Grid]:
-    """DeepSpeed's engine of this rank with the initial weights of the job, and the rank's place. Collective."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assembled:
+    """What a rank trains with.
+
+    Attributes:
+        ds: DeepSpeed's engine, with the initial weights of the job.
+        grid: The rank's place.
+        loss: What the engine applies to the logits.
+    """
+
+    ds: Any
+    grid: Grid
+    loss: LossFunction
+
+
+def assemble(job: JobSpec) -> Assembled:
+    """Everything of this rank. Collective.
+
+    Raises:
+        ConfigError: The device does not have the precision.
+    """
+    if job.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            f"This device ({get_accelerator().device_name()}) does not compute in fp16.",
+            why="the accelerator says so (on CPUs oneDNN does, which wants avx512_fp16)",
+            hint="train.precision=bf16",
+        )
     with silence():
         return (_pipelined if job.plan.pp > 1 else _unpipelined)(job)
 
 
-def _pipelined(job: JobSpec) -> tuple[Any, Grid]:
-    module = _Stages(job)
+def _pipelined(job: JobSpec) -> Assembled:
+    module = (_FoldedStages if job.plan.schedule == "dualpipev" else _Stages)(job)
     grid: Grid = module.grid
     if not grid.first_stage:
         for parameter in module.tied_modules.parameters():
             _set_meta(parameter, dataclasses.replace(meta_of(parameter), primary=False))
-    return _initialize(job, module, mpu=None), grid
+    return Assembled(ds=_initialize(job, module, mpu=None), grid=grid, loss=module.loss_fn)
 
 
-def _unpipelined(job: JobSpec) -> tuple[Any, Grid]:
+def _unpipelined(job: JobSpec) -> Assembled:
     plan = job.plan
-    mpu = PipelineParallelGrid(PipeModelDataParallelTopology(num_pp=1, num_mp=plan.tp, num_dp=plan.dp))
-    grid = _grid_of(mpu)
-    module = Decoder(_recipe(job, grid), LossFunction(job.model, grid, _loss_scale(job)))
-    return _initialize(job, module, mpu=mpu), grid
+    mpu = PipelineParallelGrid(_topology(plan))
+    grid = _grid_of(mpu, plan)
+    loss = LossFunction(job.model, grid)
+    return Assembled(ds=_initialize(job, Decoder(_recipe(job, grid), loss), mpu=mpu), grid=grid, loss=loss)
 
 
 def _initialize(job: JobSpec, module: nn.Module, *, mpu: Any) -> Any:
@@ -119,25 +164,39 @@ def _recipe(job: JobSpec, grid: Grid) -> Recipe:
     return Recipe.of(job.model, grid, seed=job.train.seed, recompute=job.plan.recompute)
 
 
-def _loss_scale(job: JobSpec) -> float:
-    """DeepSpeed averages over micro-batches and replicas; this makes that average a mean over real tokens."""
-    return job.plan.grad_accum * job.plan.dp / job.batch.tokens
+def _topology(plan: ParallelPlan) -> PipeModelDataParallelTopology:
+    """DeepSpeed's axes: to it, the ranks of a sequence are replicas."""
+    return PipeModelDataParallelTopology(num_pp=plan.pp, num_mp=plan.tp, num_dp=Topology(plan).data_size)
 
 
-def _grid_of(mpu: Any) -> Grid:
+def _grid_of(mpu: Any, plan: ParallelPlan) -> Grid:
     """Our view of DeepSpeed's grid; axes of one rank get no group, so that nothing is communicated over them."""
-    pp, dp, tp = mpu.pipe_parallel_size, mpu.data_parallel_size, mpu.model_parallel_size
+    pp, ranks, tp = mpu.pipe_parallel_size, mpu.data_parallel_size, mpu.model_parallel_size
+    replica, seq = divmod(mpu.get_data_parallel_id(), plan.sp)
     return Grid(
         pipe=mpu.get_stage_id(),
-        data=mpu.get_data_parallel_id(),
+        data=replica,
         model=mpu.get_slice_parallel_rank(),
+        seq=seq,
         pp=pp,
-        dp=dp,
+        dp=plan.dp,
         tp=tp,
+        sp=plan.sp,
         pipe_group=mpu.get_pipe_parallel_group() if pp > 1 else None,
-        data_group=mpu.get_data_parallel_group() if dp > 1 else None,
+        data_group=mpu.get_data_parallel_group() if ranks > 1 else None,
+        seq_group=_sequence_group(plan) if plan.sp > 1 else None,
         model_group=mpu.get_slice_parallel_group() if tp > 1 else None,
+        split=plan.sequence_parallel and tp > 1,
+        folded=plan.schedule == "dualpipev" and pp > 1,
     )
+
+
+def _sequence_group(plan: ParallelPlan) -> dist.ProcessGroup:
+    """The ranks that share the sequences of this one. Collective."""
+    topology = Topology(plan)
+    groups = {topology.sp_group(rank): None for rank in range(topology.world_size)}
+    mine, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in groups])  # type: ignore[no-untyped-call]
+    return cast(dist.ProcessGroup, mine)
 
 
 def meta_of(parameter: nn.Parameter) -> ParamMeta:

@@ -15,12 +15,11 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from torch import nn
 
 from jobs import distributed
-from jobs.distributed import Grid
 from jobs.engine import assembly, process
 from jobs.own_time import OwnTime
 from jobs.parallel.meta import ParamMeta
 from jobs.spec import JobSpec, RankEnv
-from strategies.plan import ParallelPlan
+from strategies.topology import Topology
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
 
@@ -52,11 +51,14 @@ class Engine:
         own_time: Sees what this rank waits for others.
     """
 
-    def __init__(self, ds: Any, grid: Grid, plan: ParallelPlan, own_time: OwnTime) -> None:
-        self.ds = ds
-        self.grid = grid
-        self.plan = plan
+    def __init__(self, parts: assembly.Assembled, job: JobSpec, own_time: OwnTime) -> None:
+        self.ds = ds = parts.ds
+        self.grid = parts.grid
+        self.plan = job.plan
         self.own_time = own_time
+        self._loss = parts.loss
+        self._scale = getattr(ds.optimizer, "loss_scale_config", None)  # of the optimizer that reports scaled norms
+        self._full = job.batch
         self._own_norm: torch.Tensor | None = None
         if _unwrapped_optimizer(ds):
             ds.clip_fp32_gradients = lambda: None  # done by the hook, which also keeps the norm
@@ -71,8 +73,7 @@ class Engine:
         """
         assembly.refuse_modelled_only(job.plan)
         own_time = process.join(env, deterministic=job.train.deterministic)
-        ds, grid = assembly.assemble(job)
-        return cls(ds, grid, job.plan, own_time)
+        return cls(assembly.assemble(job), job, own_time)
 
     @property
     def device(self) -> torch.device:
@@ -105,31 +106,42 @@ class Engine:
             with deepspeed.zero.GatheredParameters([parameter]) if partitioned else contextlib.nullcontext():
                 yield assembly.meta_of(parameter), parameter.detach().clone()
 
-    def train_step(self, step: int, batches: Sequence[MicroBatch]) -> StepResult:
+    def train_step(self, step: int, batches: Sequence[MicroBatch], *, tokens: int | None = None) -> StepResult:
         """Run optimizer step ``step`` (from 1) on this replica's micro-batches. Collective.
 
         Args:
             step: Number of the step; decides the learning rate.
-            batches: ``grad_accum`` pairs (tokens, targets), int64 ``[micro_batch, seq]`` each; targets are
-                ``IGNORE`` where a row weighs nothing. Ranks of one replica get the same; ranks for which
-                :attr:`needs_data` is false may get anything.
+            batches: Pairs (tokens, targets), int64 ``[micro_batch, seq / sp]`` each, the same number on every rank;
+                targets are ``IGNORE`` where a row weighs nothing. Ranks of one replica get the same rows, each its part
+                (:meth:`Grid.tokens`); ranks for which :attr:`needs_data` is false may get anything.
+            tokens: Real tokens of the step, over all replicas; None: those of the full batch.
 
         Raises:
-            ValueError: The number of micro-batches is not the plan's.
+            ValueError: There are fewer micro-batches than the schedule needs, or more than the plan has.
         """
-        if len(batches) != self.plan.grad_accum:
-            raise ValueError(f"step {step}: {len(batches)} micro-batches given, the plan has {self.plan.grad_accum}")
+        least, most = self.plan.least_accumulation, self.plan.grad_accum
+        if not least <= len(batches) <= most:
+            raise ValueError(f"step {step}: {len(batches)} micro-batches given, the plan takes {least} to {most}")
+        self._accumulate(len(batches), tokens or self._full.tokens)
         self.set_position(step - 1)
         lr = float(self.ds.get_lr()[0])
+        scale = float(self._scale.cur_scale) if self._scale is not None else 1.0
         loss = self._train_pipelined(batches) if self.plan.pp > 1 else self._train_unpipelined(batches)
-        return StepResult(loss=loss, grad_norm=self._grad_norm(), lr=lr, overflow=self._overflow())
+        return StepResult(loss=loss, grad_norm=self._grad_norm() / scale, lr=lr, overflow=self._overflow())
 
     def set_position(self, step: int) -> None:
         """Make DeepSpeed's counters and the learning rate those of an engine that has done ``step`` steps."""
         self.ds.global_steps = step
         self.ds.global_samples = step * self.ds.train_batch_size()
-        self.ds.micro_steps = step * self.plan.grad_accum
+        self.ds.micro_steps = step * self.ds.gradient_accumulation_steps()
         self.ds.lr_scheduler.step(step + 1)  # its count is the number of the step to come, see deepspeed_config
+
+    def _accumulate(self, micro_batches: int, tokens: int) -> None:
+        """DeepSpeed averages over micro-batches and replicas; make that average a mean over the step's real tokens."""
+        replicas = Topology(self.plan).data_size
+        if micro_batches != self.ds.gradient_accumulation_steps():
+            self.ds.set_train_batch_size(self.plan.micro_batch * micro_batches * replicas)
+        self._loss.scale = micro_batches * replicas / tokens
 
     def close(self) -> None:
         """Leave the gang. The engine is of no use afterwards."""
@@ -148,7 +160,7 @@ class Engine:
             self.ds.step()
         if self.grid.data_group is not None:
             dist.all_reduce(total, group=self.grid.data_group)
-        return float(total) / (self.plan.grad_accum * self.plan.dp)
+        return float(total) / (len(batches) * Topology(self.plan).data_size)
 
     def _grad_norm(self) -> float:
         norm = self.ds.get_global_grad_norm() if self._own_norm is None else self._own_norm

@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from jobs.distributed import Grid
 from jobs.models.init import ParameterFactory
-from jobs.parallel.collectives import copy_to_ranks
 from jobs.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from jobs.parallel.vocabulary import (
     IGNORE,
@@ -74,9 +73,10 @@ class PositionEmbedding(nn.Module):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.weight = recipe.make.make("embed.positions.weight", (recipe.model.seq, recipe.model.hidden))
+        self._grid = recipe.make.grid
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.weight[: x.shape[1]]
+        return x + self._grid.region.shared(self.weight)[self._grid.positions(x.shape[1])]
 
 
 class Norm(nn.Module):
@@ -90,13 +90,15 @@ class Norm(nn.Module):
         if model.flavour == "gpt3":
             self.bias = recipe.make.make(f"{name}.bias", (model.hidden,), std=0.0)
         self._eps = model.norm_eps
+        self._region = recipe.make.grid.region
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self._region.shared(self.weight)
         if self.bias is not None:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self._eps)
+            return F.layer_norm(x, weight.shape, weight, self._region.shared(self.bias), self._eps)
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self._eps)
-        return (wide * scale).to(x.dtype) * self.weight
+        return (wide * scale).to(x.dtype) * weight
 
 
 def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
@@ -127,17 +129,18 @@ class Attention(nn.Module):
         self.v = ColumnParallelLinear(make, f"{name}.v", model.hidden, narrow, bias=bias)
         self.o = RowParallelLinear(make, f"{name}.o", model.hidden, model.hidden, bias=bias, std=recipe.residual_std)
         self._model = model
-        self._group = make.grid.model_group
+        self._region = make.grid.region
+        self._sequence = make.grid.sequence
         self._recompute = recipe.recompute == "selective"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = copy_to_ranks(x, self._group)
-        q, k, v = (self._heads(layer(x)) for layer in (self.q, self.k, self.v))
+        x = self._region.enter(x)
+        q, k, v = self._sequence.to_heads(*(self._heads(layer(x)) for layer in (self.q, self.k, self.v)))
         if self._recompute and torch.is_grad_enabled():
             mixed = checkpoint(self._mix, q, k, v, use_reentrant=False, preserve_rng_state=False)
         else:
             mixed = self._mix(q, k, v)
-        return cast(torch.Tensor, self.o(mixed.transpose(1, 2).flatten(2)))
+        return cast(torch.Tensor, self.o(self._sequence.to_tokens(mixed).transpose(1, 2).flatten(2)))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(*x.shape[:-1], -1, self._model.head_dim).transpose(1, 2)
@@ -163,10 +166,10 @@ class FeedForward(nn.Module):
             self.gate = ColumnParallelLinear(make, f"{name}.gate", model.hidden, model.ffn, bias=False)
         self.up = ColumnParallelLinear(make, f"{name}.up", model.hidden, model.ffn, bias=bias)
         self.down = RowParallelLinear(make, f"{name}.down", model.ffn, model.hidden, bias=bias, std=recipe.residual_std)
-        self._group = make.grid.model_group
+        self._region = make.grid.region
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = copy_to_ranks(x, self._group)
+        x = self._region.enter(x)
         if self.gate is None:
             return cast(torch.Tensor, self.down(F.gelu(self.up(x), approximate="tanh")))
         return cast(torch.Tensor, self.down(F.silu(self.gate(x)) * self.up(x)))
@@ -206,12 +209,12 @@ class OutputProjection(VocabParallelProjection):
 
     def __init__(self, recipe: Recipe) -> None:
         shape = (recipe.model.vocab, recipe.model.hidden)
-        super().__init__(recipe.make.make("head.output.weight", shape, axis=0), recipe.make.grid.model_group)
+        super().__init__(recipe.make.make("head.output.weight", shape, axis=0), recipe.make.grid.region)
 
 
 def project_tied(embedding: TokenEmbedding, x: torch.Tensor) -> torch.Tensor:
     """Logits from the token embedding's weights."""
-    return project(x, embedding.weight, embedding.group)
+    return project(x, embedding.weight, embedding.region)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -263,20 +266,23 @@ class LossFunction:
     Args:
         model: The model.
         grid: The rank's place.
+
+    Attributes:
         scale: The constant: with ``replicas x micro-batches / real tokens of the step`` the mean over replicas and
-            micro-batches, which DeepSpeed computes, is the sum over all real tokens divided by their number.
+            micro-batches, which DeepSpeed computes, is the sum over all real tokens divided by their number. The engine
+            sets it before every step.
     """
 
-    def __init__(self, model: ModelSpec, grid: Grid, scale: float) -> None:
+    def __init__(self, model: ModelSpec, grid: Grid, scale: float = 1.0) -> None:
+        self.scale = scale
         self._vocab = model.vocab
         self._grid = grid
-        self._scale = scale
 
     def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         losses = vocab_parallel_cross_entropy(
             logits, targets, vocab=self._vocab, rank=self._grid.model, group=self._grid.model_group
         )
-        return losses.sum() * self._scale
+        return losses.sum() * self.scale
 
 
 class Decoder(nn.Module):
@@ -296,7 +302,7 @@ class Decoder(nn.Module):
                 self.layers.append(spec.build(*spec.args))
             else:
                 embedding = cast(TokenEmbedding, self.layers[0])
-                self.layers.append(VocabParallelProjection(embedding.weight, embedding.group))
+                self.layers.append(VocabParallelProjection(embedding.weight, embedding.region))
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Logits ``[b, s, padded vocab / tp]``, or the loss when targets are given."""

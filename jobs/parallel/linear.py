@@ -1,8 +1,8 @@
 """Linear layers whose weight is split over the tensor-parallel ranks.
 
 A column-parallel layer makes a slice of the outputs from the whole input; a row-parallel one takes that slice and sums
-over the ranks. The input of column-parallel layers goes through ``copy_to_ranks`` once, in the caller, because q, k
-and v (or gate and up) share it.
+over the ranks. The input of column-parallel layers goes through :meth:`TensorRegion.enter` once, in the caller, because
+q, k and v (or gate and up) share it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from jobs.models.init import ParameterFactory
-from jobs.parallel.collectives import reduce_from_ranks
 
 
 class ColumnParallelLinear(nn.Module):
@@ -32,7 +31,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = make.make(f"{name}.bias", (outputs,), axis=0, std=0.0) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The local slice of the outputs; ``x`` is the whole input, already through ``copy_to_ranks``."""
+        """The local slice of the outputs; ``x`` is the whole input, already through :meth:`TensorRegion.enter`."""
         return F.linear(x, self.weight, self.bias)
 
 
@@ -52,9 +51,9 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.weight = make.make(f"{name}.weight", (outputs, inputs), axis=1, std=std)
         self.bias = make.make(f"{name}.bias", (outputs,), std=0.0) if bias else None
-        self._group = make.grid.model_group
+        self._region = make.grid.region
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The whole output, equal on all tensor-parallel ranks."""
-        y = reduce_from_ranks(F.linear(x, self.weight), self._group)
-        return y if self.bias is None else y + self.bias
+        """The whole output, equal on all tensor-parallel ranks, or this rank's part of the sequence."""
+        y = self._region.leave(F.linear(x, self.weight))
+        return y if self.bias is None else y + self._region.shared(self.bias)

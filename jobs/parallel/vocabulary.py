@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from jobs.models.init import ParameterFactory
-from jobs.parallel.collectives import all_reduce, copy_to_ranks, reduce_from_ranks
+from jobs.parallel.collectives import all_reduce
+from jobs.parallel.region import TensorRegion
 
 IGNORE = -100  # target of a position that weighs nothing
 
 
 class VocabParallelEmbedding(nn.Module):
-    """``tokens [b, s] -> [b, s, hidden]``.
+    """``tokens [b, s] -> [b, s, hidden]``, or this rank's part of the sequence.
 
     Args:
         make: Makes the parameters.
@@ -33,19 +34,19 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, make: ParameterFactory, name: str, vocab: int, hidden: int) -> None:
         super().__init__()
         self.weight = make.make(f"{name}.weight", (vocab, hidden), axis=0)
-        self.group = make.grid.model_group
+        self.region = make.grid.region
         width = -(-vocab // make.grid.tp)
         self._start = make.grid.model * width
         self._width = width
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Embeddings, whole on every rank."""
-        if self.group is None:
+        """Embeddings of ``tokens``, which are whole on every rank."""
+        if self.region.group is None:
             return F.embedding(tokens, self.weight)
         local = tokens - self._start
         mine = (local >= 0) & (local < self._width)
         found = F.embedding(local.clamp(0, self._width - 1), self.weight)
-        return reduce_from_ranks(found * mine.unsqueeze(-1).to(found.dtype), self.group)
+        return self.region.leave(found * mine.unsqueeze(-1).to(found.dtype))
 
 
 class VocabParallelProjection(nn.Module):
@@ -53,22 +54,22 @@ class VocabParallelProjection(nn.Module):
 
     Args:
         weight: The local rows, ``[padded vocab / tp, hidden]``; may belong to an embedding as well (tied weights).
-        group: Tensor-parallel group; None for a group of one.
+        region: The tensor-parallel ranks.
     """
 
-    def __init__(self, weight: nn.Parameter, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, weight: nn.Parameter, region: TensorRegion) -> None:
         super().__init__()
         self.weight = weight
-        self._group = group
+        self._region = region
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Local logits; ``x`` is equal on all ranks of the group."""
-        return project(x, self.weight, self._group)
+        """Local logits of the whole sequence; ``x`` is equal on all ranks, or each one's part of the sequence."""
+        return project(x, self.weight, self._region)
 
 
-def project(x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Local logits from hidden states (equal on all ranks of ``group``) and the local rows of the projection."""
-    return F.linear(copy_to_ranks(x, group), weight)
+def project(x: torch.Tensor, weight: torch.Tensor, region: TensorRegion) -> torch.Tensor:
+    """Local logits of the whole sequence from hidden states and the local rows of the projection."""
+    return F.linear(region.enter(x), weight)
 
 
 class _CrossEntropy(torch.autograd.Function):

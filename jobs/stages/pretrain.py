@@ -25,6 +25,7 @@ from jobs.checkpoint.saver import BehindSaver, DirectSaver, Saver
 from jobs.checkpoint.source import ShardSource
 from jobs.data import TokenStore
 from jobs.hooks import Hooks
+from jobs.initial import initialise
 from jobs.location import Location, locate
 from jobs.metrics import MetricsWriter
 from jobs.numerics import BlowUp, LossWatch
@@ -34,8 +35,10 @@ from jobs.paths import RunPaths
 from jobs.report import Reporter
 from jobs.sample import generate
 from jobs.spec import JobSpec, RankEnv
+from strategies.codec import to_json
 from strategies.errors import ResumeRefused, StorageError
-from strategies.schedule import BatchChange, SampleSchedule, Skip
+from strategies.schedule import SampleSchedule, Skip
+from strategies.specs import BatchSpec
 
 if TYPE_CHECKING:
     from jobs.engine import Engine, MicroBatch, StepResult
@@ -74,7 +77,7 @@ class Pretrain:
         self._orders = Orders(env.order_fd)
         self._paths = RunPaths(env.run_dir)
         self._store = TokenStore(job.data, job.batch.seq)
-        self._schedule = SampleSchedule(global_batch=job.batch.global_batch, skips=job.skips)
+        self._schedule = job.schedule()
         self._watch = LossWatch(job.train.spike_sigmas)
         self._metrics = MetricsWriter(self._paths.metrics) if env.rank == 0 else None
         self._link = link_from_environment()
@@ -92,6 +95,7 @@ class Pretrain:
         Raises:
             CorruptCheckpoint: The checkpoint to restore is damaged.
             ResumeRefused: It belongs to another model, corpus or seed.
+            ConfigError: The weights to begin with are another model's.
             StorageError: The run directory cannot be read or written.
             BlowUp: A step's numbers cannot be right; nothing of it was kept.
         """
@@ -99,6 +103,8 @@ class Pretrain:
         done, manifest = 0, locate(self._env.resume_from)
         if self._env.resume_from:
             done = self._restore()
+        else:
+            initialise(self._engine, self._job)
         dist.barrier()
         self._saver.open()
         steps = self._job.train.steps
@@ -139,7 +145,7 @@ class Pretrain:
         refuse_another_run(restored, self._job)
         self._counter.step = restored.step
         recorded = SampleSchedule.from_state(restored.extra["sampler"])
-        self._schedule = continued(recorded, restored.step + 1, self._job.batch.global_batch, self._job.skips)
+        self._schedule = continued(recorded, restored.step + 1, self._job.batch, self._job.skips)
         self._watch = LossWatch(self._job.train.spike_sigmas, restored.extra.get("losses", ()))
         seconds, moved = time.perf_counter() - begin, dataclasses.asdict(restored.traffic)
         self._reporter.send("restored", step=restored.step + 1, seconds=seconds, **moved)
@@ -149,7 +155,8 @@ class Pretrain:
         self._counter.step = step
         self._hooks.step_begin(step)
         self._engine.own_time.begin()
-        result = self._engine.train_step(step, self._batches(step))
+        tokens = self._schedule.batch_at(step) * self._job.batch.seq
+        result = self._engine.train_step(step, self._batches(step), tokens=tokens)
         own_s, seconds = self._engine.own_time.end()
         self._judge(step, result)
         if self._metrics is not None:
@@ -178,20 +185,20 @@ class Pretrain:
 
     def _batches(self, step: int) -> list[MicroBatch]:
         """This replica's micro-batches; ranks that look at no data get empty ones of the right shape."""
-        plan = self._job.plan
+        plan, count = self._job.plan, self._schedule.micro_batches(step, self._job.plan)
         if not self._engine.needs_data:
-            return [self._micro_batch((None,) * plan.micro_batch)] * plan.grad_accum
+            return [self._micro_batch((None,) * plan.micro_batch)] * count
         replica = self._engine.grid.data
-        return [self._micro_batch(self._schedule.rows(step, replica, micro, plan)) for micro in range(plan.grad_accum)]
+        return [self._micro_batch(self._schedule.rows(step, replica, micro, plan)) for micro in range(count)]
 
     def _micro_batch(self, rows: tuple[int | None, ...]) -> MicroBatch:
-        seq = self._job.batch.seq
-        tokens = torch.zeros(len(rows), seq, dtype=torch.int64)
-        targets = torch.full((len(rows), seq), IGNORE, dtype=torch.int64)
+        held = self._engine.grid.tokens(self._job.batch.seq)
+        tokens = torch.zeros(len(rows), held.stop - held.start, dtype=torch.int64)
+        targets = torch.full_like(tokens, IGNORE)
         for row, index in enumerate(rows):
             if index is not None:
                 sample = torch.from_numpy(self._store.sample(self._job.train.seed, index))
-                tokens[row], targets[row] = sample[:-1], sample[1:]
+                tokens[row], targets[row] = sample[:-1][held], sample[1:][held]
         return tokens, targets
 
     def _save(self, step: int, *, wait: bool) -> Location:
@@ -200,7 +207,8 @@ class Pretrain:
         return self._saver.save(step, self._extra(step), wait=wait)
 
     def _extra(self, step: int) -> dict[str, Any]:
-        return {
+        initial = {} if self._job.initial is None else {"initial": to_json(self._job.initial)}
+        return initial | {
             "sampler": self._schedule.state(step + 1),
             "data": {"digest": self._job.data.digest, "vocab": self._job.data.vocab},
             "seed": self._job.train.seed,
@@ -263,16 +271,16 @@ def refuse_another_run(restored: RestoredState, job: JobSpec) -> None:
         )
 
 
-def continued(recorded: SampleSchedule, step: int, global_batch: int, skips: tuple[Skip, ...] = ()) -> SampleSchedule:
+def continued(recorded: SampleSchedule, step: int, batch: BatchSpec, skips: tuple[Skip, ...] = ()) -> SampleSchedule:
     """The recorded schedule from ``step`` on.
 
-    Another global batch counts from there on. Which samples are skipped is the run's to say, not the checkpoint's:
-    skips may have been decided since. Those before ``step`` are history, and there the two must agree.
+    Another global batch or ramp counts from there on. Which samples are skipped is the run's to say, not the
+    checkpoint's: skips may have been decided since. Those before ``step`` are history, and there the two must agree.
 
     Args:
         recorded: What the checkpoint says.
         step: The step to go on with.
-        global_batch: Sequences per step from there on.
+        batch: The global batch from there on.
         skips: All skips of the run.
 
     Raises:
@@ -285,11 +293,7 @@ def continued(recorded: SampleSchedule, step: int, global_batch: int, skips: tup
             why=f"{_told(there)} in the checkpoint, {_told(here)} here",
             hint="Leave the skips of steps that are done as they are; later ones may be changed.",
         )
-    earlier = tuple(change for change in recorded.changes if change.step < step)
-    schedule = dataclasses.replace(recorded, changes=earlier, skips=skips)
-    if schedule.batch_at(step) == global_batch:
-        return schedule
-    return dataclasses.replace(schedule, changes=(*earlier, BatchChange(step=step, global_batch=global_batch)))
+    return dataclasses.replace(recorded, skips=skips).onward(step, batch)
 
 
 def _by_place(skip: Skip) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from jobs.checkpoint import newest, read_manifest, verify
 from jobs.checkpoint.digest import weights_digest
@@ -113,6 +114,77 @@ def test_training_goes_on_bit_identically(
     pool: WarmPool, tmp_path: Path, plan: dict[str, Any], precision: str, model: Any
 ) -> None:
     check_bit_identical(pool, tmp_path, *job_of(plan, precision=precision, model=model))
+
+
+OFFLOADED = [
+    pytest.param({"dp": 2, "zero_stage": 3, "offload": "optimizer+params"}, "bf16", id="dp2-zero3-params"),
+    pytest.param({"dp": 2, "zero_stage": 1, "offload": "optimizer"}, "fp32", marks=pytest.mark.full, id="dp2-zero1"),
+    pytest.param({"dp": 2, "zero_stage": 2, "offload": "optimizer"}, "bf16", marks=pytest.mark.full, id="dp2-zero2"),
+    pytest.param(
+        {"pp": 2, "dp": 2, "zero_stage": 1, "offload": "optimizer"}, "bf16", marks=pytest.mark.full, id="pp2-zero1"
+    ),
+    pytest.param(
+        {"tp": 2, "dp": 2, "zero_stage": 3, "offload": "optimizer"}, "bf16", marks=pytest.mark.full, id="tp2-zero3"
+    ),
+]
+
+
+@pytest.mark.parametrize(("plan", "precision"), OFFLOADED)
+def test_state_in_host_memory_is_saved_and_restored(
+    pool: WarmPool, tmp_path: Path, plan: dict[str, Any], precision: str
+) -> None:
+    path = check_bit_identical(pool, tmp_path, *job_of(plan, precision=precision))
+    back, world = job_of({"dp": 2, "zero_stage": 1}, precision=precision)
+    rows = pool.run(
+        RESTORE, world_size=world, timeout_s=TIMEOUT_S, arguments={"job": back, "manifest": str(path), "more": 1}
+    )
+    assert {row["step"] for row in rows} == {3}, "a plan without offload goes on from it"
+
+
+def test_a_checkpoint_of_one_schedule_goes_on_under_another(pool: WarmPool, tmp_path: Path) -> None:
+    """DualPipeV to the last bit under itself; under 1F1B, and back, the same losses to rounding."""
+    folded, world = job_of({"pp": 2, "zero_stage": 1, "schedule": "dualpipev"}, eps=1e-6)
+    plain, _ = job_of({"pp": 2, "zero_stage": 1}, eps=1e-6)
+    path = check_bit_identical(pool, tmp_path / "folded", folded, world)
+    first = pool.run(
+        SAVE,
+        world_size=world,
+        timeout_s=TIMEOUT_S,
+        arguments={"job": plain, "steps": 3, "more": 3},
+        run_dir=str(tmp_path / "plain"),
+    )
+    for job, manifest in ((plain, str(path)), (folded, first[0]["path"])):
+        rows = pool.run(
+            RESTORE, world_size=world, timeout_s=TIMEOUT_S, arguments={"job": job, "manifest": manifest, "more": 3}
+        )
+        for row in rows:
+            assert [float.fromhex(loss) for loss, _, _ in row["results"]] == pytest.approx(
+                [float.fromhex(loss) for loss, _, _ in first[0]["results"]], rel=2e-6
+            )
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="this CPU does not compute in fp16")
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"dp": 2, "zero_stage": 1},
+        pytest.param({"dp": 2, "zero_stage": 0, "grad_dtype": "fp16"}, marks=pytest.mark.full),
+        pytest.param({"dp": 2, "zero_stage": 2}, marks=pytest.mark.full),
+        pytest.param({"dp": 2, "zero_stage": 3}, marks=pytest.mark.full),
+        pytest.param({"pp": 2, "dp": 2, "zero_stage": 1}, marks=pytest.mark.full),
+        pytest.param({"tp": 2, "dp": 2, "zero_stage": 1}, marks=pytest.mark.full),
+    ],
+    ids=lambda plan: "-".join(f"{name}{value}" for name, value in plan.items()),
+)
+def test_the_loss_scale_goes_on_bit_identically(pool: WarmPool, tmp_path: Path, plan: dict[str, Any]) -> None:
+    """fp16 with a scale that doubles after every step until it overflows, on both sides of the checkpoint."""
+    job, world = job_of(plan, precision="fp16")
+    job["deepspeed"]["fp16"] |= {"initial_scale_power": 22, "loss_scale_window": 1, "hysteresis": 1}
+    path = check_bit_identical(pool, tmp_path, job, world)
+    scaler = read_manifest(path).trainer.loss_scaler
+    assert scaler["cur_iter"] == 3
+    assert scaler["cur_scale"] not in (1, 2.0**22)
+    assert scaler["last_overflow_iter"] >= 0
 
 
 MANY = [

@@ -57,6 +57,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "pp2-recompute": {"pp": 2, "recompute": "full", "micro_batch": 2},
     "pp2-uneven": {"pp": 2, "stages": (3, 1), "micro_batch": 2},
     "dp3": {"dp": 3, "zero_stage": 1},
+    "tp2-pp2-dp2-dualpipev": {"tp": 2, "pp": 2, "dp": 2, "zero_stage": 1, "schedule": "dualpipev"},
 }
 MORE_PLANS: dict[str, dict[str, Any]] = {
     "pp2-zero1": {"pp": 2, "zero_stage": 1},
@@ -73,6 +74,11 @@ MORE_PLANS: dict[str, dict[str, Any]] = {
     "tp2-pp2-recompute": {"tp": 2, "pp": 2, "recompute": "full", "micro_batch": 4},
     "dp2-zero3-selective": {"dp": 2, "zero_stage": 3, "recompute": "selective"},
     "pp2-selective": {"pp": 2, "recompute": "selective"},
+    "pp2-dualpipev-zero0": {"pp": 2, "zero_stage": 0, "schedule": "dualpipev"},
+    "pp4-dualpipev-empty-parts": {"pp": 4, "zero_stage": 1, "schedule": "dualpipev"},
+    "pp2-dualpipev-uneven": {"pp": 2, "zero_stage": 1, "schedule": "dualpipev", "stages": (1, 3)},
+    "pp2-dualpipev-recompute": {"pp": 2, "zero_stage": 1, "schedule": "dualpipev", "recompute": "full"},
+    "pp2-dualpipev-selective": {"pp": 2, "zero_stage": 1, "schedule": "dualpipev", "recompute": "selective"},
 }
 LLAMA_PLANS = ("dp4-zero3", "tp4", "tp2-pp2-dp2-zero1", "pp2-recompute")
 
@@ -177,7 +183,8 @@ def fused_biases(
 def check_parity(pool: WarmPool, reference: Callable[..., Curve], model: ModelSpec, degrees: dict[str, Any]) -> None:
     wanted = reference(model, clip=CLIP, eps=EPSILON)
     ranks = train(pool, model, degrees, clip=CLIP, eps=EPSILON)
-    assert {rank["engine"] for rank in ranks} == {"PipelineEngine" if degrees.get("pp", 1) > 1 else "DeepSpeedEngine"}
+    pipeline = "DualPipeVEngine" if degrees.get("schedule") == "dualpipev" else "PipelineEngine"
+    assert {rank["engine"] for rank in ranks} == {pipeline if degrees.get("pp", 1) > 1 else "DeepSpeedEngine"}
     assert {rank["zero_stage"] for rank in ranks} == {degrees.get("zero_stage", 0)}
     assert (wanted.grad_norm > CLIP).all(), "clipping must bite in every step"
     found = differences(curve(ranks), wanted)

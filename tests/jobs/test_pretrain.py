@@ -21,12 +21,17 @@ from jobs.stages.pretrain import Pretrain, continued, refuse_another_run, replac
 from jobs.worker import exit_code
 from strategies.errors import ConfigError, ResumeRefused, StorageError
 from strategies.schedule import BatchChange, SampleSchedule, Skip
+from strategies.specs import BatchSpec
 from tests.support.jobspecs import make_job
 
 
 @pytest.fixture
 def job() -> JobSpec:
     return dataclasses.replace(make_job(seed=3), data=DataSpec(kind="text", digest="abc", vocab=128))
+
+
+def batch(size: int) -> BatchSpec:
+    return BatchSpec(global_batch=size, seq=32)
 
 
 def restored_from(job: JobSpec) -> RestoredState:
@@ -72,13 +77,13 @@ def test_another_run_is_refused_with_every_difference(job: JobSpec) -> None:
 
 def test_the_schedule_goes_on_where_it_was() -> None:
     recorded = SampleSchedule(global_batch=8, skips=(Skip(step=2, samples=5),))
-    assert continued(recorded, 5, 8, recorded.skips) == recorded
+    assert continued(recorded, 5, batch(8), recorded.skips) == recorded
 
 
 def test_a_skip_that_was_decided_since_counts() -> None:
     recorded = SampleSchedule(global_batch=8, skips=(Skip(step=2, samples=5), Skip(step=9, samples=1)))
     skips = (Skip(step=2, samples=5), Skip(step=6, samples=8))  # and one that was only planned was taken back
-    schedule = continued(recorded, 5, 8, skips)
+    schedule = continued(recorded, 5, batch(8), skips)
     assert schedule == SampleSchedule(global_batch=8, skips=skips)
     assert [schedule.step_range(step).start for step in (5, 6, 9)] == [37, 53, 77]
 
@@ -87,21 +92,21 @@ def test_a_skip_that_was_decided_since_counts() -> None:
 def test_history_is_not_rewritten(skips: tuple[Skip, ...]) -> None:
     recorded = SampleSchedule(global_batch=8, skips=(Skip(step=2, samples=5),))
     with pytest.raises(ResumeRefused, match="5 before step 2 in the checkpoint"):
-        continued(recorded, 5, 8, skips)
+        continued(recorded, 5, batch(8), skips)
 
 
 def test_another_batch_leaves_no_sample_out_and_repeats_none() -> None:
     recorded = SampleSchedule(global_batch=8)
-    changed = continued(recorded, 5, 6)
+    changed = continued(recorded, 5, batch(6))
     assert [changed.step_range(step) for step in (4, 5, 6)] == [range(24, 32), range(32, 38), range(38, 44)]
-    back = continued(changed, 7, 8)
+    back = continued(changed, 7, batch(8))
     assert [back.step_range(step) for step in (6, 7)] == [range(38, 44), range(44, 52)]
 
 
 def test_an_older_checkpoint_forgets_later_changes() -> None:
     recorded = SampleSchedule(global_batch=8, changes=(BatchChange(step=5, global_batch=6),))
-    assert continued(recorded, 3, 6).step_range(3) == range(16, 22)
-    assert continued(recorded, 3, 8).step_range(5) == range(32, 40)
+    assert continued(recorded, 3, batch(6)).step_range(3) == range(16, 22)
+    assert continued(recorded, 3, batch(8)).step_range(5) == range(32, 40)
 
 
 def test_files_are_replaced_at_once(tmp_path: Path) -> None:

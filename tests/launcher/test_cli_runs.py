@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,11 +82,26 @@ def test_status_json_has_the_promised_fields(tmp_path: Path, invoke: Invoke) -> 
     books = document["ledger"]
     assert books["wall"] == pytest.approx(sum(value for name, value in books.items() if name != "wall"))
     assert document["recoveries"] == [4.0]
-    assert {"goodput", "incidents", "predicted", "measured", "slow_starts"} <= set(document)
+    assert {"goodput", "incidents", "predicted", "measured", "slow_starts", "excluded", "stragglers"} <= set(document)
     assert set(document["incidents"][0]) == {
         *("number", "attempt", "kind", "cause", "node", "rank", "at", "step", "steps_lost", "action", "recovered"),
         *("detect_s", "decide_s", "place_s", "restore_s", "replay_s", "wait_s", "total_s"),
     }
+
+
+def test_status_names_slow_ranks_and_the_nodes_that_carry_none(tmp_path: Path, invoke: Invoke) -> None:
+    store = failed_run(tmp_path)
+    detail = "rank 2 on b takes 1.4 x its peers' time"
+    failure = {"detail": detail, "node": "b", "rank": 2}
+    put(store, 20.0, EventKind.STRAGGLER_FOUND, failure=failure, ratio=1.4)
+    for node, hours, reason in (("b", 6, "slow"), ("c", -1, "long ago")):
+        put(store, 20.0, EventKind.NODE_EXCLUDED, node=node, until=time.time() + 3600 * hours, reason=reason)
+    document = json.loads(invoke("status", "demo", "--json", "--dir", str(tmp_path))[1])
+    assert [(one["node"], one["reason"]) for one in document["excluded"]] == [("b", "slow")]
+    assert [one["failure"]["rank"] for one in document["stragglers"]] == [2]
+    out = invoke("status", "demo", "--dir", str(tmp_path))[1]
+    assert f"found slow:\n  {detail}" in out
+    assert "carry no ranks for now:\n  node b until" in out
 
 
 def test_status_of_a_live_and_of_an_orphaned_run(tmp_path: Path, invoke: Invoke) -> None:

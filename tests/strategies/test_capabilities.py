@@ -6,14 +6,14 @@ from itertools import product
 
 import pytest
 
-from strategies import capabilities
 from strategies.capabilities import Key, Outcome, format_table, key_of, outcome, parse_table, runnable
+from strategies.capability_table import TABLE
 from strategies.rules import check
 from tests.strategies.support import BATCH, TINY, plan
 
 
 def test_the_table_is_what_the_writer_writes() -> None:
-    assert format_table(parse_table(capabilities.TABLE)) == capabilities.TABLE.lstrip("\n")
+    assert format_table(parse_table(TABLE)) == TABLE.lstrip("\n")
 
 
 def test_the_format_keeps_everything() -> None:
@@ -42,7 +42,7 @@ def test_everything_that_the_issue_asks_for_runs() -> None:
 
 def test_rules_and_table_agree_on_every_probed_combination() -> None:
     """What the rules allow has run; what DeepSpeed refused, a rule refuses first."""
-    for key, found in parse_table(capabilities.TABLE).items():
+    for key, found in parse_table(TABLE).items():
         the_plan = plan(
             precision=key.precision,
             tp=1 + key.tp,
@@ -63,7 +63,7 @@ def test_the_table_is_what_the_probe_sees() -> None:
     from tests.e2e.probe_capabilities import combinations, probe
     from tests.support.gang import WarmPool
 
-    table = parse_table(capabilities.TABLE)
+    table = parse_table(TABLE)
     assert set(table) == set(combinations())
     with WarmPool() as pool:
         found = {key: probe(pool, key) for key in table}

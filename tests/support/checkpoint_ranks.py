@@ -57,7 +57,8 @@ def _live_master(engine: Engine, index: int, owner: torch.Tensor) -> torch.Tenso
 
 
 def _live_count(engine: Engine, parameter: Any) -> int:
-    return max(0, int(parameter.ds_numel) - engine.grid.data * int(parameter.ds_tensor.numel()))
+    place = engine.grid.data * engine.grid.sp + engine.grid.seq
+    return max(0, int(parameter.ds_numel) - place * int(parameter.ds_tensor.numel()))
 
 
 def _hash(tensor: torch.Tensor) -> str:
@@ -66,7 +67,7 @@ def _hash(tensor: torch.Tensor) -> str:
 
 
 def _train(engine: Engine, job: JobSpec, first: int, last: int) -> list[list[str]]:
-    results = [engine.train_step(step, batches(job, step, engine.grid.data)) for step in range(first, last + 1)]
+    results = [engine.train_step(step, batches(job, step, engine.grid)) for step in range(first, last + 1)]
     return [[result.loss.hex(), result.grad_norm.hex(), result.lr.hex()] for result in results]
 
 

@@ -17,7 +17,7 @@ def weigh(env: RankEnv, job: dict[str, Any]) -> dict[str, Any]:
     """Bytes of weights, gradients (where DeepSpeed keeps a buffer for them) and optimizer state after one step."""
     spec = from_json(JobSpec, job)
     engine = Engine.build(spec, env)
-    engine.train_step(1, batches(spec, 1, engine.grid.data))
+    engine.train_step(1, batches(spec, 1, engine.grid))
     optimizer = engine.ds.optimizer
     parameters: list[Any] = [parameter for _, parameter in engine.named_parameters()]
     weights: list[torch.Tensor] = list(parameters)

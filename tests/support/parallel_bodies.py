@@ -11,7 +11,6 @@ from torch import nn
 
 from jobs.distributed import Grid, init_process_group, shutdown
 from jobs.models.init import ParameterFactory, cut, global_value
-from jobs.parallel.collectives import copy_to_ranks
 from jobs.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from jobs.parallel.meta import ParamMeta
 from jobs.parallel.vocabulary import VocabParallelEmbedding, project, vocab_parallel_cross_entropy
@@ -56,7 +55,7 @@ def vocabulary(env: RankEnv, vocab: int) -> dict[str, Any]:
     wanted.retain_grad()
     group = make.grid.model_group
     loss = vocab_parallel_cross_entropy(
-        project(embedded, table.weight, group), targets, vocab=vocab, rank=env.rank, group=group
+        project(embedded, table.weight, make.grid.region), targets, vocab=vocab, rank=env.rank, group=group
     )
     reference = F.cross_entropy((wanted @ whole.T).flatten(0, 1), targets.flatten(), reduction="none").view(2, 4)
     torch.autograd.backward(loss.sum())
@@ -84,7 +83,7 @@ def linears(env: RankEnv) -> dict[str, Any]:
     a, b, c, d = (_whole(parameter) for parameter in (*weights, *biases))
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
     y = x.detach().clone().requires_grad_()
-    ours = down(F.gelu(up(copy_to_ranks(x, make.grid.model_group))))
+    ours = down(F.gelu(up(make.grid.region.enter(x))))
     theirs = F.linear(F.gelu(F.linear(y, a, c)), b, d)
     torch.autograd.backward(ours.square().sum())
     torch.autograd.backward(theirs.square().sum())

@@ -30,18 +30,19 @@ def sample(job: JobSpec, index: int) -> torch.Tensor:
     return torch.where(torch.rand(job.model.seq + 1, generator=generator) < 0.1, noise, line)
 
 
-def batches(job: JobSpec, step: int, replica: int) -> list[MicroBatch]:
-    """The micro-batches of one replica; padding rows have no targets."""
+def batches(job: JobSpec, step: int, grid: Grid) -> list[MicroBatch]:
+    """The micro-batches of one rank; padding rows have no targets."""
     schedule = SampleSchedule(global_batch=job.batch.global_batch)
+    held = grid.tokens(job.model.seq)
     out = []
     for micro in range(job.plan.grad_accum):
         tokens = torch.zeros((job.plan.micro_batch, job.model.seq), dtype=torch.int64)
         targets = torch.full_like(tokens, IGNORE)
-        for row, index in enumerate(schedule.rows(step, replica, micro, job.plan)):
+        for row, index in enumerate(schedule.rows(step, grid.data, micro, job.plan)):
             if index is not None:
                 line = sample(job, index)
                 tokens[row], targets[row] = line[:-1], line[1:]
-        out.append((tokens, targets))
+        out.append((tokens[:, held], targets[:, held]))
     return out
 
 
@@ -55,7 +56,7 @@ def train(env: RankEnv, job: dict[str, Any], steps: int, weights: bool = False) 
     spec = from_json(JobSpec, job)
     engine = Engine.build(spec, env)
     initial = dump(engine) if weights else []
-    results = [engine.train_step(step, batches(spec, step, engine.grid.data)) for step in range(1, steps + 1)]
+    results = [engine.train_step(step, batches(spec, step, engine.grid)) for step in range(1, steps + 1)]
     out = {
         "engine": type(engine.ds).__name__,
         "optimizer": type(engine.ds.optimizer).__name__,
@@ -73,7 +74,8 @@ def train(env: RankEnv, job: dict[str, Any], steps: int, weights: bool = False) 
 
 def dump(engine: Engine) -> list[dict[str, Any]]:
     """The weights whose primary copy is on this rank, as fp32 in base 64; collective under ZeRO-3."""
-    primary = [(meta, value) for meta, value in engine.weights() if meta.primary and engine.grid.data == 0]
+    first = (engine.grid.data, engine.grid.seq) == (0, 0)
+    primary = [(meta, value) for meta, value in engine.weights() if meta.primary and first]
     return [_entry(meta, value) for meta, value in primary]
 
 
@@ -119,7 +121,7 @@ def unmarked_norm(env: RankEnv, job: dict[str, Any]) -> str:
     engine = Engine.build(spec, env)
     for _, parameter in engine.named_parameters():
         parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
-    result = engine.train_step(1, batches(spec, 1, engine.grid.data))
+    result = engine.train_step(1, batches(spec, 1, engine.grid))
     engine.close()
     return result.grad_norm.hex()
 
@@ -152,7 +154,7 @@ def fingerprints(env: RankEnv, job: dict[str, Any], steps: int) -> list[list[Any
     spec = from_json(JobSpec, job)
     engine = Engine.build(spec, env)
     for step in range(1, steps + 1):
-        engine.train_step(step, batches(spec, step, engine.grid.data))
+        engine.train_step(step, batches(spec, step, engine.grid))
     out = [
         [meta.name, meta.box, hashlib.sha256(value.float().cpu().contiguous().numpy().tobytes()).hexdigest()]
         for meta, value in engine.weights()

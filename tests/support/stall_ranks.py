@@ -50,7 +50,7 @@ def stalls(env: RankEnv, job: dict[str, Any], persister: str, steps: int, tries:
     saver.open()
     begin = time.perf_counter()
     for step in range(1, steps + 1):
-        engine.train_step(step, batches(spec, step, engine.grid.data))
+        engine.train_step(step, batches(spec, step, engine.grid))
     step_s = (time.perf_counter() - begin) / steps
     at = iter(range(steps + 1, 10**6))
     for _ in range(4):  # every buffer once

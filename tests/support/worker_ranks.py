@@ -30,6 +30,7 @@ def work(env: RankEnv, *, attempt: int, resume_from: str = "", slots: int = 2, s
         _shift_samples()
     elif sabotage == "flipped bit":
         _flip_a_bit()
+    _record_samples(Path(env.run_dir, "attempts", str(attempt), f"samples-{env.rank}.txt"))
     path = Path(env.run_dir, "attempts", str(attempt), f"reports-{env.rank}.jsonl")
     env = dataclasses.replace(
         env,
@@ -42,6 +43,18 @@ def work(env: RankEnv, *, attempt: int, resume_from: str = "", slots: int = 2, s
     )
     os.environ.update(env.variables())
     return worker.main()
+
+
+def _record_samples(path: Path) -> None:
+    """Write down the index of every sample that this rank reads, one a line."""
+    original = TokenStore.sample
+
+    def sample(self: TokenStore, seed: int, index: int) -> Any:
+        with path.open("a") as file:
+            file.write(f"{index}\n")
+        return original(self, seed, index)
+
+    TokenStore.sample = sample  # type: ignore[method-assign]
 
 
 def _shift_samples() -> None:

@@ -40,7 +40,7 @@ def _build(env: RankEnv, job: dict[str, Any], **deepspeed: Any) -> tuple[JobSpec
 def save_both(env: RankEnv, job: dict[str, Any], theirs: str) -> dict[str, Any]:
     """Train one step, then save twice: as we do, and with DeepSpeed's ``save_checkpoint``."""
     spec, engine = _build(env, job)
-    engine.train_step(1, batches(spec, 1, engine.grid.data))
+    engine.train_step(1, batches(spec, 1, engine.grid))
     paths = RunPaths(env.run_dir)
     ours_s, saved = _timed(
         lambda: save(engine, run_paths=paths, job=spec, step=1, token=(env.epoch, env.attempt), extra={})
@@ -56,7 +56,7 @@ def restore_ours(env: RankEnv, job: dict[str, Any], manifest: str) -> dict[str, 
     """Restore a checkpoint of ours, and train the second step as proof."""
     spec, engine = _build(env, job)
     seconds, _ = _timed(lambda: restore(engine, Path(manifest)))
-    loss = engine.train_step(2, batches(spec, 2, engine.grid.data)).loss
+    loss = engine.train_step(2, batches(spec, 2, engine.grid)).loss
     engine.close()
     return {"seconds": seconds, "loss": loss}
 
@@ -65,6 +65,6 @@ def load_universal(env: RankEnv, job: dict[str, Any], folder: str) -> dict[str, 
     """Load what ``ds_to_universal`` made, and train the second step as proof."""
     spec, engine = _build(env, job, checkpoint={"load_universal": True})
     seconds, _ = _timed(lambda: engine.ds.load_checkpoint(folder, tag=TAG))
-    loss = engine.train_step(2, batches(spec, 2, engine.grid.data)).loss
+    loss = engine.train_step(2, batches(spec, 2, engine.grid)).loss
     engine.close()
     return {"seconds": seconds, "loss": loss}

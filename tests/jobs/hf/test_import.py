@@ -1,0 +1,223 @@
+"""Hugging Face folders as our models: the logits of transformers' own, whole and in slices, and back again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from jobs.checkpoint.slices import clip
+from jobs.forward import Forward
+from jobs.hf.folder import model_of, open_folder
+from jobs.hf.names import parts_of
+from jobs.hf.weights import HfWeights
+from jobs.weights import check, digested, find, open_weights, verify
+from strategies.errors import ConfigError, NotFound, StorageError
+from strategies.specs import ModelSpec
+from tests.support import hf_models
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied-sharded": ("llama", {"tie_word_embeddings": True, "shard": "20KB"}),
+    "llama-bf16": ("llama", {"dtype": torch.bfloat16}),
+    "gpt2": ("gpt2", {}),
+    "gpt2-untied-fp16-sharded": ("gpt2", {"tie_word_embeddings": False, "shard": "20KB", "dtype": torch.float16}),
+    "gpt2-inner": ("gpt2", {"n_inner": 56}),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    kind, changes = CASES[name]
+    theirs = hf_models.make(tmp_path / "hf", kind, **changes)
+    weights = find(str(tmp_path / "hf"))
+    model = model_of(tmp_path / "hf")
+    assert model.parameters == sum(p.numel() for p in theirs.parameters())
+    tokens = hf_models.tokens(model.vocab, 2, model.seq)
+    forward = Forward(model, open_weights(weights, model))
+    wanted = hf_models.logits(theirs, tokens)
+    assert wanted.std() > 0.3
+    for position in (0, 7, model.seq - 1):
+        ours = forward.logits_at(tokens, torch.full((2,), position))
+        assert ours is not None
+        assert (ours - wanted[:, position]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+def test_a_slice_is_what_the_whole_tensor_has_there(tmp_path: Path, kind: str) -> None:
+    """Any box of any tensor, and any range of it, by our names; what is fused and transposed there included."""
+    theirs = hf_models.make(tmp_path / "hf", kind).state_dict() if kind != "mixtral" else {}
+    if kind == "mixtral":
+        hf_models.make(tmp_path / "hf", kind)
+    model = model_of(tmp_path / "hf")
+    source = HfWeights(open_folder(tmp_path / "hf", model), model)
+    rng = np.random.default_rng(0)
+    for part in parts_of(model):
+        for name, shape in part.sources:
+            full = np.empty(int(np.prod(shape)), dtype=np.float32)
+            source.read_slice(clip(name, shape, tuple((0, size) for size in shape), 0, full.size), full)
+            whole = full.reshape(shape)
+            box = tuple(tuple(sorted(rng.choice(size + 1, 2, replace=False).tolist())) for size in shape)
+            cut = whole[tuple(slice(low, high) for low, high in box)].reshape(-1)
+            start, stop = sorted(rng.integers(0, cut.size + 1, 2).tolist())
+            out = np.full(stop - start, np.nan, dtype=np.float32)
+            source.read_slice(clip(name, shape, box, start, stop), out)
+            assert np.array_equal(out, cut[start:stop]), name
+        if theirs:
+            stacked = torch.cat([torch.from_numpy(_whole(source, name, shape)) for name, shape in part.sources])
+            assert torch.equal(stacked.T if part.transposed else stacked, theirs[part.name]), part.name
+
+
+def _whole(source: HfWeights, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    out = np.empty(int(np.prod(shape)), dtype=np.float32)
+    source.read_slice(clip(name, shape, tuple((0, size) for size in shape), 0, out.size), out)
+    return out.reshape(shape)
+
+
+def test_mixtral_by_the_names_of_our_experts(tmp_path: Path) -> None:
+    theirs = hf_models.make(tmp_path / "hf", "mixtral")
+    model = model_of(tmp_path / "hf")
+    assert model.moe is not None
+    assert (model.moe.experts, model.moe.top_k, model.moe.ffn) == (4, 2, 40)
+    assert model.parameters == sum(p.numel() for p in theirs.parameters())
+    names = {part.name: [source for source, _ in part.sources] for part in parts_of(model)}
+    block = "model.layers.2.block_sparse_moe"
+    assert names[f"{block}.gate.weight"] == ["blocks.2.mlp.router.weight"]
+    assert names[f"{block}.experts.3.w1.weight"] == ["blocks.2.mlp.experts.3.gate.weight"]
+    assert names[f"{block}.experts.3.w2.weight"] == ["blocks.2.mlp.experts.3.down.weight"]
+    assert names[f"{block}.experts.3.w3.weight"] == ["blocks.2.mlp.experts.3.up.weight"]
+
+
+def test_gpt2_without_its_prefix_and_with_old_buffers(tmp_path: Path) -> None:
+    """As the files of openai-community/gpt2 are: no ``transformer.``, masks stored with the weights."""
+    from safetensors.torch import load_file, save_file
+
+    theirs = hf_models.make(tmp_path / "hf", "gpt2")
+    file = tmp_path / "hf" / "model.safetensors"
+    bare = {name.removeprefix("transformer."): value for name, value in load_file(file).items()}
+    save_file(bare | {"h.0.attn.bias": torch.ones(1, 1, 48, 48)}, file)
+    model = model_of(tmp_path / "hf")
+    tokens = hf_models.tokens(model.vocab, 1, 9)
+    ours = Forward(model, open_weights(find(f"hf:{tmp_path / 'hf'}"), model)).logits_at(tokens, torch.tensor([8]))
+    assert ours is not None
+    assert (ours - hf_models.logits(theirs, tokens)[:, 8]).abs().max() < 1e-4
+
+
+def refusal(folder: Path, model: ModelSpec | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        open_folder(folder, model or model_of(folder))
+    return str(caught.value)
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_every_problem_with_the_tensors_is_told_at_once(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    hf_models.make(tmp_path / "hf", "llama")
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.q_projection.weight"] = tensors.pop("model.layers.0.self_attn.q_proj.weight")
+    tensors["model.norm.weight"] = torch.ones(31)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int32)
+    save_file(tensors, file)
+    told = refusal(tmp_path / "hf")
+    assert "has 4 problems" in told
+    assert "1 tensor is missing: model.layers.0.self_attn.q_proj.weight" in told
+    assert "Did you mean 'model.layers.0.self_attn.q_projection.weight'?" in told
+    assert "1 tensor is not in the model: model.layers.0.self_attn.q_projection.weight" in told
+    assert "model.norm.weight is [31], [32] is needed" in told
+    assert "lm_head.weight is I32" in told
+
+
+def test_every_feature_that_is_not_ours_is_told_at_once(tmp_path: Path) -> None:
+    hf_models.make(tmp_path / "hf", "llama")
+    change_config(
+        tmp_path / "hf",
+        attention_bias=True,
+        hidden_act="gelu",
+        sliding_window=16,
+        rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4},
+        num_hidden_layers="three",
+    )
+    told = refusal(tmp_path / "hf")
+    for word in ("5 problems", "attention_bias", "hidden_act", "sliding_window", "'yarn' is not implemented", "'three'"):
+        assert word in told
+
+
+def test_old_rope_scaling_and_gpt2_variants_are_refused(tmp_path: Path) -> None:
+    hf_models.make(tmp_path / "gpt2", "gpt2")
+    change_config(tmp_path / "gpt2", activation_function="relu", scale_attn_by_inverse_layer_idx=True)
+    told = refusal(tmp_path / "gpt2")
+    assert "activation_function: 'relu' is not implemented" in told
+    assert "scale_attn_by_inverse_layer_idx" in told
+    hf_models.make(tmp_path / "llama", "llama")
+    change_config(tmp_path / "llama", rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0})
+    assert "'linear' is not implemented" in refusal(tmp_path / "llama")
+
+
+def test_an_unknown_architecture_gets_a_suggestion(tmp_path: Path) -> None:
+    hf_models.make(tmp_path / "hf", "llama")
+    change_config(tmp_path / "hf", model_type="lama")
+    assert "model_type 'lama' is not an architecture of phalanx" in refusal(tmp_path / "hf")
+    assert "Did you mean 'llama'?" in refusal(tmp_path / "hf")
+
+
+def test_pickles_are_refused(tmp_path: Path) -> None:
+    hf_models.make(tmp_path / "hf", "llama")
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
+    assert "phalanx loads no pickle" in refusal(tmp_path / "hf")
+
+
+def test_cut_off_and_missing_files_are_told(tmp_path: Path) -> None:
+    hf_models.make(tmp_path / "hf", "llama", shard="20KB")
+    files = sorted((tmp_path / "hf").glob("model-*.safetensors"))
+    files[0].write_bytes(files[0].read_bytes()[:-4])
+    files[1].unlink()
+    told = refusal(tmp_path / "hf")
+    assert "it is cut off or damaged" in told
+    assert f"files of model.safetensors.index.json are missing: {files[1].name}" in told
+
+
+def test_another_model_is_refused_field_by_field(tmp_path: Path) -> None:
+    import dataclasses
+
+    hf_models.make(tmp_path / "hf", "llama")
+    other = dataclasses.replace(model_of(tmp_path / "hf"), layers=2, norm_eps=1e-3, seq=16)
+    told = refusal(tmp_path / "hf", other)
+    assert "layers 3 in the folder, 2 here" in told
+    assert "norm_eps" in told
+    assert "seq" not in told  # shorter sequences are the user's choice
+    assert "model.layers.2.input_layernorm.weight" in told
+
+
+def test_weights_that_have_changed_since_the_submit_are_noticed(tmp_path: Path) -> None:
+    hf_models.make(tmp_path / "hf", "llama")
+    model = model_of(tmp_path / "hf")
+    weights = digested(find(str(tmp_path / "hf")), model)
+    assert set(weights.files) == {"config.json", "model.safetensors"}
+    verify(weights)
+    file = tmp_path / "hf" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    check(weights, model)  # its shape is as before
+    with pytest.raises(StorageError, match=r"have changed since the job was submitted: model\.safetensors"):
+        for rank in range(3):
+            verify(weights, rank, 3)
+
+
+def test_what_is_no_place_of_weights_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="There are no weights at"):
+        find(str(tmp_path / "nothing"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "request.json").write_text("{}")
+    with pytest.raises(NotFound, match="has no checkpoint"):
+        find(str(tmp_path / "run"))
