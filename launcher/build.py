@@ -128,10 +128,33 @@ def outline(config: Config, cluster: ClusterSpec | None = None, *, plan: Paralle
 
         plan = plan or best_plan(config, model, batch, machine)
     else:
-        plan = resolve_plan(model, batch, machine, precision, **config.strategy.asked())
+        plan = _balanced(config, resolve_plan(model, batch, machine, precision, **config.strategy.asked()), machine)
     ours = config.planner.framework == "megatron"  # else what is planned with is other training code
     found = rules.check(model=model, plan=plan, batch=batch, cluster=machine, precision=precision, engine=ours)
     return Outline(model=model, batch=batch, cluster=machine, plan=plan, violations=(*missing, *found))
+
+
+def _balanced(config: Config, plan: ParallelPlan, machine: ClusterSpec) -> ParallelPlan:
+    """The plan with its stages cut as asked for.
+
+    Raises:
+        ConfigError: Times are asked for, and the cluster has no hardware figures.
+    """
+    balance, model, batch, precision = (
+        config.strategy.balance,
+        model_spec(config),
+        batch_spec(config),
+        config.train.precision,
+    )
+    if balance is None or balance == "blocks":
+        return plan
+    if rules.check(model=model, plan=plan, batch=batch, cluster=machine, precision=precision, modelled=True):
+        return plan  # is refused anyway
+    from strategies.balance import balanced
+
+    framework = config.planner.framework
+    work = Workload(model=model, batch=batch, cluster=machine, precision=precision, framework=framework)
+    return balanced(plan, work, balance)
 
 
 def workload(config: Config, sketch: Outline) -> Workload | None:

@@ -383,12 +383,28 @@ def _contradictions(config: Config) -> list[Problem]:
     if config.strategy.auto and config.job.kind == "script":
         message = "a script brings its own parallelism: there is nothing to choose"
         found.append(Problem(key="strategy.auto", message=message, hint="Use strategy=default."))
+    found += _strategy_contradictions(config)
     if config.cluster.kind != "existing":
         found += [
             Problem(key=f"cluster.{key}", message="must be given for a cluster that phalanx starts")
             for key in ("nodes", "slots_per_node")
             if getattr(config.cluster, key) is None
         ]
+    return found
+
+
+def _strategy_contradictions(config: Config) -> list[Problem]:
+    ask, found = config.strategy, []
+    if ask.auto:
+        given = [key for key in ("balance", "offload_path") if getattr(ask, key) is not None]
+        message = "is not the planner's to choose"
+        found += [Problem(key=f"strategy.{key}", message=message, hint="Leave it out, or auto.") for key in given]
+    elif ask.balance is not None and ask.stages is not None:
+        message = f"{ask.balance} and strategy.stages={list(ask.stages)} both say how blocks are spread"
+        found.append(Problem(key="strategy.balance", message=message, hint="Give one of them."))
+    if ask.offload_path and ask.offload in (None, "none"):
+        hint = "strategy.offload=optimizer, or optimizer+params with strategy.zero_stage=3"
+        found.append(Problem(key="strategy.offload_path", message="nothing is offloaded to it", hint=hint))
     return found
 
 

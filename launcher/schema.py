@@ -12,7 +12,7 @@ from typing import Any, Literal
 from jobs.spec import CheckpointSpec
 from launcher.request import Budgets, RecoverySpec, TrackingSpec
 from strategies.hardware import FROM_ZERO, Hardware
-from strategies.plan import GradDtype, Offload, Recompute, Schedule
+from strategies.plan import Balance, GradDtype, Offload, Recompute, Schedule
 from strategies.ramp import Ramp
 from strategies.schedule import Skip
 from strategies.specs import Flavour, LatentAttention, MoeSpec, Precision
@@ -145,7 +145,8 @@ class StrategyConfig:
             arithmetic, else 0.
         schedule: Pipeline schedule; null means ``1f1b``.
         vpp: Virtual stages per rank (interleaved schedule).
-        stages: Blocks per pipeline stage, first to last; null spreads them evenly.
+        stages: Blocks per pipeline stage, first to last; null spreads them as ``balance`` says.
+        balance: What stages are even in: ``blocks`` (as null), ``parameters`` of a rank, ``time`` by the planner.
         micro_batch: Sequences per replica and forward pass; null means 1.
         recompute: Activation checkpointing; null means ``none``.
         grad_dtype: Precision in which gradients are accumulated; null means fp32 (with ZeRO-0 in 16 bit: that one).
@@ -166,6 +167,7 @@ class StrategyConfig:
     schedule: Schedule | None = None
     vpp: int | None = None
     stages: tuple[int, ...] | None = None
+    balance: Balance | None = None
     micro_batch: int | None = None
     recompute: Recompute | None = None
     grad_dtype: GradDtype | None = None
@@ -176,7 +178,7 @@ class StrategyConfig:
 
     def asked(self) -> dict[str, Any]:
         """The values that are given, by the names of :func:`strategies.resolve.resolve_plan`."""
-        values = {name.name: getattr(self, name.name) for name in fields(self) if name.name != "auto"}
+        values = {name.name: getattr(self, name.name) for name in fields(self) if name.name not in ("auto", "balance")}
         return {name: value for name, value in values.items() if value is not None}
 
 

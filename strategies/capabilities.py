@@ -175,8 +175,11 @@ def runnable(plan: ParallelPlan, precision: Precision, model: ModelSpec) -> Viol
     if modelled is not None:
         return Violation(rule="combination_runs", message=modelled[0], hint=modelled[1])
     seen = outcome(plan, precision)
-    if seen is not None and seen.runs:
+    if seen is not None and seen.runs and not plan.offload_path:
         return None
+    if seen is not None and seen.runs:
+        message = f"offload_path {plan.offload_path}: state on disks trains, but cannot be checkpointed yet"
+        return Violation(rule="combination_runs", message=message, hint="strategy.offload_path=null (host memory)")
     reason = seen.reason if seen is not None else "it has never been tried"
     return Violation(
         rule="combination_probed",

@@ -459,8 +459,7 @@ def test_other_code_copies_key_value_heads() -> None:
     ("degrees", "word"),
     [
         ({"pp": 2, "schedule": "interleaved", "vpp": 2}, "schedule interleaved"),
-        ({"pp": 2, "schedule": "dualpipev"}, "schedule dualpipev"),
-        ({"offload": "optimizer"}, "offload optimizer"),
+        ({"sp": 2}, "sequence parallelism"),
     ],
 )
 def test_what_can_only_be_modelled_says_so(degrees: dict[str, Any], word: str) -> None:
@@ -471,9 +470,26 @@ def test_what_can_only_be_modelled_says_so(degrees: dict[str, Any], word: str) -
     assert _check(plan(**degrees), modelled=True) == ()
 
 
-def test_fp16_is_modelled_only() -> None:
-    violation = _only(_check(plan(precision="fp16"), precision="fp16"))
-    assert (violation.rule, violation.hint) == ("combination_runs", "train.precision=bf16")
+@pytest.mark.parametrize(
+    ("degrees", "rule", "hint"),
+    [
+        ({"offload": "optimizer"}, "offload_needs_zero", "strategy.zero_stage=1, or strategy.offload=none"),
+        (
+            {"offload": "optimizer+params", "zero_stage": 1},
+            "offload_needs_zero",
+            "strategy.zero_stage=3, or strategy.offload=optimizer, or strategy.offload=none",
+        ),
+        (
+            {"offload": "optimizer", "zero_stage": 2, "offload_path": "/disks"},
+            "disks_need_zero_three",
+            "strategy.zero_stage=3, or strategy.offload_path=null (host memory)",
+        ),
+    ],
+)
+def test_what_deepspeed_cannot_move_is_refused(degrees: dict[str, Any], rule: str, hint: str) -> None:
+    violation = _only(_check(plan(dp=2, **degrees), modelled=True))
+    assert (violation.rule, violation.hint) == (rule, hint)
+    assert _check(plan(dp=2, **degrees), modelled=True, engine=False) == ()
 
 
 def test_a_combination_outside_of_the_table_is_not_runnable() -> None:
