@@ -25,6 +25,7 @@ _PLAN = (
     "recompute",
     "grad_dtype",
     "offload",
+    "offload_path",
     "sequence_parallel",
     "micro_batch",
 )

@@ -1,8 +1,9 @@
 """An experiment at toy width: the same kinds of parallelism, on as many ranks as a small machine can carry. Pure.
 
-Only sizes change: every degree above 1 stays above 1, and so do virtual stages, micro-batches, accumulation and
-uneven stages; a model keeps its flavour, the ratio of its heads and of its feed-forward blocks, and its experts. What
-cannot run at all (:mod:`launcher.drill.concessions`) is replaced by what can, and the difference says so.
+Only sizes change: every degree above 1 stays above 1, and so do virtual stages, micro-batches, accumulation, uneven
+stages and a batch that grows; a model keeps its flavour, the ratio of its heads and of its feed-forward blocks, and
+its experts. What cannot run at all (:mod:`launcher.drill.concessions`) is replaced by what can, and the difference says
+so.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from launcher.drill.concessions import runnable
 from launcher.schema import ClusterConfig, Config, DataConfig, ModelConfig, StrategyConfig, TrainConfig
 from strategies.errors import ConfigError, PlanInfeasible
 from strategies.plan import ParallelPlan
+from strategies.ramp import Ramp
 from strategies.specs import MoeSpec
 
 MOST_RANKS = 8
@@ -29,6 +31,7 @@ _WIDTH, _LEAST_HEAD, _MOST_HEAD = 64, 4, 16
 _MOST_EXPERTS, _MOST_GROUP = 16, 16
 _VOCAB, _SEQ = 300, 16
 _ROWS = 4
+_RAMP_STEPS = 12  # of the smallest size: six steps of that, three of twice as many, then the full batch
 _DEGREES = ("tp", "pp", "dp", "sp", "cp")
 
 _WHY = {
@@ -36,9 +39,12 @@ _WHY = {
     "cluster.kind": "on this machine",
     "tracking.kind": "nobody's experiment",
     "train.lr": "so that few steps learn something",
+    "train.init_from": "weights of the full width",
     "train.spike_sigmas": "faults of numbers are to be noticed",
     "checkpoint.url": "in the run directory",
     "recovery.save_timeout_s": "a stuck disk is to be noticed soon",
+    "strategy.offload_path": "in host memory",
+    "model.from_hf": "narrower",
     "model.head_width": "hidden / heads",
     "model.position_rows": "that of the flavour",
 }
@@ -198,6 +204,7 @@ def _model(model: ModelConfig, plan: ParallelPlan, degrees: Mapping[str, int]) -
         seq=-(-_SEQ // unit) * unit,
         head_width=None,
         position_rows=None,
+        from_hf=None,
         moe=_experts(model.moe, model, hidden, tp) if model.moe else None,
     )
 
@@ -223,12 +230,16 @@ def _experts(moe: MoeSpec, model: ModelConfig, hidden: int, tp: int) -> MoeSpec:
 
 
 def _train(train: TrainConfig, plan: ParallelPlan, degrees: Mapping[str, int]) -> TrainConfig:
-    accum = min(2, plan.grad_accum) if plan.schedule == "1f1b" else 2 * degrees["pp"]
+    full = plan.schedule != "1f1b" and degrees["pp"] > 1
+    least = degrees["dp"] * min(2, plan.micro_batch) * (2 * degrees["pp"] if full else 1)
+    rows = max(_ROWS, least * (1 if full else min(2, plan.grad_accum)))
     return replace(
         train,
         steps=STEPS,
         tokens=None,
-        global_batch=max(_ROWS, degrees["dp"] * min(2, plan.micro_batch) * accum),
+        global_batch=3 * rows if train.ramp else rows,
+        ramp=Ramp(start=rows, increment=rows, samples=_RAMP_STEPS * rows) if train.ramp else None,
+        init_from=None,
         lr=1e-3,
         min_lr=None,
         warmup_steps=min(2, train.warmup_steps),
