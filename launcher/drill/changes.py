@@ -148,7 +148,7 @@ def same_text(same: Mapping[str, Any]) -> str:
 def _tells(key: str, value: Any) -> bool:
     if key in _ALWAYS or key in _SELDOM:
         return key in _ALWAYS
-    plain = value in (None, 0, 1, "none", [], ()) and value is not True
+    plain = value in (None, 0, 1, "", "none", [], ()) and value is not True
     return key.partition(".")[0] in _TOLD and not plain
 
 

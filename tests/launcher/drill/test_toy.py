@@ -9,10 +9,11 @@ import pytest
 
 from launcher import build
 from launcher.config import compose
-from launcher.drill.toy import MOST_RANKS, Toy, fit, shrink
+from launcher.drill.toy import MOST_RANKS, STEPS, Toy, fit, shrink
 from launcher.schema import Config
 from strategies.errors import ConfigError, PlanInfeasible, Violation
 from strategies.plan import ParallelPlan
+from strategies.schedule import SampleSchedule
 from strategies.specs import ModelSpec
 
 EXPERIMENTS = {
@@ -91,12 +92,12 @@ def test_only_what_cannot_run_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(capabilities, "runnable", runnable)
     toy = shrink(compose(EXPERIMENTS["gpt4_1800b"]))
     assert set(sent) >= {"interleaved", "dualpipev"}
-    assert (toy.plan.schedule, toy.plan.vpp, toy.plan.grad_accum) == ("dualpipev", 1, 4)
+    assert (toy.plan.schedule, toy.plan.vpp, toy.plan.grad_accum) == ("dualpipev", 1, 12)
     assert (toy.plan.tp, toy.plan.pp, toy.plan.dp, toy.plan.ep, toy.plan.world_size) == (2, 2, 2, 2, 8)
     assert not toy.plan.sequence_parallel
     model = toy.config.model
     assert model.moe is not None
-    assert (model.moe.experts, model.moe.top_k, model.moe.ffn) == (16, 2, 4 * model.hidden)
+    assert (model.moe.experts, model.moe.top_k, model.moe.ffn) == (16, 2, 86)  # 8/3 x hidden, divisible by tp
     given_up = {change.key for change in toy.changes if change.why == "not yet"}
     assert given_up == {"strategy.schedule", "strategy.vpp", "strategy.sequence_parallel"}
 
@@ -115,8 +116,17 @@ def test_what_makes_a_run_what_it_is_stays(name: str) -> None:
     assert now.model.heads / now.model.kv_heads == was.model.heads / was.model.kv_heads
     assert now.model.ffn / now.model.hidden == pytest.approx(was.model.ffn / was.model.hidden, rel=0.02)
     assert (len({*now.plan.stages}) > 1) == (len({*was.plan.stages}) > 1)
+    assert (now.batch.ramp is None) == (was.batch.ramp is None)
     both = {change.key for change in toy.changes} & {*toy.same}
     assert both == set()
+
+
+def test_a_batch_that_grows_reaches_its_full_size_within_the_rehearsal() -> None:
+    batch = build.outline(of("gpt3_175b")[1].config).batch
+    schedule = SampleSchedule.of(batch)
+    sizes = [schedule.batch_at(step) for step in range(1, STEPS + 1)]
+    assert sizes == sorted(sizes)
+    assert {*sizes} == {4, 8, 12}
 
 
 @pytest.mark.parametrize(
