@@ -29,7 +29,7 @@ def miniature(config: Config) -> Toy:
     """What to submit instead of an experiment: it at toy width, on Ray on this machine, with a fault that must happen.
 
     Raises:
-        ConfigError: It is a script, or the size of its cluster is not known.
+        ConfigError: It is no training, or the size of its cluster is not known.
         PlanInfeasible: Its plan is illegal, or no small plan of its kind runs.
     """
     toy = shrink(config, SUBMIT)

@@ -90,13 +90,13 @@ def shrink(config: Config, setting: Setting = DRILL) -> Toy:
     """Make an experiment small.
 
     Raises:
-        ConfigError: It is a script, which brings a model of its own; or the size of its cluster is not known.
+        ConfigError: It is no training; or the size of its cluster is not known.
         PlanInfeasible: Its plan is illegal, or no small plan of its kind runs.
     """
-    if config.job.kind == "script":
+    if config.job.kind != "pretrain":
         raise ConfigError(
-            "A script cannot be rehearsed at toy width: its model is its own.",
-            hint="phalanx submit job=script faults=[...] injects faults into a run of it.",
+            f"job={config.job.kind} cannot be rehearsed at toy width: its model is its own.",
+            hint="What is rehearsed is training: job=pretrain.",
         )
     sketch = build.outline(config)
     if sketch.broken:
@@ -149,6 +149,7 @@ def _reduced(config: Config, plan: ParallelPlan, degrees: Mapping[str, int], set
         strategy=_strategy(plan, degrees),
         train=_train(config.train, plan, degrees),
         checkpoint=replace(config.checkpoint, every=EVERY, keep=max(3, config.checkpoint.keep), url=None),
+        recovery=replace(config.recovery, min_nodes=None),
         tracking=replace(config.tracking, kind="none"),
         experiment=replace(config.experiment, require_faults=False),
         planner=replace(config.planner, framework="megatron"),
