@@ -8,7 +8,7 @@ signal     controlling a run (``cluster=local``, ``process``)                  w
 =========  ==================================================================  =======================================
 SIGINT     the run is cancelled cleanly (exit 103); a second one hurries       detach: the run goes on (exit 0)
 SIGTERM    likewise                                                            likewise
-SIGHUP     likewise                                                            likewise
+SIGHUP     likewise; under ``nohup`` nothing                                   likewise; under ``nohup`` nothing
 SIGKILL    the gang lives on for its lease: ``phalanx resume`` adopts it       the run goes on
 =========  ==================================================================  =======================================
 """
@@ -30,6 +30,7 @@ from typing import Any
 from jobs.spec import DataSpec
 from launcher import backends, build, ending, pretrained, proposal, supervise
 from launcher.config import to_yaml
+from launcher.ending_signals import heard
 from launcher.follow import Display, Screen, follow
 from launcher.lock import ControllerLock, newest_epoch
 from launcher.logbook import Fenced
@@ -270,7 +271,7 @@ class _Signals:
         self._orderly = True
 
     def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in heard():
             self._previous[number] = signal.signal(number, self._handle)
 
     def __exit__(self, *unused: object) -> None:
@@ -296,7 +297,7 @@ def _watch(store: RunStore, display: Display, after: int) -> Outcome:
     def leave(number: int, frame: FrameType | None) -> None:
         raise _Detach
 
-    previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    previous = {number: signal.signal(number, leave) for number in heard()}
     try:
         state = follow(store, display, after=after)
         _await_release(store)

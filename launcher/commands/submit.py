@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher.commands.common import json_option, overrides_argument, print_json, say
+from launcher.commands.common import interruptible, json_option, overrides_argument, print_json, say
 
 if TYPE_CHECKING:
     from launcher.drill.toy import Toy
@@ -70,7 +70,7 @@ def command(
     request = build.build_request(config, overrides, launch.measured(config))
     shipment = launch.project(config)
     launch.check_place(Path(request.run_dir))
-    with launch.closing(screen()) as shown:
+    with interruptible(), launch.closing(screen()) as shown:
         if toy:
             _announce(toy, request, shown)
         request = launch.prepare_data(config, request, shown)

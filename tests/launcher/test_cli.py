@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,9 @@ import pytest
 
 from launcher import cli
 from launcher.cli import VERBS, main
+from launcher.ending_signals import heard
 from strategies.errors import ClusterError
+from tests.support.cli import end, start
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "ray", "deepspeed", "numpy", "wandb", "tokenizers"}
@@ -355,3 +358,24 @@ def test_what_cannot_be_rehearsed_says_why(verb: str, invoke: Invoke, tmp_path: 
     assert "there are nodes 0 to 1" in err
     assert "the run has 20 steps" in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_data_are_prepared_leaves_nothing_half_made(number: signal.Signals, tmp_path: Path) -> None:
+    process = start("submit", f"run.dir={tmp_path / 'runs'}", "cluster=process", cwd=tmp_path)  # stdlib takes a while
+    assert process.stderr is not None
+    while "data:" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    done = end(process)
+    assert done.code == 130, done.err
+    assert [path for path in (tmp_path / "runs").rglob("*") if path.is_file()] == []
+
+
+def test_hanging_up_is_not_heard_under_nohup() -> None:
+    assert {*heard()} == {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert {*heard()} == {signal.SIGINT, signal.SIGTERM}
+    finally:
+        signal.signal(signal.SIGHUP, before)
