@@ -43,6 +43,10 @@ class Grid:
         pipe_group: Ranks of the other stages of this replica; None when ``pp`` is 1.
         split: What lies between tensor-parallel layers is split over their ranks, along the sequence.
         folded: The model runs down through the stages and up again (DualPipeV), so the first has both its ends.
+        expert: Which share of the experts this rank has, from 0.
+        ep: Number of shares.
+        expert_group: Replicas that hold the other shares of the experts; None when ``ep`` is 1.
+        expert_group_name: DeepSpeed's name for that group.
     """
 
     pipe: int = 0
@@ -59,6 +63,10 @@ class Grid:
     pipe_group: dist.ProcessGroup | None = None
     split: bool = False
     folded: bool = False
+    expert: int = 0
+    ep: int = 1
+    expert_group: dist.ProcessGroup | None = None
+    expert_group_name: str = ""
 
     @property
     def region(self) -> TensorRegion:

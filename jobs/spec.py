@@ -36,6 +36,8 @@ class TrainSpec:
         deterministic: Refuse kernels whose result depends on scheduling (matters on CUDA).
         spike_sigmas: A loss this many standard deviations above its running median is a blow-up
             (:mod:`jobs.numerics`); 0: only what is not finite.
+        eval_every: Steps between evaluations on the validation part of the data; 0 for none.
+        eval_batches: Global batches of one evaluation, as far as there are so many.
         sample_tokens: Tokens of text generated from the final weights; 0 for none.
         sample_prompt: What the generated text continues.
     """
@@ -53,8 +55,41 @@ class TrainSpec:
     weight_decay: float = 0.1
     deterministic: bool = True
     spike_sigmas: float = 10.0
+    eval_every: int = 0
+    eval_batches: int = 4
     sample_tokens: int = 0
     sample_prompt: str = "def "
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceSpec:
+    """One source of a mixture; the fields from ``store`` on are filled when it is prepared.
+
+    Attributes:
+        path: File or folder; empty for ``stdlib``.
+        name: What people call it; unique in the mixture.
+        kind: How documents lie in it: one of :data:`jobs.data.sources.KINDS`.
+        field: Where the text of a record is (``jsonl``, ``parquet``, ``arrow``).
+        weight: Share of the run's tokens, in proportion to the other weights; None where ``epochs`` says it.
+        epochs: How many times its tokens are seen in the whole run; None where ``weight`` says it.
+        store: Folder of its prepared shards.
+        digest: Digest of its tokens.
+        share: Its part of all samples, of :data:`jobs.data.mixture.SHARES`.
+        documents: Documents in it that are trained on.
+        tokens: Tokens in it that are trained on.
+    """
+
+    path: str = ""
+    name: str = ""
+    kind: str = "auto"
+    field: str = "text"
+    weight: float | None = None
+    epochs: float | None = None
+    store: str = ""
+    digest: str = ""
+    share: int = 0
+    documents: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,18 +97,34 @@ class DataSpec:
     """Where the samples come from.
 
     Attributes:
-        kind: ``stdlib``: the source of Python's standard library; ``text``: files of the user.
+        kind: ``stdlib``: Python's standard library; ``text``: files of the user; ``mixture``: ``sources``.
         path: File or folder (``text`` only).
-        store: Folder of the prepared token store, on the shared file system; empty until prepared.
+        store: Folder of the prepared token store (of a mixture: of its tokenizer), on the shared file system; empty
+            until prepared.
         digest: Digest of the prepared tokens; ranks refuse a store that does not carry it.
         vocab: Vocabulary of the tokenizer.
+        sources: What a mixture is made of. Any other kind has one source, itself, once it needs one of the following.
+        tokenizer: A ``tokenizer.json`` (``mixture``); empty trains one.
+        validation: Part of the documents that is not trained on but validated with.
+        packing: No token sees another document than its own, and positions start anew with each.
+        end_id: The token that ends a document.
     """
 
-    kind: Literal["stdlib", "text"]
+    kind: Literal["stdlib", "text", "mixture"]
     path: str = ""
     store: str = ""
     digest: str = ""
     vocab: int = 0
+    sources: tuple[SourceSpec, ...] = ()
+    tokenizer: str = ""
+    validation: float = 0.0
+    packing: bool = False
+    end_id: int = 0
+
+    @property
+    def mixed(self) -> bool:
+        """Whether it is prepared as a mixture is: shard by shard, with a part for validation."""
+        return bool(self.kind == "mixture" or self.tokenizer or self.validation)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,12 +161,53 @@ class WeightsSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InferenceSpec:
+    """What is asked of a model that is not trained. Paths are absolute; empty for none.
+
+    Attributes:
+        text: Texts whose perplexity is measured.
+        choices: Multiple-choice questions.
+        shots: So many questions stand solved before each of the others.
+        prompts: File of prompts to continue.
+        prompt: A prompt to continue.
+        tokens: Tokens that are added to each prompt.
+        temperature: Logits are divided by it; 0 takes the most likely token.
+        top_k: Draw among so many most likely tokens; 0: among all.
+        top_p: Draw among the most likely tokens that have this probability together.
+        tokenizer: The ``tokenizer.json``.
+        start: The token that begins a document; None for none.
+        rows: File of the prepared rows; empty until prepared.
+        digest: SHA-256 of that file.
+        count: Number of rows.
+    """
+
+    text: str = ""
+    choices: str = ""
+    shots: int = 0
+    prompts: str = ""
+    prompt: str = ""
+    tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    tokenizer: str = ""
+    start: int | None = None
+    rows: str = ""
+    digest: str = ""
+    count: int = 0
+
+
+JobKind = Literal["pretrain", "script", "evaluate", "generate"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class JobSpec:
     """Everything that all ranks of a job agree on.
 
     Attributes:
         run_id: Name of the run, unique in its parent folder.
-        kind: ``pretrain``: our own worker; ``script``: a command of the user.
+        kind: ``pretrain``: our own worker trains; ``evaluate``, ``generate``: it only computes; ``script``: a command
+            of the user.
         model: The model (``pretrain``).
         plan: The plan.
         batch: The global batch.
@@ -127,12 +219,13 @@ class JobSpec:
         faults: Faults to inject, in the grammar of :mod:`jobs.faults`, all resolved (no ``random``).
         command: Command line of a ``script`` job.
         workdir: Folder in which a ``script`` job starts.
-        initial: The weights that training begins with; None: drawn from the seed.
+        initial: The weights that the job begins with; None: drawn from the seed.
+        inference: What is asked of the model (``evaluate``, ``generate``).
         version: Version of this document.
     """
 
     run_id: str
-    kind: Literal["pretrain", "script"]
+    kind: JobKind
     model: ModelSpec
     plan: ParallelPlan
     batch: BatchSpec
@@ -145,7 +238,13 @@ class JobSpec:
     command: str = ""
     workdir: str = ""
     initial: WeightsSpec | None = None
+    inference: InferenceSpec | None = None
     version: int = 1
+
+    @property
+    def infers(self) -> bool:
+        """Whether it only computes: its steps are batches, and it keeps results, not weights."""
+        return self.kind in ("evaluate", "generate")
 
     def schedule(self) -> SampleSchedule:
         """Which samples each step consumes, from the first step on."""

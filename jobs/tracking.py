@@ -32,6 +32,7 @@ ENDINGS = {"run_succeeded": 0, "run_failed": 1, "run_cancelled": 255}
 """Kinds of the events after which nothing follows, and the exit code that W&B shows for them."""
 
 _LOGGED = ("loss", "grad_norm", "lr", "tokens_per_s", "seconds", "attempt", "epoch")
+_OF_ROUTERS = ("aux_loss", "balance_loss", "z_loss", "imbalance", "dropped", "crossed")
 
 
 class Tracker(Protocol):
@@ -78,7 +79,8 @@ class WandbTracker:
             self._start()
         step = int(line["step"])
         if step > self._state["step"]:
-            self._run.log({key: line[key] for key in _LOGGED if key in line}, step=step)
+            routing = {f"moe/{key}": value for key, value in line.get("moe", {}).items() if key in _OF_ROUTERS}
+            self._run.log({key: line[key] for key in _LOGGED if key in line} | routing, step=step)
             self._state["step"] = step
             self._keep()
 

@@ -1,4 +1,4 @@
-"""Weights that a job begins with: a Hugging Face folder, or a checkpoint of a run. One way to name, check and read them.
+"""Weights that a job begins with: a Hugging Face folder, or a checkpoint of a run. One way to name and read them.
 
 ``PATH`` (or ``hf:PATH``) is a folder with a config.json, a run directory (its newest checkpoint), or a manifest. The
 first half of this module needs no numpy: the launcher looks at weights where a run is planned.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from launcher.aside import Aside
 from launcher.backend import Backend
@@ -12,6 +13,9 @@ from launcher.request import LaunchRequest
 from launcher.store import RunStore
 from launcher.supervise import NoCluster
 from strategies.errors import ClusterError
+
+if TYPE_CHECKING:
+    from launcher.ray_process import RayProcess
 
 Say = Callable[[str], None]
 
@@ -117,13 +121,30 @@ def agent_options(request: LaunchRequest) -> dict[str, Any]:
 
 
 def _need_ray() -> None:
-    from importlib.util import find_spec
-
     if find_spec("ray") is None:
         raise ClusterError("Ray is not installed.", hint="pip install 'phalanx[ray]', or use cluster=process.")
 
 
-def measure(address: str) -> tuple[int, int]:
+@contextlib.contextmanager
+def asking(overrides: Sequence[str]) -> Iterator[RayProcess | None]:
+    """Whom to ask about a running cluster again and again; its start-up goes on while its client does something else.
+
+    Args:
+        overrides: What the user typed; that it names a running cluster has to be seen before it is composed, which
+            takes as long as importing Ray.
+    """
+    dashboard = any(word.startswith("cluster.address=http") for word in overrides)
+    if "cluster=existing" not in overrides or dashboard or find_spec("ray") is None:
+        yield None
+        return
+    from launcher.ray_process import RayProcess
+
+    with RayProcess() as ray:
+        ray.start()
+        yield ray
+
+
+def measure(address: str, ray: RayProcess | None = None) -> tuple[int, int]:
     """Number of nodes of a running cluster, and of the slots that each of them has.
 
     Raises:
@@ -132,11 +153,16 @@ def measure(address: str) -> tuple[int, int]:
     _need_ray()
     from launcher.ray_client import measure as ask
 
-    return ask(address)
+    return ask(address, ray)
 
 
 def start_controller(
-    store: RunStore, request: LaunchRequest, *, resume: Mapping[str, Any] | None = None, adopt: bool = True
+    store: RunStore,
+    request: LaunchRequest,
+    *,
+    resume: Mapping[str, Any] | None = None,
+    adopt: bool = True,
+    ray: RayProcess | None = None,
 ) -> None:
     """Start a detached controller on a running cluster; returns when it has won control.
 
@@ -148,4 +174,4 @@ def start_controller(
     _need_ray()
     from launcher.ray_client import start_controller as start
 
-    start(store.paths.root, request.cluster.address, resume=resume, adopt=adopt)
+    start(store.paths.root, request.cluster.address, resume=resume, adopt=adopt, ray=ray)

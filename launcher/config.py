@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from launcher import pretrained
+from launcher.data_checks import data_problems
 from launcher.schema import GROUPS, HINTS, MAXIMUM, MINIMUM, Config
 from launcher.typed import Bounds, Problem, decode, is_text, leaf_types
 from strategies.codec import to_json
@@ -295,19 +296,18 @@ def _finish(tree: DictConfig, given: list[Given], file_of: Callable[[str], str],
     problems: list[Problem] = []
     try:
         _apply(tree, given)
-        folder = OmegaConf.select(tree, "model.from_hf")
-        if folder and (fresh or "model.from_hf" in words):  # a stored configuration has the sizes already
-            values, problems = pretrained.model_section(str(folder))
-            OmegaConf.update(tree, "model", values, merge=True)
-            _apply(tree, [one for one in given if one.key.startswith("model.")])
+        if fresh or {"model.from_hf", "job.weights"} & set(words):  # a stored configuration has the sizes already
+            values, problems = pretrained.model_section(tree["job"], tree["model"])
+            tree["model"] = OmegaConf.merge(tree["model"], values)
+            _apply(tree, [one for one in given if one.key.startswith("model.") and one.key != "model.from_hf"])
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
     config, wrong = decode(Config, plain, Bounds(least=MINIMUM, most=MAXIMUM, hints=HINTS))
-    problems += wrong
-    if not problems:
-        problems = _contradictions(config) + (pretrained.problems(config) if fresh else [])
+    problems += wrong or _contradictions(config)
+    if fresh and not problems:
+        problems = pretrained.problems(config)
     _raise([_located(problem, words, file_of) for problem in problems])
     return cast(Config, config)
 
@@ -332,7 +332,7 @@ def _delete(tree: DictConfig, key: str) -> None:
 
 def _located(problem: Problem, words: dict[str, str], file_of: Callable[[str], str]) -> Problem:
     """The problem with the word or the file that caused it."""
-    parts = problem.key.split(".")
+    parts = problem.key.partition("[")[0].split(".")  # an entry of a list was typed with the whole list
     typed = [words[key] for end in range(len(parts), 0, -1) if (key := ".".join(parts[:end])) in words]
     where = f"command line: {typed[0]}" if typed else file_of(problem.key)
     return dataclasses.replace(problem, message=f"{problem.message} ({where})")
@@ -366,8 +366,7 @@ def _contradictions(config: Config) -> list[Problem]:
         found.append(Problem(key="run.name", message=message, hint=f"Use at most {LONGEST_NAME}."))
     if name == "latest":
         found.append(Problem(key="run.name", message="'latest' stands for the newest run", hint="Choose another name."))
-    if config.data.kind == "text" and not config.data.path and config.job.kind == "pretrain":
-        found.append(Problem(key="data.path", message="missing", hint="data=text data.path=FILE_OR_DIR"))
+    found += data_problems(config)
     if config.job.kind == "script" and not (config.job.command or "").strip():
         found.append(Problem(key="job.command", message="missing", hint="job=script job.command='python train.py'"))
     if config.job.kind == "script" and config.faults:
@@ -377,6 +376,7 @@ def _contradictions(config: Config) -> list[Problem]:
     if config.job.kind == "script" and config.checkpoint.url:
         message = "a script writes its checkpoints itself, to $PHALANX_CKPT_DIR in the run directory"
         found.append(Problem(key="checkpoint.url", message=message, hint="Leave it out."))
+    found += pretrained.contradictions(config)
     if config.model.rope_scaling != 1 and config.model.flavour != "llama":
         message = f"flavour {config.model.flavour} has learned positions, which reach no further than model.seq"
         found.append(Problem(key="model.rope_scaling", message=message, hint="Use 1, or a model of flavour llama."))

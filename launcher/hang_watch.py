@@ -39,11 +39,12 @@ class StepClock:
         self._p99: float | None = None
 
     def note(self, rank: int, step: int, doing: str, now: float) -> None:
-        """A rank has completed ``step`` and goes on with ``doing``: ``step``, ``save`` or ``finish``."""
-        saved = self._next.get(rank) == "save" and doing == "step"
+        """A rank has completed ``step`` and goes on with ``doing``: ``step``, ``evaluate``, ``save`` or ``finish``."""
+        before = self._next.get(rank)
+        beside = (before == "save" and doing == "step") or (before == "evaluate" and doing != "evaluate")
         self._last, self._next[rank] = now, doing
-        if saved:
-            self._since = now  # what saving took is not the time of a step
+        if beside:
+            self._since = now  # what saving or evaluating took is not the time of a step
         if step <= self.steps.get(rank, 0):
             return
         self.steps[rank] = step
@@ -55,9 +56,9 @@ class StepClock:
 
     @property
     def busy(self) -> str:
-        """What some rank does beside training: ``save``, ``finish`` or "" for nothing."""
+        """What some rank does beside training: ``save``, ``finish``, ``evaluate`` or "" for nothing."""
         doings = set(self._next.values())
-        return next((word for word in ("save", "finish") if word in doings), "")
+        return next((word for word in ("save", "finish", "evaluate") if word in doings), "")
 
     def limit_s(self, first_s: float) -> float:
         """How long nothing may happen before it is asked why; ``first_s`` while too few steps were seen."""
@@ -155,7 +156,8 @@ class HangWatch:
         standings = self.standings(world_size)
         rank, why = culprit(standings)
         busy = self._clock.busy if self._clock else ""
-        what = {"save": "while saving a checkpoint", "finish": "after the last step"}.get(busy, "in a step")
+        told = {"save": "while saving a checkpoint", "finish": "after the last step", "evaluate": "in an evaluation"}
+        what = told.get(busy, "in a step")
         step = min((at.step for at in standings.values()), default=0) + 1
         named = f"{self._name(rank)} {why}" if rank >= 0 else why
         return Failure(

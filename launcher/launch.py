@@ -22,13 +22,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jobs.spec import DataSpec
-from launcher import backends, build, ending, pretrained, proposal, supervise
+from launcher import backends, build, ending, proposal, supervise
 from launcher.config import to_yaml
 from launcher.ending_signals import heard
 from launcher.follow import Display, Screen, follow
@@ -42,6 +41,9 @@ from launcher.ship import Shipment, renew_code, same_code, ship_code, ship_proje
 from launcher.store import RunStore, dump, taken, write_atomic
 from strategies.errors import ClusterError, PhalanxError, ResumeRefused, StorageError
 from strategies.specs import ClusterSpec
+
+if TYPE_CHECKING:
+    from launcher.ray_process import RayProcess
 
 
 class Interrupted(BaseException):
@@ -61,8 +63,12 @@ class Outcome:
     detached: bool = False
 
 
-def measured(config: Config) -> ClusterSpec | None:
+def measured(config: Config, ray: RayProcess | None = None) -> ClusterSpec | None:
     """The machine as an existing cluster reports it; None for one that phalanx starts.
+
+    Args:
+        config: Names the cluster.
+        ray: Whom to ask, if there is somebody already.
 
     Raises:
         ConfigError: The configuration does not say where the cluster is.
@@ -70,41 +76,7 @@ def measured(config: Config) -> ClusterSpec | None:
     """
     if config.cluster.kind != "existing":
         return None
-    return build.cluster_spec(config, backends.measure(build.existing_address(config)))
-
-
-def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> LaunchRequest:
-    """The request with its data prepared; a script brings its own.
-
-    Raises:
-        ConfigError: The corpus is empty, too short, or does not fit the vocabulary.
-        StorageError: The corpus cannot be read, or the store cannot be written.
-    """
-    if request.job.kind == "script":
-        return request
-    if request.job.initial is not None:
-        screen.say(f"reading the weights to begin with: {request.job.initial.path}")
-        request = pretrained.with_digests(request)
-    from jobs.data.build import prepare
-
-    assert config.data.cache is not None
-    shown: list[str] = []
-
-    def progress(phase: str, fraction: float) -> None:
-        if phase not in shown:
-            shown.append(phase)
-            if phase != "ready":
-                screen.say(f"data: {phase}")
-        screen.progress(f"data: {phase} {100 * fraction:.0f} %")
-
-    data = prepare(
-        DataSpec(kind=config.data.kind, path=config.data.path or ""),
-        Path(config.data.cache),
-        request.job.model.vocab,
-        progress,
-        seq=request.job.model.seq,
-    )
-    return replace(request, job=replace(request.job, data=data))
+    return build.cluster_spec(config, backends.measure(build.existing_address(config), ray))
 
 
 def project(config: Config) -> Shipment | None:
@@ -164,6 +136,7 @@ def run(
     resume: Mapping[str, Any] | None = None,
     adopt: bool = True,
     detach: bool = False,
+    ray: RayProcess | None = None,
 ) -> Outcome:
     """Run until the end, here or on the cluster. Nothing of the run changes before control of it is won.
 
@@ -174,6 +147,7 @@ def run(
         resume: A person's wish to continue (:func:`launcher.proposal.accept`); None at the first submit.
         adopt: A live gang may be taken over as it is.
         detach: Do not watch a run that is controlled elsewhere.
+        ray: Whom to ask for a controller on the cluster, if there is somebody already; not needed afterwards.
 
     Raises:
         ClusterError: The cluster cannot be reached or started.
@@ -181,12 +155,12 @@ def run(
         StorageError: The run directory cannot be written.
     """
     request = request or store.request()
-    steps = request.job.train.steps if request.job.kind == "pretrain" else None
+    steps = None if request.job.kind == "script" else request.job.train.steps
     display = Display(store, steps=steps, onto=screen)
     try:
         if request.cluster.kind != "existing":
             return Outcome(state=_control(store, request, display, resume, adopt))
-        return _control_there(store, request, display, resume, adopt, detach)
+        return _control_there(store, request, display, resume, adopt, detach, ray)
     except ResumeRefused:
         if resume and resume.get("request"):
             proposal.discard(store, str(resume["request"]))
@@ -200,19 +174,23 @@ def _control_there(
     resume: Mapping[str, Any] | None,
     adopt: bool,
     detach: bool,
+    ray: RayProcess | None,
 ) -> Outcome:
     after = len(store.events())
     if resume is not None:
         _renew_code(store, display)
     display.say(f"starting a controller on the cluster at {request.cluster.address}")
     try:
-        backends.start_controller(store, request, resume=resume, adopt=adopt)
+        backends.start_controller(store, request, resume=resume, adopt=adopt, ray=ray)
     except PhalanxError as error:
         refused = isinstance(error, ResumeRefused)  # it is another's
         if not refused and not newest_epoch(store.paths) and not store.run().state.terminal:
             with contextlib.suppress(StorageError):
                 store.append(EventKind.RUN_FAILED, reason=error.what)
         raise
+    finally:
+        if ray is not None:
+            ray.close()
     if detach:
         return Outcome(state=store.run().state, detached=True)
     return _watch(store, display, after)

@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -323,16 +323,18 @@ def ask(actor: Any, method: str, *arguments: Any, timeout_s: float) -> Any:
         return ray.get(getattr(actor, method).remote(*arguments), timeout=timeout_s)
 
 
-def run_everywhere(function: Callable[[], str], *, timeout_s: float) -> dict[str, str]:
-    """Run a function on every node that has devices; node address -> what it returned, or why there is no answer."""
+def run_everywhere(function: Callable[[], str], *, timeout_s: float, besides: Collection[str] = ()) -> dict[str, str]:
+    """Run a function on every other node that has devices; node address -> what it returned, or why nothing came."""
     with _cluster_errors():
         task = ray.remote(function)
         answers = {}
         for node in ray.nodes():
-            if node["Alive"] and device_count(node["Resources"]):
+            if node["Alive"] and device_count(node["Resources"]) and node["NodeID"] not in besides:
                 affinity = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": affinity}
                 answers[task.options(**options).remote()] = node["NodeManagerAddress"]
+        if not answers:
+            return {}
         done, late = ray.wait(list(answers), num_returns=len(answers), timeout=timeout_s)
         words = {answers[ref]: f"it did not answer within {timeout_s:.0f} s" for ref in late}
         for ref in done:
@@ -341,6 +343,17 @@ def run_everywhere(function: Callable[[], str], *, timeout_s: float) -> dict[str
             except ray.exceptions.RayError as error:
                 words[answers[ref]] = str(error).strip().splitlines()[-1]
         return words
+
+
+def spread(function: Callable[[Any], Any], items: Sequence[Any], code: Path) -> Iterator[tuple[int, Any]]:
+    """What a function of ours returns for every item, worked on by all processors of the cluster, as it comes."""
+    variables = {"PYTHONPATH": f"{code}{os.pathsep}${{PYTHONPATH}}", "TOKENIZERS_PARALLELISM": "false"}
+    with _cluster_errors():
+        task = ray.remote(function).options(num_cpus=1, runtime_env={"env_vars": variables})
+        running = {task.remote(item): index for index, item in enumerate(items)}
+        while running:
+            for ref in ray.wait(list(running), num_returns=1)[0]:
+                yield running.pop(ref), ray.get(ref)
 
 
 def gcs_nodes(address: str) -> list[dict[str, Any]]:
@@ -353,16 +366,9 @@ def gcs_nodes(address: str) -> list[dict[str, Any]]:
         raise refused() from error
     except (ray.exceptions.RayError, ConnectionError, RuntimeError) as error:
         raise no_head(address, error) from error
-    else:
-        return [
-            {
-                "node": info.node_id.hex(),
-                "address": info.node_manager_address,
-                "slots": device_count(info.resources_total),
-            }
-            for info in found
-            if info.state == 0  # GcsNodeInfo.ALIVE
-        ]
+    living = [info for info in found if info.state == 0]  # GcsNodeInfo.ALIVE
+    rows = [(one.node_id.hex(), one.node_manager_address, device_count(one.resources_total)) for one in living]
+    return [{"node": node, "address": where, "slots": slots} for node, where, slots in rows]
 
 
 def start_node(*arguments: str) -> None:

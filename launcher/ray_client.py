@@ -1,30 +1,23 @@
 """Ray clusters as seen from a process that does not import Ray: authentication, reachability, size, submission.
 
-Whatever needs Ray is done in a short-lived process, which can be given up when a cluster does not answer: inside a
-process, Ray waits for half a minute or longer, prints what it thinks of that, and keeps the signal handlers.
+Whatever needs Ray is done in a process of its own (:mod:`launcher.ray_process`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import launcher
 from jobs.paths import RunPaths
 from launcher import ray_jobs, ray_order
 from launcher.backend import NodeInfo
 from launcher.lock import newest_epoch
-from launcher.ray_errors import auth_environment
-from launcher.ray_node import VISIT, visit
+from launcher.ray_process import RayProcess, is_answer, silent
 from launcher.store import dump, read_json, write_atomic
 from strategies import errors
 from strategies.errors import ClusterError, PhalanxError, ResumeRefused, StorageError
@@ -32,7 +25,6 @@ from strategies.errors import ClusterError, PhalanxError, ResumeRefused, Storage
 REACH_S = 5.0
 DESCRIBE_S = 12.0
 SUBMIT_S = 120.0
-LET_GO_S = 12.0  # for a process that is asked to end: it may have to withdraw an actor and a node
 
 
 def is_dashboard(address: str) -> bool:
@@ -40,33 +32,34 @@ def is_dashboard(address: str) -> bool:
     return address.startswith(("http://", "https://"))
 
 
-def describe(address: str) -> list[NodeInfo]:
+def describe(address: str, ray: RayProcess | None = None) -> list[NodeInfo]:
     """The living nodes of a cluster that have devices. Needs no Ray node on this machine.
 
     Args:
         address: ``IP:PORT`` of the head or ``http(s)://host:8265`` of its dashboard.
+        ray: Whom to ask; None for a process for this alone.
 
     Raises:
         ClusterError: Nothing answers there, it is no Ray cluster, or it refuses us; within about 15 s.
     """
-    found = ray_jobs.describe(address) if is_dashboard(address) else describe_all(address)
+    found = ray_jobs.describe(address) if is_dashboard(address) else describe_all(address, ray)
     return [node for node in found if node.slots]
 
 
-def describe_all(address: str) -> list[NodeInfo]:
+def describe_all(address: str, ray: RayProcess | None = None) -> list[NodeInfo]:
     """All living nodes, those without devices included; like :func:`describe`, for ``IP:PORT`` only."""
     reach(address)
-    answer = _ask_ray(["describe", address], DESCRIBE_S, what=f"The Ray cluster at {address} does not answer.")
+    answer = _ask_ray(["describe", address], DESCRIBE_S, what=f"The Ray cluster at {address} does not answer.", ray=ray)
     return [NodeInfo(**node) for node in answer["nodes"]]
 
 
-def measure(address: str) -> tuple[int, int]:
+def measure(address: str, ray: RayProcess | None = None) -> tuple[int, int]:
     """Number of nodes of a cluster, and of the devices that each of them has (those with fewer are not counted).
 
     Raises:
         ClusterError: The cluster cannot be reached, or has no devices at all.
     """
-    slots = sorted((node.slots for node in describe(address)), reverse=True)
+    slots = sorted((node.slots for node in describe(address, ray)), reverse=True)
     if not slots:
         raise ClusterError(
             f"The Ray cluster at {address} has no node with a CPU or a GPU.", hint="Add nodes: ray start --address=..."
@@ -77,7 +70,12 @@ def measure(address: str) -> tuple[int, int]:
 
 
 def start_controller(
-    run_dir: Path, address: str, *, resume: Mapping[str, Any] | None = None, adopt: bool = True
+    run_dir: Path,
+    address: str,
+    *,
+    resume: Mapping[str, Any] | None = None,
+    adopt: bool = True,
+    ray: RayProcess | None = None,
 ) -> int:
     """Start the detached controller of a run on a running cluster; returns once it has won control.
 
@@ -86,6 +84,7 @@ def start_controller(
         address: ``IP:PORT`` of the head or ``http(s)://host:8265`` of its dashboard.
         resume: A person's wish to continue.
         adopt: A live gang may be taken over as it is.
+        ray: Whom to ask; None for a process for this alone.
 
     Returns:
         The epoch in which it controls.
@@ -105,7 +104,7 @@ def start_controller(
         else:
             reach(address)  # a quick and short error first
             what = f"The cluster at {address} does not answer."
-            answer = _ask_ray(["submit", str(paths.root), told], SUBMIT_S, what=what)
+            answer = _ask_ray(["submit", str(paths.root), told], SUBMIT_S, what=what, ray=ray)
     except BaseException as error:
         # Ray may still start what we asked for, at any time: from here on it must not begin to control.
         if not _withdrawn(paths, order) and isinstance(error, ClusterError) and newest_epoch(paths) > before:
@@ -170,48 +169,10 @@ def reach(address: str) -> None:
         ) from error
 
 
-def _ask_ray(arguments: list[str], timeout_s: float, *, what: str) -> dict[str, Any]:
-    """Call a verb of :mod:`launcher.ray_backend` in a process of its own and return its answer."""
-    command = [sys.executable, "-P", "-m", "launcher.ray_backend", *arguments]
-    environment = os.environ | auth_environment() | {"PYTHONPATH": python_path(), "RAY_BACKEND_LOG_LEVEL": "fatal"}
-    with visit() as variables:
-        asked = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment | variables,
-            cwd=variables[VISIT],
-            start_new_session=True,
-        )
-        try:
-            out, complaint = asked.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired as error:
-            raise ClusterError(
-                what,
-                why=f"a port is open there, but no Ray head answered within {timeout_s:.0f} s",
-                hint="Check that cluster.address is the head's IP:PORT (6379 by default), not a port of another kind.",
-            ) from error
-        finally:
-            _let_go(asked)
-    return answer_in(out.decode(errors="replace"), complaint.decode(errors="replace"), what=what)
-
-
-def _let_go(asked: subprocess.Popen[bytes]) -> None:
-    """End a process that has not ended by itself: it may take back what it has begun, but not take long."""
-    try:
-        if asked.poll() is None:
-            asked.terminate()
-            asked.communicate(timeout=LET_GO_S)
-    except subprocess.TimeoutExpired:
-        pass
-    finally:  # also when the user presses Ctrl-C once more
-        if asked.poll() is None:
-            os.killpg(asked.pid, signal.SIGKILL)
-            asked.wait()
-        for pipe in (asked.stdout, asked.stderr):  # what it has started may hold the other ends
-            if pipe is not None:
-                pipe.close()
+def _ask_ray(arguments: list[str], timeout_s: float, *, what: str, ray: RayProcess | None = None) -> dict[str, Any]:
+    """Call a verb of :mod:`launcher.ray_verbs`, in a process for this alone if ``ray`` is None; returns its answer."""
+    with contextlib.nullcontext(ray) if ray is not None else RayProcess() as process:
+        return answer_in(process.ask(arguments, timeout_s, what=what), what=what)
 
 
 def answer_in(output: str, complaint: str = "", *, what: str) -> dict[str, Any]:
@@ -221,23 +182,12 @@ def answer_in(output: str, complaint: str = "", *, what: str) -> dict[str, Any]:
         PhalanxError: The answer is an error, which is raised here; or there is none.
     """
     for line in reversed(output.splitlines()):
-        with contextlib.suppress(ValueError):
-            answer = json.loads(line)
-            if isinstance(answer, dict) and "phalanx" in answer:
-                if "error" in answer:
-                    raise_remote(answer["error"])
-                return answer
-    last = [line for line in (complaint or output).splitlines() if line.strip()][-1:]
-    raise ClusterError(
-        what, why="".join(last).strip(), hint="Check that the cluster runs the same Ray and Python versions."
-    )
-
-
-def python_path() -> str:
-    """Our packages, before whatever the user has."""
-    root = str(Path(str(launcher.__file__)).resolve().parents[1])
-    kept = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", root)]
-    return os.pathsep.join([root, *kept])
+        if is_answer(line):
+            answer: dict[str, Any] = json.loads(line)
+            if "error" in answer:
+                raise_remote(answer["error"])
+            return answer
+    raise silent(what, "".join([line for line in (complaint or output).splitlines() if line.strip()][-1:]))
 
 
 def wait_gone(find: Callable[[], Any], paths: RunPaths, patience_s: float = 10.0) -> None:

@@ -154,6 +154,10 @@ class AgentPlacement:
         """How many agents this object has started."""
         return len(self._starts)
 
+    def complaint(self) -> str:
+        """Why an agent that this object has started has ended, as far as it is known; empty when none has."""
+        return next(filter(None, (self._ray.complaint(handle) for _, handle in self._starts.values())), "")
+
     def _advance(self, nodes: Mapping[str, RayNode]) -> None:
         """The next of: reserve the gang, reserve spares once it has its place, start agents."""
         count, bundles = self._wanted, self._ray.bundles(self._prefix)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jobs.paths import RunPaths
 from launcher import ray_backend, ray_order
 from launcher.backends import agent_options
+from launcher.host import announce
 from launcher.lock import newest_epoch
 from launcher.ray_client import is_dashboard, raise_remote
 from launcher.ray_jobs import not_shared
@@ -24,6 +25,7 @@ from strategies.errors import ClusterError
 SHARED_S = 30.0
 CONTROL_S = 60.0
 PLACED_S = 3.0
+ANNOUNCED_S = 10.0
 
 
 def submit(run_dir: Path, order: str) -> dict[str, Any]:
@@ -36,19 +38,23 @@ def submit(run_dir: Path, order: str) -> dict[str, Any]:
     """
     what = json.loads(order)
     address = "" if is_dashboard(what["address"]) else what["address"]
-    with ray_backend.connected(run_dir, address), _agents_ahead(run_dir):
-        check_shared(run_dir, what["nonce"])
+    with ray_backend.connected(run_dir, address), _agents_ahead(run_dir) as proven:
+        check_shared(run_dir, what["nonce"], besides=proven)
         return _start(run_dir, what)
 
 
 @contextlib.contextmanager
-def _agents_ahead(run_dir: Path) -> Iterator[None]:
+def _agents_ahead(run_dir: Path) -> Iterator[frozenset[str]]:
     """Start the agents of a new run before its controller: their pools warm up, which takes longest, meanwhile.
 
     The controller finds them as it would find its own. If none comes of it, they are ended and nothing stays reserved.
+
+    Yields:
+        The nodes whose agents have announced themselves in the run directory.
     """
-    if newest_epoch(RunPaths(run_dir)):
-        yield  # somebody has controlled it before: what is there is the next controller's to judge
+    paths = RunPaths(run_dir)
+    if newest_epoch(paths):
+        yield frozenset()  # somebody has controlled it before: what is there is the next controller's to judge
         return
     request = RunStore.open(run_dir).request()
     backend = ray_backend.RayBackend(run_dir, request.cluster, agent_options=agent_options(request))
@@ -59,9 +65,14 @@ def _agents_ahead(run_dir: Path) -> Iterator[None]:
         while backend.starting < wanted and time.monotonic() < deadline:
             time.sleep(0.02)
             backend.request_agents(wanted)
-        yield
+        deadline = time.monotonic() + ANNOUNCED_S
+        while len(announced := announce.read_all(paths)) < backend.starting and time.monotonic() < deadline:
+            if backend.complaint():
+                break
+            time.sleep(0.02)
+        yield frozenset(agent.node for agent in announced)
     except BaseException:
-        if not newest_epoch(RunPaths(run_dir)):
+        if not newest_epoch(paths):
             backend.release()
         raise
 
@@ -89,14 +100,20 @@ def _start(run_dir: Path, what: Mapping[str, Any]) -> dict[str, Any]:
     return dict(outcome)
 
 
-def check_shared(run_dir: Path, nonce: str) -> None:
+def check_shared(run_dir: Path, nonce: str, *, besides: Collection[str] = ()) -> None:
     """Every node must read what the client wrote, and be able to write.
+
+    Args:
+        run_dir: The run directory.
+        nonce: Name and content of the client's order.
+        besides: Nodes that have proven it already: their agents have read the run's secret there, and announced
+            themselves where we have read it.
 
     Raises:
         StorageError: A node does not; named with its address.
     """
     root = RunPaths(run_dir).control / ray_order.FOLDER
-    answers = ray_backend.run_everywhere(_probe_of(str(root), nonce), timeout_s=SHARED_S)
+    answers = ray_backend.run_everywhere(_probe_of(str(root), nonce), timeout_s=SHARED_S, besides=besides)
     for address, complaint in sorted(answers.items()):
         if complaint:
             raise not_shared(run_dir, f"the node {address}", complaint)

@@ -3,33 +3,60 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+from jobs.data.work import perform
 from launcher import ray_backend
 from launcher.ray_client import as_remote
+from launcher.ray_node import VISIT
 from launcher.ray_submit import submit
 from strategies.errors import ClusterError
 
 
 def main() -> None:
-    """Entry point: ``start ARGS...``, ``describe ADDRESS``, ``submit RUN_DIR ORDER``; the last two answer in JSON."""
+    """Entry point: ``start ARGS...``; ``submit RUN_DIR ORDER``; ``map ADDRESS CODE``; ``serve`` for many questions.
+
+    A question is a line of standard input, the JSON list of a verb and its arguments; an answer is a line of JSON.
+    """
     verb, *rest = sys.argv[1:]
-    if verb == "start":
+    if verb == "serve":
+        for line in sys.stdin:
+            _answer(*json.loads(line))
+    elif verb == "start":
         try:
             ray_backend.start_node(*rest)
         except ClusterError as error:
             sys.exit(" ".join(str(error).split()))
+    else:
+        sys.exit(not _answer(verb, *rest))
+
+
+def _answer(verb: str, *arguments: str) -> bool:
+    """Answer a question; whether all was well."""
     try:
         if verb == "describe":
-            answer: dict[str, Any] = {"nodes": ray_backend.gcs_nodes(rest[0])}
+            answer: dict[str, Any] = {"nodes": ray_backend.gcs_nodes(arguments[0])}
         else:
             # Whoever asked has lost patience: what has been begun must be taken back.
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
-            answer = submit(Path(rest[0]), rest[1])
+            if verb == "map":
+                answer = {"answered": spread_work(arguments[0], Path(arguments[1]))}
+            else:
+                answer = submit(Path(arguments[0]), arguments[1])
     except Exception as error:
         answer = {"error": as_remote(error)}
     print(json.dumps({"phalanx": 1} | answer), flush=True)
-    sys.exit("error" in answer)
+    return "error" not in answer
+
+
+def spread_work(address: str, code: Path) -> int:
+    """Pass requests of :mod:`jobs.data.work` from standard input to a cluster, and its answers to standard output."""
+    requests = [json.loads(line) for line in sys.stdin]
+    with ray_backend.connected(Path(os.environ[VISIT]), address):
+        for index, answer in ray_backend.spread(perform, requests, code):
+            print(json.dumps({"index": index, "answer": answer}), flush=True)
+    return len(requests)

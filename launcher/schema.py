@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from jobs.spec import CheckpointSpec
+from launcher.data_schema import DataConfig
 from launcher.request import Budgets, RecoverySpec, TrackingSpec
+from launcher.schema_job import JobConfig
 from strategies.hardware import FROM_ZERO, Hardware
 from strategies.plan import Balance, GradDtype, Offload, Recompute, Schedule
 from strategies.ramp import Ramp
@@ -83,21 +85,6 @@ class ModelConfig:
     moe: MoeSpec | None = None
     latent: LatentAttention | None = None
     from_hf: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """Where the text comes from.
-
-    Attributes:
-        kind: ``stdlib``: the source of Python's standard library on this machine. ``text``: files of the user.
-        path: File or folder of text (``text`` only).
-        cache: Folder of prepared token stores, shared like ``run.dir``; null means ``<run.dir>/.data``.
-    """
-
-    kind: Literal["stdlib", "text"]
-    path: str | None = None
-    cache: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,6 +193,8 @@ class TrainConfig:
         deterministic: Refuse kernels whose result depends on scheduling (matters on CUDA).
         spike_sigmas: A loss this many standard deviations above its running median is a blow-up: the run goes back to
             before it and leaves the step's samples out, once. 0: only what is not finite.
+        eval_every: Steps between evaluations on what ``data.validation`` keeps from training; 0 for none.
+        eval_batches: Global batches of one evaluation, as far as there are so many.
         skips: Samples that are never trained on, for example ``[{step: 100, samples: 512}]``: before step 100 the next
             512 are passed over.
         sample_tokens: Tokens of text generated from the final weights; 0 for none.
@@ -230,27 +219,12 @@ class TrainConfig:
     weight_decay: float = 0.1
     deterministic: bool = True
     spike_sigmas: float = 10.0
+    eval_every: int = 0
+    eval_batches: int = 4
     skips: tuple[Skip, ...] = ()
     sample_tokens: int = 0
     sample_prompt: str = "def "
     init_from: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JobConfig:
-    """What the ranks do.
-
-    Attributes:
-        kind: ``pretrain``: our own worker. ``script``: a command of the user on every rank.
-        command: Command line of a ``script`` job; starts in a copy of ``workdir``.
-        workdir: Folder of the user's project (``script`` only), copied into the run directory.
-        ship_limit_mb: Largest project that is copied, in MB.
-    """
-
-    kind: Literal["pretrain", "script"]
-    command: str | None = None
-    workdir: str = "."
-    ship_limit_mb: int = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -325,7 +299,9 @@ MINIMUM: dict[str, float] = {
     "model.rope_scaling": 1,
     **{f"model.{key}": 0 for key in ("norm_eps", "init_std", "rope_theta", "position_rows")},
     **{f"model.moe.{key}": 1 for key in ("experts", "top_k", "ffn", "imbalance")},
-    **{f"model.moe.{key}": 0 for key in ("dense_layers", "shared_ffn")},
+    **{
+        f"model.moe.{key}": 0 for key in ("dense_layers", "shared_ffn", "capacity_factor", "balance_weight", "z_weight")
+    },
     **{f"model.latent.{key}": 1 for key in ("kv_rank", "nope_width", "rope_width", "value_width")},
     "model.latent.q_rank": 0,
     **{f"cluster.{key}": 1 for key in ("nodes", "slots_per_node")},
@@ -337,8 +313,10 @@ MINIMUM: dict[str, float] = {
     **{f"cluster.hardware.{key}": 0 for key in FROM_ZERO},
     **{f"strategy.{key}": 1 for key in ("tp", "pp", "dp", "ep", "sp", "cp", "vpp", "micro_batch")},
     "strategy.zero_stage": 0,
-    **{f"train.{key}": 1 for key in ("steps", "tokens", "global_batch")},
+    **{f"train.{key}": 1 for key in ("steps", "tokens", "global_batch", "eval_batches")},
     **{f"train.ramp.{key}": 0 for key in ("start", "increment", "samples", "tokens")},
+    "data.validation": 0,
+    "data.workers": 1,
     **{
         f"train.{key}": 0
         for key in (
@@ -352,12 +330,15 @@ MINIMUM: dict[str, float] = {
             "eps",
             "weight_decay",
             "spike_sigmas",
+            "eval_every",
             "sample_tokens",
         )
     },
     **{f"checkpoint.{key}": 0 for key in ("every", "memory_every")},
     "checkpoint.keep": 1,
-    "job.ship_limit_mb": 1,
+    **{f"job.{key}": 1 for key in ("ship_limit_mb", "tokens")},
+    **{f"job.{key}": 0 for key in ("shots", "temperature", "top_k")},
+    "job.top_p": 1e-6,
     "recovery.max_restarts": 0,
     **{f"recovery.budgets.{field.name}": 0 for field in fields(Budgets)},
     **{f"recovery.{key}": 1 for key in ("same_error_limit", "min_nodes", "no_progress_limit", "exclude_after")},
@@ -369,6 +350,8 @@ MINIMUM: dict[str, float] = {
 }
 MAXIMUM: dict[str, float] = {
     "strategy.zero_stage": 3,
+    "data.validation": 0.5,
+    "job.top_p": 1,
     "train.beta1": 1,
     "train.beta2": 1,
     **{f"cluster.hardware.{key}": 1 for key in ("intra_latency_s", "inter_latency_s")},

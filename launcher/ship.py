@@ -13,6 +13,7 @@ import contextlib
 import filecmp
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +103,16 @@ def _package_files(root: Path) -> set[Path]:
 
 
 def _copy_packages(target: Path) -> None:
+    """Copy what is compiled, too: several processes of a node begin at once, and each would compile what it imports."""
     source = Path(__file__).resolve().parents[1]
     for package in PACKAGES:
-        shutil.copytree(source / package, target / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(source / package, target / package, ignore=_other_pythons)
+
+
+def _other_pythons(folder: str, names: list[str]) -> set[str]:
+    """What another Python has compiled. (Ours stays valid: it names the time of its source, which a copy keeps.)"""
+    tag = str(sys.implementation.cache_tag)
+    return {name for name in names if name.endswith(".pyc") and f".{tag}." not in name}
 
 
 def survey(root: Path, *, limit_mb: int) -> Shipment:

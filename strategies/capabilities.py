@@ -154,7 +154,11 @@ def format_table(table: Mapping[Key, Outcome]) -> str:
 
 def outcome(plan: ParallelPlan, precision: Precision) -> Outcome | None:
     """What the probe saw for such a plan; None if the combination was not probed."""
-    found = [_probed().get(row) or _probed().get(row.to_deepspeed) for row in key_of(plan, precision).rows]
+    known = _probed()
+    rows = key_of(plan, precision).rows
+    # Experts are layers of ours: where spread ones were not probed, what runs with whole ones does.
+    seen = [(row, row.to_deepspeed, row.to_deepspeed._replace(ep=False)) for row in rows]
+    found = [next((known[row] for row in some if row in known), None) for some in seen]
     return next((one for one in found if one is None or not one.runs), found[0])
 
 
@@ -190,13 +194,12 @@ def runnable(plan: ParallelPlan, precision: Precision, model: ModelSpec) -> Viol
 
 def unbuilt(plan: ParallelPlan, precision: Precision, model: ModelSpec) -> tuple[str, str] | None:
     """What phalanx itself does not build, message and hint; the probe has nothing to try then."""
-    return _not_built(model) or _modelled_only(plan, precision)
+    return _not_built(model) or _modelled_only(plan, precision) or _not_with_experts(plan, model)
 
 
 def _not_built(model: ModelSpec) -> tuple[str, str] | None:
     """What our own model code does not have: message and hint. It would silently build another model."""
     parts = {
-        "mixture of experts": model.moe is not None,
         "latent attention": model.latent is not None,
         "a norm after the embedding": model.embed_norm,
         "a feed-forward block of the other flavour": model.has_gate != (model.flavour == "llama"),
@@ -218,4 +221,19 @@ def _modelled_only(plan: ParallelPlan, precision: Precision) -> tuple[str, str] 
         return f"cp {plan.cp}: context parallelism is modelled only", "strategy.cp=1; strategy.sp cuts sequences, too"
     if precision == "fp8":
         return "fp8 is modelled only", "train.precision=bf16"
+    return None
+
+
+def _not_with_experts(plan: ParallelPlan, model: ModelSpec) -> tuple[str, str] | None:
+    """What runs, but not with experts: message and hint."""
+    if model.moe is None:
+        return None
+    if plan.sp * plan.cp > 1:
+        return f"experts with sp {plan.sp}, cp {plan.cp} are modelled only", "strategy.sp=1 strategy.cp=1"
+    if plan.ep > 1 and plan.zero_stage == 3:
+        message = f"zero_stage 3 with ep {plan.ep} is modelled only: DeepSpeed's ZeRO-3 cuts over all replicas"
+        return message, "strategy.zero_stage=2, or strategy.ep=1"
+    if plan.ep > 1 and plan.zero_stage == 0 and plan.grad_dtype != "fp32" and plan.pp == 1:
+        message = f"zero_stage 0 with ep {plan.ep} and gradients in {plan.grad_dtype} is modelled only"
+        return message, "strategy.zero_stage=1"
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from strategies.cases import Case, Rule, divisors, either, legal_tp, nearest
 from strategies.errors import Violation
 from strategies.plan import split_layers
@@ -97,6 +99,10 @@ def experts_consistent(case: Case) -> Violation | None:
     if moe.imbalance < 1:
         wrong.append(f"imbalance {moe.imbalance:g}")
         hints.append("nearest legal model.moe.imbalance: 1")
+    for name in ("capacity_factor", "balance_weight", "z_weight"):
+        if not 0 <= getattr(moe, name) < math.inf:
+            wrong.append(f"{name} {getattr(moe, name):g}")
+            hints.append(f"nearest legal model.moe.{name}: 0")
     if not wrong:
         return None
     return Violation(rule="experts_consistent", message=f"the model has {', '.join(wrong)}", hint="; ".join(hints))

@@ -7,6 +7,7 @@ possible: a model was cut because of its size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -56,7 +57,12 @@ def smaller_plans(
     for one in dict.fromkeys(fitting):
         useful = most_replicas(batch.global_batch, one.micro_batch, one.dp)
         schedules = dict.fromkeys((one, replace(one, schedule="1f1b", vpp=1)))
-        yield from (with_replicas(same, batch, dp) for dp in range(useful, 0, -1) for same in schedules)
+        yield from (with_replicas(_spread(same, dp), batch, dp) for dp in range(useful, 0, -1) for same in schedules)
+
+
+def _spread(plan: ParallelPlan, dp: int) -> ParallelPlan:
+    """Experts over as many of ``dp`` replicas as divide the old spread: each rank then has a whole number of shares."""
+    return replace(plan, ep=math.gcd(plan.ep, dp * plan.sp * plan.cp))
 
 
 def _shaped(

@@ -10,6 +10,7 @@ from strategies.ramp import Level, Ramp
 
 Flavour = Literal["gpt3", "llama"]
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]
+Routing = Literal["softmax", "sigmoid"]
 """Arithmetic of forward and backward; ``fp8`` multiplies in fp8 and keeps weights and activations in bf16."""
 
 
@@ -25,6 +26,13 @@ class MoeSpec:
         shared_ffn: Inner width of the experts that every token visits, all together; 0 for none.
         router_bias: The router adds one number per expert.
         imbalance: Load of the busiest expert over the average load, in planning.
+        routing: How scores are made of the router's outputs: ``softmax`` over the experts, or ``sigmoid`` one by one.
+        normalize: The weights of the experts that a token visits sum to 1; with one expert they never do, because the
+            router would then learn nothing from the loss.
+        capacity_factor: Tokens of a sequence that an expert takes, over the average number; later ones are dropped.
+            0: it takes all.
+        balance_weight: Weight of the load-balancing loss; 0 for none.
+        z_weight: Weight of the router's z-loss; 0 for none.
     """
 
     experts: int
@@ -34,6 +42,11 @@ class MoeSpec:
     shared_ffn: int = 0
     router_bias: bool = False
     imbalance: float = 1.1
+    routing: Routing = "softmax"
+    normalize: bool = True
+    capacity_factor: float = 0.0
+    balance_weight: float = 0.0
+    z_weight: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,9 +20,13 @@ from strategies.estimate import Estimator
 from strategies.rules import check
 from strategies.specs import ModelSpec
 from strategies.workload import run_tokens
+from tests.support import hf_models
 
 NEEDED = {
     "data=text": ["data.path=corpus.txt"],
+    "data=mixture": ["data.sources=[{path: a.jsonl, weight: 1}]"],
+    "job=evaluate": ["job.text=corpus.txt"],
+    "job=generate": ["job.prompt=x"],
     "job=script": ["job.command=python train.py"],
     "cluster=existing": ["cluster.nodes=3", "cluster.slots_per_node=2"],
 }
@@ -94,10 +98,18 @@ def test_every_file_is_a_choice() -> None:
     assert {path.name for path in conf_dir().iterdir() if path.is_dir()} == set(GROUPS)
 
 
+def _weights(choice: str, folder: Path) -> list[str]:
+    """A model that exists, for the jobs that only compute with one."""
+    if choice not in ("job=evaluate", "job=generate"):
+        return []
+    hf_models.make(folder / "hf", "llama")
+    return [f"job.weights={folder / 'hf'}"]
+
+
 @pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice != "strategy=auto"])
 def test_composes_and_plans(choice: str, tmp_path: Path) -> None:
     """It can be planned with; it can be submitted, too, unless it is modelled only: then submit says so."""
-    config = compose([choice, *NEEDED.get(choice, [])])
+    config = compose([choice, *NEEDED.get(choice, []), *_weights(choice, tmp_path)])
     sketch = build.outline(config)
     assert sketch.broken == ()
     settled = build.settle(config, name="run", cwd=tmp_path)
@@ -135,7 +147,7 @@ def test_rounded_counts_are_those_of_the_papers() -> None:
         assert _model(model).parameters / 1e9 == pytest.approx(billions, rel=tolerance), model
     for model, (billions, tolerance) in ACTIVE.items():
         assert _model(model).active_parameters / 1e9 == pytest.approx(billions, rel=tolerance), model
-    tiny = {"gpt_tiny", "llama_tiny"}
+    tiny = {"gpt_tiny", "llama_tiny", "moe_tiny"}
     assert set(choices_of("model")) == {*PUBLISHED, *ROUNDED, *tiny}
 
 
@@ -293,3 +305,16 @@ def test_quickstart_is_the_main_job() -> None:
     assert config.tracking.mode == "offline"
     assert config.faults
     assert config.experiment.require_faults
+
+
+def test_the_quickstart_with_experts_spreads_them_inside_of_the_main_job() -> None:
+    sketch = build.outline(compose(["experiment=moe_quickstart"]))
+    plan, moe = sketch.plan, sketch.model.moe
+    assert sketch.violations == ()
+    assert (plan.tp, plan.pp, plan.dp, plan.ep, plan.zero_stage, plan.world_size) == (2, 2, 2, 2, 1, 8)
+    assert moe is not None
+    assert (moe.routing, moe.capacity_factor) == ("softmax", 0)
+    # as many parameters per token as the dense model, but for the routers and the narrower experts' second bias
+    dense = _model("gpt_tiny").active_parameters
+    assert sketch.model.active_parameters == pytest.approx(dense, rel=0.01)
+    assert sketch.model.parameters > 2 * dense

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -17,7 +18,7 @@ from launcher.drill.toy import shrink
 from launcher.run import EventKind
 from launcher.store import RunStore
 from strategies import errors
-from tests.support import cli
+from tests.support import cli, hf_models
 from tests.support.checkpoints import write_model_checkpoint
 from tests.support.fakes import tiny_request
 from tests.support.jobspecs import GPT
@@ -78,9 +79,22 @@ def test_submit_as_a_dry_run(words: list[str], tmp_path: Path) -> None:
     """The main job runs for real elsewhere; the address of the example is nobody's."""
     (tmp_path / "train.py").write_text("print('hello')\n")
     words = [re.sub("^run.dir=/shared", f"run.dir={tmp_path}", word) for word in words[1:]]
+    if any("=my-model" in word for word in words):
+        hf_models.make(tmp_path / "my-model", "llama", vocab_size=300)
+        hf_models.tokenizer(tmp_path / "my-model" / "tokenizer.json", 300)
+        question = json.dumps({"question": "1 + 1?", "choices": ["1", "2"], "answer": 1})
+        (tmp_path / "questions.jsonl").write_text(f"{question}\n" * 6)
     if "cluster=existing" in words:
         pytest.skip("needs the cluster that it names; tests/e2e/test_existing_cluster.py has one")
-    done = cli.phalanx(*words, "--dry-run", "data=text", cli.corpus(tmp_path), "model.vocab=300", cwd=tmp_path)
+    if "data=mixture" in words:
+        lines = "".join(f'{{"text": "{number} is a number", "body": "{number}"}}\n' for number in range(3000))
+        for name in ("crawl", "wiki"):
+            (tmp_path / f"{name}.jsonl").write_text(lines)
+        words = [word.replace("crawl,", "crawl.jsonl,").replace("wiki,", "wiki.jsonl,") for word in words]
+        words = [word.replace("books.parquet,", "crawl.jsonl, name: books,") for word in words] + ["model.seq=16"]
+    else:
+        words += ["data=text", cli.corpus(tmp_path)]
+    done = cli.phalanx(*words, "--dry-run", "model.vocab=300", cwd=tmp_path)
     assert done.code == 0, done.err
     assert done.document["request"]["run_name"]
 

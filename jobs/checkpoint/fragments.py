@@ -136,10 +136,10 @@ class Unsharded(OptimizerAccess):
         return [master for _, _, master in self._masters()]
 
     def fragments(self) -> Iterator[Fragment]:
-        group = self.ds.seq_data_parallel_group
-        rank, world = dist.get_rank(group), dist.get_world_size(group)
-        for _, meta, master in self._masters():
+        for parameter, meta, master in self._masters():
             piece = clip(meta.name, meta.shape, meta.box, 0, master.numel())
+            group = self._replicas(parameter)
+            rank, world = dist.get_rank(group), dist.get_world_size(group)
             # Every replica has all of it, and saves an equal share.
             share = (piece.elements * rank // world, piece.elements * (rank + 1) // world)
             yield Fragment(
@@ -149,6 +149,14 @@ class Unsharded(OptimizerAccess):
                 owner=master,
                 offset=0,
             )
+
+    def _replicas(self, parameter: torch.nn.Parameter) -> dist.ProcessGroup:
+        """Ranks that hold the same values: all replicas, of experts those with the same share of them."""
+        name = getattr(parameter, "group_name", None)
+        group: dist.ProcessGroup = (
+            self.ds.seq_data_parallel_group if name is None else self.ds.expert_data_parallel_group[name]
+        )
+        return group
 
     def publish(self) -> None:
         """Nothing to do: the weights are the masters."""

@@ -92,17 +92,23 @@ def _find(data: DataSpec) -> tuple[str, Path, list[Path]]:
         return (
             f"of Python's standard library in {root}",
             root,
-            _walk(root, suffix=".py", skipped=SKIPPED_FOLDERS | GENERATED),
+            walk(root, suffix=".py", skipped=SKIPPED_FOLDERS | GENERATED),
         )
     if not data.path:
         raise ConfigError("data=text needs a path.", hint="Add data.path=FILE_OR_DIR.")
     root = Path(data.path).expanduser().absolute()
     if not root.exists():
         raise _unreadable(root, "there is no such file or folder")
-    return str(root), root, _walk(root) if root.is_dir() else [root]
+    return str(root), root, walk(root) if root.is_dir() else [root]
 
 
-def _walk(root: Path, suffix: str = "", skipped: frozenset[str] = SKIPPED_FOLDERS) -> list[Path]:
+def walk(root: Path, suffix: str = "", skipped: frozenset[str] = SKIPPED_FOLDERS) -> list[Path]:
+    """Files below a folder, ordered by relative path; hidden ones and :data:`SKIPPED_FOLDERS` are left out.
+
+    Raises:
+        StorageError: A folder cannot be read.
+    """
+
     def refuse(error: OSError) -> None:
         raise _unreadable(Path(error.filename or root), error.strerror or str(error))
 
@@ -142,7 +148,7 @@ def pieces(document: Document) -> Iterator[str]:
             while block := file.read(PIECE_BYTES):
                 rest += block
                 if len(block) == PIECE_BYTES:
-                    cut = rest.rfind(b"\n") + 1 or _character_start(rest)
+                    cut = rest.rfind(b"\n") + 1 or character_start(rest)
                     yield rest[:cut].decode("utf-8", "replace")
                     rest = rest[cut:]
     except OSError as error:
@@ -151,7 +157,7 @@ def pieces(document: Document) -> Iterator[str]:
         yield rest.decode("utf-8", "replace")
 
 
-def _character_start(data: bytes) -> int:
+def character_start(data: bytes) -> int:
     """The last place, at most three bytes before the end, at which no UTF-8 character is cut in two."""
     for back in range(1, min(4, len(data))):
         byte = data[-back]

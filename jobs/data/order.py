@@ -52,13 +52,15 @@ class SampleOrder:
     Attributes:
         windows: Number of windows in the corpus, at least 1.
         seed: Seed of the run.
+        salt: Tells the orders of several sources of one run apart; empty for the only one.
     """
 
     windows: int
     seed: int
+    salt: str = ""
 
     def locate(self, index: int) -> tuple[int, int]:
         """Epoch of the corpus (from 0) and window of sample ``index`` (from 0)."""
         epoch, position = divmod(index, self.windows)
-        key = f"phalanx order|{self.seed}|{epoch}".encode()
+        key = f"phalanx order|{self.seed}|{epoch}{self.salt and '|'}{self.salt}".encode()
         return epoch, Permutation(self.windows, key)(position)

@@ -145,6 +145,9 @@ class TokenStore:
         """Sample ``index`` (from 0) of the global order under ``seed``, shape [seq + 1]."""
         return self.window(self.order(seed).locate(index)[1])
 
+    def validation(self) -> None:
+        """There is no part for validation."""
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the store; raises StorageError when its file is damaged."""
         from tokenizers import Tokenizer

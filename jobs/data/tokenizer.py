@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.data.corpus import PIECE_BYTES, Corpus, pieces
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
+ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "[SEP]")
 MIN_VOCAB = 257  # every byte, and the end of a document
 MAX_VOCAB = 1 << 31
 TRAINING_BYTES = 4 << 20
@@ -52,6 +54,21 @@ def train(corpus: Corpus, vocab: int) -> Tokenizer:
         ConfigError: The corpus is too small for so many tokens.
         StorageError: The corpus cannot be read.
     """
+    return train_on(training_text(corpus), vocab, where=corpus.where, size=corpus.size)
+
+
+def train_on(texts: Iterator[str], vocab: int, *, where: str, size: int) -> Tokenizer:
+    """The same, on given text.
+
+    Args:
+        texts: What to learn from.
+        vocab: Number of tokens.
+        where: What the text is of, for messages.
+        size: Bytes of all that there is.
+
+    Raises:
+        ConfigError: The text is too little for so many tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -63,15 +80,42 @@ def train(corpus: Corpus, vocab: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(training_text(corpus), trainer)
-    size = tokenizer.get_vocab_size()
-    if size != vocab:
+    tokenizer.train_from_iterator(texts, trainer)
+    found = tokenizer.get_vocab_size()
+    if found != vocab:
         raise ConfigError(
             f"model.vocab={vocab} is more than the corpus can give.",
-            why=f"The corpus {corpus.where} ({corpus.size} bytes) runs out of pairs to merge at {size} tokens.",
-            hint=f"Set model.vocab to {size} or less, or use a larger corpus.",
+            why=f"The corpus {where} ({size} bytes) runs out of pairs to merge at {found} tokens.",
+            hint=f"Set model.vocab to {found} or less, or use a larger corpus.",
         )
     return tokenizer
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A ``tokenizer.json`` as it is used here: it neither pads nor cuts, whatever the file says.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library knows no narrower one
+        raise ConfigError(f"{path}: is no tokenizer.json ({str(error).splitlines()[0]})") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def vocabulary(tokenizer: Tokenizer) -> int:
+    """How many tokens a model needs for it: one more than the largest number."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def end_token(tokenizer: Tokenizer) -> int | None:
+    """The token that ends a document; None if it has none of the usual ones."""
+    return next((number for name in ENDS if (number := tokenizer.token_to_id(name)) is not None), None)
 
 
 def training_text(corpus: Corpus) -> Iterator[str]:

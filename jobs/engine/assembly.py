@@ -20,19 +20,29 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataP
 from torch import nn
 
 from jobs.distributed import Grid
+from jobs.engine import experts
 from jobs.engine.process import silence
 from jobs.models.gpt import Decoder, LayerSpec, LossFunction, Recipe, layer_specs, stage_bounds
+from jobs.models.packing import Documents
 from jobs.parallel.meta import ParamMeta
+from jobs.parallel.router_log import RouterLog
 from jobs.spec import JobSpec
 from strategies.errors import ConfigError, PlanInfeasible, Violation
 from strategies.plan import ParallelPlan
 from strategies.topology import Topology
 
 
+def refuse_packing(job: JobSpec) -> None:
+    """Likewise: which document a token is of is known to ranks that have whole sequences, in the order of 1F1B."""
+    if job.data.packing and (job.plan.sp > 1 or job.plan.schedule != "1f1b"):
+        message = f"documents cannot be kept apart with sp={job.plan.sp}, schedule={job.plan.schedule}"
+        raise PlanInfeasible([Violation(rule="packing", message=message, hint="data.packing=false")])
+
+
 def refuse_modelled_only(plan: ParallelPlan) -> None:
     """The rules refuse such plans long before; this keeps one that slipped through from silently running another."""
     one = (1,)
-    runnable = {"ep": one, "cp": one, "vpp": one, "schedule": ("1f1b", "dualpipev")}
+    runnable = {"cp": one, "vpp": one, "schedule": ("1f1b", "dualpipev")}
     broken = [
         Violation(
             rule="runnable",
@@ -53,8 +63,10 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
     the partition: so that is where the list of layers is made.
     """
 
-    def __init__(self, job: JobSpec) -> None:
+    def __init__(self, job: JobSpec, log: RouterLog | None) -> None:
         self._job = job
+        self._log = log
+        self.documents = documents_of(job)
         super().__init__(layers=[], topology=_topology(job.plan))
         self.loss_fn = LossFunction(job.model, self.grid)
 
@@ -63,10 +75,16 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
 
     def _cut(self, grid: Grid) -> None:
         self.grid = grid
-        self._layer_specs = [_pipe_layer(spec) for spec in layer_specs(_recipe(self._job, grid))]
+        recipe = _recipe(self._job, grid, self.documents, self._log)
+        self._layer_specs = [_pipe_layer(spec) for spec in layer_specs(recipe)]
         self._num_layers = len(self._layer_specs)
         self.parts = stage_bounds(self._job.model, self._job.plan.parts)
         self._set_bounds(start=self.parts[grid.pipe], stop=self.parts[grid.pipe + 1])
+
+    def forward(self, inputs: Any) -> Any:
+        if self.documents is not None:
+            self.documents.begin()
+        return super().forward(inputs)
 
     def _synchronize_tied_weights(self) -> None:
         with torch.no_grad():  # DeepSpeed writes into the parameters under autograd's eyes
@@ -97,11 +115,13 @@ class Assembled:
         ds: DeepSpeed's engine, with the initial weights of the job.
         grid: The rank's place.
         loss: What the engine applies to the logits.
+        router_log: Sees what routers do; None without experts.
     """
 
     ds: Any
     grid: Grid
     loss: LossFunction
+    router_log: RouterLog | None
 
 
 def assemble(job: JobSpec) -> Assembled:
@@ -116,25 +136,33 @@ def assemble(job: JobSpec) -> Assembled:
             why="the accelerator says so (on CPUs oneDNN does, which wants avx512_fp16)",
             hint="train.precision=bf16",
         )
+    log = None if job.model.moe is None else RouterLog(job.model, job.model.moe)
     with silence():
-        return (_pipelined if job.plan.pp > 1 else _unpipelined)(job)
+        return (_pipelined if job.plan.pp > 1 else _unpipelined)(job, log)
 
 
-def _pipelined(job: JobSpec) -> Assembled:
-    module = (_FoldedStages if job.plan.schedule == "dualpipev" else _Stages)(job)
+def _pipelined(job: JobSpec, log: RouterLog | None) -> Assembled:
+    module = (_FoldedStages if job.plan.schedule == "dualpipev" else _Stages)(job, log)
     grid: Grid = module.grid
     if not grid.first_stage:
         for parameter in module.tied_modules.parameters():
             _set_meta(parameter, dataclasses.replace(meta_of(parameter), primary=False))
-    return Assembled(ds=_initialize(job, module, mpu=None), grid=grid, loss=module.loss_fn)
+    return Assembled(ds=_initialize(job, module, mpu=None), grid=grid, loss=module.loss_fn, router_log=log)
 
 
-def _unpipelined(job: JobSpec) -> Assembled:
+def _unpipelined(job: JobSpec, log: RouterLog | None) -> Assembled:
     plan = job.plan
     mpu = PipelineParallelGrid(_topology(plan))
     grid = _grid_of(mpu, plan)
     loss = LossFunction(job.model, grid)
-    return Assembled(ds=_initialize(job, Decoder(_recipe(job, grid), loss), mpu=mpu), grid=grid, loss=loss)
+    ds = _initialize(job, Decoder(_recipe(job, grid, documents_of(job), log), loss), mpu=mpu)
+    return Assembled(ds=ds, grid=grid, loss=loss, router_log=log)
+
+
+def grid_of(plan: ParallelPlan) -> Grid:
+    """The rank's place under a plan, with DeepSpeed's groups but without an engine. Collective."""
+    with silence():
+        return _grid_of(PipelineParallelGrid(_topology(plan)), plan)
 
 
 def _initialize(job: JobSpec, module: nn.Module, *, mpu: Any) -> Any:
@@ -144,6 +172,8 @@ def _initialize(job: JobSpec, module: nn.Module, *, mpu: Any) -> Any:
         for parameter in module.parameters():
             parameter.tensor_model_parallel = meta_of(parameter).primary  # type: ignore[attr-defined]
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if job.plan.ep > 1:
+        experts.declare(module)
     config = json.loads(json.dumps(dict(job.deepspeed)))  # DeepSpeed writes into it
     ds, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config, mpu=mpu)
     if isinstance(ds.optimizer, FP16_UnfusedOptimizer):
@@ -160,8 +190,15 @@ def _undo_empty_step(optimizer: Any) -> None:
             master.data.copy_(weight.data)
 
 
-def _recipe(job: JobSpec, grid: Grid) -> Recipe:
-    return Recipe.of(job.model, grid, seed=job.train.seed, recompute=job.plan.recompute)
+def documents_of(job: JobSpec) -> Documents | None:
+    """What keeps documents apart, if that is asked for."""
+    return Documents(job.data.end_id) if job.data.packing else None
+
+
+def _recipe(job: JobSpec, grid: Grid, documents: Documents | None, log: RouterLog | None) -> Recipe:
+    return Recipe.of(
+        job.model, grid, seed=job.train.seed, recompute=job.plan.recompute, documents=documents, router_log=log
+    )
 
 
 def _topology(plan: ParallelPlan) -> PipeModelDataParallelTopology:
@@ -173,7 +210,7 @@ def _grid_of(mpu: Any, plan: ParallelPlan) -> Grid:
     """Our view of DeepSpeed's grid; axes of one rank get no group, so that nothing is communicated over them."""
     pp, ranks, tp = mpu.pipe_parallel_size, mpu.data_parallel_size, mpu.model_parallel_size
     replica, seq = divmod(mpu.get_data_parallel_id(), plan.sp)
-    return Grid(
+    grid = Grid(
         pipe=mpu.get_stage_id(),
         data=replica,
         model=mpu.get_slice_parallel_rank(),
@@ -189,6 +226,7 @@ def _grid_of(mpu: Any, plan: ParallelPlan) -> Grid:
         split=plan.sequence_parallel and tp > 1,
         folded=plan.schedule == "dualpipev" and pp > 1,
     )
+    return grid if plan.ep == 1 else experts.with_groups(grid, mpu, plan.ep)
 
 
 def _sequence_group(plan: ParallelPlan) -> dist.ProcessGroup:

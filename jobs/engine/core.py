@@ -16,8 +16,11 @@ from torch import nn
 
 from jobs import distributed
 from jobs.engine import assembly, process
+from jobs.engine.norm import ExpertNorm
+from jobs.models.packing import Documents
 from jobs.own_time import OwnTime
 from jobs.parallel.meta import ParamMeta
+from jobs.parallel.router_log import RouterStats
 from jobs.spec import JobSpec, RankEnv
 from strategies.topology import Topology
 
@@ -33,12 +36,14 @@ class StepResult:
         grad_norm: Global gradient norm before clipping; inf when the gradients are not finite.
         lr: Learning rate of this update.
         overflow: The update was left out because the fp16 loss scale was too large; that is normal.
+        moe: What the routers have done; None without experts. Their losses are in the gradient, not in ``loss``.
     """
 
     loss: float
     grad_norm: float
     lr: float
     overflow: bool = False
+    moe: RouterStats | None = None
 
 
 class Engine:
@@ -49,6 +54,7 @@ class Engine:
         grid: This rank's place in the gang.
         plan: The plan.
         own_time: Sees what this rank waits for others.
+        router_log: Sees what routers do; None without experts.
     """
 
     def __init__(self, parts: assembly.Assembled, job: JobSpec, own_time: OwnTime) -> None:
@@ -56,10 +62,13 @@ class Engine:
         self.grid = parts.grid
         self.plan = job.plan
         self.own_time = own_time
+        self.router_log = parts.router_log
         self._loss = parts.loss
         self._scale = getattr(ds.optimizer, "loss_scale_config", None)  # of the optimizer that reports scaled norms
         self._full = job.batch
         self._own_norm: torch.Tensor | None = None
+        self._expert_norm = ExpertNorm(ds, self.grid) if self.plan.ep > 1 else None
+        self._documents: Documents | None = getattr(ds.module, "documents", None)  # of a stage, not of a whole model
         if _unwrapped_optimizer(ds):
             ds.clip_fp32_gradients = lambda: None  # done by the hook, which also keeps the norm
             ds.basic_optimizer.register_step_pre_hook(lambda *_: self._clip())
@@ -72,6 +81,7 @@ class Engine:
             PlanInfeasible: The plan uses an axis or a schedule that is modelled only.
         """
         assembly.refuse_modelled_only(job.plan)
+        assembly.refuse_packing(job)
         own_time = process.join(env, deterministic=job.train.deterministic)
         return cls(assembly.assemble(job), job, own_time)
 
@@ -88,8 +98,11 @@ class Engine:
 
     @property
     def needs_data(self) -> bool:
-        """Whether this rank looks at the batches it is given (the first stage embeds, the last has the loss)."""
-        return self.grid.first_stage or self.grid.last_stage
+        """Whether this rank looks at the batches it is given: the first stage embeds, the last has the loss.
+
+        Where documents are kept apart all do.
+        """
+        return self.grid.first_stage or self.grid.last_stage or self._documents is not None
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(global name, parameter) of everything this rank holds; each parameter carries ``.phalanx``."""
@@ -126,8 +139,31 @@ class Engine:
         self.set_position(step - 1)
         lr = float(self.ds.get_lr()[0])
         scale = float(self._scale.cur_scale) if self._scale is not None else 1.0
+        if self.router_log is not None and self.ds.fp16_enabled():
+            self.router_log.loss_scale = float(self.ds.optimizer.loss_scale)
         loss = self._train_pipelined(batches) if self.plan.pp > 1 else self._train_unpipelined(batches)
-        return StepResult(loss=loss, grad_norm=self._grad_norm() / scale, lr=lr, overflow=self._overflow())
+        return StepResult(
+            loss=loss,
+            grad_norm=self._grad_norm() / scale,
+            lr=lr,
+            overflow=self._overflow(),
+            moe=None if self.router_log is None else self.router_log.take(self.grid),
+        )
+
+    def evaluate(self, batches: Sequence[MicroBatch]) -> float:
+        """Mean cross entropy of micro-batches as :meth:`train_step` takes them. Collective.
+
+        No state of training changes. Where rows weigh nothing the mean is still over all tokens of a global batch.
+        """
+        self._accumulate(len(batches), self._full.tokens)
+        if self.plan.pp > 1:
+            return float(self.ds.eval_batch(self._micro_batches(batches)))
+        self.ds.eval()
+        with torch.no_grad():
+            losses = (self.ds(tokens.to(self.device), targets.to(self.device)) for tokens, targets in batches)
+            total = sum(losses, torch.zeros((), dtype=torch.float64, device=self.device))
+        self.ds.train()
+        return self._mean(total, len(batches))
 
     def set_position(self, step: int) -> None:
         """Make DeepSpeed's counters and the learning rate those of an engine that has done ``step`` steps."""
@@ -142,13 +178,21 @@ class Engine:
         if micro_batches != self.ds.gradient_accumulation_steps():
             self.ds.set_train_batch_size(self.plan.micro_batch * micro_batches * replicas)
         self._loss.scale = micro_batches * replicas / tokens
+        if self.router_log is not None:  # whose losses are one number per sequence
+            self.router_log.row_weight = self._full.seq * replicas / tokens
 
     def close(self) -> None:
         """Leave the gang. The engine is of no use afterwards."""
         distributed.shutdown()
 
     def _train_pipelined(self, batches: Sequence[MicroBatch]) -> float:
-        return float(self.ds.train_batch(iter(batches)))
+        return float(self.ds.train_batch(self._micro_batches(batches)))
+
+    def _micro_batches(self, batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
+        """Micro-batches for a pipeline, whose stages all have to know where documents end."""
+        if self._documents is not None:
+            self._documents.load((tokens for tokens, _ in batches), self.device)
+        return iter(batches)
 
     def _train_unpipelined(self, batches: Sequence[MicroBatch]) -> float:
         self.ds.train()
@@ -158,9 +202,13 @@ class Engine:
             total += loss.detach()
             self.ds.backward(loss)
             self.ds.step()
+        return self._mean(total, len(batches))
+
+    def _mean(self, total: torch.Tensor, count: int) -> float:
+        """Mean over ``count`` micro-batches and all replicas of a replica's sum."""
         if self.grid.data_group is not None:
             dist.all_reduce(total, group=self.grid.data_group)
-        return float(total) / (len(batches) * Topology(self.plan).data_size)
+        return float(total) / (count * Topology(self.plan).data_size)
 
     def _grad_norm(self) -> float:
         norm = self.ds.get_global_grad_norm() if self._own_norm is None else self._own_norm
@@ -173,6 +221,9 @@ class Engine:
 
     def _clip(self) -> None:
         limit = self.ds.gradient_clipping() or math.inf
+        if self._expert_norm is not None:
+            self._own_norm = self._expert_norm.clip(limit)
+            return
         self._own_norm = clip_grad_norm_(self.ds.module.parameters(), max_norm=limit, mpu=self.ds.mpu)
 
 

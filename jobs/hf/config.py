@@ -212,6 +212,8 @@ def _read_mixtral(look: _Look) -> dict[str, Any]:
     experts, top_k = look.size("num_local_experts"), look.size("num_experts_per_tok")
     if top_k > experts:
         look.refuse("num_experts_per_tok", f"{top_k} of {experts} experts", f"At most {experts}.")
+    if top_k == 1:
+        look.refuse("num_experts_per_tok", "1 is not implemented: a single expert counts whole there")
     return _rotary(look, eps=1e-5) | {"ffn": inner, "moe": {"experts": experts, "top_k": top_k, "ffn": inner}}
 
 

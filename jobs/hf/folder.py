@@ -87,7 +87,7 @@ def model_of(path: Path) -> ModelSpec:
 
 def _spec(values: Mapping[str, Any]) -> ModelSpec:
     moe = values.get("moe")
-    return ModelSpec(**values | {"moe": MoeSpec(**moe) if moe else None})
+    return ModelSpec(**dict(values) | {"moe": MoeSpec(**moe) if moe else None})
 
 
 def open_folder(path: Path, model: ModelSpec) -> Folder:
@@ -154,7 +154,11 @@ def compare(folder: Folder, parts: Iterable[Part], *, tied: bool) -> list[Flaw]:
         ("of another shape", shapes, ""),
         ("of a type that is not read", types, f"Known: {', '.join(WIDTHS)}."),
     )
-    return [Flaw(message=f"{_tensors(len(names))} {what}: {_some(names)}", hint=hint) for what, names, hint in groups if names]
+    return [
+        Flaw(message=f"{_tensors(len(names))} {what}: {_some(names)}", hint=hint)
+        for what, names, hint in groups
+        if names
+    ]
 
 
 def did_you_mean_pairs(missing: list[str], extra: list[str]) -> str:
@@ -188,9 +192,9 @@ def file_digest(path: Path) -> str:
 
 
 def _other_model(own: ModelSpec, model: ModelSpec) -> list[Flaw]:
-    """Fields in which the folder's model is not the one asked for; sequences may be shorter or longer where they turn."""
+    """Fields in which the folder's model is not the one asked for; where positions turn, sequences may be longer."""
     fields = ["flavour", "layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "tied", "norm_eps", "head_dim", "moe"]
-    fields += ["rope_theta"] if model.flavour == "llama" else ["learned_positions"]
+    fields += [] if model.flavour == "llama" else ["learned_positions"]
     if own.moe is not None and model.moe is not None:
         fields[fields.index("moe")] = "top_k"
     different = [name for name in fields if _value(own, name) != _value(model, name)]

@@ -80,7 +80,9 @@ def _gpt2_parts(model: ModelSpec) -> Iterator[Part]:
         ours, theirs = f"blocks.{index}", f"transformer.h.{index}"
         for kind in ("weight", "bias"):
             matrix = kind == "weight"
-            square, up, down = ((width, width), (inner, width), (width, inner)) if matrix else (vector, (inner,), vector)
+            square, up, down = (
+                ((width, width), (inner, width), (width, inner)) if matrix else (vector, (inner,), vector)
+            )
             qkv = tuple((f"{ours}.attn.{letter}.{kind}", square) for letter in "qkv")
             yield _one(f"{theirs}.ln_1.{kind}", f"{ours}.attn_norm.{kind}", vector)
             yield Part(name=f"{theirs}.attn.c_attn.{kind}", sources=qkv, transposed=matrix)

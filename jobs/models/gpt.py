@@ -19,7 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from jobs.distributed import Grid
 from jobs.models.init import ParameterFactory
+from jobs.models.moe import MixtureOfExperts
+from jobs.models.packing import Documents, Layout
 from jobs.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from jobs.parallel.router_log import RouterLog
 from jobs.parallel.vocabulary import (
     IGNORE,
     VocabParallelEmbedding,
@@ -28,7 +31,7 @@ from jobs.parallel.vocabulary import (
     vocab_parallel_cross_entropy,
 )
 from strategies.plan import Recompute
-from strategies.specs import ModelSpec
+from strategies.specs import ModelSpec, MoeSpec
 
 __all__ = ["IGNORE", "Decoder", "LayerSpec", "LossFunction", "Recipe", "layer_specs", "stage_bounds"]
 
@@ -43,16 +46,41 @@ class Recipe:
         model: The model.
         make: Makes the parameters of this rank.
         recompute: Which activations are computed again in backward instead of being kept.
+        documents: Where the documents in a sequence begin and end; None where a sequence is one.
+        router_log: Adds the routers' losses to the gradient and counts; None where nothing is trained.
     """
 
     model: ModelSpec
     make: ParameterFactory
     recompute: Recompute = "none"
+    documents: Documents | None = None
+    router_log: RouterLog | None = None
+
+    @property
+    def layout(self) -> Layout | None:
+        """How the documents of the micro-batch lie whose forward pass runs; None where a sequence is one."""
+        return self.documents.layout if self.documents is not None else None
 
     @classmethod
-    def of(cls, model: ModelSpec, grid: Grid, *, seed: int, recompute: Recompute = "none") -> Recipe:
+    def of(
+        cls,
+        model: ModelSpec,
+        grid: Grid,
+        *,
+        seed: int,
+        recompute: Recompute = "none",
+        documents: Documents | None = None,
+        router_log: RouterLog | None = None,
+    ) -> Recipe:
         """The recipe of one rank."""
-        return cls(model=model, make=ParameterFactory(grid=grid, seed=seed, std=model.init_std), recompute=recompute)
+        make = ParameterFactory(grid=grid, seed=seed, std=model.init_std)
+        return cls(model=model, make=make, recompute=recompute, documents=documents, router_log=router_log)
+
+    @property
+    def moe(self) -> MoeSpec:
+        """The experts of a model that has them."""
+        assert self.model.moe is not None
+        return self.model.moe
 
     @property
     def residual_std(self) -> float:
@@ -74,9 +102,11 @@ class PositionEmbedding(nn.Module):
         super().__init__()
         self.weight = recipe.make.make("embed.positions.weight", (recipe.model.seq, recipe.model.hidden))
         self._grid = recipe.make.grid
+        self._recipe = recipe
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self._grid.region.shared(self.weight)[self._grid.positions(x.shape[1])]
+        held, layout = self._grid.positions(x.shape[1]), self._recipe.layout
+        return x + self._grid.region.shared(self.weight)[held if layout is None else layout.positions[:, held]]
 
 
 class Norm(nn.Module):
@@ -101,16 +131,20 @@ class Norm(nn.Module):
         return (wide * scale).to(x.dtype) * weight
 
 
-def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
+def rotate(x: torch.Tensor, theta: float, positions: torch.Tensor | None = None) -> torch.Tensor:
     """Rotary positions: pairs (i, i + d/2) of each head turn by ``position / theta^(2i/d)``.
 
     Args:
         x: ``[b, heads, s, d]``; position 0 comes first.
         theta: Base of the frequencies.
+        positions: Other positions, ``[b, s]``.
     """
     length, width = x.shape[-2:]
     half = torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width
-    angle = torch.outer(torch.arange(length, device=x.device, dtype=torch.float32), theta**-half)
+    if positions is None:
+        angle = torch.outer(torch.arange(length, device=x.device, dtype=torch.float32), theta**-half)
+    else:
+        angle = positions[:, None, :, None].float() * theta**-half
     cos, sin = angle.cos(), angle.sin()
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
@@ -133,39 +167,42 @@ class Attention(nn.Module):
         self._sequence = make.grid.sequence
         self._recompute = recipe.recompute == "selective"
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, layout: Layout | None = None) -> torch.Tensor:
         x = self._region.enter(x)
         q, k, v = self._sequence.to_heads(*(self._heads(layer(x)) for layer in (self.q, self.k, self.v)))
         if self._recompute and torch.is_grad_enabled():
-            mixed = checkpoint(self._mix, q, k, v, use_reentrant=False, preserve_rng_state=False)
+            mixed = checkpoint(self._mix, q, k, v, layout, use_reentrant=False, preserve_rng_state=False)
         else:
-            mixed = self._mix(q, k, v)
+            mixed = self._mix(q, k, v, layout)
         return cast(torch.Tensor, self.o(self._sequence.to_tokens(mixed).transpose(1, 2).flatten(2)))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(*x.shape[:-1], -1, self._model.head_dim).transpose(1, 2)
 
-    def _mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout | None) -> torch.Tensor:
         if self._model.flavour == "llama":
-            q, k = rotate(q, self._model.rope_theta), rotate(k, self._model.rope_theta)
+            positions = layout.positions if layout is not None else None
+            q, k = (rotate(x, self._model.rope_theta, positions) for x in (q, k))
         shared = q.shape[1] // k.shape[1]
         if shared > 1:
             k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
+        if layout is not None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 class FeedForward(nn.Module):
-    """GELU (tanh form) or SwiGLU; the inner width is split over the tensor-parallel ranks."""
+    """GELU (tanh form) or SwiGLU; the inner ``width`` is split over the tensor-parallel ranks."""
 
-    def __init__(self, recipe: Recipe, name: str) -> None:
+    def __init__(self, recipe: Recipe, name: str, width: int) -> None:
         super().__init__()
         model, make = recipe.model, recipe.make
         bias = model.flavour == "gpt3"
         self.gate = None
         if model.flavour == "llama":
-            self.gate = ColumnParallelLinear(make, f"{name}.gate", model.hidden, model.ffn, bias=False)
-        self.up = ColumnParallelLinear(make, f"{name}.up", model.hidden, model.ffn, bias=bias)
-        self.down = RowParallelLinear(make, f"{name}.down", model.ffn, model.hidden, bias=bias, std=recipe.residual_std)
+            self.gate = ColumnParallelLinear(make, f"{name}.gate", model.hidden, width, bias=False)
+        self.up = ColumnParallelLinear(make, f"{name}.up", model.hidden, width, bias=bias)
+        self.down = RowParallelLinear(make, f"{name}.down", width, model.hidden, bias=bias, std=recipe.residual_std)
         self._region = make.grid.region
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -173,6 +210,15 @@ class FeedForward(nn.Module):
         if self.gate is None:
             return cast(torch.Tensor, self.down(F.gelu(self.up(x), approximate="tanh")))
         return cast(torch.Tensor, self.down(F.silu(self.gate(x)) * self.up(x)))
+
+
+def feed_forward(recipe: Recipe, name: str, index: int) -> nn.Module:
+    """The second half of block ``index``: dense, or with experts."""
+    moe = recipe.model.moe
+    if moe is None or index < moe.dense_layers:
+        return FeedForward(recipe, name, recipe.model.ffn)
+    shared = FeedForward(recipe, f"{name}.shared", moe.shared_ffn) if moe.shared_ffn else None
+    return MixtureOfExperts(recipe, name, layer=index, shared=shared)
 
 
 class Block(nn.Module):
@@ -184,16 +230,18 @@ class Block(nn.Module):
         self.attn_norm = Norm(recipe, f"{name}.attn_norm")
         self.attn = Attention(recipe, f"{name}.attn")
         self.mlp_norm = Norm(recipe, f"{name}.mlp_norm")
-        self.mlp = FeedForward(recipe, f"{name}.mlp")
+        self.mlp = feed_forward(recipe, f"{name}.mlp", index)
         self._recompute = recipe.recompute == "full"
+        self._recipe = recipe
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layout = self._recipe.layout  # of this forward pass: a recomputation comes when others have begun
         if self._recompute and torch.is_grad_enabled():
-            return cast(torch.Tensor, checkpoint(self._block, x, use_reentrant=True, preserve_rng_state=False))
-        return self._block(x)
+            return cast(torch.Tensor, checkpoint(self._block, x, layout, use_reentrant=True, preserve_rng_state=False))
+        return self._block(x, layout)
 
-    def _block(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.attn_norm(x))
+    def _block(self, x: torch.Tensor, layout: Layout | None) -> torch.Tensor:
+        x = x + self.attn(self.attn_norm(x), layout)
         return cast(torch.Tensor, x + self.mlp(self.mlp_norm(x)))
 
 
@@ -297,6 +345,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList()
         self._loss = loss
+        self._documents = recipe.documents
         for spec in layer_specs(recipe):
             if spec.run is None:
                 self.layers.append(spec.build(*spec.args))
@@ -306,6 +355,8 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Logits ``[b, s, padded vocab / tp]``, or the loss when targets are given."""
+        if self._documents is not None:
+            self._documents.show(tokens)
         x = tokens
         for layer in self.layers:
             x = layer(x)

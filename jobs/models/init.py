@@ -63,7 +63,14 @@ class ParameterFactory:
     std: float
 
     def make(
-        self, name: str, shape: tuple[int, ...], *, axis: int | None = None, mean: float = 0.0, std: float | None = None
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        *,
+        axis: int | None = None,
+        mean: float = 0.0,
+        std: float | None = None,
+        expert: bool = False,
     ) -> nn.Parameter:
         """One parameter, with its :class:`ParamMeta` as ``.phalanx``.
 
@@ -73,6 +80,7 @@ class ParameterFactory:
             axis: Dimension that tensor parallelism splits; None for a replicated parameter.
             mean: Mean of the initial values.
             std: Standard deviation; the factory's by default.
+            expert: It belongs to an expert, of which this rank has a share.
         """
         box = box_of(shape, axis, self.grid.model, self.grid.tp)
         value = global_value(name, shape, seed=self.seed, mean=mean, std=self.std if std is None else std)
@@ -82,4 +90,7 @@ class ParameterFactory:
         parameter.phalanx = ParamMeta(name=name, shape=shape, box=box, primary=primary)  # type: ignore[attr-defined]
         # DeepSpeed's name for "every tensor-parallel rank has its own part": without it the gradient norm is wrong
         parameter.tensor_model_parallel = split  # type: ignore[attr-defined]
+        if expert and self.grid.ep > 1:  # likewise: its gradients are not summed over all replicas, but over a group
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = self.grid.expert_group_name  # type: ignore[attr-defined]
         return parameter

@@ -23,7 +23,7 @@ from jobs.checkpoint.persister import link_from_environment
 from jobs.checkpoint.restore import RestoredState, restore
 from jobs.checkpoint.saver import BehindSaver, DirectSaver, Saver
 from jobs.checkpoint.source import ShardSource
-from jobs.data import TokenStore
+from jobs.data import open_samples
 from jobs.hooks import Hooks
 from jobs.initial import initialise
 from jobs.location import Location, locate
@@ -33,14 +33,16 @@ from jobs.orders import Orders
 from jobs.parallel.vocabulary import IGNORE
 from jobs.paths import RunPaths
 from jobs.report import Reporter
-from jobs.sample import generate
+from jobs.sample import sample
 from jobs.spec import JobSpec, RankEnv
+from jobs.stages.evaluation import Evaluation
 from strategies.codec import to_json
 from strategies.errors import ResumeRefused, StorageError
 from strategies.schedule import SampleSchedule, Skip
 from strategies.specs import BatchSpec
 
 if TYPE_CHECKING:
+    from jobs.data.samples import Samples, Validation
     from jobs.engine import Engine, MicroBatch, StepResult
 
 
@@ -76,7 +78,9 @@ class Pretrain:
         self._counter = counter
         self._orders = Orders(env.order_fd)
         self._paths = RunPaths(env.run_dir)
-        self._store = TokenStore(job.data, job.batch.seq)
+        self._store = open_samples(job.data, job.batch.seq)
+        self._held_out = self._store.validation()
+        self._evaluation = Evaluation(job, self._held_out)
         self._schedule = job.schedule()
         self._watch = LossWatch(job.train.spike_sigmas)
         self._metrics = MetricsWriter(self._paths.metrics) if env.rank == 0 else None
@@ -155,14 +159,37 @@ class Pretrain:
         self._counter.step = step
         self._hooks.step_begin(step)
         self._engine.own_time.begin()
+        began = time.perf_counter()
+        batches = self._batches(step)
+        data_s = time.perf_counter() - began
         tokens = self._schedule.batch_at(step) * self._job.batch.seq
-        result = self._engine.train_step(step, self._batches(step), tokens=tokens)
+        result = self._engine.train_step(step, batches, tokens=tokens)
         own_s, seconds = self._engine.own_time.end()
         self._judge(step, result)
-        if self._metrics is not None:
-            self._metrics.append(self._line(step, result, seconds))
-        self._reporter.send("step", step=step, next=then, own_s=round(own_s, 6), seconds=round(seconds, 6))
+        line = self._line(step, result, seconds) | {"data_s": data_s}
+        evaluates = self._evaluation.due(step)
+        if not evaluates:
+            self._note(line)
+        doing = "evaluate" if evaluates else then
+        self._reporter.send("step", step=step, next=doing, own_s=round(own_s, 6), seconds=round(seconds, 6))
+        if evaluates:
+            self._note(line | {"eval": self._evaluate(step)})
+            self._reporter.send("step", step=step, next=then)
         self._hooks.step_end(step)
+
+    def _evaluate(self, step: int) -> dict[str, Any]:
+        """Loss and perplexity on what is not trained on; every batch is a sign of life."""
+        began = time.perf_counter()
+        found = self._evaluation.run(
+            self._engine,
+            lambda rows: self._micro_batch(rows, self._held_out),
+            lambda: self._reporter.send("step", step=step, next="evaluate"),
+        )
+        return found | {"seconds": time.perf_counter() - began}
+
+    def _note(self, line: dict[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.append(line)
 
     def _judge(self, step: int, result: StepResult) -> None:
         """Every rank comes to the same verdict, and a checkpoint needs all of them: nothing bad is ever committed."""
@@ -171,6 +198,7 @@ class Pretrain:
             raise BlowUp(step, why, self._schedule.batch_at(step))
 
     def _line(self, step: int, result: StepResult, seconds: float) -> dict[str, Any]:
+        routing = {} if result.moe is None else {"moe": dataclasses.asdict(result.moe)}
         return {
             "step": step,
             "loss": result.loss,
@@ -181,6 +209,7 @@ class Pretrain:
             "epoch": self._env.epoch,
             "seconds": seconds,
             "time": time.time(),
+            **routing,
         }
 
     def _batches(self, step: int) -> list[MicroBatch]:
@@ -191,14 +220,14 @@ class Pretrain:
         replica = self._engine.grid.data
         return [self._micro_batch(self._schedule.rows(step, replica, micro, plan)) for micro in range(count)]
 
-    def _micro_batch(self, rows: tuple[int | None, ...]) -> MicroBatch:
-        held = self._engine.grid.tokens(self._job.batch.seq)
+    def _micro_batch(self, rows: tuple[int | None, ...], source: Samples | Validation | None = None) -> MicroBatch:
+        held, source = self._engine.grid.tokens(self._job.batch.seq), source or self._store
         tokens = torch.zeros(len(rows), held.stop - held.start, dtype=torch.int64)
         targets = torch.full_like(tokens, IGNORE)
         for row, index in enumerate(rows):
             if index is not None:
-                sample = torch.from_numpy(self._store.sample(self._job.train.seed, index))
-                tokens[row], targets[row] = sample[:-1][held], sample[1:][held]
+                line = torch.from_numpy(source.sample(self._job.train.seed, index))
+                tokens[row], targets[row] = line[:-1][held], line[1:][held]
         return tokens, targets
 
     def _save(self, step: int, *, wait: bool) -> Location:
@@ -245,7 +274,7 @@ class Pretrain:
     def _sample(self, manifest: Location) -> None:
         """Text for people to look at. The run is done: whatever fails here is told in its place and fails nothing."""
         try:
-            text = generate(self._job, manifest, self._store)
+            text = sample(self._job, manifest, self._store)
         except Exception as error:
             print(f"warning: no sample could be generated: {type(error).__name__}: {error}", flush=True)
             traceback.print_exc()

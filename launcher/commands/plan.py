@@ -231,8 +231,9 @@ def _require_hardware(config: Config, sketch: Outline, options: Mapping[str, Any
     asked = [f"--{name}" for name in ("explain", "report") if options[name]]
     if not asked:
         return
-    if config.job.kind == "script":
-        raise ConfigError(f"{asked[0]} is about training plans; a script brings its own.")
+    if config.job.kind != "pretrain":
+        brings = "a script brings its own" if config.job.kind == "script" else "nothing is trained here"
+        raise ConfigError(f"{asked[0]} is about training plans; {brings}.")
     if sketch.cluster.hardware is None:
         raise ConfigError(
             f"{asked[0]} needs an estimate, and the cluster '{sketch.cluster.name}' says nothing about its hardware.",
@@ -273,8 +274,9 @@ def plan_document(
     from strategies.codec import to_json
 
     model, plan = sketch.model, sketch.plan
-    split = config.job.kind == "pretrain" and len(plan.stages) == plan.pp and sum(plan.stages) == model.layers
-    stages = memory.model_state_bytes(model, plan, config.train.precision) if split else None
+    split = config.job.kind != "script" and len(plan.stages) == plan.pp and sum(plan.stages) == model.layers
+    trains = split and config.job.kind == "pretrain"
+    stages = memory.model_state_bytes(model, plan, config.train.precision) if trains else None
     violations = to_json(sketch.violations)
     estimate = _estimate(config, sketch, explain=explain, report=report, searched=searched)
     if estimate is not None and not estimate["fits"]:

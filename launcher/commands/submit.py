@@ -14,6 +14,7 @@ from launcher.commands.common import interruptible, json_option, overrides_argum
 if TYPE_CHECKING:
     from launcher.drill.toy import Toy
     from launcher.follow import Screen
+    from launcher.ray_process import RayProcess
     from launcher.request import LaunchRequest
     from launcher.schema import Config
     from launcher.ship import Shipment
@@ -50,10 +51,21 @@ def command(
     on this machine, and shows the difference first. A node is killed on the way, or what faults=[...] says; it fails
     (100) unless every fault fired and was noticed, the run ended, and no more was lost than its copies in memory allow.
     """
+    from launcher import backends
+
+    with backends.asking(overrides) as ray:
+        ctx.exit(_submit(overrides, ray, dry_run=dry_run, detach=detach, rehearse=rehearse, as_json=as_json))
+
+
+def _submit(
+    overrides: tuple[str, ...], ray: RayProcess | None, *, dry_run: bool, detach: bool, rehearse: bool, as_json: bool
+) -> int:
+    """Everything; returns the exit code."""
     from launcher import build, launch
     from launcher.config import compose
     from launcher.finish import finish
     from launcher.follow import screen
+    from launcher.preparation import prepare_data
     from strategies.errors import ConfigError
 
     config = compose(overrides)
@@ -67,21 +79,21 @@ def command(
             f"--detach needs cluster=existing: a cluster={config.cluster.kind} run is controlled by this command.",
             hint="Use cluster=existing cluster.address=IP:PORT, or leave --detach out.",
         )
-    request = build.build_request(config, overrides, launch.measured(config))
+    request = build.build_request(config, overrides, launch.measured(config, ray))
     shipment = launch.project(config)
     launch.check_place(Path(request.run_dir))
     with interruptible(), launch.closing(screen()) as shown:
         if toy:
             _announce(toy, request, shown)
-        request = launch.prepare_data(config, request, shown)
+        request = prepare_data(config, request, shown)
         if dry_run:
             print_json(dry_run_document(request, shipment))
-            return
+            return 0
         store = launch.create(request, config, shipment)
         shown.say(f"run {store.name} in {store.paths.root}")
-        outcome = launch.run(store, shown, detach=detach)
+        outcome = launch.run(store, shown, detach=detach, ray=ray)
     folder = _typed_folder(config.run.dir)
-    ctx.exit(finish(store, config, outcome, as_json=as_json, folder=folder, rehearsal=toy))
+    return finish(store, config, outcome, as_json=as_json, folder=folder, rehearsal=toy)
 
 
 def _miniature(config: Config) -> Toy:

@@ -30,6 +30,7 @@ from launcher.drill.network import Network, network
 from launcher.follow import Screen
 from launcher.host import process
 from launcher.host.environment import packages_root
+from launcher.preparation import prepare_data
 from launcher.run import Run, RunEvent, fold
 from launcher.schema import Config
 from launcher.sites import Site
@@ -70,7 +71,7 @@ def create(config: Config, name: str, faults: Sequence[str]) -> RunStore:
     """
     config = replace(config, run=replace(config.run, name=name), faults=tuple(faults))
     config = build.settle(config, name=name, cwd=Path.cwd())
-    request = launch.prepare_data(config, build.build_request(config, ()), _Silent(sys.stderr))
+    request = prepare_data(config, build.build_request(config, ()), _Silent(sys.stderr))
     return launch.create(request, config, None)
 
 

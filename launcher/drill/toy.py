@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from launcher import build
+from launcher.data_schema import DataConfig
 from launcher.drill.changes import Change, differences, shown, unchanged, with_changes
 from launcher.drill.concessions import runnable
-from launcher.schema import ClusterConfig, Config, DataConfig, ModelConfig, StrategyConfig, TrainConfig
+from launcher.schema import ClusterConfig, Config, ModelConfig, StrategyConfig, TrainConfig
 from strategies.errors import ConfigError, PlanInfeasible
 from strategies.plan import ParallelPlan
 from strategies.ramp import Ramp
@@ -35,7 +36,8 @@ _RAMP_STEPS = 12  # of the smallest size: six steps of that, three of twice as m
 _DEGREES = ("tp", "pp", "dp", "sp", "cp")
 
 _WHY = {
-    "data.kind": "a small text of its own",
+    **dict.fromkeys(("data.kind", "data.sources", "data.tokenizer", "data.validation"), "a small text of its own"),
+    "train.eval_every": "nothing is kept from training",
     "cluster.kind": "on this machine",
     "tracking.kind": "nobody's experiment",
     "train.lr": "so that few steps learn something",
@@ -144,7 +146,7 @@ def _reduced(config: Config, plan: ParallelPlan, degrees: Mapping[str, int], set
     changed = replace(
         config,
         model=_model(config.model, plan, degrees),
-        data=DataConfig(kind="text", path=config.data.path, cache=None),
+        data=DataConfig(kind="text", path=config.data.path, packing=config.data.packing),
         cluster=_cluster(config.cluster, math.prod(degrees.values()), setting),
         strategy=_strategy(plan, degrees),
         train=_train(config.train, plan, degrees),
@@ -246,6 +248,7 @@ def _train(train: TrainConfig, plan: ParallelPlan, degrees: Mapping[str, int]) -
         warmup_steps=min(2, train.warmup_steps),
         spike_sigmas=train.spike_sigmas or 10.0,
         skips=(),
+        eval_every=0,
         sample_tokens=0,
     )
 

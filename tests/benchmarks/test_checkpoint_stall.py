@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
 
 from jobs.spec import CheckpointSpec
+from launcher.host.environment import large_copies
 from strategies.codec import to_json
 from strategies.specs import ModelSpec
 from tests.support.gang import WarmPool
@@ -37,7 +39,7 @@ def test_stall_at_100_m_parameters(zero_stage: int, tmp_path: Path) -> None:
     job = dataclasses.replace(job, checkpoint=CheckpointSpec(memory_every=1, keep=9))
     node = Node(tmp_path)
     try:
-        with WarmPool() as pool:
+        with WarmPool(large_copies(os.environ)) as pool:  # as an agent starts its pool
             arguments = {"job": to_json(job), "persister": node.path, "steps": 1, "tries": 9}
             (took,) = pool.run(
                 "tests.support.stall_ranks:stalls",

@@ -23,9 +23,13 @@ STEPS = 5
 
 
 def measure(contender: Contender, run_dir: Path, job: dict[str, object]) -> tuple[float, dict[int, float]]:
-    """Seconds from the command to the first step, and the losses."""
+    """Seconds from the command to the first step, and the losses; prints the time line of phalanx."""
     with running(contender, run_dir, job) as run:
-        return run.wait_for_step(1)["time"] - run.started, run.finish()
+        took = run.wait_for_step(1)["time"] - run.started
+        agents = [path.stat().st_mtime - run.started for path in sorted(run.paths.agents.glob("*.json"))]
+        warming = "".join(f", pool of an agent begins {at:.2f}" for at in agents)
+        print(f"  {contender.name}: {took:.2f} s{warming}{run.timeline(run.started)}", flush=True)
+        return took, run.finish()
 
 
 @pytest.mark.full
@@ -43,7 +47,6 @@ def test_submit(tmp_path: Path) -> None:
                 took, losses = measure(contender, tmp_path / f"{number}-{index}" / "run", document)
                 seconds.setdefault(contender.name, []).append(took)
                 curves.append(losses)
-                print(f"  {contender.name}: {took:.2f} s", flush=True)
     assert len(curves[0]) == STEPS
     assert all(curve == curves[0] for curve in curves), "not everybody computed the same"
     show("start of the command -> first step, 4 ranks, PP2 x TP2", seconds)

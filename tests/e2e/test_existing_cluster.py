@@ -5,6 +5,8 @@ The test's own process is a fourth machine of that network, and no node of the c
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shlex
 import signal
@@ -12,19 +14,23 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from jobs.paths import RunPaths
+from jobs.spec import DataSpec, SourceSpec
 from launcher import ray_client, supervise
 from launcher.host import process
 from launcher.launch import create
+from launcher.ray_map import OnRay
 from launcher.run import EventKind, RunState
 from launcher.ship import survey
 from launcher.store import RunStore, read_json
-from strategies.errors import ClusterError, ResumeRefused, StorageError
+from strategies.errors import ClusterError, ConfigError, ResumeRefused, StorageError
 from strategies.specs import ClusterSpec
 from tests.contract.backend_contract import ancestors
 from tests.support import netns
@@ -126,6 +132,41 @@ def test_nodes_and_slots_are_what_ray_reports(cluster: netns.RayCluster) -> None
         assert ray_client.measure(address) == (3, 2)
 
 
+@pytest.mark.full
+def test_a_mixture_is_tokenized_on_the_nodes(cluster: netns.RayCluster, tmp_path: Path) -> None:
+    """By processes of several nodes, into what processes here would have made."""
+    from jobs.data import prepare_mixture, sources
+    from jobs.data.work import Answer, Processes, Request, Runner
+
+    class Watched(OnRay):
+        workers: ClassVar[set[int]] = set()
+
+        def __call__(self, requests: Sequence[Request]) -> Generator[tuple[int, Answer]]:
+            for index, answer in super().__call__(requests):
+                self.workers.add(answer["worker"])
+                yield index, answer
+
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{n} words {n * n} " * 9}) + "\n" for n in range(6000)))
+    data = DataSpec(kind="mixture", validation=0.1, sources=(SourceSpec(path=str(text), weight=1),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "UNIT_BYTES", 50_000)
+        runners: dict[str, Runner] = {"there": Watched(cluster.address, tmp_path / "there"), "here": Processes(1)}
+        made = {
+            name: prepare_mixture(data, tmp_path / name, 300, seq=16, samples=10, runner=runner)
+            for name, runner in runners.items()
+        }
+    assert made["there"].digest == made["here"].digest
+    nodes = [index for index in range(3) if Watched.workers & set(cluster.net.pids(index))]
+    assert len(nodes) >= 2, "the work is spread"
+    gone = dataclasses.replace(data, sources=(SourceSpec(path=str(tmp_path / "gone"), weight=1),))
+    with pytest.raises(ConfigError, match="there is no such file"):
+        prepare_mixture(gone, tmp_path / "x", 300, seq=16, samples=10, runner=runners["there"])
+    unit = {"kind": "jsonl", "field": "text", "parts": [{"path": str(tmp_path / "gone.jsonl")}], "size": 1}
+    with pytest.raises(StorageError, match=r"gone\.jsonl"):
+        list(runners["there"]([{"verb": "survey", "unit": unit}]))
+
+
 @pytest.mark.parametrize("given", [WRONG, ""], ids=["wrong", "none"])
 def test_a_token_that_is_not_the_clusters_is_refused(
     cluster: netns.RayCluster, monkeypatch: pytest.MonkeyPatch, given: str
@@ -197,14 +238,22 @@ def test_agents_and_ranks_are_where_the_placement_group_put_them(cluster: netns.
     assert process.wait_until(lambda: quiet(cluster), 10.0)
 
 
+def controller_is_at_the_head(cluster: netns.RayCluster, store: RunStore) -> bool:
+    """Whether the first controller runs on the head's node; looks as soon as it controls."""
+    record = store.paths.controllers / "1.json"
+    wait(record.exists, 90.0, store)
+    return bool(read_json(record)["pid"] in cluster.net.pids(0))
+
+
 @pytest.mark.parametrize("by", [pytest.param("head", marks=pytest.mark.full), "dashboard"])
 def test_the_client_can_go_away(cluster: netns.RayCluster, tmp_path: Path, by: str) -> None:
     """The controller is on the cluster: this process only looks at the run directory."""
     address = cluster.address if by == "head" else cluster.dashboard_url
     store = make_run(cluster, tmp_path, 3, 0.2, address=address)
-    assert ray_client.start_controller(store.paths.root, address) == 1
-    (holder,) = [read_json(path) for path in store.paths.controllers.glob("1.json")]
-    assert holder["pid"] in cluster.net.pids(0)  # the head's node: one that falls with a worker is missed late
+    with ThreadPoolExecutor() as beside:  # a run this short may be over before its client knows that it has begun
+        at_the_head = beside.submit(controller_is_at_the_head, cluster, store)
+        assert ray_client.start_controller(store.paths.root, address) == 1
+        assert at_the_head.result()  # one that falls with a worker is missed late
     wait(lambda: store.run().state.terminal, 90.0, store)
     assert store.run().state is RunState.SUCCEEDED
     assert store.run().step == 3

@@ -22,6 +22,7 @@ from launcher.config import compose
 from launcher.departure import FOR_MORE as LEFT
 from launcher.follow import Screen
 from launcher.local_backend import LocalBackend
+from launcher.preparation import prepare_data
 from launcher.run import EventKind, RunState
 from launcher.sizing import plan_of
 from launcher.store import RunStore
@@ -147,7 +148,7 @@ def run_here(folder: Path, name: str, *more: str) -> RunStore:
     words = cli.tiny(folder, name, *more)[1:]
     config = build.settle(compose(list(words)), name=name, cwd=folder)
     screen = Screen(io.StringIO())
-    request = launch.prepare_data(config, build.build_request(config, words), screen)
+    request = prepare_data(config, build.build_request(config, words), screen)
     store = launch.create(request, config, None)
     assert launch.run(store, screen).state is RunState.SUCCEEDED
     return store

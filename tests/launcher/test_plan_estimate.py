@@ -200,7 +200,7 @@ def test_one_plan_of_the_search_is_explained(invoke: Invoke) -> None:
 
 
 def test_the_best_plan_of_a_search_that_can_only_be_modelled_is_told_apart(invoke: Invoke) -> None:
-    words = ["strategy=auto", "model=mixtral_8x7b", "cluster=a100_80", "train.precision=bf16", "train.global_batch=64"]
+    words = ["strategy=auto", "model=llama2_7b", "model.embed_norm=true", "cluster=a100_80", "train.precision=bf16"]
     code, out, _ = invoke(*words)
     assert code == 0
     assert "This plan can be modelled only" in out

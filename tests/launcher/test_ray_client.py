@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from jobs.paths import RunPaths
-from launcher import ray_client, ray_errors, ray_jobs, ray_node, ray_order
+from launcher import ray_client, ray_errors, ray_jobs, ray_node, ray_order, ray_process
 from launcher.backend import NodeInfo
 from launcher.host import process
 from launcher.lock import ControllerLock
@@ -66,7 +66,7 @@ def test_a_bug_in_another_process_is_internal() -> None:
 
 def test_no_answer_shows_the_last_words() -> None:
     with pytest.raises(ClusterError) as failed:
-        ray_client.answer_in("{}\n3\n", "first\nlast words\n\n", what="It did not answer.")
+        ray_client.answer_in("{}\n3\nfirst\nlast words\n\n", what="It did not answer.")
     assert failed.value.what == "It did not answer."
     assert failed.value.why == "last words"
 
@@ -79,12 +79,12 @@ def test_the_size_that_makes_most_devices_usable(
     monkeypatch: pytest.MonkeyPatch, slots: list[int], measured: tuple[int, int]
 ) -> None:
     nodes = [NodeInfo(node=str(n), address="10.0.0.1", slots=have) for n, have in enumerate(slots)]
-    monkeypatch.setattr(ray_client, "describe", lambda address: nodes)
+    monkeypatch.setattr(ray_client, "describe", lambda address, ray: nodes)
     assert ray_client.measure("a:1") == measured
 
 
 def test_a_cluster_without_devices_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_client, "describe", lambda address: [])
+    monkeypatch.setattr(ray_client, "describe", lambda address, ray: [])
     with pytest.raises(ClusterError, match="no node with a CPU or a GPU"):
         ray_client.measure("a:1")
 
@@ -139,7 +139,7 @@ def test_nothing_is_left_of_a_process_that_does_not_answer(
     script.chmod(0o755)
     monkeypatch.setenv("SEEN", str(seen))
     monkeypatch.setattr(sys, "executable", str(script))
-    monkeypatch.setattr(ray_client, "LET_GO_S", 0.2)
+    monkeypatch.setattr(ray_process, "LET_GO_S", 0.2)
     if how == "Ctrl-C":
 
         def interrupt() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import py_compile
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher.ship import changed_files, renew_code, same_code, ship_code, ship_project, survey
+from strategies import errors
 from strategies.errors import ConfigError, StorageError
 
 
@@ -73,11 +75,24 @@ def test_our_code_runs_from_its_copy(tmp_path: Path) -> None:
     assert done.stdout.split() == [str(tmp_path / "code" / "conf"), "gpt_tiny"]
 
 
+def test_what_is_compiled_is_shipped_and_valid(tmp_path: Path) -> None:
+    """Several processes of a node begin at once, and each would compile what it imports."""
+    py_compile.compile(str(errors.__file__))  # as an import or an installation does
+    ship_code(tmp_path / "code")
+    show = "import importlib.util as u, strategies.errors as m; print(u.cache_from_source(m.__file__))"
+    command = [sys.executable, "-B", "-v", "-P", "-c", show]
+    done = subprocess.run(
+        command, env={"PYTHONPATH": str(tmp_path / "code")}, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert f"{done.stdout.strip()} matches" in done.stderr.replace("'", "")
+    assert done.stdout.startswith(str(tmp_path))
+
+
 def test_another_version_of_our_code_is_renewed(tmp_path: Path) -> None:
     code = tmp_path / "code"
     assert renew_code(code)
     assert not renew_code(code)
-    (code / "jobs" / "__pycache__").mkdir()
+    (code / "jobs" / "__pycache__").mkdir(exist_ok=True)
     (code / "jobs" / "__pycache__" / "worker.cpython-311.pyc").write_bytes(b"")
     assert same_code(code)  # what Python leaves there is no other version
     (code / "jobs" / "worker.py").write_text("older")

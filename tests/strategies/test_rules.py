@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -278,6 +280,9 @@ MOE = replace(TINY, name="moe", moe=MoeSpec(experts=12, top_k=2, ffn=96))
         ({"dense_layers": 4}, "dense_layers 4 of 4 layers", "nearest legal model.moe.dense_layers: 3"),
         ({"shared_ffn": -1}, "shared_ffn -1", "model.moe.shared_ffn: 0"),
         ({"imbalance": 0.5}, "imbalance 0.5", "model.moe.imbalance: 1"),
+        ({"capacity_factor": -1.0}, "capacity_factor -1", "model.moe.capacity_factor: 0"),
+        ({"balance_weight": math.inf}, "balance_weight inf", "model.moe.balance_weight: 0"),
+        ({"z_weight": math.nan}, "z_weight nan", "model.moe.z_weight: 0"),
     ],
 )
 def test_experts_that_do_not_add_up(change: dict[str, Any], message: str, hint: str) -> None:
@@ -301,6 +306,47 @@ def test_experts_are_spread_evenly_over_replicas() -> None:
     assert _check(plan(model=MOE, dp=2, cp=2, ep=4), model=MOE, modelled=True) == ()
 
 
+def test_everything_that_is_wrong_with_experts_is_told_at_once() -> None:
+    assert MOE.moe is not None
+    model = replace(MOE, moe=replace(MOE.moe, top_k=13, ffn=90, capacity_factor=-1.0))
+    found = _check(plan(model=model, tp=4, dp=5, ep=5), model=model, modelled=True)
+    rules = [one.rule for one in found]
+    assert rules == ["experts_consistent", "experts_divisible_by_tp", "experts_divisible_by_ep"]
+    assert found[0].hint == "nearest legal model.moe.top_k: 12; nearest legal model.moe.capacity_factor: 0"
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_experts_run_under_every_degree(zero_stage: int) -> None:
+    for tp, ep in product((1, 2), (1, 2, 4)):
+        assert _check(plan(model=MOE, tp=tp, dp=4, ep=ep, zero_stage=zero_stage), model=MOE) == ()
+    if zero_stage < 2:
+        assert _check(plan(model=MOE, tp=2, pp=2, dp=4, ep=2, zero_stage=zero_stage), model=MOE) == ()
+
+
+@pytest.mark.parametrize(
+    ("degrees", "message", "hint"),
+    [
+        ({"zero_stage": 3}, "zero_stage 3 with ep 2 is modelled only", "strategy.zero_stage=2, or strategy.ep=1"),
+        ({"sp": 2, "ep": 4}, "experts with sp 2, cp 1 are modelled only", "strategy.sp=1"),
+    ],
+)
+def test_what_does_not_run_with_experts(degrees: dict[str, Any], message: str, hint: str) -> None:
+    the_plan = plan(model=MOE, **({"dp": 2, "ep": 2} | degrees))
+    violation = _only(_check(the_plan, model=MOE))
+    assert violation.rule == "combination_runs"
+    assert message in violation.message
+    assert hint in violation.hint
+    assert _check(replace(the_plan, ep=1, sp=1, zero_stage=1), model=MOE) == ()
+
+
+def test_experts_in_16_bit_need_zero() -> None:
+    the_plan = plan(model=MOE, precision="bf16", dp=2, ep=2, zero_stage=0, grad_dtype="bf16")
+    violation = _only(_check(the_plan, model=MOE, precision="bf16"))
+    assert violation.message.startswith("zero_stage 0 with ep 2 and gradients in bf16")
+    assert violation.hint == "strategy.zero_stage=1"
+    assert _check(replace(the_plan, zero_stage=1), model=MOE, precision="bf16") == ()
+
+
 def test_other_code_spreads_experts_over_tensor_parallel_ranks_too() -> None:
     the_plan = plan(model=MOE, tp=2, dp=2, ep=4)
     assert _only(_check(the_plan, model=MOE, modelled=True)).rule == "ep_divides_replicas"
@@ -319,7 +365,6 @@ def test_tensor_parallelism_cuts_experts() -> None:
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"moe": MOE.moe}, "mixture of experts"),
         (
             {"latent": LatentAttention(q_rank=8, kv_rank=8, nope_width=8, rope_width=4, value_width=8)},
             "latent attention",

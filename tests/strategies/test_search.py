@@ -217,7 +217,7 @@ def test_every_ranked_plan_is_legal_and_the_runnable_one_runs() -> None:
 
 
 def test_what_cannot_run_has_no_runnable_plan() -> None:
-    assert search(work_of(SPARSE, nodes=2), top=1).best_runnable is None
+    assert search(work_of(replace(SPARSE, embed_norm=True), nodes=2), top=1).best_runnable is None
 
 
 def test_when_nothing_fits_the_closest_is_named() -> None:

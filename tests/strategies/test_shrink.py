@@ -11,7 +11,7 @@ import pytest
 from strategies.plan import ParallelPlan, accumulation
 from strategies.rules import check
 from strategies.shrink import plan_on, step_work, throughput, worth_waiting_s
-from strategies.specs import BatchSpec, ClusterSpec, Precision
+from strategies.specs import BatchSpec, ClusterSpec, MoeSpec, Precision
 from strategies.topology import nodes_needed
 from tests.strategies.support import BATCH, FOUR_BY_TWO, TINY, plan, random_model
 
@@ -50,6 +50,24 @@ def test_replicas_that_only_add_padding_stand_by() -> None:
     found = on(3, plan(tp=2, dp=4, batch=(four := BatchSpec(global_batch=4, seq=32))), four)
     assert found is not None
     assert (found.dp, found.grad_accum, nodes_needed(found, 2)) == (2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "degrees", "smaller"),
+    [
+        (3, {"tp": 2, "pp": 2, "dp": 2, "ep": 2, "zero_stage": 1}, (2, 2, 1, 1)),
+        (3, {"tp": 2, "dp": 4, "ep": 4}, (2, 1, 3, 1)),
+        (2, {"tp": 2, "dp": 4, "ep": 4}, (2, 1, 2, 2)),
+    ],
+)
+def test_experts_are_spread_over_the_replicas_that_are_left(
+    nodes: int, degrees: dict[str, Any], smaller: tuple[int, int, int, int]
+) -> None:
+    model = replace(TINY, moe=MoeSpec(experts=12, top_k=2, ffn=96))
+    cluster = replace(FOUR_BY_TWO, nodes=nodes, spares=0)
+    found = plan_on(model=model, plan=plan(model=model, **degrees), batch=BATCH, cluster=cluster, precision="fp32")
+    assert found is not None
+    assert (found.tp, found.pp, found.dp, found.ep) == smaller
 
 
 def test_nothing_is_left() -> None:

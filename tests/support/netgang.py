@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.paths import RunPaths
-from launcher import build, launch
+from launcher import build
 from launcher.backend import AgentAddress, NodeInfo
 from launcher.host import announce, process
 from launcher.host.environment import packages_root
 from launcher.launch import create
 from launcher.lock import ControllerLock
 from launcher.logbook import Fenced
+from launcher.preparation import prepare_data
 from launcher.run import RunState
 from launcher.store import RunStore
 from launcher.supervise import control
@@ -76,7 +77,7 @@ def make_run(folder: Path, name: str, *words: str) -> RunStore:
     from launcher.follow import Screen
 
     with open(os.devnull, "w") as nowhere:
-        request = launch.prepare_data(config, build.build_request(config, list(more)), Screen(nowhere))
+        request = prepare_data(config, build.build_request(config, list(more)), Screen(nowhere))
     return create(request, config, None)
 
 

@@ -6,16 +6,21 @@ import base64
 import hashlib
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from jobs.checkpoint.fragments import access
 from jobs.distributed import Grid
 from jobs.engine import Engine, MicroBatch
+from jobs.initial import initialise
 from jobs.models.gpt import Decoder, Recipe
+from jobs.models.moe import Router
 from jobs.parallel.meta import ParamMeta
 from jobs.parallel.vocabulary import IGNORE
 from jobs.spec import JobSpec, RankEnv
+from jobs.weights import open_weights
 from strategies.codec import from_json, to_json
 from strategies.deepspeed_config import learning_rate
 from strategies.schedule import SampleSchedule
@@ -46,6 +51,31 @@ def batches(job: JobSpec, step: int, grid: Grid) -> list[MicroBatch]:
     return out
 
 
+def train_from(env: RankEnv, job: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Train from the weights that the job names.
+
+    Returns:
+        Losses in hexadecimal, the initial weights (:func:`dump`), whether every master is one of theirs to the bit, and
+        the samples of the first step.
+    """
+    spec = from_json(JobSpec, job)
+    engine = Engine.build(spec, env)
+    initialise(engine, spec)
+    assert spec.initial is not None
+    source = open_weights(spec.initial, spec.model)
+    exact = True
+    for fragment in access(engine.ds).fragments():
+        values = np.empty(fragment.slice.elements, dtype=np.float32)
+        source.read_slice(fragment.slice, values)
+        exact &= torch.equal(fragment.master[: len(values)].cpu(), torch.from_numpy(values))
+    initial = dump(engine)
+    results = [engine.train_step(step, batches(spec, step, engine.grid)) for step in range(1, steps + 1)]
+    engine.close()
+    lines = [sample(spec, index).tolist() for index in range(spec.batch.global_batch)]
+    losses = [result.loss.hex() for result in results]
+    return {"loss": losses, "initial": initial, "masters_exact": exact, "lines": lines}
+
+
 def train(env: RankEnv, job: dict[str, Any], steps: int, weights: bool = False) -> dict[str, Any]:
     """Train ``steps`` steps.
 
@@ -65,6 +95,7 @@ def train(env: RankEnv, job: dict[str, Any], steps: int, weights: bool = False) 
         "loss": [result.loss.hex() for result in results],
         "grad_norm": [result.grad_norm.hex() for result in results],
         "lr": [result.lr.hex() for result in results],
+        "moe": [to_json(result.moe) for result in results if result.moe],
         "initial": initial,
         "final": dump(engine) if weights else [],
     }
@@ -74,8 +105,11 @@ def train(env: RankEnv, job: dict[str, Any], steps: int, weights: bool = False) 
 
 def dump(engine: Engine) -> list[dict[str, Any]]:
     """The weights whose primary copy is on this rank, as fp32 in base 64; collective under ZeRO-3."""
-    first = (engine.grid.data, engine.grid.seq) == (0, 0)
-    primary = [(meta, value) for meta, value in engine.weights() if meta.primary and first]
+    grid = engine.grid
+    # replicas that hold experts of their own
+    own = {id(_meta(one)): grid.ep if hasattr(one, "group_name") else 1 for _, one in engine.named_parameters()}
+    values = [(meta, value) for meta, value in engine.weights() if meta.primary and grid.seq == 0]
+    primary = [(meta, value) for meta, value in values if grid.data < own[id(meta)]]
     return [_entry(meta, value) for meta, value in primary]
 
 
@@ -96,7 +130,11 @@ def train_plainly(env: RankEnv, job: dict[str, Any], steps: int, shift_at: int =
     model = Decoder(Recipe.of(spec.model, Grid(), seed=recipe.seed))
     betas = (recipe.beta1, recipe.beta2)
     optimizer = torch.optim.AdamW(model.parameters(), betas=betas, eps=recipe.eps, weight_decay=recipe.weight_decay)
-    losses, norms = [], []
+    losses, norms, aux = [], [], []
+    routers: list[torch.Tensor] = []
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(lambda _module, _inputs, logits: routers.append(logits))
     for step in range(1, steps + 1):
         rate = learning_rate(
             step, lr=recipe.lr, min_lr=recipe.min_lr, warmup_steps=recipe.warmup_steps, steps=recipe.steps
@@ -106,13 +144,36 @@ def train_plainly(env: RankEnv, job: dict[str, Any], steps: int, shift_at: int =
         indices = SampleSchedule(global_batch=spec.batch.global_batch).step_range(step)
         lines = torch.stack([sample(spec, index + (step == shift_at)) for index in indices])
         loss = F.cross_entropy(model(lines[:, :-1]).flatten(0, 1), lines[:, 1:].flatten())
-        torch.autograd.backward(loss)
+        added, parts = auxiliary(spec, routers)
+        aux.append(parts)
+        torch.autograd.backward(loss + added)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss).hex())
         norms.append(float(norm).hex())
-    return {"loss": losses, "grad_norm": norms, "final": [_entry(_meta(p), p.detach()) for p in model.parameters()]}
+    final = [_entry(_meta(p), p.detach()) for p in model.parameters()]
+    return {"loss": losses, "grad_norm": norms, "aux": aux, "final": final}
+
+
+def auxiliary(spec: JobSpec, routers: list[torch.Tensor]) -> tuple[torch.Tensor, list[float]]:
+    """What the routers' losses add to the loss, from their outputs; and the two losses. Empties the list."""
+    balance, z = torch.zeros(()), torch.zeros(())
+    for logits in routers:
+        moe = spec.model.moe
+        assert moe is not None
+        scores = logits.softmax(-1) if moe.routing == "softmax" else logits.sigmoid()
+        shares = scores / scores.sum(-1, keepdim=True)
+        for row in range(len(logits)):
+            best = scores[row].topk(moe.top_k).indices
+            wanted = torch.stack([(best == expert).sum() for expert in range(moe.experts)]) / best.numel()
+            balance = balance + moe.experts * (wanted * shares[row].mean(0)).sum() / len(logits)
+            z = z + (torch.logsumexp(logits[row], -1) ** 2).mean() / len(logits)
+    routers.clear()
+    if spec.model.moe is None:
+        return balance, []
+    added = spec.model.moe.balance_weight * balance + spec.model.moe.z_weight * z
+    return added, [float(added), float(balance), float(z)]
 
 
 def unmarked_norm(env: RankEnv, job: dict[str, Any]) -> str:
@@ -121,6 +182,16 @@ def unmarked_norm(env: RankEnv, job: dict[str, Any]) -> str:
     engine = Engine.build(spec, env)
     for _, parameter in engine.named_parameters():
         parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
+    result = engine.train_step(1, batches(spec, 1, engine.grid))
+    engine.close()
+    return result.grad_norm.hex()
+
+
+def deepspeeds_norm(env: RankEnv, job: dict[str, Any]) -> str:
+    """The gradient norm of step 1 as DeepSpeed computes it where experts are spread."""
+    spec = from_json(JobSpec, job)
+    engine = Engine.build(spec, env)
+    engine._expert_norm = None
     result = engine.train_step(1, batches(spec, 1, engine.grid))
     engine.close()
     return result.grad_norm.hex()

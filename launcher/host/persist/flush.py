@@ -85,8 +85,8 @@ class Flusher:
         self._pending: dict[tuple[int, Token], Pending] = {}
         self._busy = 0
 
-    def start(self, held: Held, *, hold: bool, keep: int, base: str = "") -> Writing:
-        """Write a sealed part.
+    def accept(self, held: Held, *, hold: bool, keep: int, base: str = "") -> Writing:
+        """Take on a sealed part; nobody overwrites it before it is written, which :meth:`start` begins.
 
         Args:
             held: The part.
@@ -104,8 +104,11 @@ class Flusher:
             if held.stream.info.rank == 0:
                 pending = self._of(writing.place)
                 pending.whole, pending.world, pending.keep = _whole(held), held.stream.info.world, keep
-        threading.Thread(target=self._write, args=(writing,), daemon=True, name="flush").start()
         return writing
+
+    def start(self, writing: Writing) -> None:
+        """Begin to write what was accepted."""
+        threading.Thread(target=self._write, args=(writing,), daemon=True, name="flush").start()
 
     def _write(self, writing: Writing) -> None:
         held, info = writing.held, writing.held.stream.info

@@ -95,6 +95,7 @@ class Desk:
         self._replicator: Replicator | None = None
         self._filling: Held | None = None
         self._writing: Writing | None = None
+        self._accepted: Writing | None = None  # not begun yet
         self._told: set[int] = set()
         self._keep = 1
         self._rank_state: Any = None  # as it was told last; a rank tells it again when it has changed
@@ -120,9 +121,18 @@ class Desk:
                         answer, data, fds = handlers[message["op"]](message)
                     except (FrameError, OSError, LookupError, TypeError, ValueError) as error:
                         answer, data, fds = {"error": f"{type(error).__name__}: {error}"}, b"", []
-                    frames.send(sock, answer, data, fds)
+                    try:
+                        frames.send(sock, answer, data, fds)
+                    finally:
+                        self._start_writing()
         finally:
             self._leave()
+
+    def _start_writing(self) -> None:
+        """Only now that its rank has been answered, and trains on: digests take all of a core."""
+        writing, self._accepted = self._accepted, None
+        if writing is not None:
+            self._flusher.start(writing)
 
     def _leave(self) -> None:
         if self._filling is not None:
@@ -170,7 +180,7 @@ class Desk:
         self._shelf.seal(held, int(message["step"]), message["record"])
         if message["flush"]:
             hold, base = bool(message["hold"]), str(message.get("base", ""))
-            self._writing = self._flusher.start(held, hold=hold, keep=self._keep, base=base)
+            self._writing = self._accepted = self._flusher.accept(held, hold=hold, keep=self._keep, base=base)
         if self._replicator is not None:
             self._replicator.submit(held)
         return {"broken": self._replicator.broken if self._replicator is not None else ""}, b"", []

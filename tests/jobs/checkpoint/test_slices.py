@@ -107,16 +107,23 @@ def random_cut(rng: random.Random, shape: tuple[int, ...]) -> list[Slice]:
     return cut
 
 
-def test_many_short_runs_are_copied_like_few_long_ones() -> None:
-    """Above a number of runs the copy is done by indexing; both ways give the same."""
-    shape = (500, 6)
-    left = Slice(name="w", shape=shape, box=((0, 500), (1, 4)), start=2, stop=1400)
-    tensor = np.random.default_rng(0).standard_normal(3000).astype(np.float32)
+@pytest.mark.parametrize("width", [3, 300])
+@pytest.mark.parametrize("dropped", [(), (7, 200)])
+def test_many_runs_are_copied_like_few(width: int, dropped: tuple[int, ...]) -> None:
+    """Above a number of runs those of a box are copied as a matrix, others by indexing or one by one."""
+    shape = (500, 2 * width)
+    left = Slice(name="w", shape=shape, box=((0, 500), (1, 1 + width)), start=2, stop=467 * width - 1)
+    tensor = np.random.default_rng(0).standard_normal(1000 * width).astype(np.float32)
     shared = overlap(left, whole("w", shape))
-    assert len(shared.length) > 400
+    kept = np.delete(np.arange(len(shared.length)), dropped)
+    assert len(kept) > 400
     out = np.zeros(left.elements, np.float32)
-    copy_runs(out, shared.a, tensor, shared.b, shared.length)
-    assert (out == tensor[np.array(positions(left))]).all()
+    copy_runs(out, shared.a[kept], tensor, shared.b[kept], shared.length[kept])
+    wanted = tensor[np.array(positions(left))]
+    for gone in dropped:
+        low = int(shared.a[gone])
+        wanted[low : low + int(shared.length[gone])] = 0.0
+    assert (out == wanted).all()
 
 
 def test_padding_is_clipped_off_the_end() -> None:

@@ -1,0 +1,295 @@
+"""Prepare a mixture: look at every source, tokenize each into shards that outlive a kill, and give each its share.
+
+Everything is looked at before anything is written, and all that is wrong is told at once. The store of a source is a
+folder named by what it depends on (its text, the tokenizer, the part for validation), so that other weights need no
+new tokens, and a submit that was killed goes on with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.data import tokenizer as bpe
+from jobs.data.build import Progress, silent
+from jobs.data.mixture import SHARES, shares
+from jobs.data.shards import (
+    FORMAT_VERSION,
+    TRAIN,
+    Shard,
+    SourceMeta,
+    close_store,
+    digest_of,
+    open_store,
+    read_shard,
+    read_source,
+)
+from jobs.data.store import TOKENIZER, file_digest, token_width
+from jobs.data.surveying import Surveyed, named, survey_sources, wanted
+from jobs.data.work import Processes, Request, Runner, answers, texts
+from jobs.spec import DataSpec, SourceSpec
+from strategies.codec import from_json, to_json
+from strategies.errors import ConfigError, StorageError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["named", "prepare_mixture"]
+
+
+def prepare_mixture(
+    data: DataSpec,
+    root: Path,
+    vocab: int,
+    progress: Progress = silent,
+    *,
+    seq: int,
+    samples: int,
+    runner: Runner | None = None,
+) -> DataSpec:
+    """Make the token stores of a mixture, or find those made before.
+
+    Args:
+        data: The mixture.
+        root: Folder of all stores, on the file system that the ranks see; made if missing.
+        vocab: Tokens of the model.
+        progress: Told the phase (``reading``, ``training the tokenizer``, ``tokenizing``, ``ready``) and its fraction.
+        seq: Tokens per sequence.
+        samples: Sequences of the whole run.
+        runner: Where the work is done; None takes processes here.
+
+    Returns:
+        ``data`` with everything filled that ranks need.
+
+    Raises:
+        ConfigError: Everything that is wrong with the sources and the tokenizer.
+        StorageError: Something cannot be read or written.
+    """
+    bpe.check_vocab(vocab)
+    library = bpe.library_version()
+    runner = runner or Processes()
+    problems: list[str] = []
+    found = survey_sources(named(data), runner, problems, progress)
+    given = _given(data.tokenizer, vocab, problems)
+    _refuse(problems)
+    try:
+        tokenizer, folder = _tokenizer(given, found, root.absolute(), vocab, library, progress)
+        metas = _tokenize(data, found, tokenizer, folder, runner, progress)
+    except OSError as error:
+        raise StorageError(
+            f"The token store cannot be written to {root}.",
+            why=f"{error.strerror or error}.",
+            hint="Free some space or check the permissions, then submit again: shards that are finished are kept.",
+        ) from error
+    parts = _shares(found, metas, seq, samples)
+    sources = tuple(
+        replace(
+            one.source,
+            store=str(store),
+            digest=meta.digest,
+            share=part,
+            documents=meta.documents(TRAIN),
+            tokens=meta.tokens(TRAIN),
+        )
+        for one, (store, meta), part in zip(found, metas, parts, strict=True)
+    )
+    progress("ready", 1.0)
+    return replace(
+        data,
+        store=str(folder),
+        vocab=metas[0][1].vocab,
+        end_id=metas[0][1].end_id,
+        digest=mixture_digest(sources),
+        sources=sources,
+    )
+
+
+def mixture_digest(sources: Sequence[SourceSpec]) -> str:
+    """What the samples depend on beside the seed and their length."""
+    told = "|".join(f"{source.digest}:{source.share}" for source in sources)
+    return hashlib.sha256(f"mixture {FORMAT_VERSION}|{told}".encode()).hexdigest()
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        count = f"{len(problems)} problems" if len(problems) > 1 else "a problem"
+        raise ConfigError(
+            f"The data have {count}:\n" + "\n".join(f"  - {one}" for one in problems),
+            hint="Nothing was written. Mend them, or leave the source out.",
+        )
+
+
+# ---- the tokenizer ----------------------------------------------------------------------------------------------
+
+
+def _given(path: str, vocab: int, problems: list[str]) -> Tokenizer | None:
+    """The tokenizer that is given, checked; None for one to train."""
+    if not path:
+        return None
+    try:
+        tokenizer = bpe.read_tokenizer(Path(path))
+    except ConfigError as error:
+        problems.append(f"data.tokenizer: {error.what}")
+        return None
+    size = bpe.vocabulary(tokenizer)
+    if size > vocab:
+        problems.append(
+            f"data.tokenizer: {path} has {size} tokens, model.vocab={vocab} is too small for it. "
+            f"Set model.vocab to {size} or more."
+        )
+    if bpe.end_token(tokenizer) is None:
+        problems.append(f"data.tokenizer: {path} has no token that ends a document (one of {', '.join(bpe.ENDS)})")
+    return tokenizer
+
+
+def _tokenizer(
+    given: Tokenizer | None, found: Sequence[Surveyed], root: Path, vocab: int, library: str, progress: Progress
+) -> tuple[Tokenizer, Path]:
+    """The tokenizer and the folder that it lies in."""
+    if given is None:
+        parts = [FORMAT_VERSION, bpe.TRAINING_BYTES, library, vocab, *(one.digest for one in found)]
+        key = _key("tokenizer", *parts)
+        with contextlib.suppress(ConfigError):
+            if (root / key / TOKENIZER).exists():
+                return bpe.read_tokenizer(root / key / TOKENIZER), root / key
+        progress("training the tokenizer", 0.0)
+        size = sum(one.text_bytes for one in found)
+        given = bpe.train_on(_training_text(found), vocab, where=", ".join(one.source.name for one in found), size=size)
+    else:
+        key = _key("tokenizer", given.to_str())
+    folder = root / key
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".{TOKENIZER}"
+    aside.write_text(given.to_str(), encoding="utf-8")
+    aside.replace(folder / TOKENIZER)
+    return given, folder
+
+
+def _training_text(found: Sequence[Surveyed]) -> Iterator[str]:
+    """Text to learn from, spread over all sources and all of each, whatever their weights."""
+    stride = max(1, -(-sum(one.text_bytes for one in found) // bpe.TRAINING_BYTES))
+    seen = taken = 0
+    for unit in (unit for one in found for unit in one.units):
+        if seen + unit.size <= taken * stride:
+            seen += unit.size  # not its turn: not even opened
+            continue
+        for piece in texts(unit):
+            if seen >= taken * stride:
+                yield piece.text
+                taken += len(piece.text)
+            seen += len(piece.text)
+
+
+def _key(word: str, *parts: object) -> str:
+    return f"{word}-{hashlib.sha256('|'.join(map(str, parts)).encode()).hexdigest()[:32]}"
+
+
+# ---- tokens -----------------------------------------------------------------------------------------------------
+
+
+def _tokenize(
+    data: DataSpec, found: Sequence[Surveyed], tokenizer: Tokenizer, folder: Path, runner: Runner, progress: Progress
+) -> list[tuple[Path, SourceMeta]]:
+    """Every source's store: what is missing of it is made."""
+    vocab, end_id = bpe.vocabulary(tokenizer), bpe.end_token(tokenizer)
+    assert end_id is not None
+    width, digest = token_width(vocab), file_digest(folder / TOKENIZER)
+    stores = [
+        folder.parent / _key("source", FORMAT_VERSION, digest, end_id, one.digest, len(one.units), data.validation)
+        for one in found
+    ]
+    whole = [_whole(store) for store in stores]
+    requests, sizes = [], []
+    for one, store, meta in zip(found, stores, whole, strict=True):
+        if meta is None:
+            open_store(store, width)
+            for number, unit in enumerate(one.units):
+                sizes.append(unit.size)
+                requests.append(
+                    {
+                        "verb": "tokenize",
+                        "unit": to_json(unit),
+                        "folder": str(store),
+                        "number": number,
+                        "tokenizer": str(folder / TOKENIZER),
+                        "end_id": end_id,
+                        "width": width,
+                        "validation": data.validation,
+                    }
+                )
+    made = _make(requests, sizes, runner, progress)
+    for one, store, meta in zip(found, stores, whole, strict=True):
+        if meta is None:
+            some = tuple(made[str(store), number] for number in range(len(one.units)))
+            close_store(
+                store,
+                SourceMeta(
+                    digest=digest_of(some, tokenizer=digest, end_id=end_id, width=width),
+                    width=width,
+                    vocab=vocab,
+                    end_id=end_id,
+                    tokenizer_digest=digest,
+                    source=one.source.path or one.source.kind,
+                    text_bytes=one.text_bytes,
+                    empty=one.empty,
+                    skipped=one.skipped,
+                    shards=some,
+                ),
+            )
+    return [(store, read_source(store)) for store in stores]
+
+
+def _whole(store: Path) -> SourceMeta | None:
+    try:
+        return read_source(store)
+    except StorageError:
+        return None
+
+
+def _make(
+    requests: Sequence[Request], sizes: Sequence[int], runner: Runner, progress: Progress
+) -> dict[tuple[str, int], Shard]:
+    """Every shard that is asked for: those that are there, and the others made."""
+    made: dict[tuple[str, int], Shard] = {}
+    missing: list[tuple[Request, int]] = []
+    for request, size in zip(requests, sizes, strict=True):
+        shard = read_shard(Path(request["folder"]), request["number"])
+        if shard is None:
+            missing.append((request, size))
+        else:
+            made[request["folder"], request["number"]] = shard
+    todo, total = sum(size for _, size in missing), max(1, sum(sizes))
+
+    def tell(phase: str, part: float) -> None:
+        progress(phase, 1 - (1 - part) * todo / total)
+
+    told = answers(runner, [one for one, _ in missing], [size for _, size in missing], "tokenizing", tell)
+    for (request, _), answer in zip(missing, told, strict=True):
+        made[request["folder"], request["number"]] = from_json(Shard, answer["shard"])
+    return made
+
+
+def _shares(found: Sequence[Surveyed], metas: Sequence[tuple[Path, SourceMeta]], seq: int, samples: int) -> list[int]:
+    """Parts of all samples, by the sources' windows.
+
+    Raises:
+        ConfigError: A source is shorter than one sequence, or the epochs cannot be had.
+    """
+    windows = [max(0, (meta.tokens(TRAIN) - 1) // seq) for _, meta in metas]
+    problems = [
+        f"{one.source.name}: is shorter than one sequence: it has {meta.tokens(TRAIN)} tokens to train on, "
+        f"model.seq={seq} needs {seq + 1}"
+        for one, (_, meta), number in zip(found, metas, windows, strict=True)
+        if not number and wanted(one.source)
+    ]
+    parts, problem = shares([one.source for one in found], windows, samples) if not problems else ([], "")
+    if problem:
+        problems.append(f"data.sources: {problem}")
+    if problems:
+        raise ConfigError("The data do not fit the run:\n" + "\n".join(f"  - {one}" for one in problems))
+    assert sum(parts) == SHARES
+    return parts

@@ -1,0 +1,71 @@
+"""Several documents in one sequence: attention stays within each, and positions start anew with each.
+
+Which tokens belong together is seen from the tokens alone, and every stage of a pipeline needs it, not only the first.
+So every stage is given the tokens of its replica before a step, and takes them micro-batch by micro-batch, in the order
+in which forward passes come. Between stages nothing more than the activations travels.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How the documents of a micro-batch lie.
+
+    Attributes:
+        positions: Position of every token in its document, ``[b, s]``.
+        mask: Which tokens (last axis) a token (the axis before) sees, ``[b, 1, s, s]``.
+    """
+
+    positions: torch.Tensor
+    mask: torch.Tensor
+
+
+def layout_of(tokens: torch.Tensor, end_id: int) -> Layout:
+    """The documents in rows of tokens, each of which ends with ``end_id``, the last of a row perhaps without."""
+    ends = tokens == end_id
+    number = ends.cumsum(dim=1) - ends.long()  # an end belongs to the document that it ends
+    place = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    first = torch.ones_like(ends)
+    first[:, 1:] = ends[:, :-1]
+    begins = torch.where(first, place, torch.zeros_like(place)).cummax(dim=1).values
+    causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
+    same = number[:, :, None] == number[:, None, :]
+    return Layout(positions=place - begins, mask=(same & causal)[:, None])
+
+
+class Documents:
+    """The layout of the micro-batch whose forward pass runs on this rank.
+
+    Args:
+        end_id: The token that ends a document.
+    """
+
+    def __init__(self, end_id: int) -> None:
+        self._end_id = end_id
+        self._waiting: deque[torch.Tensor] = deque()
+        self._layout: Layout | None = None
+
+    def load(self, batches: Iterable[torch.Tensor], device: torch.device) -> None:
+        """The tokens of the micro-batches to come, in order."""
+        self._waiting = deque(tokens.to(device) for tokens in batches)
+
+    def begin(self) -> None:
+        """The forward pass of the next micro-batch begins."""
+        self.show(self._waiting.popleft())
+
+    def show(self, tokens: torch.Tensor) -> None:
+        """The forward pass of a micro-batch of these tokens begins."""
+        self._layout = layout_of(tokens, self._end_id)
+
+    @property
+    def layout(self) -> Layout:
+        """How the documents of the current micro-batch lie."""
+        assert self._layout is not None, "no forward pass has begun"
+        return self._layout

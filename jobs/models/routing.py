@@ -1,0 +1,92 @@
+"""Which experts a token visits, and what keeps them evenly loaded. Pure functions of the router's outputs.
+
+Everything is computed **per sequence**: the capacity of an expert counts the tokens of one sequence, and the auxiliary
+losses are one number per sequence (the sequence-wise balance loss of DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+So neither depends on the micro-batch, the number of replicas or on what else happens to be in the batch, and every plan
+trains the same model. The mean over the sequences of the global batch weighs like the token loss: each sequence once,
+rows of padding not at all.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from strategies.specs import MoeSpec
+
+
+class Choice(NamedTuple):
+    """What the router has decided, for sequences of tokens.
+
+    Attributes:
+        experts: ``[b, s, k]`` numbers of the experts that each token visits, best first.
+        weights: ``[b, s, k]`` what the output of each is multiplied with, fp32.
+        shares: ``[b, s, experts]`` scores of all experts, scaled to sum 1 per token, fp32.
+        kept: ``[b, s, k]`` whether the expert has room for the token; None when all have.
+    """
+
+    experts: torch.Tensor
+    weights: torch.Tensor
+    shares: torch.Tensor
+    kept: torch.Tensor | None
+
+
+def choose(logits: torch.Tensor, moe: MoeSpec) -> Choice:
+    """Route tokens.
+
+    Args:
+        logits: ``[b, s, experts]``, fp32.
+        moe: What to do with them.
+    """
+    scores = logits.softmax(dim=-1) if moe.routing == "softmax" else logits.sigmoid()
+    weights, experts = scores.topk(moe.top_k, dim=-1)
+    if moe.normalize and moe.top_k > 1:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    shares = scores if moe.routing == "softmax" else scores / scores.sum(dim=-1, keepdim=True)
+    room = capacity(moe, logits.shape[1])
+    return Choice(experts, weights, shares, None if room is None else within(experts, moe.experts, room))
+
+
+def capacity(moe: MoeSpec, tokens: int) -> int | None:
+    """Tokens that an expert takes from a sequence of ``tokens``; None for all."""
+    if moe.capacity_factor <= 0:
+        return None
+    return max(1, math.ceil(moe.capacity_factor * moe.top_k * tokens / moe.experts))
+
+
+def within(experts: torch.Tensor, count: int, room: int) -> torch.Tensor:
+    """Whom each of ``count`` experts takes when it has ``room`` tokens per sequence: ``[b, s, k]``, true if taken.
+
+    The first ones in the sequence, so that no token's fate depends on tokens after it.
+    """
+    choices = experts.flatten(1)
+    order = F.one_hot(choices, count).cumsum(dim=1)
+    place = order.gather(-1, choices.unsqueeze(-1)).view_as(experts)  # from 1, in the order of arrival
+    return place <= room
+
+
+def visits(experts: torch.Tensor, count: int, kept: torch.Tensor | None = None) -> torch.Tensor:
+    """How many tokens of each sequence visit each expert: ``[b, count]``; only those that are ``kept``, if given."""
+    chosen = F.one_hot(experts.flatten(1), count)
+    if kept is not None:
+        chosen = chosen * kept.flatten(1).unsqueeze(-1)
+    return chosen.sum(dim=1)
+
+
+def balance_loss(choice: Choice) -> torch.Tensor:
+    """``[b]``: experts x sum over experts of (share of the visits) x (mean score); 1 when the load is even.
+
+    Dropped visits count: what was wanted is what the router shall learn from.
+    """
+    count = choice.shares.shape[-1]
+    wanted = visits(choice.experts, count).to(choice.shares.dtype)
+    share = wanted / (choice.experts.shape[1] * choice.experts.shape[2])
+    return count * (share * choice.shares.mean(dim=1)).sum(dim=-1)
+
+
+def z_loss(logits: torch.Tensor) -> torch.Tensor:
+    """``[b]``: mean over tokens of the squared log of the sum of exponentials (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    return logits.logsumexp(dim=-1).square().mean(dim=1)

@@ -1,0 +1,62 @@
+"""How well the model does on what it is not trained on, while it is trained. Changes nothing of the training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from jobs.spec import JobSpec
+from strategies.schedule import SampleSchedule
+
+if TYPE_CHECKING:
+    from jobs.data.samples import Validation
+    from jobs.engine import Engine, MicroBatch
+
+Rows = tuple[int | None, ...]
+
+
+class Evaluation:
+    """Validation of one run: always the same samples, so that its numbers can be compared.
+
+    Args:
+        job: The job.
+        samples: What is not trained on; None if there is nothing of that.
+    """
+
+    def __init__(self, job: JobSpec, samples: Validation | None) -> None:
+        self._every = job.train.eval_every if samples is not None else 0
+        size = job.batch.global_batch
+        self._count = min(samples.count if samples is not None else 0, size * job.train.eval_batches)
+        self._batches = -(-self._count // size)
+        self._steps = job.train.steps
+        self._schedule = SampleSchedule(global_batch=size)
+
+    def due(self, step: int) -> bool:
+        """Whether to evaluate after ``step``; always after the last one."""
+        return bool(self._every) and (step % self._every == 0 or step == self._steps)
+
+    def run(
+        self, engine: Engine, load: Callable[[tuple[int | None, ...]], MicroBatch], beat: Callable[[], None]
+    ) -> dict[str, Any]:
+        """Loss and perplexity over all real tokens. Collective.
+
+        Args:
+            engine: The engine.
+            load: Makes a micro-batch of the validation's samples.
+            beat: Called after every global batch, which is a sign of life.
+        """
+        total, plan = 0.0, engine.plan
+        for batch in range(1, self._batches + 1):
+            micro_batches = self._schedule.micro_batches(batch, plan)
+            rows = [self._rows(batch, engine, micro) for micro in range(micro_batches)]
+            total += engine.evaluate([load(some) for some in rows])
+            beat()
+        loss = total * self._schedule.global_batch / self._count
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "samples": self._count}
+
+    def _rows(self, batch: int, engine: Engine, micro: int) -> Rows:
+        if not engine.needs_data:
+            return (None,) * engine.plan.micro_batch
+        rows = self._schedule.rows(batch, engine.grid.data, micro, engine.plan)
+        return tuple(row if row is not None and row < self._count else None for row in rows)

@@ -1,0 +1,70 @@
+"""What a configuration says of its data, and what is wrong with that before any file is looked at. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from jobs.data.mixture import form_problems
+from jobs.data.sources import KINDS, default_name
+from jobs.data.surveying import named
+from jobs.spec import DataSpec, SourceSpec
+from launcher.schema import Config
+from launcher.typed import Problem
+
+
+def data_spec(config: Config) -> DataSpec:
+    """What the configuration says of the data; not prepared."""
+    data = config.data
+    sources = (
+        SourceSpec(
+            path=one.path or "",
+            name=one.name or "",
+            kind=one.kind,
+            field=one.field,
+            weight=one.weight,
+            epochs=one.epochs,
+        )
+        for one in data.sources
+    )
+    return DataSpec(
+        kind=data.kind,
+        path=data.path or "",
+        sources=tuple(sources),
+        tokenizer=data.tokenizer or "",
+        validation=data.validation,
+        packing=data.packing,
+    )
+
+
+def unprepared(data: DataSpec) -> DataSpec:
+    """Data as they are asked for, without what preparing them has found."""
+    bare = (
+        replace(one, name=one.name or default_name(one), store="", digest="", share=0, documents=0, tokens=0)
+        for one in data.sources
+    )
+    return replace(data, store="", digest="", vocab=0, end_id=0, sources=tuple(bare) if data.kind == "mixture" else ())
+
+
+def data_problems(config: Config) -> Iterator[Problem]:
+    """What is wrong with the data of a run, as far as no file has to be looked at."""
+    data = config.data
+    if config.job.kind == "script":
+        return
+    if data.kind == "text" and not data.path:
+        yield Problem(key="data.path", message="missing", hint="data=text data.path=FILE_OR_DIR")
+    if data.kind == "mixture" and not data.sources:
+        hint = "data=mixture 'data.sources=[{path: a.jsonl, weight: 3}, {path: books, weight: 1}]'"
+        yield Problem(key="data.sources", message="missing", hint=hint)
+    if data.kind != "mixture" and data.sources:
+        yield Problem(key="data.sources", message=f"data.kind={data.kind} has none", hint="Use data=mixture.")
+    if data.kind == "mixture":
+        for number, key, message, hint in form_problems(named(data_spec(config)), KINDS):
+            yield Problem(key=f"data.sources[{number}].{key}", message=message, hint=hint)
+    strategy = config.strategy
+    if data.packing and ((strategy.sp or 1) > 1 or (strategy.cp or 1) > 1 or strategy.schedule == "dualpipev"):
+        message = "documents cannot be kept apart with sequence or context parallelism, nor under dualpipev"
+        yield Problem(key="data.packing", message=message, hint="data.packing=false")
+    if config.train.eval_every and not data.validation:
+        message = "there is nothing to validate with, data.validation is 0"
+        yield Problem(key="train.eval_every", message=message, hint="data.validation=0.01 keeps one document in 100.")

@@ -1,0 +1,60 @@
+"""The part of the configuration that says where the text comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """One source of a mixture.
+
+    Attributes:
+        path: File or folder; every node sees it under this path where the work is spread over a cluster.
+        name: What it is called; null means the last part of ``path``.
+        kind: ``text`` (a file is a document), ``jsonl`` (also ``.gz`` and ``.zst``), ``parquet``, ``arrow`` (a Hugging
+            Face dataset as ``save_to_disk`` leaves it), ``stdlib``; ``auto`` goes by the names of the files.
+        field: Field of a record that holds the text.
+        weight: Share of the run's tokens, in proportion to the weights of the others.
+        epochs: Instead of a weight: how many times its tokens are seen in the whole run.
+    """
+
+    path: str | None = None
+    name: str | None = None
+    kind: str = "auto"
+    field: str = "text"
+    weight: float | None = None
+    epochs: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where the text comes from.
+
+    Attributes:
+        kind: ``stdlib``: the source of Python's standard library on this machine. ``text``: files of the user.
+            ``mixture``: ``sources``.
+        path: File or folder of text (``text`` only).
+        cache: Folder of prepared token stores, shared like ``run.dir``; null means ``<run.dir>/.data``.
+        sources: What a mixture is made of.
+        tokenizer: A ``tokenizer.json``; null trains a byte-pair tokenizer of ``model.vocab`` tokens on the text.
+        validation: Part of the documents that is kept from training, for ``train.eval_every``: chosen by the documents
+            themselves.
+        packing: No token sees another document than its own, and positions start anew with each.
+        workers: Processes that tokenize a mixture on this machine; null means one per processor.
+    """
+
+    kind: Literal["stdlib", "text", "mixture"]
+    path: str | None = None
+    cache: str | None = None
+    sources: tuple[SourceConfig, ...] = ()
+    tokenizer: str | None = None
+    validation: float = 0.0
+    packing: bool = False
+    workers: int | None = None
+
+    @property
+    def mixed(self) -> bool:
+        """Whether it is prepared as a mixture is."""
+        return bool(self.kind == "mixture" or self.tokenizer or self.validation)

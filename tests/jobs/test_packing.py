@@ -1,0 +1,74 @@
+"""Documents in one sequence: each gives what it gives alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from jobs.distributed import Grid
+from jobs.models.gpt import Decoder, LossFunction, Recipe
+from jobs.models.packing import Documents, layout_of
+from strategies.plan import Recompute
+from strategies.specs import ModelSpec
+from tests.support.jobspecs import GPT, LLAMA
+
+END = 0
+TINY = dataclasses.replace(GPT, layers=2, hidden=32, ffn=96, vocab=61, seq=12)
+MODELS = {"gpt3": TINY, "llama": dataclasses.replace(LLAMA, layers=2, hidden=32, ffn=88, vocab=61, seq=12)}
+ROW = torch.tensor([[3, 4, END, 5, 6, 7, END, END, 8, 9, 3, 4]])
+
+
+def decoder(model: ModelSpec, *, packing: bool, recompute: Recompute = "none") -> Decoder:
+    recipe = Recipe.of(model, Grid(), seed=0, recompute=recompute)
+    recipe = dataclasses.replace(recipe, documents=Documents(END) if packing else None)
+    return Decoder(recipe, LossFunction(model, Grid(), 1.0))
+
+
+def test_the_layout_of_a_row() -> None:
+    layout = layout_of(ROW, END)
+    assert layout.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 0, 1, 2, 3]]
+    mask = layout.mask[0, 0]
+    assert mask[4].tolist() == [False] * 3 + [True] * 2 + [False] * 7
+    assert mask[2].tolist() == [True] * 3 + [False] * 9, "an end sees the document that it ends"
+    assert mask.diagonal().all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_document_gives_what_it_gives_alone(name: str) -> None:
+    model = MODELS[name]
+    packed, plain = decoder(model, packing=True), decoder(model, packing=False)
+    logits = packed(ROW)
+    for start, stop in ((0, 3), (3, 7), (7, 8), (8, 12)):
+        assert torch.allclose(logits[:, start:stop], plain(ROW[:, start:stop]), atol=1e-5)
+    assert not torch.allclose(logits[:, 3:], plain(ROW)[:, 3:], atol=1e-3), "without packing they see each other"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_document_is_as_without_packing(name: str) -> None:
+    row = torch.arange(1, 13)[None]
+    assert torch.allclose(
+        decoder(MODELS[name], packing=True)(row), decoder(MODELS[name], packing=False)(row), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputation_changes_nothing_even_when_another_micro_batch_has_begun(recompute: Recompute) -> None:
+    other = ROW.flip(1)
+    grads = []
+    for net in (decoder(TINY, packing=True), decoder(TINY, packing=True, recompute=recompute)):
+        first = net(ROW, ROW)
+        second = net(other, other)  # as in a pipeline: forward passes run ahead of backward passes
+        torch.autograd.backward(first)
+        torch.autograd.backward(second)
+        grads.append([parameter.grad for parameter in net.parameters()])
+    assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_stages_take_the_micro_batches_in_order() -> None:
+    documents = Documents(END)
+    documents.load([ROW, ROW.flip(1)], torch.device("cpu"))
+    for row in (ROW, ROW.flip(1)):
+        documents.begin()
+        assert torch.equal(documents.layout.positions, layout_of(row, END).positions)

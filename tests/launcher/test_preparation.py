@@ -1,0 +1,71 @@
+"""Data before a run: what the configuration says, what is wrong with it, and what people are told."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launcher import build
+from launcher.config import compose
+from launcher.data_checks import data_spec, unprepared
+from launcher.follow import Screen
+from launcher.preparation import mixture_text, prepare_data
+from launcher.resume_diff import compare
+from strategies.errors import ConfigError
+
+SOURCES = "data.sources=[{path: a.jsonl, weight: 3}, {path: wiki, name: w, epochs: 3.4, field: body}]"
+
+
+def problem(*words: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        compose(words)
+    return str(caught.value)
+
+
+def test_sources_are_typed_and_their_paths_absolute(tmp_path: Path) -> None:
+    config = build.settle(compose(["data=mixture", SOURCES, "data.tokenizer=t.json"]), name="run", cwd=tmp_path)
+    spec = data_spec(config)
+    assert [source.path for source in spec.sources] == [str(tmp_path / "a.jsonl"), str(tmp_path / "wiki")]
+    assert (spec.sources[1].name, spec.sources[1].epochs, spec.sources[1].field) == ("w", 3.4, "body")
+    assert spec.tokenizer == str(tmp_path / "t.json")
+
+
+def test_every_mistake_at_once() -> None:
+    said = problem("data=mixture", "data.sources=[{path: a, kind: txt, weight: -1}, {weight: 0}]", "train.eval_every=1")
+    for words in (
+        "data.sources[0].kind: not a known value: 'txt' (command line: data.sources=",
+        "Did you mean 'text'?",
+        "data.sources[0].weight: expected 0 or more, found -1",
+        "data.sources[1].path: missing",
+        "train.eval_every: there is nothing to validate with, data.validation is 0",
+    ):
+        assert words in said, said
+    assert "data.sources: missing" in problem("data=mixture")
+    assert "data.kind=stdlib has none" in problem(SOURCES)
+    assert "unknown key 'wieght'" in problem("data=mixture", "data.sources=[{path: a, wieght: 1}]")
+    assert "expected at most 0.5" in problem("data.validation=0.7")
+
+
+def test_a_small_mixture_is_prepared_and_told(tmp_path: Path) -> None:
+    for name, number in (("a", 900), ("wiki", 90)):
+        lines = (json.dumps({"text": f"{name} {n} and {n * n}"}) for n in range(number))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([*lines, '{"text": ""}']))
+    words = ["data=mixture", f"data.sources=[{{path: {tmp_path}/a.jsonl, weight: 3}}, "]
+    words[1] += f"{{path: {tmp_path}/wiki.jsonl, epochs: 3.4}}]"
+    words += ["model.vocab=300", "model.seq=16", "cluster=process", "data.workers=1"]
+    config = build.settle(compose(words), name="run", cwd=tmp_path)
+    request, shown = build.build_request(config, words), io.StringIO()
+    made = prepare_data(config, request, Screen(shown))
+    data = made.job.data
+    assert unprepared(data) == unprepared(request.job.data)
+    for words_told in ("data: reading", "data: tokenizing", "data: 2 sources", "2 empty documents left out"):
+        assert words_told in shown.getvalue(), shown.getvalue()
+    lines_of = mixture_text(data, 100 * 8 * 16).splitlines()
+    assert [line.split()[0] for line in lines_of[1:]] == ["SOURCE", "a", "wiki"]
+    assert float(lines_of[-1].split()[-1]) == pytest.approx(3.4, abs=0.05)  # what fills no window is not seen
+    other = replace(made, job=replace(made.job, data=replace(data, packing=True)))
+    assert [(one.field, one.verdict) for one in compare(made, other, step=3)] == [("data.packing", "refused")]
