@@ -7,6 +7,8 @@ from launcher.data_checks import data_problems
 from launcher.schema import Config
 from launcher.typed import Problem
 
+LONGEST_NAME = 128  # characters of the name of a run; file systems take 255 bytes, and other names are made of it
+
 
 def contradictions(config: Config) -> list[Problem]:
     """What no single value shows."""
@@ -16,6 +18,9 @@ def contradictions(config: Config) -> list[Problem]:
         found.append(
             Problem(key="run.name", message=f"{name!r} is no name: letters, digits and ._- only, no leading . or -")
         )
+    elif name is not None and len(name) > LONGEST_NAME:
+        message = f"{len(name)} characters are too many for the name of a folder and what is made of it"
+        found.append(Problem(key="run.name", message=message, hint=f"Use at most {LONGEST_NAME}."))
     if name == "latest":
         found.append(Problem(key="run.name", message="'latest' stands for the newest run", hint="Choose another name."))
     found += data_problems(config)

@@ -19,6 +19,7 @@ from strategies.errors import ConfigError, PlanInfeasible
 from strategies.estimate import Estimator
 from strategies.rules import check
 from strategies.specs import ModelSpec
+from strategies.workload import run_tokens
 from tests.support import hf_models
 
 NEEDED = {
@@ -249,19 +250,29 @@ def test_the_reference_runs_have_the_sizes_of_their_accounts() -> None:
     assert (gpt4.plan.tp, gpt4.plan.pp, gpt4.plan.zero_stage, gpt4.plan.world_size) == (8, 15, 1, 24_960)
     assert 8 * (gpt4.cluster.nodes + gpt4.cluster.spares) == 25_000
     assert gpt4.batch.tokens <= 60e6
+    longer = build.outline(compose(["experiment=gpt4_1800b_32k"]))
+    assert (longer.batch.seq, longer.batch.tokens) == (4 * gpt4.batch.seq, gpt4.batch.tokens)
+    assert longer.model.parameters == gpt4.model.parameters
+    assert longer.model.rope_theta > 4 * gpt4.model.rope_theta
     assert gpt4.cluster.hardware is not None
     assert gpt4.cluster.hardware.price_per_device_hour == 1
     llama = build.outline(compose(["experiment=llama3_405b"]))
     assert (llama.plan.world_size, sum(llama.plan.stages)) == (16_384, 126)
 
 
-@pytest.mark.parametrize("name", ["gpt3_175b", "gpt4_1800b", "llama3_405b", "instructgpt_sft", "instructgpt_ppo"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt3_175b", "gpt4_1800b", "gpt4_1800b_32k", "llama3_405b", "instructgpt_sft", "instructgpt_ppo"],
+)
 def test_steps_and_tokens_of_an_experiment_agree(name: str) -> None:
     config = compose([f"experiment={name}"])
     work = build.workload(config, build.outline(config))
     assert work is not None
     assert config.train.tokens == work.tokens
-    assert config.train.steps == math.ceil(work.tokens / work.batch.tokens)
+    steps = config.train.steps
+    assert run_tokens(work.batch, steps - 1) < work.tokens <= run_tokens(work.batch, steps)
+    if config.train.ramp is None:
+        assert steps == math.ceil(work.tokens / work.batch.tokens)
 
 
 @pytest.mark.parametrize("name", choices_of("experiment"))

@@ -12,11 +12,12 @@ from launcher.build import batch_spec
 from launcher.drill import report
 from launcher.drill.case import Aim, Case, usual_aim
 from launcher.drill.catalogue import CATALOGUE, named
+from launcher.drill.changes import with_changes
 from launcher.drill.compare import compare
 from launcher.drill.draw import Draw, draws
 from launcher.drill.evidence import gather
 from launcher.drill.needs import missing
-from launcher.drill.rehearsal import Ended, Rehearsal, create, prepared, undisturbed, with_changes
+from launcher.drill.rehearsal import Ended, Rehearsal, create, prepared, undisturbed
 from launcher.drill.report import Result
 from launcher.drill.toy import STEPS, Toy
 from launcher.follow import Screen
@@ -45,6 +46,10 @@ def choose(words: str, toy: Toy, *, seed: int, count: int) -> tuple[Draw, ...]:
     if words == "random":
         able = [case for case in CATALOGUE if case.drawn and not missing(case.needs, toy.plan)]
         return draws(able, seed=seed, count=count, plan=toy.plan, nodes=nodes)
+    if not words.strip(" ,"):
+        raise ConfigError(
+            "--faults names no fault.", hint="phalanx drill --faults list shows them; all is the default."
+        )
     names = [case.name for case in CATALOGUE] if words == "all" else [word.strip() for word in words.split(",")]
     unknown = [name for name in names if named(name) is None]
     if unknown:
