@@ -510,7 +510,7 @@ def test_other_code_copies_key_value_heads() -> None:
     ("degrees", "word"),
     [
         ({"pp": 2, "schedule": "interleaved", "vpp": 2}, "schedule interleaved"),
-        ({"sp": 2}, "sequence parallelism"),
+        ({"cp": 2}, "context parallelism"),
     ],
 )
 def test_what_can_only_be_modelled_says_so(degrees: dict[str, Any], word: str) -> None:
