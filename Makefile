@@ -18,7 +18,7 @@ else \
 	echo "This Python cannot make virtual environments. Install its venv package (Debian: apt-get install python3-venv), then try again." >&2; exit 1; fi
 endef
 
-.PHONY: demo test test-full bench lint setup clean
+.PHONY: demo test test-full capabilities bench lint setup clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,10 @@ test: setup
 
 test-full: setup
 	$(BIN)/python -m pytest -m 'full or not full'
+
+# For a new DeepSpeed: what runs and what it refuses, by trying. Goes on where it was stopped.
+capabilities: setup
+	$(BIN)/python -m tests.e2e.probe_capabilities --write
 
 # The peers that phalanx is measured against come on top.
 bench: setup

@@ -104,14 +104,20 @@ class Forward:
             positions: ``[b]``.
         """
         local = self._run(tokens, positions)
-        if local is None:
-            return None
-        local = local[:, 0].contiguous()
+        return None if local is None else self._whole(local)[:, 0]
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """The same at every position, ``[b, s, vocab]``."""
+        local = self._run(tokens)
+        return None if local is None else self._whole(local)
+
+    def _whole(self, local: torch.Tensor) -> torch.Tensor:
         if self.grid.model_group is not None:
+            local = local.contiguous()
             parts = [torch.empty_like(local) for _ in range(self.grid.tp)]
             dist.all_gather(parts, local, group=self.grid.model_group)
             local = torch.cat(parts, dim=-1)
-        return local[:, : self.model.vocab].float()
+        return local[..., : self.model.vocab].float()
 
     def share(self, value: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         """The last stage's ``value``, of the shape and type of ``like``, on every stage of the replica. Collective."""

@@ -14,7 +14,8 @@
         metrics.prom            the run in numbers, in Prometheus' text format; renewed while a controller lives
         cluster.json            how to reach the cluster that runs it
         secret                  key of the control connections of this run (mode 0600)
-        sample.txt              text generated from the final weights
+        sample.txt              text generated from the final weights; the results of an evaluation for people
+        results.json            what an evaluation or a generation has found
         tracking.json           W&B id and the last step logged
         code/                   our packages and, for scripts, nothing of the user's
         controllers/E.json      lock records: who controlled in epoch E (create-exclusive)
@@ -65,6 +66,7 @@ class RunPaths:
         self.cluster = self.root / "cluster.json"
         self.secret = self.root / "secret"
         self.sample = self.root / "sample.txt"
+        self.results = self.root / "results.json"
         self.tracking = self.root / "tracking.json"
         self.code = self.root / "code"
         self.controllers = self.root / "controllers"

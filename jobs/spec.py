@@ -161,12 +161,53 @@ class WeightsSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InferenceSpec:
+    """What is asked of a model that is not trained. Paths are absolute; empty for none.
+
+    Attributes:
+        text: Texts whose perplexity is measured.
+        choices: Multiple-choice questions.
+        shots: So many questions stand solved before each of the others.
+        prompts: File of prompts to continue.
+        prompt: A prompt to continue.
+        tokens: Tokens that are added to each prompt.
+        temperature: Logits are divided by it; 0 takes the most likely token.
+        top_k: Draw among so many most likely tokens; 0: among all.
+        top_p: Draw among the most likely tokens that have this probability together.
+        tokenizer: The ``tokenizer.json``.
+        start: The token that begins a document; None for none.
+        rows: File of the prepared rows; empty until prepared.
+        digest: SHA-256 of that file.
+        count: Number of rows.
+    """
+
+    text: str = ""
+    choices: str = ""
+    shots: int = 0
+    prompts: str = ""
+    prompt: str = ""
+    tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    tokenizer: str = ""
+    start: int | None = None
+    rows: str = ""
+    digest: str = ""
+    count: int = 0
+
+
+JobKind = Literal["pretrain", "script", "evaluate", "generate"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class JobSpec:
     """Everything that all ranks of a job agree on.
 
     Attributes:
         run_id: Name of the run, unique in its parent folder.
-        kind: ``pretrain``: our own worker; ``script``: a command of the user.
+        kind: ``pretrain``: our own worker trains; ``evaluate``, ``generate``: it only computes; ``script``: a command
+            of the user.
         model: The model (``pretrain``).
         plan: The plan.
         batch: The global batch.
@@ -178,12 +219,13 @@ class JobSpec:
         faults: Faults to inject, in the grammar of :mod:`jobs.faults`, all resolved (no ``random``).
         command: Command line of a ``script`` job.
         workdir: Folder in which a ``script`` job starts.
-        initial: The weights that training begins with; None: drawn from the seed.
+        initial: The weights that the job begins with; None: drawn from the seed.
+        inference: What is asked of the model (``evaluate``, ``generate``).
         version: Version of this document.
     """
 
     run_id: str
-    kind: Literal["pretrain", "script"]
+    kind: JobKind
     model: ModelSpec
     plan: ParallelPlan
     batch: BatchSpec
@@ -196,7 +238,13 @@ class JobSpec:
     command: str = ""
     workdir: str = ""
     initial: WeightsSpec | None = None
+    inference: InferenceSpec | None = None
     version: int = 1
+
+    @property
+    def infers(self) -> bool:
+        """Whether it only computes: its steps are batches, and it keeps results, not weights."""
+        return self.kind in ("evaluate", "generate")
 
     def schedule(self) -> SampleSchedule:
         """Which samples each step consumes, from the first step on."""

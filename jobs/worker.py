@@ -64,6 +64,11 @@ def main() -> int:
 def _run(env: RankEnv, reporter: Reporter, counter: StepCounter) -> None:
     job = _read_job(Path(env.job_path))
     hooks = FaultInjector(job.faults, env, reporter)
+    if job.infers:
+        from jobs.stages.inference import run
+
+        run(job=job, env=env, reporter=reporter, hooks=hooks, counter=counter)
+        return
     from jobs.engine import Engine
     from jobs.stages.pretrain import Pretrain
 

@@ -8,13 +8,15 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from jobs.location import locate
-from jobs.spec import JobSpec, TrainSpec, engine_config
+from jobs.spec import CheckpointSpec, InferenceSpec, JobSpec, TrainSpec, engine_config
 from jobs.weights import find
 from launcher.data_checks import data_spec
 from launcher.request import LaunchRequest
 from launcher.schema import Config
+from launcher.schema_job import JobConfig
 from strategies import rules
 from strategies.capabilities import MODELLED_ONLY
 from strategies.errors import ConfigError, PlanInfeasible, Violation
@@ -75,9 +77,16 @@ def settle(config: Config, *, name: str, cwd: Path) -> Config:
         ),
         model=replace(config.model, from_hf=_place(config.model.from_hf, absolute)),
         train=replace(config.train, init_from=_place(config.train.init_from, absolute)),
-        job=replace(config.job, workdir=absolute(config.job.workdir)),
+        job=replace(config.job, **_places(config.job, absolute)),
         checkpoint=replace(config.checkpoint, url=_address(config.checkpoint.url, absolute)),
     )
+
+
+def _places(job: JobConfig, absolute: Callable[[str], str]) -> dict[str, Any]:
+    """The paths of the section ``job``, absolute."""
+    files = {name: getattr(job, name) for name in ("tokenizer", "text", "choices", "prompts")}
+    found = {name: absolute(path) if path else path for name, path in files.items()}
+    return found | {"workdir": absolute(job.workdir), "weights": _place(job.weights, absolute)}
 
 
 def _place(path: str | None, absolute: Callable[[str], str]) -> str | None:
@@ -102,7 +111,8 @@ def _address(url: str | None, absolute: Callable[[str], str]) -> str | None:
 
 def default_name(config: Config, stamp: str, token: str) -> str:
     """``<model>-<yyyymmdd-hhmmss>-<4 hex digits>``; a script's run is called after its kind."""
-    kind = config.model.name if config.job.kind == "pretrain" else "script"
+    kind = config.job.kind if config.job.kind == "script" else config.model.name
+    kind = f"{config.job.kind}-{kind}" if config.job.infers else kind
     return f"{kind}-{stamp}-{token}"
 
 
@@ -131,10 +141,33 @@ def outline(config: Config, cluster: ClusterSpec | None = None, *, plan: Paralle
 
         plan = plan or best_plan(config, model, batch, machine)
     else:
-        plan = resolve_plan(model, batch, machine, precision, **config.strategy.asked())
+        plan = _balanced(config, resolve_plan(model, batch, machine, precision, **config.strategy.asked()), machine)
     ours = config.planner.framework == "megatron"  # else what is planned with is other training code
     found = rules.check(model=model, plan=plan, batch=batch, cluster=machine, precision=precision, engine=ours)
     return Outline(model=model, batch=batch, cluster=machine, plan=plan, violations=(*missing, *found))
+
+
+def _balanced(config: Config, plan: ParallelPlan, machine: ClusterSpec) -> ParallelPlan:
+    """The plan with its stages cut as asked for.
+
+    Raises:
+        ConfigError: Times are asked for, and the cluster has no hardware figures.
+    """
+    balance, model, batch, precision = (
+        config.strategy.balance,
+        model_spec(config),
+        batch_spec(config),
+        config.train.precision,
+    )
+    if balance is None or balance == "blocks":
+        return plan
+    if rules.check(model=model, plan=plan, batch=batch, cluster=machine, precision=precision, modelled=True):
+        return plan  # is refused anyway
+    from strategies.balance import balanced
+
+    framework = config.planner.framework
+    work = Workload(model=model, batch=batch, cluster=machine, precision=precision, framework=framework)
+    return balanced(plan, work, balance)
 
 
 def workload(config: Config, sketch: Outline) -> Workload | None:
@@ -144,7 +177,7 @@ def workload(config: Config, sketch: Outline) -> Workload | None:
 
 def work_of(config: Config, model: ModelSpec, batch: BatchSpec, machine: ClusterSpec) -> Workload | None:
     """The same, before there is an outline."""
-    if machine.hardware is None or config.job.kind == "script":
+    if machine.hardware is None or config.job.kind != "pretrain":
         return None
     tokens = config.train.tokens
     return Workload(
@@ -214,7 +247,7 @@ def build_request(config: Config, overrides: Sequence[str], cluster: ClusterSpec
 
 
 def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
-    script = config.job.kind == "script"
+    script, weights = config.job.kind == "script", config.job.weights if config.job.infers else config.train.init_from
     train = train_spec(config)
     SampleSchedule.of(sketch.batch, config.train.skips)  # says what is wrong with them
     return JobSpec(
@@ -225,16 +258,34 @@ def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
         batch=sketch.batch,
         train=train,
         data=data_spec(config),
-        checkpoint=replace(config.checkpoint, url=f"{config.checkpoint.url}/{run_dir.name}")
-        if config.checkpoint.url
-        else config.checkpoint,
-        deepspeed={} if script else engine_config(sketch.plan, train),
+        checkpoint=_checkpoints(config, run_dir),
+        deepspeed=engine_config(sketch.plan, train) if config.job.kind == "pretrain" else {},
         skips=config.train.skips,
         faults=resolved_faults(config, sketch),
         command=config.job.command or "" if script else "",
         workdir=str(run_dir / "user") if script else "",
-        initial=find(config.train.init_from) if config.train.init_from else None,
+        initial=find(weights) if weights else None,
+        inference=inference_spec(config),
     )
+
+
+def inference_spec(config: Config) -> InferenceSpec | None:
+    """What a job that only computes is asked; None for others. Its rows are not prepared yet."""
+    job = config.job
+    if not job.infers:
+        return None
+    texts = ("text", "choices", "prompts", "prompt", "tokenizer")
+    values: dict[str, Any] = {name: getattr(job, name) or "" for name in texts}
+    numbers: dict[str, Any] = {
+        name: getattr(job, name) for name in ("shots", "tokens", "temperature", "top_k", "top_p")
+    }
+    return InferenceSpec(**values, **numbers)
+
+
+def _checkpoints(config: Config, run_dir: Path) -> CheckpointSpec:
+    """The checkpoint policy; what only computes has nothing that is worth keeping in memory."""
+    policy = replace(config.checkpoint, memory_every=0) if config.job.infers else config.checkpoint
+    return replace(policy, url=f"{policy.url}/{run_dir.name}") if policy.url else policy
 
 
 def resolved_faults(config: Config, sketch: Outline) -> tuple[str, ...]:

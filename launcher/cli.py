@@ -19,13 +19,14 @@ from typing import Any
 
 import click
 
-from strategies.errors import PhalanxError, PlanInfeasible, did_you_mean
+from launcher.commands.groups import Nearest
+from strategies.errors import PhalanxError, PlanInfeasible
 
 SCHEMA_VERSION = 1
 VERBS = ("plan", "submit", "resume", "status", "logs", "cancel", "checkpoint", "cluster", "drill", "completion")
 
 
-class Verbs(click.Group):
+class Verbs(Nearest):
     """Finds a verb's module by its name, so that typing one verb loads only that one."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -39,14 +40,6 @@ class Verbs(click.Group):
         command = importlib.import_module(f"launcher.commands.{cmd_name}").command
         assert isinstance(command, click.Command)
         return command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Look a verb up; an unknown one gets the nearest."""
-        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            raise click.UsageError(f"There is no verb '{args[0]}'. {did_you_mean(args[0], VERBS)}", ctx)
-        return super().resolve_command(ctx, args)
 
 
 @click.group(

@@ -236,10 +236,11 @@ class Controller:
     def _start(self, plan: ParallelPlan, nodes: Mapping[str, AgentAddress]) -> None:
         wanted, paths = self.request.job, self.store.paths
         job, script = wanted.under(plan).skipping(self.run.skips), wanted.kind == "script"
-        for path, reason in progress.damaged(paths, script=script):
+        marked = wanted.kind != "pretrain"  # what is done lies in folders with a mark, not in manifests
+        for path, reason in progress.damaged(paths, script=marked):
             if path not in self.run.rejected:
                 self.record(EventKind.CHECKPOINT_REJECTED, path=path, reason=reason)
-        point = progress.resume_point(paths, script=script, rejected=self.run.rejected)
+        point = progress.resume_point(paths, script=marked, rejected=self.run.rejected)
         point = self.memory.better(point, paths, self.run, job)
         self.state = form(self.run, plan, nodes, self.request.cluster, point=point, script=script)
         if self.start_reason in ("restart", "move"):

@@ -81,7 +81,7 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "orphaned": alive is False,
         "kind": request.job.kind,
         "step": _step(run, last),
-        "steps": request.job.train.steps if request.job.kind == "pretrain" else None,
+        "steps": None if request.job.kind == "script" else request.job.train.steps,
         "submitted": run.submitted,
         "ended": run.ended,
         "epoch": run.epoch,
@@ -96,7 +96,7 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "restarts": run.restarts,
         "recoveries": recoveries(events),
         "incidents": [_incident(one) for one in books.incidents],
-        "checkpoint": _checkpoint(store.paths, events, script=script),
+        "checkpoint": _checkpoint(store.paths, events, script=request.job.kind != "pretrain"),
         "skips": skips.skipped(request.job, run),
         "faults": progress.fault_records(store.paths),
         "ledger": dict(books.seconds),
@@ -105,6 +105,7 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "measured": forecast.measured(books),
         "weights_digest": run.weights_digest,
         "sample": _text(store.paths.sample),
+        "results": progress.results(store.paths) if request.job.infers else None,
     }
 
 
@@ -124,7 +125,7 @@ def brief(store: RunStore) -> dict[str, Any]:
             "state": run.state.value,
             "orphaned": not run.state.terminal and _controller_alive(store.paths, 0.0) is False,
             "step": _step(run, last),
-            "steps": request.job.train.steps if request.job.kind == "pretrain" else None,
+            "steps": None if request.job.kind == "script" else request.job.train.steps,
             "attempts": len(run.attempts),
             "steps_lost": run.steps_lost,
             "loss": last.get("loss"),
@@ -162,7 +163,7 @@ def plan_line(request: LaunchRequest, run: Run | None = None) -> str:
     if run is not None and run.attempt is not None and run.attempt.wanted is not None:
         smaller = plan_of(run.attempt)
         return f"{smaller.describe() if smaller else 'a smaller plan'} (nodes are missing)"
-    return plan.describe() if request.job.kind == "pretrain" else f"script on {plan.world_size} ranks"
+    return f"script on {plan.world_size} ranks" if request.job.kind == "script" else plan.describe()
 
 
 def _step(run: Run, last: Mapping[str, Any]) -> int:

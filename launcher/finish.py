@@ -9,6 +9,8 @@ import click
 
 from launcher import progress, render
 from launcher.describe import describe
+from launcher.drill import miniature
+from launcher.drill.toy import Toy
 from launcher.launch import Outcome
 from launcher.proof import unproven
 from launcher.run import RunState
@@ -17,7 +19,9 @@ from launcher.store import RunStore
 from strategies.errors import PhalanxError, RunCancelled, RunFailed
 
 
-def finish(store: RunStore, config: Config, outcome: Outcome, *, as_json: bool, folder: str) -> int:
+def finish(
+    store: RunStore, config: Config, outcome: Outcome, *, as_json: bool, folder: str, rehearsal: Toy | None = None
+) -> int:
     """Sum up and return the exit code.
 
     Args:
@@ -26,15 +30,21 @@ def finish(store: RunStore, config: Config, outcome: Outcome, *, as_json: bool, 
         outcome: How following it ended.
         as_json: Print the status document instead of a text.
         folder: Parent folder of runs as a person would type it; "" for the default.
+        rehearsal: What was run, if it was an experiment in miniature.
     """
     document = describe(store, time.time(), watch_s=0.0)
+    verdict = judge(store, config, outcome)
+    if rehearsal is not None:
+        verdict = verdict or miniature.judge(rehearsal, document)
+        document["rehearsal"] = miniature.document(rehearsal, store.request().job.faults, document, verdict)
     if as_json:
         click.echo(json.dumps(document, indent=2))
     elif outcome.detached:
         click.echo(f"{store.name} goes on without us.\n\n{render.indent(render.commands(document, folder))}")
     else:
         click.echo(render.summary(document, folder=folder))
-    verdict = judge(store, config, outcome)
+        if rehearsal is not None:
+            click.echo("\n" + miniature.verdict_text(document["rehearsal"], document))
     if verdict is None:
         return 0
     click.echo(f"error: {verdict}", err=True)

@@ -35,6 +35,8 @@ def predicted(request: LaunchRequest, plan: ParallelPlan) -> dict[str, Any]:
     job = request.job
     if job.kind == "script":
         return {"why": "nobody knows what a step of a script takes"}
+    if job.infers:
+        return {"why": "the planner knows steps of training only"}
     if request.cluster.hardware is None:
         return {"why": f"nothing is known about the hardware of cluster={request.cluster.name} (phalanx cluster probe)"}
     from strategies.estimate import Estimator  # only here: most that is shown of runs needs no planner

@@ -254,7 +254,7 @@ def spawn(gang: Gang, request: LaunchRequest, state: GangState, epoch: int) -> N
         state.attempt,
         state.placement,
         _environment_of(request, state, epoch),
-        kind=job.kind,
+        kind="script" if job.kind == "script" else "pretrain",  # to an agent, whatever our own worker does is one
         argv=shlex.split(job.command),
         cwd=job.workdir or request.run_dir,
     )

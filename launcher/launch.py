@@ -8,7 +8,7 @@ signal     controlling a run (``cluster=local``, ``process``)                  w
 =========  ==================================================================  =======================================
 SIGINT     the run is cancelled cleanly (exit 103); a second one hurries       detach: the run goes on (exit 0)
 SIGTERM    likewise                                                            likewise
-SIGHUP     likewise                                                            likewise
+SIGHUP     likewise; under ``nohup`` nothing                                   likewise; under ``nohup`` nothing
 SIGKILL    the gang lives on for its lease: ``phalanx resume`` adopts it       the run goes on
 =========  ==================================================================  =======================================
 """
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import backends, build, ending, proposal, supervise
 from launcher.config import to_yaml
+from launcher.ending_signals import heard
 from launcher.follow import Display, Screen, follow
 from launcher.lock import ControllerLock, newest_epoch
 from launcher.logbook import Fenced
@@ -37,7 +38,7 @@ from launcher.request import LaunchRequest
 from launcher.run import EventKind, RunState
 from launcher.schema import Config
 from launcher.ship import Shipment, renew_code, same_code, ship_code, ship_project, survey
-from launcher.store import RunStore, dump, write_atomic
+from launcher.store import RunStore, dump, taken, write_atomic
 from strategies.errors import ClusterError, PhalanxError, ResumeRefused, StorageError
 from strategies.specs import ClusterSpec
 
@@ -154,7 +155,7 @@ def run(
         StorageError: The run directory cannot be written.
     """
     request = request or store.request()
-    steps = request.job.train.steps if request.job.kind == "pretrain" else None
+    steps = None if request.job.kind == "script" else request.job.train.steps
     display = Display(store, steps=steps, onto=screen)
     try:
         if request.cluster.kind != "existing":
@@ -248,7 +249,7 @@ class _Signals:
         self._orderly = True
 
     def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in heard():
             self._previous[number] = signal.signal(number, self._handle)
 
     def __exit__(self, *unused: object) -> None:
@@ -274,7 +275,7 @@ def _watch(store: RunStore, display: Display, after: int) -> Outcome:
     def leave(number: int, frame: FrameType | None) -> None:
         raise _Detach
 
-    previous = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    previous = {number: signal.signal(number, leave) for number in heard()}
     try:
         state = follow(store, display, after=after)
         _await_release(store)
@@ -327,8 +328,20 @@ def closing(screen: Screen) -> Iterator[Screen]:
         sys.stderr.flush()
 
 
+def check_place(run_dir: Path) -> None:
+    """A run directory can be made there, before anything expensive is done.
+
+    Raises:
+        ConfigError: A run of this name exists.
+        StorageError: Its parent cannot be written.
+    """
+    if run_dir.exists():
+        raise taken(run_dir)
+    check_parent(run_dir.parent)
+
+
 def check_parent(folder: Path) -> None:
-    """The parent of run directories can be written, before anything expensive is done.
+    """The parent of run directories can be written.
 
     Raises:
         StorageError: It cannot.

@@ -74,7 +74,7 @@ class Meter:
             run=self._run,
             books=self._book.account(now),
             metric=self._metric,
-            steps=job.train.steps if job.kind == "pretrain" else None,
+            steps=None if job.kind == "script" else job.train.steps,
             nodes_up=sum(1 for _ in self._store.paths.agents.glob("*.json")),
             nodes_wanted=cluster.nodes + cluster.spares,
             checkpoint=self._checkpoint,

@@ -29,11 +29,14 @@ def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> Laun
     if request.job.kind == "script":
         return request
     if request.job.initial is not None:
-        screen.say(f"reading the weights to begin with: {request.job.initial.path}")
+        screen.say(f"reading the weights: {request.job.initial.path}")
         request = pretrained.with_digests(request)
+    assert config.data.cache is not None
+    if request.job.infers:
+        screen.say("reading what is asked")
+        return pretrained.with_rows(request, Path(config.data.cache))
     from jobs.data import prepare, prepare_mixture
 
-    assert config.data.cache is not None
     spec, root, progress = data_spec(config), Path(config.data.cache), _Progress(screen)
     model = request.job.model
     if not spec.mixed:

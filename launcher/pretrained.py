@@ -6,6 +6,7 @@ all other problems of the configuration, before anything is written.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,39 +17,118 @@ from launcher import build
 from launcher.request import LaunchRequest
 from launcher.schema import Config
 from launcher.typed import Problem
+from strategies.codec import to_json
 from strategies.errors import PhalanxError
 
 # What config.json says nothing about: our models' defaults.
-_PLAIN = {"gated": None, "position_rows": None, "embed_norm": False, "moe": None, "latent": None, "rope_theta": 10000.0}
+_PLAIN = {
+    "gated": None,
+    "position_rows": None,
+    "embed_norm": False,
+    "moe": None,
+    "latent": None,
+    "rope_theta": 10000.0,
+    "rope_scaling": 1.0,
+}
 
 
-def model_section(folder: str) -> tuple[dict[str, Any], list[Problem]]:
-    """The section ``model`` that a folder's config.json amounts to, or everything that is wrong with it."""
-    path = Path(folder).expanduser()
+def model_section(job: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
+    """The section ``model`` where it follows from a model that exists, or everything that is wrong with that one.
+
+    Args:
+        job: The section ``job``: what only computes takes its model from ``weights``.
+        model: The section ``model``, which may name a folder (``from_hf``).
+
+    Returns:
+        Nothing where neither is given.
+    """
+    if job.get("kind") in ("evaluate", "generate"):
+        return _section_of_weights(str(job["weights"])) if job.get("weights") else ({}, [])
+    return _section_of_folder(str(model["from_hf"]), "model.from_hf") if model.get("from_hf") else ({}, [])
+
+
+def _section_of_folder(folder: str, key: str) -> tuple[dict[str, Any], list[Problem]]:
+    path = Path(folder.removeprefix("hf:")).expanduser()
     values, flaws = hf.look(path)
     if flaws:
-        return {}, [Problem(key="model.from_hf", message=f"{path}: {flaw.message}", hint=flaw.hint) for flaw in flaws]
+        return {}, [Problem(key=key, message=f"{path}: {flaw.message}", hint=flaw.hint) for flaw in flaws]
     return _PLAIN | values | {"head_width": values.get("head_width") or None}, []
 
 
+def _section_of_weights(given: str) -> tuple[dict[str, Any], list[Problem]]:
+    try:
+        source = weights.find(expanded(given))
+        if source.kind == "hf":
+            return _section_of_folder(source.path, "job.weights")
+        values = to_json(weights.model_of(source))
+    except PhalanxError as error:
+        return {}, [_told("job.weights", error)]
+    return values | {"head_width": values["head_width"] or None}, []
+
+
 def problems(config: Config) -> list[Problem]:
-    """What is wrong with the weights that training begins with."""
-    key, given = "train.init_from", config.train.init_from
+    """What is wrong with the weights that a job begins with."""
+    job = config.job
+    key, given = ("job.weights", job.weights) if job.infers else ("train.init_from", config.train.init_from)
     if not given:
         return []
-    if config.job.kind == "script":
+    if job.kind == "script":
         return [Problem(key=key, message="a script takes its weights itself", hint="Leave it out.")]
     model = build.model_spec(config)
     try:
         source = weights.find(expanded(given))
         if source.kind == "hf":
             _, flaws = hf.inspect(Path(source.path), model)
-            return [Problem(key=key, message=f"{source.path}: {flaw.message}", hint=flaw.hint) for flaw in flaws]
+            found = [Problem(key=key, message=f"{source.path}: {flaw.message}", hint=flaw.hint) for flaw in flaws]
+            return found + _other_base(config, Path(source.path))
         weights.check(source, model)
     except PhalanxError as error:
-        why = f" ({error.why})" if error.why else ""
-        return [Problem(key=key, message=error.what.rstrip(".") + why, hint=error.hint)]
+        return [_told(key, error)]
     return []
+
+
+def _other_base(config: Config, folder: Path) -> list[Problem]:
+    """Another rotary base than the folder's is meant only where the scale says so (``model.rope_scaling``)."""
+    there = hf.look(folder)[0].get("rope_theta", config.model.rope_theta)
+    if there == config.model.rope_theta:
+        return []
+    message = f"{config.model.rope_theta:g}, the weights in {folder} were trained with {there:g}"
+    hint = f"model.rope_theta={there:g}, and model.rope_scaling=FACTOR for longer sequences."
+    return [Problem(key="model.rope_theta", message=message, hint=hint)]
+
+
+def _told(key: str, error: PhalanxError) -> Problem:
+    why = f" ({error.why})" if error.why else ""
+    return Problem(key=key, message=error.what.rstrip(".") + why, hint=error.hint)
+
+
+def contradictions(config: Config) -> list[Problem]:
+    """What does not go together in a job that only computes."""
+    job, found = config.job, []
+    if not job.infers:
+        return []
+    missing = {"weights": "RUN or a Hugging Face folder"} if not job.weights else {}
+    if job.kind == "evaluate" and not (job.text or job.choices):
+        missing["text"] = "FILE, or job.choices=FILE.jsonl, or both"
+    if job.kind == "generate" and not (job.prompt or job.prompts):
+        missing["prompt"] = "TEXT, or job.prompts=FILE"
+    found += [Problem(key=f"job.{key}", message="missing", hint=f"job.{key}={what}") for key, what in missing.items()]
+    if config.train.init_from:
+        found.append(Problem(key="train.init_from", message="nothing is trained here", hint="job.weights=PATH"))
+    if config.checkpoint.url:
+        message = "results are kept in the run directory"
+        found.append(Problem(key="checkpoint.url", message=message, hint="Leave it out."))
+    if config.strategy.auto:
+        message = "the planner knows plans for training only"
+        found.append(Problem(key="strategy.auto", message=message, hint="strategy.tp=.. strategy.pp=.. strategy.dp=.."))
+    for axis in ("ep", "sp", "cp"):
+        if (getattr(config.strategy, axis) or 1) > 1:
+            message = f"a job of kind {job.kind} runs under tp, pp and dp"
+            found.append(Problem(key=f"strategy.{axis}", message=message, hint=f"strategy.{axis}=1"))
+    for key, plain in (("schedule", (None, "1f1b")), ("sequence_parallel", (None, False))):
+        if getattr(config.strategy, key) not in plain:
+            found.append(Problem(key=f"strategy.{key}", message="is for training", hint="Leave it out."))
+    return found
 
 
 def expanded(given: str) -> str:
@@ -56,6 +136,23 @@ def expanded(given: str) -> str:
     prefix = "hf:" if given.startswith("hf:") else ""
     rest = given.removeprefix("hf:")
     return given if "://" in rest else f"{prefix}{Path(rest).expanduser()}"
+
+
+def with_rows(request: LaunchRequest, cache: Path) -> LaunchRequest:
+    """The request of a job that only computes with its rows prepared, and as many steps as they make batches.
+
+    Raises:
+        ConfigError: A file has bad lines, or the tokenizer does not fit the model.
+        StorageError: A file cannot be read or written.
+    """
+    job = request.job
+    if job.inference is None or job.initial is None:
+        return request
+    from jobs.inference.rows import prepare
+
+    asked = prepare(job.inference, job.initial, job.model, cache, stop=job.kind == "generate")
+    train = replace(job.train, steps=max(1, -(-asked.count // job.batch.global_batch)))
+    return replace(request, job=replace(job, inference=asked, train=train))
 
 
 def with_digests(request: LaunchRequest) -> LaunchRequest:

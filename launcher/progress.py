@@ -71,6 +71,15 @@ def final_record(paths: RunPaths) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def results(paths: RunPaths) -> dict[str, Any] | None:
+    """What an evaluation or a generation has found; None while it has not ended."""
+    try:
+        value = json.loads(paths.results.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def completed(paths: RunPaths, job: JobSpec) -> dict[str, Any]:
     """What the ranks have left behind when they did all steps of the job; empty while they have not."""
     final = final_record(paths)

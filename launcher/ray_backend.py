@@ -365,16 +365,9 @@ def gcs_nodes(address: str) -> list[dict[str, Any]]:
         raise refused() from error
     except (ray.exceptions.RayError, ConnectionError, RuntimeError) as error:
         raise no_head(address, error) from error
-    else:
-        return [
-            {
-                "node": info.node_id.hex(),
-                "address": info.node_manager_address,
-                "slots": device_count(info.resources_total),
-            }
-            for info in found
-            if info.state == 0  # GcsNodeInfo.ALIVE
-        ]
+    living = [info for info in found if info.state == 0]  # GcsNodeInfo.ALIVE
+    rows = [(one.node_id.hex(), one.node_manager_address, device_count(one.resources_total)) for one in living]
+    return [{"node": node, "address": where, "slots": slots} for node, where, slots in rows]
 
 
 def start_node(*arguments: str) -> None:

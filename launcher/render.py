@@ -244,7 +244,8 @@ def summary(run: Mapping[str, Any], *, folder: str) -> str:
         each = ", ".join(seconds(one) for one in run["recoveries"])
         blocks.append(f"time to recover (failure until the ranks trained again): {each}")
     if run["sample"]:
-        blocks.append("sample of generated text:\n" + indent(run["sample"].rstrip(), "  | "))
+        title = {"evaluate": "found", "generate": "generated text"}.get(run["kind"], "sample of generated text")
+        blocks.append(f"{title}:\n" + indent(run["sample"].rstrip(), "  | "))
     blocks.append("look further:\n" + indent(commands(run, folder)))
     return "\n\n".join(blocks)
 

@@ -119,8 +119,9 @@ def ramp_line(batch: BatchSpec, plan: ParallelPlan) -> str:
         return f"every step has {batch.global_batch} sequences"
     first, last = 1, schedule.changes[-1].step
     accumulated = schedule.micro_batches(first, plan)
+    times = plural(len(schedule.changes), "increment")
     return (
-        f"{schedule.batch_at(first)} -> {batch.global_batch} sequences in {len(schedule.changes)} increments; the full "
+        f"{schedule.batch_at(first)} -> {batch.global_batch} sequences in {times}; the full "
         f"batch from step {last:,} on, after {count(schedule.trained(last) * batch.seq)} tokens "
         f"(micro-batches per step: {accumulated} -> {plan.grad_accum})"
     )

@@ -40,7 +40,7 @@ def check(store: RunStore, run: Run, request: LaunchRequest, *, clock: Callable[
             why="the name is the run's identity",
             hint=f"Give it back its name; it may lie anywhere: mv {store.paths.root} .../{request.run_name}",
         )
-    if request.job.kind == "script":
+    if request.job.kind != "pretrain":
         return []
     store.require_checkpoints()
     root = store.paths.checkpoints

@@ -49,6 +49,7 @@ _RULES: tuple[tuple[str, Verdict | None, str], ...] = (
     ("model.name", "safe", "a name for people"),
     ("model", "refused", "the checkpoints hold the weights of another model"),
     ("batch", "refused", "the position in the data is counted in batches of the old size"),
+    ("inference", "refused", "what is done was done with the old questions"),
     ("initial", "refused", "the weights that the run began with are its own"),
     ("train.seed", "refused", "the seed fixes the initial weights and the order of samples"),
     ("train.sample", "safe", "only the text generated at the end"),

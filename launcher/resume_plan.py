@@ -89,7 +89,7 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
     after = _with_data(config, before, after)
     after, shipment = _with_project(config, store.paths, before, after)
     script = after.job.kind == "script"
-    point = progress.resume_point(store.paths, script=script, rejected=run.rejected)
+    point = progress.resume_point(store.paths, script=after.job.kind != "pretrain", rejected=run.rejected)
     changes = compare(before, after, step=point.step)
     text = render.resume_text(
         name=store.name,
@@ -161,6 +161,10 @@ def _live_steps(store: RunStore, run: Run) -> int | None:
 def _with_data(config: Config, before: LaunchRequest, after: LaunchRequest) -> LaunchRequest:
     """The prepared data: those of the run as long as nothing about them changes and they are still there."""
     old, new = before.job, after.job
+    if old.inference is not None and new.inference is not None:  # its rows, and how many batches they make
+        made = {name: getattr(old.inference, name) for name in ("tokenizer", "start", "rows", "digest", "count")}
+        job = replace(new, inference=replace(new.inference, **made), train=replace(new.train, steps=old.train.steps))
+        return replace(after, job=job)
     same = new.kind == old.kind and unprepared(new.data) == unprepared(old.data)
     there = all(Path(store).is_dir() for store in (old.data.store, *(one.store for one in old.data.sources)))
     if same and new.model.vocab == old.model.vocab and (new.kind == "script" or there):
@@ -173,9 +177,9 @@ def _with_data(config: Config, before: LaunchRequest, after: LaunchRequest) -> L
 
 def _request(config: Config, before: LaunchRequest, words: tuple[str, ...], fresh: Sequence[str]) -> LaunchRequest:
     """The new request. The weights that the run began with stay those that were recorded, whatever became of them."""
-    if any(word.lstrip("+~").startswith("train.init_from") for word in fresh):
+    if any(word.lstrip("+~").startswith(("train.init_from", "job.weights")) for word in fresh):
         return build.build_request(config, words, launch.measured(config))
-    plain = replace(config, train=replace(config.train, init_from=None))
+    plain = replace(config, train=replace(config.train, init_from=None), job=replace(config.job, weights=None))
     after = build.build_request(plain, words, launch.measured(config))
     return replace(after, job=replace(after.job, initial=before.job.initial))
 

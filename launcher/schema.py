@@ -12,8 +12,9 @@ from typing import Any, Literal
 from jobs.spec import CheckpointSpec
 from launcher.data_schema import DataConfig
 from launcher.request import Budgets, RecoverySpec, TrackingSpec
+from launcher.schema_job import JobConfig
 from strategies.hardware import FROM_ZERO, Hardware
-from strategies.plan import GradDtype, Offload, Recompute, Schedule
+from strategies.plan import Balance, GradDtype, Offload, Recompute, Schedule
 from strategies.ramp import Ramp
 from strategies.schedule import Skip
 from strategies.specs import Flavour, LatentAttention, MoeSpec, Precision
@@ -131,7 +132,8 @@ class StrategyConfig:
             arithmetic, else 0.
         schedule: Pipeline schedule; null means ``1f1b``.
         vpp: Virtual stages per rank (interleaved schedule).
-        stages: Blocks per pipeline stage, first to last; null spreads them evenly.
+        stages: Blocks per pipeline stage, first to last; null spreads them as ``balance`` says.
+        balance: What stages are even in: ``blocks`` (as null), ``parameters`` of a rank, ``time`` by the planner.
         micro_batch: Sequences per replica and forward pass; null means 1.
         recompute: Activation checkpointing; null means ``none``.
         grad_dtype: Precision in which gradients are accumulated; null means fp32 (with ZeRO-0 in 16 bit: that one).
@@ -152,6 +154,7 @@ class StrategyConfig:
     schedule: Schedule | None = None
     vpp: int | None = None
     stages: tuple[int, ...] | None = None
+    balance: Balance | None = None
     micro_batch: int | None = None
     recompute: Recompute | None = None
     grad_dtype: GradDtype | None = None
@@ -162,7 +165,7 @@ class StrategyConfig:
 
     def asked(self) -> dict[str, Any]:
         """The values that are given, by the names of :func:`strategies.resolve.resolve_plan`."""
-        values = {name.name: getattr(self, name.name) for name in fields(self) if name.name != "auto"}
+        values = {name.name: getattr(self, name.name) for name in fields(self) if name.name not in ("auto", "balance")}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -222,23 +225,6 @@ class TrainConfig:
     sample_tokens: int = 0
     sample_prompt: str = "def "
     init_from: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JobConfig:
-    """What the ranks do.
-
-    Attributes:
-        kind: ``pretrain``: our own worker. ``script``: a command of the user on every rank.
-        command: Command line of a ``script`` job; starts in a copy of ``workdir``.
-        workdir: Folder of the user's project (``script`` only), copied into the run directory.
-        ship_limit_mb: Largest project that is copied, in MB.
-    """
-
-    kind: Literal["pretrain", "script"]
-    command: str | None = None
-    workdir: str = "."
-    ship_limit_mb: int = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -350,7 +336,9 @@ MINIMUM: dict[str, float] = {
     },
     **{f"checkpoint.{key}": 0 for key in ("every", "memory_every")},
     "checkpoint.keep": 1,
-    "job.ship_limit_mb": 1,
+    **{f"job.{key}": 1 for key in ("ship_limit_mb", "tokens")},
+    **{f"job.{key}": 0 for key in ("shots", "temperature", "top_k")},
+    "job.top_p": 1e-6,
     "recovery.max_restarts": 0,
     **{f"recovery.budgets.{field.name}": 0 for field in fields(Budgets)},
     **{f"recovery.{key}": 1 for key in ("same_error_limit", "min_nodes", "no_progress_limit", "exclude_after")},
@@ -363,6 +351,7 @@ MINIMUM: dict[str, float] = {
 MAXIMUM: dict[str, float] = {
     "strategy.zero_stage": 3,
     "data.validation": 0.5,
+    "job.top_p": 1,
     "train.beta1": 1,
     "train.beta2": 1,
     **{f"cluster.hardware.{key}": 1 for key in ("intra_latency_s", "inter_latency_s")},

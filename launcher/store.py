@@ -83,6 +83,14 @@ def dump(value: Any) -> bytes:
     return (json.dumps(to_json(value), indent=2) + "\n").encode()
 
 
+def taken(root: Path) -> ConfigError:
+    """What to say when a run directory exists already."""
+    return ConfigError(
+        f"A run named '{root.name}' exists in {root.parent}.",
+        hint=f"Choose another run.name, or continue it: phalanx resume {root.name}",
+    )
+
+
 class RunStore:
     """One run directory.
 
@@ -114,10 +122,7 @@ class RunStore:
             root.parent.mkdir(parents=True, exist_ok=True)
             root.mkdir()
         except FileExistsError as error:
-            raise ConfigError(
-                f"A run named '{root.name}' exists in {root.parent}.",
-                hint=f"Choose another run.name, or continue it: phalanx resume {root.name}",
-            ) from error
+            raise taken(root) from error
         except OSError as error:
             raise StorageError(
                 f"Cannot create the run directory {root}.", why=str(error), hint="Choose another run.dir."
@@ -141,7 +146,8 @@ class RunStore:
         """
         store = cls(Path(root))
         if not store.paths.request.exists():
-            raise NotFound(f"{root} is not a run directory (it has no request.json).")
+            why = "it has no request.json" if store.paths.root.is_dir() else "there is no such folder"
+            raise NotFound(f"{root} is not a run directory ({why}).")
         return store
 
     @classmethod

@@ -9,6 +9,9 @@ from typing import Literal
 Schedule = Literal["1f1b", "interleaved", "dualpipev"]
 Recompute = Literal["none", "selective", "full"]
 GradDtype = Literal["fp32", "bf16", "fp16"]
+Balance = Literal["blocks", "parameters", "time"]
+"""What stages are even in (:mod:`strategies.balance`)."""
+
 Offload = Literal["none", "optimizer", "optimizer+params"]
 
 PLAN_VERSION = 1

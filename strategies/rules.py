@@ -17,6 +17,7 @@ from strategies.plan import ParallelPlan, accumulation
 from strategies.resolve import largest_plan
 from strategies.rules_hardware import HARDWARE_RULES
 from strategies.rules_model import MODEL_RULES
+from strategies.rules_offload import OFFLOAD_RULES
 from strategies.rules_ramp import RAMP_RULES
 from strategies.rules_split import SPLIT_RULES
 from strategies.specs import BatchSpec, ClusterSpec, ModelSpec, Precision
@@ -211,6 +212,7 @@ RULES: tuple[Rule, ...] = (
     schedule_fits,
     gradient_dtype_matches,
     mixed_precision_needs_zero,
+    *OFFLOAD_RULES,
     *HARDWARE_RULES,
 )
 """All of them, in the order in which they are reported."""

@@ -6,7 +6,7 @@ plan of it. Every level multiplies the one above it, so that whole subtrees are 
 
 - ``tp`` divides every tensor of the model; ``pp`` is anything up to the number of blocks; ``stages`` is the even split
   and, where the output projection weighs as much as blocks do, the split that makes up for it;
-- ``sp`` and ``cp`` only without a pipeline, ZeRO-2 and 3 likewise (DeepSpeed's pipeline runs neither);
+- ``cp``, ZeRO-2 and 3 only without a pipeline, which runs none of them, and ``sp``, so that the space can be proved;
 - ``micro_batch`` is 1, 2, 3, 4, 6, 8, 12, ... (2^k and 3 x 2^k);
 - for each count of accumulated micro-batches the fewest replicas that need it, as few as one: a larger machine has all
   the plans of a smaller one and more, so it can never be predicted to be slower;
@@ -158,7 +158,7 @@ class Space:
         self.cp: tuple[int, ...] = self._keep("cp", (1,) if lone else tuple(divisors(work.batch.seq // 2)) or (1,))
         self.ep: tuple[int, ...] = self._keep("ep", tuple(divisors(model.moe.experts)) if model.moe else (1,))
         self.recompute: tuple[Recompute, ...] = self._keep("recompute", self._recomputes())
-        self.offload: tuple[Offload, ...] = self._keep("offload", ("none",) if lone else get_args(Offload))
+        self.offload: tuple[Offload, ...] = self._keep("offload", get_args(Offload))
         size = self.fixed.get("micro_batch")
         self.micro_batch = micro_batches(work.batch.smallest) if size is None else (cast(int, size),)
         self._known_states: dict[tuple[bool, bool], tuple[State, ...]] = {}
@@ -211,12 +211,16 @@ class Space:
         for stage, offload in product(stages, self.offload):
             if offload == "none" or stage == 3 or (stage > 0 and offload == "optimizer"):
                 for grads in self._keep("grad_dtype", _grad_dtypes(stage, self.work.precision)):
-                    if not self.runnable_only or self._runs(shape, stage, grads):
-                        yield State(stage, grads, offload)
+                    state = State(stage, grads, offload)
+                    if not self.runnable_only or self._runs(shape, state):
+                        yield state
 
-    def _runs(self, shape: Shape, stage: int, grads: GradDtype) -> bool:
-        """Whether the engine trains with such a state, with any number of replicas and any recomputation."""
-        state, work = State(stage, grads, "none"), self.work
+    def _runs(self, shape: Shape, state: State) -> bool:
+        """Whether the engine trains with such a state, with any number of replicas and any recomputation.
+
+        The schedule does not matter: DualPipeV has run with every state that 1F1B has run with.
+        """
+        work = self.work
         return all(
             capabilities.runnable(
                 self.plan(shape, state, Inner(1, recompute, False), Pipe("1f1b", 1), Replicas(dp, 1)),
@@ -254,8 +258,9 @@ class Space:
     def _pipes(self, pp: int, equal: bool) -> Iterator[Pipe]:
         layers = self.work.model.layers
         found = [Pipe("1f1b", 1)]
-        if pp > 1 and not self.runnable_only:
-            found += [Pipe("interleaved", vpp) for vpp in divisors(layers // pp)[1:]] if equal else []
+        if pp > 1:
+            if equal and not self.runnable_only:
+                found += [Pipe("interleaved", vpp) for vpp in divisors(layers // pp)[1:]]
             found += [Pipe("dualpipev", 1)] if layers >= 2 * pp else []
         schedules = self._keep("schedule", get_args(Schedule))
         vpps = self._keep("vpp", tuple(range(1, layers + 1)))

@@ -19,10 +19,14 @@ from strategies.errors import ConfigError, PlanInfeasible
 from strategies.estimate import Estimator
 from strategies.rules import check
 from strategies.specs import ModelSpec
+from strategies.workload import run_tokens
+from tests.support import hf_models
 
 NEEDED = {
     "data=text": ["data.path=corpus.txt"],
     "data=mixture": ["data.sources=[{path: a.jsonl, weight: 1}]"],
+    "job=evaluate": ["job.text=corpus.txt"],
+    "job=generate": ["job.prompt=x"],
     "job=script": ["job.command=python train.py"],
     "cluster=existing": ["cluster.nodes=3", "cluster.slots_per_node=2"],
 }
@@ -94,10 +98,18 @@ def test_every_file_is_a_choice() -> None:
     assert {path.name for path in conf_dir().iterdir() if path.is_dir()} == set(GROUPS)
 
 
+def _weights(choice: str, folder: Path) -> list[str]:
+    """A model that exists, for the jobs that only compute with one."""
+    if choice not in ("job=evaluate", "job=generate"):
+        return []
+    hf_models.make(folder / "hf", "llama")
+    return [f"job.weights={folder / 'hf'}"]
+
+
 @pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice != "strategy=auto"])
 def test_composes_and_plans(choice: str, tmp_path: Path) -> None:
     """It can be planned with; it can be submitted, too, unless it is modelled only: then submit says so."""
-    config = compose([choice, *NEEDED.get(choice, [])])
+    config = compose([choice, *NEEDED.get(choice, []), *_weights(choice, tmp_path)])
     sketch = build.outline(config)
     assert sketch.broken == ()
     settled = build.settle(config, name="run", cwd=tmp_path)
@@ -238,19 +250,29 @@ def test_the_reference_runs_have_the_sizes_of_their_accounts() -> None:
     assert (gpt4.plan.tp, gpt4.plan.pp, gpt4.plan.zero_stage, gpt4.plan.world_size) == (8, 15, 1, 24_960)
     assert 8 * (gpt4.cluster.nodes + gpt4.cluster.spares) == 25_000
     assert gpt4.batch.tokens <= 60e6
+    longer = build.outline(compose(["experiment=gpt4_1800b_32k"]))
+    assert (longer.batch.seq, longer.batch.tokens) == (4 * gpt4.batch.seq, gpt4.batch.tokens)
+    assert longer.model.parameters == gpt4.model.parameters
+    assert longer.model.rope_theta > 4 * gpt4.model.rope_theta
     assert gpt4.cluster.hardware is not None
     assert gpt4.cluster.hardware.price_per_device_hour == 1
     llama = build.outline(compose(["experiment=llama3_405b"]))
     assert (llama.plan.world_size, sum(llama.plan.stages)) == (16_384, 126)
 
 
-@pytest.mark.parametrize("name", ["gpt3_175b", "gpt4_1800b", "llama3_405b", "instructgpt_sft", "instructgpt_ppo"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpt3_175b", "gpt4_1800b", "gpt4_1800b_32k", "llama3_405b", "instructgpt_sft", "instructgpt_ppo"],
+)
 def test_steps_and_tokens_of_an_experiment_agree(name: str) -> None:
     config = compose([f"experiment={name}"])
     work = build.workload(config, build.outline(config))
     assert work is not None
     assert config.train.tokens == work.tokens
-    assert config.train.steps == math.ceil(work.tokens / work.batch.tokens)
+    steps = config.train.steps
+    assert run_tokens(work.batch, steps - 1) < work.tokens <= run_tokens(work.batch, steps)
+    if config.train.ramp is None:
+        assert steps == math.ceil(work.tokens / work.batch.tokens)
 
 
 @pytest.mark.parametrize("name", choices_of("experiment"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.build import model_spec
 from launcher.config import compose
 from launcher.drill.catalogue import CATALOGUE
 from launcher.drill.programme import choose
@@ -17,7 +19,7 @@ from launcher.drill.toy import shrink
 from launcher.run import EventKind
 from launcher.store import RunStore
 from strategies import errors
-from tests.support import cli
+from tests.support import cli, hf_models
 from tests.support.checkpoints import write_model_checkpoint
 from tests.support.fakes import tiny_request
 from tests.support.jobspecs import GPT
@@ -78,6 +80,15 @@ def test_submit_as_a_dry_run(words: list[str], tmp_path: Path) -> None:
     """The main job runs for real elsewhere; the address of the example is nobody's."""
     (tmp_path / "train.py").write_text("print('hello')\n")
     words = [re.sub("^run.dir=/shared", f"run.dir={tmp_path}", word) for word in words[1:]]
+    if any("=my-model" in word for word in words):
+        hf_models.make(tmp_path / "my-model", "llama", vocab_size=300)
+        hf_models.tokenizer(tmp_path / "my-model" / "tokenizer.json", 300)
+        question = json.dumps({"question": "1 + 1?", "choices": ["1", "2"], "answer": 1})
+        (tmp_path / "questions.jsonl").write_text(f"{question}\n" * 6)
+    if "train.init_from=runs/short" in words:
+        run = RunStore.create(tiny_request(tmp_path / "runs", name="short"))
+        model = model_spec(compose(["model=llama_tiny", "model.vocab=300", "model.seq=256"]))
+        write_model_checkpoint(run.paths.checkpoint_dir, model)
     if "cluster=existing" in words:
         pytest.skip("needs the cluster that it names; tests/e2e/test_existing_cluster.py has one")
     if "data=mixture" in words:

@@ -104,7 +104,7 @@ def appearing(target: Path) -> Iterator[Path]:
         os.rename(aside, target)
         sync_dir(target.parent)
     except OSError as error:
-        raise storage_error("export the checkpoint to", target, error) from error
+        raise storage_error("write the export", target, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

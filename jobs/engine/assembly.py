@@ -75,9 +75,8 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
 
     def _cut(self, grid: Grid) -> None:
         self.grid = grid
-        self._layer_specs = [
-            _pipe_layer(spec) for spec in layer_specs(_recipe(self._job, grid, self._log, self.documents))
-        ]
+        recipe = _recipe(self._job, grid, self.documents, self._log)
+        self._layer_specs = [_pipe_layer(spec) for spec in layer_specs(recipe)]
         self._num_layers = len(self._layer_specs)
         self.parts = stage_bounds(self._job.model, self._job.plan.parts)
         self._set_bounds(start=self.parts[grid.pipe], stop=self.parts[grid.pipe + 1])
@@ -156,8 +155,14 @@ def _unpipelined(job: JobSpec, log: RouterLog | None) -> Assembled:
     mpu = PipelineParallelGrid(_topology(plan))
     grid = _grid_of(mpu, plan)
     loss = LossFunction(job.model, grid)
-    ds = _initialize(job, Decoder(_recipe(job, grid, log, documents_of(job)), loss), mpu=mpu)
+    ds = _initialize(job, Decoder(_recipe(job, grid, documents_of(job), log), loss), mpu=mpu)
     return Assembled(ds=ds, grid=grid, loss=loss, router_log=log)
+
+
+def grid_of(plan: ParallelPlan) -> Grid:
+    """The rank's place under a plan, with DeepSpeed's groups but without an engine. Collective."""
+    with silence():
+        return _grid_of(PipelineParallelGrid(_topology(plan)), plan)
 
 
 def _initialize(job: JobSpec, module: nn.Module, *, mpu: Any) -> Any:
@@ -190,9 +195,10 @@ def documents_of(job: JobSpec) -> Documents | None:
     return Documents(job.data.end_id) if job.data.packing else None
 
 
-def _recipe(job: JobSpec, grid: Grid, log: RouterLog | None, documents: Documents | None) -> Recipe:
-    recipe = Recipe.of(job.model, grid, seed=job.train.seed, recompute=job.plan.recompute, router_log=log)
-    return dataclasses.replace(recipe, documents=documents)
+def _recipe(job: JobSpec, grid: Grid, documents: Documents | None, log: RouterLog | None) -> Recipe:
+    return Recipe.of(
+        job.model, grid, seed=job.train.seed, recompute=job.plan.recompute, documents=documents, router_log=log
+    )
 
 
 def _topology(plan: ParallelPlan) -> PipeModelDataParallelTopology:

@@ -73,3 +73,8 @@ def _make_deterministic(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # must be set before CUDA's first matmul
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a costly debugging aid
     torch.use_deterministic_algorithms(deterministic)
+
+
+def device() -> str:
+    """Where this rank computes."""
+    return str(get_accelerator().current_device_name())

@@ -46,15 +46,15 @@ class Recipe:
         model: The model.
         make: Makes the parameters of this rank.
         recompute: Which activations are computed again in backward instead of being kept.
-        router_log: Adds the routers' losses to the gradient and counts; None where nothing is trained.
         documents: Where the documents in a sequence begin and end; None where a sequence is one.
+        router_log: Adds the routers' losses to the gradient and counts; None where nothing is trained.
     """
 
     model: ModelSpec
     make: ParameterFactory
     recompute: Recompute = "none"
-    router_log: RouterLog | None = None
     documents: Documents | None = None
+    router_log: RouterLog | None = None
 
     @property
     def layout(self) -> Layout | None:
@@ -69,11 +69,12 @@ class Recipe:
         *,
         seed: int,
         recompute: Recompute = "none",
+        documents: Documents | None = None,
         router_log: RouterLog | None = None,
     ) -> Recipe:
         """The recipe of one rank."""
         make = ParameterFactory(grid=grid, seed=seed, std=model.init_std)
-        return cls(model=model, make=make, recompute=recompute, router_log=router_log)
+        return cls(model=model, make=make, recompute=recompute, documents=documents, router_log=router_log)
 
     @property
     def moe(self) -> MoeSpec:

@@ -33,7 +33,7 @@ from jobs.orders import Orders
 from jobs.parallel.vocabulary import IGNORE
 from jobs.paths import RunPaths
 from jobs.report import Reporter
-from jobs.sample import generate
+from jobs.sample import sample
 from jobs.spec import JobSpec, RankEnv
 from jobs.stages.evaluation import Evaluation
 from strategies.codec import to_json
@@ -226,8 +226,8 @@ class Pretrain:
         targets = torch.full_like(tokens, IGNORE)
         for row, index in enumerate(rows):
             if index is not None:
-                sample = torch.from_numpy(source.sample(self._job.train.seed, index))
-                tokens[row], targets[row] = sample[:-1][held], sample[1:][held]
+                line = torch.from_numpy(source.sample(self._job.train.seed, index))
+                tokens[row], targets[row] = line[:-1][held], line[1:][held]
         return tokens, targets
 
     def _save(self, step: int, *, wait: bool) -> Location:
@@ -274,7 +274,7 @@ class Pretrain:
     def _sample(self, manifest: Location) -> None:
         """Text for people to look at. The run is done: whatever fails here is told in its place and fails nothing."""
         try:
-            text = generate(self._job, manifest, self._store)
+            text = sample(self._job, manifest, self._store)
         except Exception as error:
             print(f"warning: no sample could be generated: {type(error).__name__}: {error}", flush=True)
             traceback.print_exc()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from launcher.commands.common import dir_option, find, json_option, print_json, run_argument, say, split
+from launcher.commands.groups import Nearest
 
 if TYPE_CHECKING:
     from jobs.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ _REPORT_EVERY_S = 1.0
 
 @click.group(
     "checkpoint",
+    cls=Nearest,
     short_help="List, verify and export what a run has saved.",
     epilog="Example: phalanx checkpoint export latest --to my-model",
 )

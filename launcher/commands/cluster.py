@@ -7,9 +7,15 @@ import datetime
 import click
 
 from launcher.commands.common import json_option, overrides_argument, print_json, say
+from launcher.commands.groups import Nearest
 
 
-@click.group("cluster", short_help="Measure a cluster.", epilog="Example: phalanx cluster probe cluster=local --quick")
+@click.group(
+    "cluster",
+    cls=Nearest,
+    short_help="Measure a cluster.",
+    epilog="Example: phalanx cluster probe cluster=local --quick",
+)
 def command() -> None:
     """Verbs about the machines."""
 

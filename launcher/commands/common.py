@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from launcher.ending_signals import heard
 from launcher.schema import GROUPS
 from strategies.errors import ConfigError
 
@@ -34,6 +38,21 @@ def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, prose on stderr.")(
         function
     )
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Signals end a command as Ctrl-C does: what was started is ended, and what is half made is removed first."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in heard()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def dir_option(function: F) -> F:

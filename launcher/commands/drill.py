@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import datetime
 import secrets
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
 
-from launcher.commands.common import json_option, overrides_argument, print_json, say
+from launcher.commands.common import interruptible, json_option, overrides_argument, print_json, say
 
 if TYPE_CHECKING:
     from launcher.drill.toy import Toy
@@ -42,6 +38,7 @@ def command(ctx: click.Context, faults: str, seed: int, count: int, as_json: boo
     from launcher import launch
     from launcher.config import compose
     from launcher.drill import report
+    from launcher.drill.changes import changes_text
     from launcher.drill.programme import Programme, choose, keeper
     from launcher.drill.toy import shrink
     from launcher.follow import screen
@@ -53,8 +50,8 @@ def command(ctx: click.Context, faults: str, seed: int, count: int, as_json: boo
     chosen = choose(faults, toy, seed=seed, count=count)
     folder = Path(toy.config.run.dir)
     drawn = seed if faults == "random" else None
-    with _signals(), launch.closing(screen()) as shown:
-        shown.say(f"drill of {toy.plan.describe()} in {folder}\n{report.changes_text(toy.changes)}")
+    with interruptible(), launch.closing(screen()) as shown:
+        shown.say(f"drill of {toy.plan.describe()} in {folder}\n{changes_text(toy.changes)}")
         results = Programme(toy, chosen, shown).carry_out(keeper(toy, seed=drawn))
     if as_json:
         plan = toy.plan.describe()
@@ -94,21 +91,3 @@ def _list(as_json: bool) -> None:
         print_json(catalogue_document(CATALOGUE))
     else:
         click.echo(catalogue_text(CATALOGUE))
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """Signals end a drill as Ctrl-C does: everything that was started is ended first.
-
-    SIGINT too is asked for: a shell starts what it puts into the background with that signal ignored.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

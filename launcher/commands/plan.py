@@ -50,6 +50,7 @@ class _File(click.Path):
 @click.option("--report", type=_File(path_type=Path), metavar="FILE", help="Write it all as one page of HTML.")
 @click.option("--validate", type=_File(path_type=Path), metavar="CSV", help="Predict measured runs and compare.")
 @click.option("--deepspeed", is_flag=True, help="Print DeepSpeed's configuration, and nothing else.")
+@click.option("--rehearse", is_flag=True, help="Show what submit --rehearse would run, as a difference, and no more.")
 @click.option("--connect", is_flag=True, help="Ask an existing cluster for its size (else the configuration says it).")
 @overrides_argument
 @click.pass_context
@@ -75,6 +76,9 @@ def command(ctx: click.Context, /, overrides: tuple[str, ...], **options: Any) -
     from launcher.config import compose
 
     config = compose(overrides)
+    if options["rehearse"]:
+        _rehearse(config, as_json=options["as_json"])
+        return
     cluster = None
     if options["connect"]:
         from launcher.launch import measured
@@ -170,9 +174,11 @@ def _refuse_contradictions(options: Mapping[str, Any], overrides: tuple[str, ...
     """Raise UsageError for options that make no sense together."""
     given = [
         name
-        for name in ("explain", "top", "why", "report", "deepspeed", "connect")
+        for name in ("explain", "top", "why", "report", "deepspeed", "connect", "rehearse")
         if options[name] not in (None, False)
     ]
+    if options["rehearse"] and given != ["rehearse"]:
+        raise click.UsageError(f"--rehearse shows a difference only; it goes without --{given[0]}.")
     if options["validate"] and (given or overrides):
         others = [*(f"--{name}" for name in given), *overrides]
         raise click.UsageError(f"--validate takes models and machines from its file; it goes without {others[0]}.")
@@ -182,6 +188,18 @@ def _refuse_contradictions(options: Mapping[str, Any], overrides: tuple[str, ...
                 raise click.UsageError(f"--deepspeed prints nothing else; it goes without --{name}.")
     if options["top"] and options["why"] is not None:
         raise click.UsageError("--top ranks plans, --why explains one: give one of them.")
+
+
+def _rehearse(config: Config, *, as_json: bool) -> None:
+    from launcher import build
+    from launcher.drill.miniature import announcement, difference, miniature
+
+    toy = miniature(config)
+    faults = build.resolved_faults(toy.config, build.outline(toy.config))
+    if as_json:
+        print_json({"schema_version": SCHEMA_VERSION, "rehearsal": difference(toy, faults)})
+    else:
+        click.echo(announcement(toy, faults))
 
 
 def _validate(path: Path, *, as_json: bool) -> None:
@@ -213,8 +231,9 @@ def _require_hardware(config: Config, sketch: Outline, options: Mapping[str, Any
     asked = [f"--{name}" for name in ("explain", "report") if options[name]]
     if not asked:
         return
-    if config.job.kind == "script":
-        raise ConfigError(f"{asked[0]} is about training plans; a script brings its own.")
+    if config.job.kind != "pretrain":
+        brings = "a script brings its own" if config.job.kind == "script" else "nothing is trained here"
+        raise ConfigError(f"{asked[0]} is about training plans; {brings}.")
     if sketch.cluster.hardware is None:
         raise ConfigError(
             f"{asked[0]} needs an estimate, and the cluster '{sketch.cluster.name}' says nothing about its hardware.",
@@ -255,8 +274,9 @@ def plan_document(
     from strategies.codec import to_json
 
     model, plan = sketch.model, sketch.plan
-    split = config.job.kind == "pretrain" and len(plan.stages) == plan.pp and sum(plan.stages) == model.layers
-    stages = memory.model_state_bytes(model, plan, config.train.precision) if split else None
+    split = config.job.kind != "script" and len(plan.stages) == plan.pp and sum(plan.stages) == model.layers
+    trains = split and config.job.kind == "pretrain"
+    stages = memory.model_state_bytes(model, plan, config.train.precision) if trains else None
     violations = to_json(sketch.violations)
     estimate = _estimate(config, sketch, explain=explain, report=report, searched=searched)
     if estimate is not None and not estimate["fits"]:

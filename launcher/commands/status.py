@@ -27,6 +27,7 @@ def command(as_json: bool, folder: str | None, words: tuple[str, ...]) -> None:
     from launcher import render
     from launcher.describe import brief, describe
     from launcher.store import RunStore
+    from strategies.errors import NotFound
 
     ref, parent, _ = split(words, folder)
     if ref is not None:
@@ -36,6 +37,8 @@ def command(as_json: bool, folder: str | None, words: tuple[str, ...]) -> None:
         else:
             click.echo(render.run_text(document))
         return
+    if not parent.exists() and folder is not None:
+        raise NotFound(f"There is no folder {parent.absolute()}.", hint="--dir names the parent folder of runs.")
     rows = [brief(RunStore(parent.absolute() / name)) for name in RunStore.names(parent)]
     rows.sort(key=lambda row: float(row.get("submitted") or 0.0))
     if as_json:

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher.commands.common import json_option, overrides_argument, print_json, say
+from launcher.commands.common import interruptible, json_option, overrides_argument, print_json, say
 
 if TYPE_CHECKING:
+    from launcher.drill.toy import Toy
+    from launcher.follow import Screen
     from launcher.ray_process import RayProcess
     from launcher.request import LaunchRequest
+    from launcher.schema import Config
     from launcher.ship import Shipment
 
 SCHEMA_VERSION = 1
@@ -22,27 +25,41 @@ SCHEMA_VERSION = 1
 @click.command(
     "submit",
     short_help="Run it, and watch.",
-    epilog="Examples: phalanx submit experiment=quickstart | "
-    "phalanx submit job=script job.command='python train.py --lr 1e-3'",
+    epilog="""
+    \b
+    Examples:
+    phalanx submit experiment=quickstart
+    phalanx submit experiment=gpt3_175b --rehearse
+    phalanx submit job=script job.command='python train.py --lr 1e-3'
+    """,
 )
 @click.option("--dry-run", is_flag=True, help="Print exactly what would be sent, and start nothing.")
 @click.option("--detach", "-d", is_flag=True, help="Do not watch (existing clusters only: the run goes on there).")
+@click.option("--rehearse", is_flag=True, help="Run it in miniature on this machine, through a fault, to the end.")
 @json_option
 @overrides_argument
 @click.pass_context
-def command(ctx: click.Context, dry_run: bool, detach: bool, as_json: bool, overrides: tuple[str, ...]) -> None:
+def command(
+    ctx: click.Context, dry_run: bool, detach: bool, rehearse: bool, as_json: bool, overrides: tuple[str, ...]
+) -> None:
     """Plan, prepare the data, start, and watch a run until it ends.
 
     OVERRIDES are those of plan. Exit code: 0 succeeded (or detached), 100 failed, 103 cancelled. Ctrl-C cancels a run
     on this machine cleanly, and detaches from one on an existing cluster.
+
+    --rehearse submits the same plan with smaller sizes, at most eight ranks on a Ray cluster of two nodes and a spare
+    on this machine, and shows the difference first. A node is killed on the way, or what faults=[...] says; it fails
+    (100) unless every fault fired and was noticed, the run ended, and no more was lost than its copies in memory allow.
     """
     from launcher import backends
 
     with backends.asking(overrides) as ray:
-        ctx.exit(_submit(overrides, ray, dry_run=dry_run, detach=detach, as_json=as_json))
+        ctx.exit(_submit(overrides, ray, dry_run=dry_run, detach=detach, rehearse=rehearse, as_json=as_json))
 
 
-def _submit(overrides: tuple[str, ...], ray: RayProcess | None, *, dry_run: bool, detach: bool, as_json: bool) -> int:
+def _submit(
+    overrides: tuple[str, ...], ray: RayProcess | None, *, dry_run: bool, detach: bool, rehearse: bool, as_json: bool
+) -> int:
     """Everything; returns the exit code."""
     from launcher import build, launch
     from launcher.config import compose
@@ -52,8 +69,11 @@ def _submit(overrides: tuple[str, ...], ray: RayProcess | None, *, dry_run: bool
     from strategies.errors import ConfigError
 
     config = compose(overrides)
+    toy = _miniature(config) if rehearse else None
+    config = toy.config if toy else config
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    config = build.settle(config, name=build.default_name(config, stamp, secrets.token_hex(2)), cwd=Path.cwd())
+    name = build.default_name(config, f"rehearsal-{stamp}" if toy else stamp, secrets.token_hex(2))
+    config = build.settle(config, name=name, cwd=Path.cwd())
     if detach and config.cluster.kind != "existing":
         raise ConfigError(
             f"--detach needs cluster=existing: a cluster={config.cluster.kind} run is controlled by this command.",
@@ -61,8 +81,10 @@ def _submit(overrides: tuple[str, ...], ray: RayProcess | None, *, dry_run: bool
         )
     request = build.build_request(config, overrides, launch.measured(config, ray))
     shipment = launch.project(config)
-    launch.check_parent(Path(config.run.dir))
-    with launch.closing(screen()) as shown:
+    launch.check_place(Path(request.run_dir))
+    with interruptible(), launch.closing(screen()) as shown:
+        if toy:
+            _announce(toy, request, shown)
         request = prepare_data(config, request, shown)
         if dry_run:
             print_json(dry_run_document(request, shipment))
@@ -70,7 +92,23 @@ def _submit(overrides: tuple[str, ...], ray: RayProcess | None, *, dry_run: bool
         store = launch.create(request, config, shipment)
         shown.say(f"run {store.name} in {store.paths.root}")
         outcome = launch.run(store, shown, detach=detach, ray=ray)
-    return finish(store, config, outcome, as_json=as_json, folder=_typed_folder(config.run.dir))
+    folder = _typed_folder(config.run.dir)
+    return finish(store, config, outcome, as_json=as_json, folder=folder, rehearsal=toy)
+
+
+def _miniature(config: Config) -> Toy:
+    from launcher.drill.miniature import miniature
+
+    return miniature(config)
+
+
+def _announce(toy: Toy, request: LaunchRequest, shown: Screen) -> None:
+    """Show what is smaller, and write the text that the rehearsal learns."""
+    from launcher.drill.miniature import announcement
+    from launcher.drill.programme import corpus
+
+    shown.say(announcement(toy, request.job.faults))
+    corpus(Path(request.job.data.path).parent)
 
 
 def dry_run_document(request: LaunchRequest, shipment: Shipment | None) -> dict[str, Any]:

@@ -1,7 +1,11 @@
-"""``phalanx drill``: rehearse a run at toy width, break it on purpose, and compare it with the undisturbed run.
+"""Rehearsals. ``phalanx drill``: a run at toy width, broken on purpose, and compared with the undisturbed run.
+``phalanx submit --rehearse``: the same run at toy width, submitted like any other, through one fault to its end.
 
 ====================  ==================================================================================
 ``toy``               the experiment, small enough for this machine, every degree above 1 still above 1
+``concessions``       what cannot run at all, given up: as little as possible
+``changes``           how it differs from the experiment, and what is the same
+``miniature``         what is submitted, and how its end is judged
 ``case``              what a fault of the catalogue is made of
 ``catalogue``         every fault, with what it does, what it needs and how it must end
 ``draw``              faults drawn by a seed

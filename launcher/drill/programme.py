@@ -8,21 +8,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from launcher.build import batch_spec
 from launcher.drill import report
 from launcher.drill.case import Aim, Case, usual_aim
 from launcher.drill.catalogue import CATALOGUE, named
+from launcher.drill.changes import with_changes
 from launcher.drill.compare import compare
 from launcher.drill.draw import Draw, draws
 from launcher.drill.evidence import gather
 from launcher.drill.needs import missing
-from launcher.drill.rehearsal import Ended, Rehearsal, create, prepared, undisturbed, with_changes
+from launcher.drill.rehearsal import Ended, Rehearsal, create, prepared, undisturbed
 from launcher.drill.report import Result
 from launcher.drill.toy import STEPS, Toy
 from launcher.follow import Screen
 from launcher.schema import Config
 from launcher.store import RunStore, write_atomic
 from strategies.errors import ConfigError, did_you_mean
-from strategies.schedule import Skip
+from strategies.schedule import SampleSchedule, Skip
 
 UNDISTURBED = "undisturbed"
 _LINES = 3000
@@ -44,6 +46,10 @@ def choose(words: str, toy: Toy, *, seed: int, count: int) -> tuple[Draw, ...]:
     if words == "random":
         able = [case for case in CATALOGUE if case.drawn and not missing(case.needs, toy.plan)]
         return draws(able, seed=seed, count=count, plan=toy.plan, nodes=nodes)
+    if not words.strip(" ,"):
+        raise ConfigError(
+            "--faults names no fault.", hint="phalanx drill --faults list shows them; all is the default."
+        )
     names = [case.name for case in CATALOGUE] if words == "all" else [word.strip() for word in words.split(",")]
     unknown = [name for name in names if named(name) is None]
     if unknown:
@@ -119,7 +125,8 @@ class Programme:
             if steps != STEPS:
                 name = f"{name}-{steps}"
             if skipped:
-                skip = Skip(step=skipped, samples=config.train.global_batch)
+                size = SampleSchedule.of(batch_spec(config)).batch_at(skipped)
+                skip = Skip(step=skipped, samples=size)
                 config, name = replace(config, train=replace(config.train, skips=(skip,))), f"{name}-without-{skipped}"
             store = create(config, name, ())
             undisturbed(store, self._watching(name))

@@ -13,10 +13,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from jobs import checkpoint
 from jobs.faults import named
@@ -26,6 +25,7 @@ from launcher import backends, build, launch, sites
 from launcher.drill import ambush, disks
 from launcher.drill.acts import Act
 from launcher.drill.case import Aim, Case, faults_of, hold
+from launcher.drill.changes import with_changes
 from launcher.drill.network import Network, network
 from launcher.follow import Screen
 from launcher.host import process
@@ -61,15 +61,6 @@ class Ended:
     undone: int = 0
     problem: str = ""
     left: tuple[str, ...] = ()
-
-
-def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
-    """The configuration with dotted keys changed."""
-    for key, value in changes.items():
-        group, _, name = key.partition(".")
-        changed: dict[str, Any] = {group: replace(getattr(config, group), **{name: value})}
-        config = replace(config, **changed)
-    return config
 
 
 def create(config: Config, name: str, faults: Sequence[str]) -> RunStore:

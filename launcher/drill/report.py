@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.drill.case import Aim, Case, Outcome
+from launcher.drill.changes import Change
 from launcher.drill.compare import Comparison
 from launcher.drill.evidence import Evidence
-from launcher.drill.toy import Change
 from launcher.render import indent, plural, seconds, table
 from strategies.codec import to_json
 from strategies.errors import DrillFailed, DrillIncomplete
@@ -151,21 +151,6 @@ def summary(results: Sequence[Result]) -> str:
     parts += [f"{count['failed']} failed"] if count["failed"] else []
     parts += [f"{count['skipped']} cannot be rehearsed here"] if count["skipped"] else []
     return "; ".join(parts) + "."
-
-
-def changes_text(changes: Sequence[Change]) -> str:
-    """What the rehearsal has smaller than the experiment, as a diff."""
-    if not changes:
-        return "nothing is smaller than in the experiment"
-    return table(
-        ("SHRUNK", "EXPERIMENT", "REHEARSAL"), [(one.key, _short(one.was), _short(one.now)) for one in changes]
-    )
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"{value.get('experts', len(value))} experts" if "experts" in value else "set"
-    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def document(results: Sequence[Result], *, folder: str, plan: str, changes: Sequence[Change], seed: int | None) -> Any:

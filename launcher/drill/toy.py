@@ -1,53 +1,74 @@
 """An experiment at toy width: the same kinds of parallelism, on as many ranks as a small machine can carry. Pure.
 
-Every degree above 1 stays above 1. What cannot run at all yet (it can only be modelled: experts, sequence parallelism,
-some schedules) is replaced by what can, and the difference says so.
+Only sizes change: every degree above 1 stays above 1, and so do virtual stages, micro-batches, accumulation, uneven
+stages and a batch that grows; a model keeps its flavour, the ratio of its heads and of its feed-forward blocks, and
+its experts. What cannot run at all (:mod:`launcher.drill.concessions`) is replaced by what can, and the difference says
+so.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from launcher import build
 from launcher.data_schema import DataConfig
+from launcher.drill.changes import Change, differences, shown, unchanged, with_changes
+from launcher.drill.concessions import runnable
 from launcher.schema import ClusterConfig, Config, ModelConfig, StrategyConfig, TrainConfig
-from strategies.codec import to_json
 from strategies.errors import ConfigError, PlanInfeasible
 from strategies.plan import ParallelPlan
+from strategies.ramp import Ramp
+from strategies.specs import MoeSpec
 
 MOST_RANKS = 8
 NODES = 2
 STEPS = 20
 EVERY = 3  # steps between checkpoints
 NUMERIC_STEP = 18  # of the faults that spoil numbers: all share one oracle; a spike needs 16 losses before it
-SAVE_TIMEOUT_S = 6.0
-_HEAD_WIDTH = 16
+_WIDTH, _LEAST_HEAD, _MOST_HEAD = 64, 4, 16
+_MOST_EXPERTS, _MOST_GROUP = 16, 16
 _VOCAB, _SEQ = 300, 16
 _ROWS = 4
+_RAMP_STEPS = 12  # of the smallest size: six steps of that, three of twice as many, then the full batch
+_DEGREES = ("tp", "pp", "dp", "sp", "cp")
 
-_MODELLED = (
-    ("sp", 1),
-    ("cp", 1),
-    ("schedule", "1f1b"),
-    ("vpp", 1),
-    ("sequence_parallel", False),
-    ("offload", "none"),
-    ("recompute", "none"),
-    ("grad_dtype", "fp32"),
-)
-"""What is given up, one after the other, until the plan runs."""
+_WHY = {
+    **dict.fromkeys(("data.kind", "data.sources", "data.tokenizer", "data.validation"), "a small text of its own"),
+    "train.eval_every": "nothing is kept from training",
+    "cluster.kind": "on this machine",
+    "tracking.kind": "nobody's experiment",
+    "train.lr": "so that few steps learn something",
+    "train.init_from": "weights of the full width",
+    "train.spike_sigmas": "faults of numbers are to be noticed",
+    "checkpoint.url": "in the run directory",
+    "recovery.save_timeout_s": "a stuck disk is to be noticed soon",
+    "strategy.offload_path": "in host memory",
+    "model.from_hf": "narrower",
+    "model.head_width": "hidden / heads",
+    "model.position_rows": "that of the flavour",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
-    """One value of the experiment that is another in the rehearsal."""
+class Setting:
+    """Where a rehearsal takes place.
 
-    key: str
-    was: Any
-    now: Any
+    Attributes:
+        kind: The cluster on this machine: ``local`` has Ray, ``process`` has not.
+        spares: Nodes that stand by.
+        changes: Configuration keys that are other than in the experiment for its sake.
+    """
+
+    kind: Literal["local", "process"]
+    spares: int = 0
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+DRILL = Setting(kind="process", changes={"recovery.save_timeout_s": 6.0})
+SUBMIT = Setting(kind="local", spares=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,34 +79,48 @@ class Toy:
         config: What is run.
         plan: Its plan.
         changes: How it differs from the experiment.
+        same: What does not differ, by key.
     """
 
     config: Config
     plan: ParallelPlan
     changes: tuple[Change, ...]
+    same: Mapping[str, Any]
 
 
-def shrink(config: Config) -> Toy:
+def shrink(config: Config, setting: Setting = DRILL) -> Toy:
     """Make an experiment small.
 
     Raises:
-        ConfigError: It is a script, which brings a model of its own; or the size of its cluster is not known.
+        ConfigError: It is no training; or the size of its cluster is not known.
         PlanInfeasible: Its plan is illegal, or no small plan of its kind runs.
     """
-    if config.job.kind == "script":
+    if config.job.kind != "pretrain":
         raise ConfigError(
-            "A script cannot be rehearsed at toy width: its model is its own.",
-            hint="phalanx submit job=script faults=[...] injects faults into a run of it.",
+            f"job={config.job.kind} cannot be rehearsed at toy width: its model is its own.",
+            hint="What is rehearsed is training: job=pretrain.",
         )
     sketch = build.outline(config)
     if sketch.broken:
         raise PlanInfeasible(sketch.broken, hint="phalanx plan with the same overrides shows the whole picture.")
-    degrees = fit({name: getattr(sketch.plan, name) for name in ("tp", "pp", "dp", "sp", "cp")})
-    small = _small(config, sketch.plan, degrees)
-    plan = build.outline(small).plan
-    before, after = _shown(config, sketch.plan), _shown(small, plan)
-    changes = [Change(key=key, was=was, now=after[key]) for key, was in before.items() if was != after[key]]
-    return Toy(config=small, plan=plan, changes=tuple(changes))
+    degrees = fit({name: getattr(sketch.plan, name) for name in _DEGREES})
+    reduced, reasons = runnable(_reduced(config, sketch.plan, degrees, setting))
+    reasons |= {
+        f"strategy.{name}": f"at most {MOST_RANKS} ranks"
+        for name, now in degrees.items()
+        if now == 1 < getattr(sketch.plan, name)
+    }
+    if setting.spares:
+        reasons["cluster.spares"] = "one takes the place of a node that dies"
+    plan = build.outline(reduced).plan
+    small = replace(reduced, cluster=_cluster(config.cluster, plan.world_size, setting))
+    before, after = shown(config, sketch.plan), shown(small, plan)
+    return Toy(
+        config=small,
+        plan=plan,
+        changes=differences(before, after, _WHY | reasons),
+        same=unchanged(before, after),
+    )
 
 
 def fit(degrees: Mapping[str, int], most: int = MOST_RANKS) -> dict[str, int]:
@@ -106,77 +141,111 @@ def fit(degrees: Mapping[str, int], most: int = MOST_RANKS) -> dict[str, int]:
     return small
 
 
-def _small(config: Config, plan: ParallelPlan, degrees: Mapping[str, int]) -> Config:
-    """The first configuration that runs, giving up what is modelled only."""
-    strategy = _strategy(plan, degrees)
+def _reduced(config: Config, plan: ParallelPlan, degrees: Mapping[str, int], setting: Setting) -> Config:
+    """The experiment with every size reduced; it may not run yet."""
     changed = replace(
         config,
-        model=_model(config.model, tp=degrees["tp"], pp=degrees["pp"]),
-        data=DataConfig(kind="text", path=config.data.path, cache=None),
-        train=_train(config.train, degrees["dp"]),
+        model=_model(config.model, plan, degrees),
+        data=DataConfig(kind="text", path=config.data.path, packing=config.data.packing),
+        cluster=_cluster(config.cluster, math.prod(degrees.values()), setting),
+        strategy=_strategy(plan, degrees),
+        train=_train(config.train, plan, degrees),
         checkpoint=replace(config.checkpoint, every=EVERY, keep=max(3, config.checkpoint.keep), url=None),
-        recovery=replace(config.recovery, save_timeout_s=SAVE_TIMEOUT_S),
+        recovery=replace(config.recovery, min_nodes=None),
         tracking=replace(config.tracking, kind="none"),
         experiment=replace(config.experiment, require_faults=False),
         planner=replace(config.planner, framework="megatron"),
         faults=(),
     )
-    for tried in _giving_up(strategy):
-        found = replace(changed, strategy=tried, cluster=_cluster(config.cluster, tried))
-        sketch = build.outline(found)
-        if not sketch.violations:
-            return found
-    raise PlanInfeasible(sketch.violations, what="No small plan of this kind runs:", hint="Rehearse a simpler one.")
+    return with_changes(changed, setting.changes)
 
 
-def _giving_up(strategy: StrategyConfig) -> Iterator[StrategyConfig]:
-    yield strategy
-    for key, plain in _MODELLED:
-        if getattr(strategy, key) != plain:
-            plainer: dict[str, Any] = {key: plain}
-            strategy = replace(strategy, **plainer)
-            yield strategy
-    yield replace(strategy, zero_stage=1)
+# ---- the plan ---------------------------------------------------------------------------------------------------
 
 
 def _strategy(plan: ParallelPlan, degrees: Mapping[str, int]) -> StrategyConfig:
-    keys = ("zero_stage", "schedule", "vpp", "recompute", "grad_dtype", "offload", "flash", "sequence_parallel")
+    keys = ("zero_stage", "schedule", "recompute", "grad_dtype", "offload", "flash", "sequence_parallel")
     kept: dict[str, Any] = {key: getattr(plan, key) for key in keys} | dict(degrees)
-    return StrategyConfig(**kept, ep=1, micro_batch=1)
-
-
-def _model(model: ModelConfig, *, tp: int, pp: int) -> ModelConfig:
-    grouped = model.kv_heads is not None and model.kv_heads < model.heads
-    heads = max(2, 2 * tp if grouped else tp)
-    hidden = heads * _HEAD_WIDTH
-    return replace(
-        model,
-        layers=max(2, pp),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=heads // 2 if grouped else None,
-        ffn=2 * hidden,
-        vocab=_VOCAB,
-        seq=_SEQ,
-        head_width=None,
-        position_rows=None,
-        gated=None,
-        embed_norm=False,
-        moe=None,
-        latent=None,
+    room = degrees["dp"] * degrees["sp"] * degrees["cp"]
+    ep = max(size for size in range(1, min(2, plan.ep, room) + 1) if room % size == 0)
+    stages = _stages(plan, degrees["pp"])
+    return StrategyConfig(
+        **kept,
+        ep=ep,
+        vpp=min(2, plan.vpp),
+        micro_batch=min(2, plan.micro_batch),
+        stages=stages if len({*stages}) > 1 else None,
     )
 
 
-def _train(train: TrainConfig, dp: int) -> TrainConfig:
+def _stages(plan: ParallelPlan, pp: int) -> tuple[int, ...]:
+    """Blocks per stage: as few as the schedule takes, one more where the experiment's stages are longer."""
+    least = 2 if plan.schedule != "1f1b" and pp > 1 else 1
+    picked = [plan.stages[stage * plan.pp // pp] for stage in range(pp)]
+    stages = tuple(least + (blocks > min(picked)) for blocks in picked)
+    return (2,) if stages == (1,) else stages
+
+
+# ---- the model --------------------------------------------------------------------------------------------------
+
+
+def _model(model: ModelConfig, plan: ParallelPlan, degrees: Mapping[str, int]) -> ModelConfig:
+    tp, split = degrees["tp"], degrees["tp"] * degrees["sp"]
+    kv_heads = model.kv_heads or model.heads
+    grouped = min(_MOST_GROUP, model.heads // kv_heads) if kv_heads < model.heads else 1
+    heads = max(2, split * grouped)
+    hidden = heads * max(_LEAST_HEAD, min(_MOST_HEAD, _WIDTH // heads // 2 * 2))
+    unit = split * degrees["cp"] * 2
+    return replace(
+        model,
+        layers=sum(_stages(plan, degrees["pp"])),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=heads // grouped if model.kv_heads else None,
+        ffn=_scaled(model.ffn, model, hidden, tp) if model.ffn else None,
+        vocab=_VOCAB,
+        seq=-(-_SEQ // unit) * unit,
+        head_width=None,
+        position_rows=None,
+        from_hf=None,
+        moe=_experts(model.moe, model, hidden, tp) if model.moe else None,
+    )
+
+
+def _scaled(inner: int, model: ModelConfig, hidden: int, tp: int) -> int:
+    """The inner width of a feed-forward block in the same ratio to the narrow model, for every shard the same."""
+    return max(1, round(inner / model.hidden * hidden / tp)) * tp
+
+
+def _experts(moe: MoeSpec, model: ModelConfig, hidden: int, tp: int) -> MoeSpec:
+    """As many experts per token, of fewer in all where there are very many."""
+    experts = moe.experts if moe.experts <= _MOST_EXPERTS else max(_MOST_EXPERTS, 2 * moe.top_k)
+    return replace(
+        moe,
+        experts=experts,
+        ffn=_scaled(moe.ffn, model, hidden, tp),
+        dense_layers=min(1, moe.dense_layers),
+        shared_ffn=_scaled(moe.shared_ffn, model, hidden, tp) if moe.shared_ffn else 0,
+    )
+
+
+# ---- the recipe and the machine -----------------------------------------------------------------------------------
+
+
+def _train(train: TrainConfig, plan: ParallelPlan, degrees: Mapping[str, int]) -> TrainConfig:
+    full = plan.schedule != "1f1b" and degrees["pp"] > 1
+    least = degrees["dp"] * min(2, plan.micro_batch) * (2 * degrees["pp"] if full else 1)
+    rows = max(_ROWS, least * (1 if full else min(2, plan.grad_accum)))
     return replace(
         train,
         steps=STEPS,
         tokens=None,
-        global_batch=max(_ROWS, dp),
+        global_batch=3 * rows if train.ramp else rows,
+        ramp=Ramp(start=rows, increment=rows, samples=_RAMP_STEPS * rows) if train.ramp else None,
+        init_from=None,
         lr=1e-3,
         min_lr=None,
-        warmup_steps=0,
-        precision=train.precision if train.precision == "fp32" else "bf16",
+        warmup_steps=min(2, train.warmup_steps),
         spike_sigmas=train.spike_sigmas or 10.0,
         skips=(),
         eval_every=0,
@@ -184,32 +253,14 @@ def _train(train: TrainConfig, dp: int) -> TrainConfig:
     )
 
 
-def _cluster(cluster: ClusterConfig, strategy: StrategyConfig) -> ClusterConfig:
-    """Plain processes on this machine: two nodes, so that one can be lost."""
-    world = math.prod(degree or 1 for degree in (strategy.tp, strategy.pp, strategy.dp, strategy.sp, strategy.cp))
+def _cluster(cluster: ClusterConfig, world: int, setting: Setting) -> ClusterConfig:
+    """This machine, as two nodes: one can be lost."""
     nodes = NODES if world % NODES == 0 else min(world, NODES)
     return ClusterConfig(
-        name=cluster.name, kind="process", nodes=nodes, slots_per_node=-(-world // nodes), device=cluster.device
+        name=setting.kind,
+        kind=setting.kind,
+        nodes=nodes,
+        slots_per_node=-(-world // nodes),
+        spares=setting.spares,
+        device=cluster.device,
     )
-
-
-_SHOWN = ("model", "data", "cluster", "train", "checkpoint", "recovery", "tracking")
-_UNSHOWN = (
-    "cluster.hardware",
-    "cluster.device",
-    "model.name",
-    "data.path",
-    "data.cache",
-    "tracking.",
-    "cluster.address",
-)
-
-
-def _shown(config: Config, plan: ParallelPlan) -> dict[str, Any]:
-    """Key -> value of what a rehearsal may change, the plan's values resolved."""
-    tree = to_json(config)
-    found = {f"{group}.{key}": value for group in _SHOWN for key, value in tree[group].items()}
-    found = {key: value for key, value in found.items() if not key.startswith(_UNSHOWN)}
-    kept = ("tp", "pp", "dp", "ep", "sp", "cp", "zero_stage", "schedule", "vpp", "recompute", "grad_dtype", "offload")
-    resolved = {f"strategy.{key}": getattr(plan, key) for key in (*kept, "sequence_parallel", "micro_batch")}
-    return resolved | {"tracking.kind": config.tracking.kind} | found

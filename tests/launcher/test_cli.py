@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,9 @@ import pytest
 
 from launcher import cli
 from launcher.cli import VERBS, main
+from launcher.ending_signals import heard
 from strategies.errors import ClusterError
+from tests.support.cli import end, start
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "ray", "deepspeed", "numpy", "wandb", "tokenizers"}
@@ -297,3 +300,82 @@ def test_bad_input_of_plan_is_explained(invoke: Invoke) -> None:
     code, out, err = invoke("plan", "strategy.tq=2")
     assert (code, out) == (2, "")
     assert "Did you mean 'tp'?" in err
+
+
+def test_a_word_that_is_no_verb_of_a_group_gets_the_nearest(invoke: Invoke) -> None:
+    code, _, err = invoke("checkpoint", "verfy")
+    assert code == 2
+    assert "Did you mean 'verify'?" in err
+    assert invoke("cluster", "prob")[0] == 2
+
+
+def test_a_run_that_cannot_be_made_is_refused_before_the_data_are_prepared(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    for name, said in (("demo", "A run named 'demo' exists"), ("x" * 300, "Use at most")):
+        code, _, err = invoke("submit", f"run.dir={tmp_path}", f"run.name={name}")
+        assert code == 2
+        assert said in err
+        assert "data:" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_a_folder_of_runs_that_does_not_exist(invoke: Invoke, tmp_path: Path) -> None:
+    """A folder that was typed and is not there is a mistake; that nothing was ever run here is none."""
+    code, _, err = invoke("status", "--dir", str(tmp_path / "nowhere"))
+    assert code == 5
+    assert "There is no folder" in err
+    assert invoke("status", "--dir", str(tmp_path))[0] == 0
+    assert "there is no such folder" in invoke("status", str(tmp_path / "nowhere"))[2]
+
+
+def test_a_drill_of_no_fault(invoke: Invoke) -> None:
+    code, _, err = invoke("drill", "--faults", "")
+    assert code == 2
+    assert "names no fault" in err
+
+
+def test_rehearsals_are_planned_as_text_and_as_a_document(invoke: Invoke) -> None:
+    words = ("plan", "--rehearse", "experiment=gpt3_175b")
+    code, out, _ = invoke(*words)
+    assert code == 0
+    assert out.startswith("rehearsal of gpt3_175b: TP2 x PP2 x DP2")
+    code, out, _ = invoke(*words, "--json")
+    assert code == 0
+    (fault,) = json.loads(out)["rehearsal"]["faults"]
+    assert fault.startswith("node_kill@node=")
+    assert invoke(*words, "--why", "tp=2")[0] == 2
+
+
+@pytest.mark.parametrize("verb", ["plan", "submit"])
+def test_what_cannot_be_rehearsed_says_why(verb: str, invoke: Invoke, tmp_path: Path) -> None:
+    words = (verb, "--rehearse", f"run.dir={tmp_path}")
+    assert invoke(*words, "strategy.tp=3")[0] == 3
+    code, _, err = invoke(*words, "job=script", "job.command=true")
+    assert code == 2
+    assert "its model is its own" in err
+    code, _, err = invoke(*words, 'faults=["node_kill@node=9,step=3000"]')
+    assert code == 2
+    assert "there are nodes 0 to 1" in err
+    assert "the run has 20 steps" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_while_data_are_prepared_leaves_nothing_half_made(number: signal.Signals, tmp_path: Path) -> None:
+    process = start("submit", f"run.dir={tmp_path / 'runs'}", "cluster=process", cwd=tmp_path)  # stdlib takes a while
+    assert process.stderr is not None
+    while "data:" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    done = end(process)
+    assert done.code == 130, done.err
+    assert [path for path in (tmp_path / "runs").rglob("*") if path.is_file()] == []
+
+
+def test_hanging_up_is_not_heard_under_nohup() -> None:
+    assert {*heard()} == {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert {*heard()} == {signal.SIGINT, signal.SIGTERM}
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -42,6 +42,19 @@ def test_the_whole_config_is_the_golden_text() -> None:
     assert_golden("deepspeed_config.json", json.dumps(found, indent=2))
 
 
+def test_state_beside_the_device() -> None:
+    def zero(**degrees: Any) -> dict[str, Any]:
+        config = deepspeed_config(plan=plan(precision="bf16", dp=2, **degrees), precision="bf16", **RECIPE)
+        assert config.get("zero_force_ds_cpu_optimizer") is (False if "offload" in degrees else None)
+        return dict(config["zero_optimization"])
+
+    assert not [key for key in zero(zero_stage=3) if key.startswith("offload")]
+    assert zero(zero_stage=1, offload="optimizer")["offload_optimizer"]["device"] == "cpu"
+    both = zero(zero_stage=3, offload="optimizer+params", offload_path="/disks")
+    for kind in ("offload_optimizer", "offload_param"):
+        assert both[kind] == {"device": "nvme", "nvme_path": "/disks", "pin_memory": False}
+
+
 def test_clipping_is_always_written_out() -> None:
     assert deepspeed_config(plan=plan(), precision="fp32", **(RECIPE | {"clip": 0.0}))["gradient_clipping"] == 0.0
 

@@ -81,3 +81,28 @@ def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 def tokens(vocab: int, rows: int, length: int) -> torch.Tensor:
     """Random tokens, always the same."""
     return torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def load(folder: Path) -> Any:
+    """The model of a folder, by transformers, in fp32."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model.eval()
+
+
+def tokenizer(path: Path, vocab: int) -> None:
+    """A byte-level tokenizer of at most ``vocab`` tokens, the first of which begins a document."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(["def f(x):\n    return x + 1\n" * 50, "x = 3 + 4\n" * 50], trainer)
+    made.save(str(path))

@@ -6,17 +6,21 @@ import base64
 import hashlib
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from jobs.checkpoint.fragments import access
 from jobs.distributed import Grid
 from jobs.engine import Engine, MicroBatch
+from jobs.initial import initialise
 from jobs.models.gpt import Decoder, Recipe
 from jobs.models.moe import Router
 from jobs.parallel.meta import ParamMeta
 from jobs.parallel.vocabulary import IGNORE
 from jobs.spec import JobSpec, RankEnv
+from jobs.weights import open_weights
 from strategies.codec import from_json, to_json
 from strategies.deepspeed_config import learning_rate
 from strategies.schedule import SampleSchedule
@@ -45,6 +49,31 @@ def batches(job: JobSpec, step: int, grid: Grid) -> list[MicroBatch]:
                 tokens[row], targets[row] = line[:-1], line[1:]
         out.append((tokens[:, held], targets[:, held]))
     return out
+
+
+def train_from(env: RankEnv, job: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Train from the weights that the job names.
+
+    Returns:
+        Losses in hexadecimal, the initial weights (:func:`dump`), whether every master is one of theirs to the bit, and
+        the samples of the first step.
+    """
+    spec = from_json(JobSpec, job)
+    engine = Engine.build(spec, env)
+    initialise(engine, spec)
+    assert spec.initial is not None
+    source = open_weights(spec.initial, spec.model)
+    exact = True
+    for fragment in access(engine.ds).fragments():
+        values = np.empty(fragment.slice.elements, dtype=np.float32)
+        source.read_slice(fragment.slice, values)
+        exact &= torch.equal(fragment.master[: len(values)].cpu(), torch.from_numpy(values))
+    initial = dump(engine)
+    results = [engine.train_step(step, batches(spec, step, engine.grid)) for step in range(1, steps + 1)]
+    engine.close()
+    lines = [sample(spec, index).tolist() for index in range(spec.batch.global_batch)]
+    losses = [result.loss.hex() for result in results]
+    return {"loss": losses, "initial": initial, "masters_exact": exact, "lines": lines}
 
 
 def train(env: RankEnv, job: dict[str, Any], steps: int, weights: bool = False) -> dict[str, Any]:

@@ -9,9 +9,10 @@ import pytest
 from launcher.config import compose
 from launcher.drill import programme
 from launcher.drill.catalogue import CATALOGUE
+from launcher.drill.changes import with_changes
 from launcher.drill.needs import Need
 from launcher.drill.programme import choose
-from launcher.drill.rehearsal import Ended, with_changes
+from launcher.drill.rehearsal import Ended
 from launcher.drill.toy import Toy, shrink
 from launcher.store import RunStore
 from strategies.errors import ConfigError

@@ -9,6 +9,7 @@ from launcher.config import compose
 from launcher.drill import report
 from launcher.drill.case import Aim, Case
 from launcher.drill.catalogue import CATALOGUE, named
+from launcher.drill.changes import changes_text
 from launcher.drill.compare import Comparison
 from launcher.drill.evidence import Evidence
 from launcher.drill.report import Result
@@ -76,7 +77,7 @@ def test_catalogue() -> None:
 
 
 def test_what_was_shrunk_is_a_difference() -> None:
-    assert_golden("drill-shrunk.txt", report.changes_text(shrink(compose(["experiment=gpt4_1800b"])).changes))
+    assert_golden("drill-shrunk.txt", changes_text(shrink(compose(["experiment=gpt4_1800b"])).changes))
 
 
 def test_a_fault_that_did_not_fire_is_a_failure_even_if_the_run_is_right() -> None:

@@ -9,9 +9,12 @@ import pytest
 
 from launcher import build
 from launcher.config import compose
-from launcher.drill.toy import MOST_RANKS, Toy, fit, shrink
+from launcher.drill.toy import MOST_RANKS, STEPS, Toy, fit, shrink
 from launcher.schema import Config
-from strategies.errors import ConfigError, PlanInfeasible
+from strategies.errors import ConfigError, PlanInfeasible, Violation
+from strategies.plan import ParallelPlan
+from strategies.schedule import SampleSchedule
+from strategies.specs import ModelSpec
 
 EXPERIMENTS = {
     "gpt3_175b": ["experiment=gpt3_175b"],
@@ -68,14 +71,73 @@ def test_what_can_only_be_planned_is_replaced_and_said_so() -> None:
     assert said["strategy.ep"] == (16, 1)
     assert said["strategy.schedule"] == ("interleaved", "1f1b")
     assert said["model.moe"][1] is None
+    why = {change.key: change.why for change in toy.changes}
+    assert "mixture of experts" in why["strategy.ep"]
+    assert why["strategy.schedule"] == "schedule interleaved is modelled only"
     assert (said["strategy.tp"], said["strategy.dp"]) == ((8, 2), (208, 2))
     assert toy.config.train.precision == "bf16"
 
 
-def test_grouped_heads_stay_grouped() -> None:
-    model = of("llama3_405b")[1].config.model
-    assert model.kv_heads is not None
-    assert 1 < model.kv_heads < model.heads
+def test_only_what_cannot_run_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The day a combination runs it is kept, without a change here."""
+    from strategies import capabilities
+
+    sent: list[str] = []
+
+    def runnable(plan: ParallelPlan, precision: str, model: ModelSpec) -> Violation | None:
+        sent.append(plan.schedule)
+        refused = plan.schedule == "interleaved" or plan.sequence_parallel
+        return Violation(rule="combination_runs", message="not yet", hint="") if refused else None
+
+    monkeypatch.setattr(capabilities, "runnable", runnable)
+    toy = shrink(compose(EXPERIMENTS["gpt4_1800b"]))
+    assert set(sent) >= {"interleaved", "dualpipev"}
+    assert (toy.plan.schedule, toy.plan.vpp, toy.plan.grad_accum) == ("dualpipev", 1, 12)
+    assert (toy.plan.tp, toy.plan.pp, toy.plan.dp, toy.plan.ep, toy.plan.world_size) == (2, 2, 2, 2, 8)
+    assert not toy.plan.sequence_parallel
+    model = toy.config.model
+    assert model.moe is not None
+    assert (model.moe.experts, model.moe.top_k, model.moe.ffn) == (16, 2, 86)  # 8/3 x hidden, divisible by tp
+    given_up = {change.key for change in toy.changes if change.why == "not yet"}
+    assert given_up == {"strategy.schedule", "strategy.vpp", "strategy.sequence_parallel"}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_what_makes_a_run_what_it_is_stays(name: str) -> None:
+    config, toy = of(name)
+    was, now = build.outline(config), build.outline(toy.config)
+    assert toy.config.train.precision == config.train.precision
+    for key in ("zero_stage", "recompute", "grad_dtype", "flash", "offload"):
+        assert getattr(now.plan, key) == getattr(was.plan, key), key
+    for key in ("micro_batch", "grad_accum"):
+        assert (getattr(now.plan, key) > 1) == (getattr(was.plan, key) > 1), key
+    for key in ("flavour", "tied"):
+        assert getattr(now.model, key) == getattr(was.model, key), key
+    assert now.model.heads / now.model.kv_heads == was.model.heads / was.model.kv_heads
+    assert now.model.ffn / now.model.hidden == pytest.approx(was.model.ffn / was.model.hidden, rel=0.02)
+    assert (len({*now.plan.stages}) > 1) == (len({*was.plan.stages}) > 1)
+    assert (now.batch.ramp is None) == (was.batch.ramp is None)
+    both = {change.key for change in toy.changes} & {*toy.same}
+    assert both == set()
+
+
+def test_a_batch_that_grows_reaches_its_full_size_within_the_rehearsal() -> None:
+    batch = build.outline(of("gpt3_175b")[1].config).batch
+    schedule = SampleSchedule.of(batch)
+    sizes = [schedule.batch_at(step) for step in range(1, STEPS + 1)]
+    assert sizes == sorted(sizes)
+    assert {*sizes} == {4, 8, 12}
+
+
+@pytest.mark.parametrize(
+    "model", ["bloom_176b", "deepseek_v3", "glm_130b", "llama2_70b", "mixtral_8x7b", "switch_1t6", "gpt2_xl"]
+)
+def test_models_of_unusual_shape_have_a_rehearsal(model: str) -> None:
+    tp = 5 if model == "gpt2_xl" else 8  # 25 heads
+    words = [f"model={model}", "cluster=h100", f"strategy.tp={tp}", "strategy.pp=4", "strategy.dp=16"]
+    toy = shrink(compose([*words, "train.precision=bf16", "train.global_batch=512"]))
+    assert toy.plan.world_size == MOST_RANKS
+    assert build.outline(toy.config).violations == ()
 
 
 @pytest.mark.parametrize("most", [8, 9, 12, 16])

@@ -1,0 +1,37 @@
+"""A gang that only computes: DeepSpeed's groups and device, no engine and no optimizer."""
+
+from __future__ import annotations
+
+import torch
+
+from jobs.checkpoint.gang import agree
+from jobs.engine import assembly, process
+from jobs.forward import Forward
+from jobs.spec import JobSpec, RankEnv
+from jobs.weights import open_weights, verify
+from strategies.errors import ConfigError, StorageError
+
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def join(job: JobSpec, env: RankEnv) -> Forward:
+    """Join the gang and read this rank's part of the model. Collective.
+
+    Raises:
+        ConfigError: The weights are not those of the model.
+        CorruptCheckpoint: They are damaged; on every rank.
+        StorageError: They cannot be read, or are others than at the submit; on every rank.
+    """
+    assert job.initial is not None, "the configuration was checked"
+    process.join(env, deterministic=job.train.deterministic)
+    grid = assembly.grid_of(job.plan)
+    error: Exception | None = None
+    try:
+        verify(job.initial, env.rank, env.world_size)
+        device, dtype = torch.device(process.device()), _TYPES[job.train.precision]
+        source = open_weights(job.initial, job.model, env.rank)
+        forward = Forward(job.model, source, grid, stages=job.plan.stages, device=device, dtype=dtype)
+    except (StorageError, ConfigError) as caught:
+        error = caught
+    agree(error)
+    return forward

@@ -1,0 +1,103 @@
+"""Text from a model, greedy or sampled: the same under any plan, because every draw has a seed of its own.
+
+The noise of one draw is a function of (seed, prompt, position) alone; with it the choice is the largest of logit +
+Gumbel noise, so that the rounding of another plan matters only where two tokens are as good as equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from jobs.forward import Forward
+from jobs.models.init import seed_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How a token is chosen.
+
+    Attributes:
+        temperature: Logits are divided by it; 0 takes the most likely token.
+        top_k: Only among so many most likely ones; 0: among all.
+        top_p: Only among the most likely ones that have this probability together.
+        seed: Seed of the draws.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def draw(logits: torch.Tensor, how: Sampling, prompt: str, position: int) -> int:
+    """The next token.
+
+    Args:
+        logits: ``[vocab]``.
+        how: How to choose.
+        prompt: The text that is continued.
+        position: Number of the token that is chosen, from the beginning of the prompt.
+    """
+    wide = logits.double().cpu()
+    if how.temperature == 0:
+        return int(wide.argmax())
+    scaled = wide / how.temperature
+    order = torch.sort(scaled, descending=True, stable=True).indices
+    kept = order[: how.top_k] if how.top_k else order
+    if how.top_p < 1.0:
+        shares = torch.softmax(scaled[kept], dim=-1)
+        before = shares.cumsum(dim=-1) - shares
+        kept = kept[before < how.top_p]  # the first always stays
+    generator = torch.Generator().manual_seed(seed_of(how.seed, f"{position}/{prompt}"))
+    uniform = torch.rand(len(wide), dtype=torch.float64, generator=generator).clamp_min(1e-300)
+    noisy = scaled[kept] - torch.log(-torch.log(uniform[kept]))
+    return int(kept[int(noisy.argmax())])
+
+
+def generate(
+    forward: Forward,
+    prompts: Sequence[Sequence[int]],
+    keys: Sequence[str],
+    *,
+    count: int,
+    how: Sampling,
+    done: Callable[[], None] = lambda: None,
+) -> list[tuple[list[int], float]]:
+    """Continue every prompt by ``count`` tokens. Collective; equal on all ranks of a replica.
+
+    Args:
+        forward: The model.
+        prompts: Tokens of each prompt, at least one.
+        keys: What fixes the draws of each prompt.
+        count: Tokens to add; the model sees the last ``seq`` ones at a time.
+        how: How to choose them.
+        done: Called after every token.
+
+    Returns:
+        Of each prompt its tokens with the new ones, and the negative log-likelihood of those.
+    """
+    rows = [list(prompt) for prompt in prompts]
+    losses = [0.0] * len(rows)
+    for _ in range(count):
+        windows = [row[-forward.model.seq :] for row in rows]
+        tokens = torch.zeros((len(rows), max(map(len, windows))), dtype=torch.int64)
+        for row, window in enumerate(windows):
+            tokens[row, : len(window)] = torch.tensor(window)
+        logits = forward.logits_at(tokens, torch.tensor([len(window) - 1 for window in windows]))
+        chosen = None if logits is None else _choose(logits, rows, keys, how)
+        shared = forward.share(chosen, torch.empty((len(rows), 2), dtype=torch.float64)).cpu()
+        for index, (token, loss) in enumerate(shared.tolist()):
+            rows[index].append(int(token))
+            losses[index] += loss
+        done()
+    return list(zip(rows, losses, strict=True))
+
+
+def _choose(logits: torch.Tensor, rows: list[list[int]], keys: Sequence[str], how: Sampling) -> torch.Tensor:
+    """``[rows, 2]``: the token of each row and its negative log-likelihood."""
+    tokens = [draw(logits[index], how, keys[index], len(row)) for index, row in enumerate(rows)]
+    losses = -torch.log_softmax(logits.double(), dim=-1)[torch.arange(len(rows)), torch.tensor(tokens)]
+    return torch.stack([torch.tensor(tokens, dtype=torch.float64), losses.cpu()], dim=1)

@@ -1,0 +1,217 @@
+"""From files to rows of tokens, once, where the job is submitted; every rank reads the same rows in the same order.
+
+A row is a piece of text that goes through the model once. The file of rows is named by the digest of its content and
+written aside, so that it is whole or not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.checkpoint.layout import sync_dir, write_durably
+from jobs.data.store import TOKENIZER
+from jobs.data.tokenizer import END_OF_TEXT_ID
+from jobs.hf.folder import CONFIG
+from jobs.inference.questions import Question, read_prompts, read_questions, read_texts
+from jobs.spec import InferenceSpec, WeightsSpec
+from strategies.codec import from_json, to_json
+from strategies.errors import ConfigError, StorageError
+from strategies.specs import ModelSpec
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One piece of text.
+
+    Attributes:
+        tokens: Its tokens, at most one more than the model's sequence (none is predicted from the last).
+        begin: The first token that counts; those before it are context.
+        item: Number of the document, the question or the prompt.
+        choice: Which choice of a question it is; -1 for a text or a prompt.
+        bytes: Length of what counts, in UTF-8; of a document, 0 in all rows but its first.
+        right: It is the right choice.
+        key: What fixes the draws of a generation, beside the seed and the position.
+    """
+
+    tokens: tuple[int, ...]
+    begin: int
+    item: int
+    choice: int = -1
+    bytes: int = 0
+    right: bool = False
+    key: str = ""
+
+
+class Encoder:
+    """A tokenizer, and the token that begins a document.
+
+    Args:
+        path: A ``tokenizer.json``.
+        start: The token that begins a document; None for none.
+
+    Raises:
+        StorageError: It cannot be read.
+    """
+
+    def __init__(self, path: Path, start: int | None) -> None:
+        from tokenizers import Tokenizer
+
+        self.start = [] if start is None else [start]
+        try:
+            self.tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise StorageError(f"The tokenizer {path} cannot be read.", why=str(error)) from error
+
+    def __call__(self, text: str) -> list[int]:
+        """Tokens of a text, as it stands within a document."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def prepare(spec: InferenceSpec, weights: WeightsSpec, model: ModelSpec, cache: Path, *, stop: bool) -> InferenceSpec:
+    """Make the rows of a job.
+
+    Args:
+        spec: What is asked.
+        weights: The weights, beside which the tokenizer is looked for.
+        model: The model.
+        cache: Folder of prepared data, on the file system that the ranks see.
+        stop: Whether prompts are wanted, not texts and questions.
+
+    Returns:
+        ``spec`` with ``tokenizer``, ``start``, ``rows``, ``digest`` and ``count`` filled.
+
+    Raises:
+        ConfigError: A file has bad lines, or the tokenizer does not fit the model.
+        StorageError: A file cannot be read or written.
+    """
+    path = Path(spec.tokenizer) if spec.tokenizer else _tokenizer_of(weights)
+    start = _start_of(weights, model)
+    encode = Encoder(path, start)
+    size = encode.tokenizer.get_vocab_size()
+    if size > model.vocab:
+        raise ConfigError(
+            f"The tokenizer {path} has {size} tokens, the model '{model.name}' only {model.vocab}.",
+            hint="job.tokenizer=FILE names the one that belongs to the model.",
+        )
+    found = list(_prompt_rows(spec, encode, model) if stop else _scored_rows(spec, encode, model))
+    data = "".join(json.dumps(to_json(row), separators=(",", ":")) + "\n" for row in found).encode()
+    digest = hashlib.sha256(data).hexdigest()
+    file = cache.absolute() / f"rows-{digest[:32]}.jsonl"
+    _keep(file, data)
+    return replace(spec, tokenizer=str(path), start=start, rows=str(file), digest=digest, count=len(found))
+
+
+def read_rows(spec: InferenceSpec) -> list[Row]:
+    """The rows that :func:`prepare` made.
+
+    Raises:
+        StorageError: They are gone or damaged.
+    """
+    hint = "Check that the folder is shared by all nodes, or submit again: the rows are prepared anew."
+    try:
+        data = Path(spec.rows).read_bytes()
+    except OSError as error:
+        raise StorageError(f"Cannot read the rows {spec.rows}.", why=str(error), hint=hint) from error
+    if hashlib.sha256(data).hexdigest() != spec.digest:
+        raise StorageError(f"The rows {spec.rows} are damaged.", why="their digest is another", hint=hint)
+    return [from_json(Row, json.loads(line)) for line in data.splitlines()]
+
+
+def _scored_rows(spec: InferenceSpec, encode: Encoder, model: ModelSpec) -> Iterator[Row]:
+    for item, text in enumerate(read_texts(spec.text) if spec.text else []):
+        yield from _windows(encode.start + encode(text), len(text.encode()), item, model.seq, bool(encode.start))
+    questions = read_questions(spec.choices, spec.shots) if spec.choices else []
+    examples = "".join(question.solved() for question in questions[: spec.shots])
+    for item, question in enumerate(questions[spec.shots :]):
+        yield from _choices(examples, question, item, encode, model.seq)
+
+
+def _windows(tokens: list[int], size: int, item: int, seq: int, started: bool) -> Iterator[Row]:
+    """A document in pieces of ``seq`` predictions; every token but the first is predicted exactly once."""
+    for first in range(0, len(tokens) - 1, seq):
+        piece = tuple(tokens[first : first + seq + 1])
+        yield Row(tokens=piece, begin=1, item=item, bytes=size if first == 0 else 0)
+
+
+def _choices(examples: str, question: Question, item: int, encode: Encoder, seq: int) -> Iterator[Row]:
+    context = examples + question.prompt()
+    before = len(encode.start) + len(encode(context))
+    for index, choice in enumerate(question.choices):
+        whole = encode.start + encode(f"{context} {choice}")
+        begin = max(1, min(before, len(whole) - 1))  # a choice that merges into its context has at least a token
+        cut = max(0, len(whole) - seq - 1)  # what is too long loses its beginning
+        right = index == question.answer
+        size = len(f" {choice}".encode())
+        yield Row(
+            tokens=tuple(whole[cut:]), begin=max(1, begin - cut), item=item, choice=index, bytes=size, right=right
+        )
+
+
+def _prompt_rows(spec: InferenceSpec, encode: Encoder, model: ModelSpec) -> Iterator[Row]:
+    prompts = ([spec.prompt] if spec.prompt else []) + (read_prompts(spec.prompts) if spec.prompts else [])
+    for item, prompt in enumerate(prompts):
+        tokens = encode.start + encode(prompt)
+        if not tokens:
+            raise ConfigError(f"Prompt {item + 1} has no tokens, and the tokenizer no token that begins a text.")
+        yield Row(tokens=tuple(tokens), begin=len(tokens), item=item, key=prompt)
+
+
+def _tokenizer_of(weights: WeightsSpec) -> Path:
+    """The tokenizer beside the weights.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if weights.kind == "hf":
+        path = Path(weights.path) / TOKENIZER
+    else:
+        path = Path(_data_of(weights).get("store", "")) / TOKENIZER
+    if not path.is_file():
+        raise ConfigError(f"There is no tokenizer beside {weights.path}.", hint="Name one: job.tokenizer=FILE.")
+    return path
+
+
+def _run_of(weights: WeightsSpec) -> Path | None:
+    """The run directory that a manifest lies in: <run>/checkpoints/<step>/<token>.manifest.json."""
+    run = Path(weights.path).parent.parent.parent
+    return run if (run / "request.json").is_file() else None
+
+
+def _data_of(weights: WeightsSpec) -> dict[str, Any]:
+    """What a run was trained on, as its request says; empty where a checkpoint is apart from its run."""
+    run = _run_of(weights)
+    found: dict[str, Any] = json.loads((run / "request.json").read_text())["job"]["data"] if run else {}
+    return found
+
+
+def _start_of(weights: WeightsSpec, model: ModelSpec) -> int | None:
+    """The token that begins a document: the one that ends another in a run; a folder's config.json may name one."""
+    if weights.kind == "checkpoint":
+        return int(_data_of(weights).get("end_id", END_OF_TEXT_ID))
+    config: Any = json.loads((Path(weights.path) / CONFIG).read_text())
+    start = config.get("bos_token_id")
+    return start if isinstance(start, int) and 0 <= start < model.vocab else None
+
+
+def _keep(file: Path, data: bytes) -> None:
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists() or file.read_bytes() != data:
+            write_durably(aside, data)
+            os.replace(aside, file)
+            sync_dir(file.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise StorageError(f"Cannot write the rows {file}.", why=error.strerror or str(error)) from error

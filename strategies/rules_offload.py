@@ -1,0 +1,39 @@
+"""Rules about state that lives beside the device: what DeepSpeed can move, by ZeRO stage."""
+
+from __future__ import annotations
+
+from strategies.cases import Case, Rule
+from strategies.errors import Violation
+
+
+def offload_needs_zero(case: Case) -> Violation | None:
+    """DeepSpeed moves what ZeRO cuts: the optimizer's state from stage 1 on, parameters in stage 3 only."""
+    plan = case.plan
+    if plan.offload == "none" or not case.engine:
+        return None
+    least = 3 if plan.offload == "optimizer+params" else 1
+    if plan.zero_stage >= least:
+        return None
+    what, stages = ("parameters", "3") if least == 3 else ("the optimizer's state", "1, 2 and 3")
+    options = [f"strategy.zero_stage={least}"] + ["strategy.offload=optimizer"] * (least == 3 and plan.zero_stage > 0)
+    return Violation(
+        rule="offload_needs_zero",
+        message=f"offload {plan.offload} with zero_stage {plan.zero_stage}: DeepSpeed moves {what} in stage {stages}",
+        hint=", or ".join([*options, "strategy.offload=none"]),
+    )
+
+
+def disks_need_zero_three(case: Case) -> Violation | None:
+    """Only ZeRO-3 swaps state to disks."""
+    plan = case.plan
+    if not plan.offload_path or plan.offload == "none" or not case.engine or plan.zero_stage == 3:
+        return None
+    return Violation(
+        rule="disks_need_zero_three",
+        message=f"offload_path {plan.offload_path} with zero_stage {plan.zero_stage}: only ZeRO-3 swaps state to disks",
+        hint="strategy.zero_stage=3, or strategy.offload_path=null (host memory)",
+    )
+
+
+OFFLOAD_RULES: tuple[Rule, ...] = (offload_needs_zero, disks_need_zero_three)
+"""In the order in which they are reported."""

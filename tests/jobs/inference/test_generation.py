@@ -1,0 +1,77 @@
+"""Drawing tokens: greedy, top-k, top-p, the right frequencies, and a noise that depends on nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.forward import Forward
+from jobs.hf.folder import model_of
+from jobs.inference.generation import Sampling, draw, generate
+from jobs.weights import find, open_weights
+from tests.support import hf_models
+
+LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0, -5.0])
+
+
+def frequencies(how: Sampling, draws: int = 4000) -> list[float]:
+    counts = torch.bincount(torch.tensor([draw(LOGITS, how, "p", n) for n in range(draws)]), minlength=5)
+    return [float(count) / draws for count in counts]
+
+
+def test_greedy_takes_the_largest() -> None:
+    assert draw(LOGITS, Sampling(), "p", 3) == 1
+    assert draw(LOGITS, Sampling(temperature=5.0, top_k=1), "p", 3) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+def test_draws_have_the_probabilities_of_the_softmax(temperature: float) -> None:
+    wanted = torch.softmax(LOGITS / temperature, dim=-1).tolist()
+    assert frequencies(Sampling(temperature=temperature)) == pytest.approx(wanted, abs=0.03)
+
+
+def test_top_k_and_top_p_leave_out_the_rest() -> None:
+    shares = torch.softmax(LOGITS, dim=-1)
+    assert float(shares[1]) < 0.7 < float(shares[1] + shares[2])
+    for how in (Sampling(temperature=1.0, top_k=2), Sampling(temperature=1.0, top_p=0.7)):
+        found = frequencies(how, 1000)
+        assert found[0] == found[3] == found[4] == 0.0
+        assert found[1] == pytest.approx(float(shares[1] / (shares[1] + shares[2])), abs=0.05)
+
+
+def test_a_draw_follows_from_seed_prompt_and_position() -> None:
+    how = Sampling(temperature=1.0, seed=3)
+    flat = torch.zeros(1000)
+    one = [draw(flat, how, "p", n) for n in range(8)]
+    assert one == [draw(flat, how, "p", n) for n in range(8)]
+    assert len(set(one)) > 4
+    assert one != [draw(flat, how, "q", n) for n in range(8)]
+    assert one != [draw(flat, Sampling(temperature=1.0, seed=4), "p", n) for n in range(8)]
+    nearly = flat + 1e-6 * torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    assert one == [draw(nearly, how, "p", n) for n in range(8)]  # rounding changes nothing
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_greedy_text_is_that_of_transformers_and_does_not_depend_on_the_batch(tmp_path: Path, kind: str) -> None:
+    theirs = hf_models.make(tmp_path / "hf", kind)
+    model = model_of(tmp_path / "hf")
+    forward = Forward(model, open_weights(find(str(tmp_path / "hf")), model))
+    prompts = [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6]]
+    found = generate(forward, prompts, ["a", "b", "c"], count=12, how=Sampling())
+    for prompt, (tokens, loss) in zip(prompts, found, strict=True):
+        line = torch.tensor([prompt])
+        for _ in range(12):
+            line = torch.cat([line, hf_models.logits(theirs, line)[:, -1:].argmax(dim=-1)], dim=1)
+        assert tokens == line[0].tolist()
+        chosen = hf_models.logits(theirs, line[:, :-1]).log_softmax(dim=-1)[0, len(prompt) - 1 :]
+        assert loss == pytest.approx(-float(chosen.gather(1, line[0, len(prompt) :, None]).sum()), rel=1e-4)
+
+
+def test_a_text_longer_than_the_sequence_slides_on(tmp_path: Path) -> None:
+    hf_models.make(tmp_path / "hf", "gpt2", n_positions=8)
+    model = model_of(tmp_path / "hf")
+    forward = Forward(model, open_weights(find(str(tmp_path / "hf")), model))
+    ((tokens, _),) = generate(forward, [[1, 2, 3]], ["a"], count=20, how=Sampling())
+    assert len(tokens) == 23

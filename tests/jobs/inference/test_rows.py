@@ -1,0 +1,131 @@
+"""Rows of tokens: every token is scored once, choices stand behind their examples, bad lines are told at once."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.hf.folder import model_of
+from jobs.inference.questions import read_prompts, read_questions, read_texts
+from jobs.inference.rows import Encoder, prepare, read_rows
+from jobs.spec import InferenceSpec
+from jobs.weights import find
+from strategies.errors import ConfigError, StorageError
+from tests.support import hf_models
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("hf") / "model"
+    hf_models.make(root, "llama", vocab_size=320)
+    hf_models.tokenizer(root / "tokenizer.json", 300)
+    return root
+
+
+def rows(folder: Path, tmp_path: Path, *, stop: bool = False, **asked: Any) -> Any:
+    model = model_of(folder)
+    spec = prepare(InferenceSpec(**asked), find(str(folder)), model, tmp_path / "cache", stop=stop)
+    assert spec.start == 0
+    found = read_rows(spec)
+    assert len(found) == spec.count
+    return found
+
+
+def write(path: Path, *lines: Any) -> str:
+    path.write_text("".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in lines))
+    return str(path)
+
+
+def test_every_token_of_a_text_is_scored_exactly_once(folder: Path, tmp_path: Path) -> None:
+    text = "def f(x):\n    return x + 1\n" * 30
+    found = rows(folder, tmp_path, text=write(tmp_path / "t.jsonl", {"text": text}, {"text": "x"}))
+    tokens = [0, *Encoder(folder / "tokenizer.json", 0)(text)]
+    pieces = [row for row in found if row.item == 0]
+    assert len(pieces) > 2
+    scored = [token for row in pieces for token in row.tokens[row.begin :]]
+    assert scored == tokens[1:]
+    assert all(len(row.tokens) <= 49 for row in pieces)
+    assert sum(row.bytes for row in found) == len(text) + 1
+    assert all(a.tokens[-1] == b.tokens[0] for a, b in itertools.pairwise(pieces))  # context of one token
+
+
+def test_choices_stand_behind_solved_examples(folder: Path, tmp_path: Path) -> None:
+    asked = [{"question": f"{i}?", "choices": ["a", f"b{i}"], "answer": i % 2} for i in range(3)]
+    file = write(tmp_path / "q.jsonl", *asked)
+    found = rows(folder, tmp_path, choices=file, shots=1)
+    assert [(row.item, row.choice, row.right) for row in found] == [
+        (0, 0, False),
+        (0, 1, True),
+        (1, 0, True),
+        (1, 1, False),
+    ]
+    decode = Encoder(folder / "tokenizer.json", 0).tokenizer.decode
+    assert decode(list(found[1].tokens)) == "Question: 0?\nAnswer: a\n\nQuestion: 1?\nAnswer: b1"
+    assert decode(list(found[1].tokens[found[1].begin :])) == " b1"
+    assert found[1].bytes == 3
+
+
+def test_what_is_too_long_loses_its_beginning(folder: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "q.jsonl", {"question": "z" * 90, "choices": ["a", "b"], "answer": "b"})
+    for row in rows(folder, tmp_path, choices=file):
+        assert len(row.tokens) == 49
+        assert row.begin < 49
+
+
+def test_bad_questions_are_told_all_at_once(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "q.jsonl",
+        {"question": "ok?", "choices": ["a", "b"], "answer": 0},
+        {"question": "one?", "choices": ["a"], "answer": 0},
+        {"question": "two?", "choices": ["a", "b"], "answer": 2},
+        {"quesion": "three?", "choices": ["a", "b"], "answer": 1},
+        "not json",
+    )
+    with pytest.raises(ConfigError) as caught:
+        read_questions(file, 0)
+    told = str(caught.value)
+    assert "4 bad lines" in told
+    assert "line 2: 'choices' must be a list of at least two texts" in told
+    assert "line 3: 'answer' must be one of the choices or 0..1, found 2" in told
+    assert "unknown key 'quesion'. Did you mean 'question'?" in told
+    assert "line 5:" in told
+
+
+def test_too_few_questions_for_the_examples(tmp_path: Path) -> None:
+    file = write(tmp_path / "q.jsonl", {"question": "ok?", "choices": ["a", "b"], "answer": 0})
+    with pytest.raises(ConfigError, match=r"1 questions, job\.shots=1 takes so many"):
+        read_questions(file, 1)
+
+
+def test_folders_of_texts_and_files_of_prompts(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    write(tmp_path / "texts" / "b.jsonl", {"text": "two"}, {"text": " "})
+    (tmp_path / "texts" / "a.txt").write_text("one")
+    assert read_texts(str(tmp_path / "texts")) == ["one", "two"]
+    assert read_prompts(write(tmp_path / "p.txt", "x", "", "y")) == ["x", "y"]
+    assert read_prompts(write(tmp_path / "p.jsonl", {"prompt": "z"})) == ["z"]
+    with pytest.raises(StorageError, match="Cannot read"):
+        read_prompts(str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="There is no text"):
+        read_texts(write(tmp_path / "empty.txt", ""))
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    hf_models.make(tmp_path / "small", "llama", vocab_size=97)
+    model = model_of(tmp_path / "small")
+    asked = InferenceSpec(prompt="x", tokenizer=str(folder / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"has 2\d\d tokens, the model 'small' only 97"):
+        prepare(asked, find(str(tmp_path / "small")), model, tmp_path, stop=True)
+    with pytest.raises(ConfigError, match="There is no tokenizer beside"):
+        prepare(InferenceSpec(prompt="x"), find(str(tmp_path / "small")), model, tmp_path, stop=True)
+
+
+def test_damaged_rows_are_noticed(folder: Path, tmp_path: Path) -> None:
+    spec = prepare(InferenceSpec(prompt="x"), find(str(folder)), model_of(folder), tmp_path, stop=True)
+    Path(spec.rows).write_text("[]\n")
+    with pytest.raises(StorageError, match="are damaged"):
+        read_rows(spec)

@@ -1,0 +1,101 @@
+"""Models that exist, in the configuration: sizes from config.json, weights checked, every problem at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher import build
+from launcher.config import compose, recompose, to_yaml
+from strategies.errors import ConfigError
+from tests.support import hf_models
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models") / "tiny-llama"
+    hf_models.make(root, "llama")
+    return root
+
+
+def refused(*words: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        compose(words)
+    return str(caught.value)
+
+
+def test_the_model_follows_from_the_folder(folder: Path) -> None:
+    config = compose(["model=gpt_tiny", f"model.from_hf={folder}", "model.seq=16"])
+    model = build.model_spec(config)
+    assert (model.name, model.flavour, model.layers, model.kv_heads) == ("tiny-llama", "llama", 3, 2)
+    assert (model.vocab, model.seq, model.rope_theta, model.tied) == (97, 16, 777.0, False)
+
+
+def test_nothing_is_left_of_the_experts_of_the_model_that_was_chosen(tmp_path: Path) -> None:
+    hf_models.make(tmp_path / "hf", "mixtral")
+    config = compose(["model=deepseek_v3", f"model.from_hf={tmp_path / 'hf'}", "model.moe.balance_weight=0.01"])
+    moe = build.model_spec(config).moe
+    assert moe is not None
+    assert (moe.experts, moe.top_k, moe.ffn, moe.shared_ffn, moe.dense_layers) == (4, 2, 40, 0, 0)
+    assert (moe.routing, moe.balance_weight) == ("softmax", 0.01)
+    assert build.model_spec(config).latent is None
+
+
+def test_a_stored_configuration_needs_the_folder_no_more(folder: Path, tmp_path: Path) -> None:
+    config = compose([f"model.from_hf={folder}", f"train.init_from={folder}"])
+    moved = build.settle(config, name="run", cwd=tmp_path)
+    text = to_yaml(moved).replace(str(folder), str(tmp_path / "gone"))
+    (tmp_path / "config.yaml").write_text(text)
+    again = recompose(tmp_path / "config.yaml", ["train.steps=7"])
+    assert build.model_spec(again) == build.model_spec(config)
+    assert again.train.init_from == str(tmp_path / "gone")
+
+
+def test_weights_become_part_of_the_request(folder: Path, tmp_path: Path) -> None:
+    words = [f"model.from_hf={folder}", f"train.init_from=hf:{folder}", "cluster=process"]
+    config = build.settle(compose(words), name="run", cwd=tmp_path)
+    request = build.build_request(config, words)
+    assert request.job.initial is not None
+    assert (request.job.initial.kind, request.job.initial.path) == ("hf", str(folder))
+
+
+def test_weights_of_another_model_are_refused_with_all_other_problems(folder: Path) -> None:
+    told = refused(f"train.init_from={folder}", "model=llama_tiny")
+    assert "it holds another model: layers 3 in the folder" in told
+    assert "model.from_hf=FOLDER takes the model from there" in told
+    assert "tensors are missing" in told
+    assert "of another shape" in told
+    assert "There are no weights at /nowhere" in refused("train.init_from=/nowhere")
+
+
+def test_a_folder_that_is_no_model_of_ours_is_refused(folder: Path, tmp_path: Path) -> None:
+    document = json.loads((folder / "config.json").read_text()) | {"model_type": "lama", "hidden_act": "relu"}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    assert "Did you mean 'llama'?" in refused(f"model.from_hf={tmp_path}")
+    (tmp_path / "config.json").write_text(json.dumps(document | {"model_type": "llama", "attention_bias": True}))
+    told = refused(f"model.from_hf={tmp_path}", "train.steps=0")
+    assert "3 problems" in told
+    assert "hidden_act" in told
+    assert "attention_bias" in told
+    assert "train.steps" in told
+
+
+def test_an_evaluation_takes_its_model_from_the_weights(folder: Path, tmp_path: Path) -> None:
+    words = ["job=evaluate", f"job.weights={folder}", "job.text=t.txt", "cluster=process", "strategy.dp=2"]
+    config = build.settle(compose(words), name="run", cwd=tmp_path)
+    job = build.build_request(config, words).job
+    assert (job.kind, job.model.name, job.plan.dp, job.deepspeed) == ("evaluate", "tiny-llama", 2, {})
+    assert job.inference is not None
+    assert job.inference.text == str(tmp_path / "t.txt")
+    assert job.checkpoint.memory_every == 0
+
+
+def test_everything_that_is_wrong_with_an_evaluation_is_told_at_once() -> None:
+    told = refused("job=evaluate", "strategy.cp=2", "train.init_from=x", "checkpoint.url=/somewhere")
+    assert "5 problems" in told
+    for key in ("job.weights: missing", "job.text: missing", "strategy.cp", "train.init_from", "checkpoint.url"):
+        assert key in told
+    assert "job.prompt: missing" in refused("job=generate", "job.weights=x")
+    assert "at most 1" in refused("job=generate", "job.weights=x", "job.prompt=y", "job.top_p=1.5")
