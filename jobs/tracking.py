@@ -35,6 +35,12 @@ _LOGGED = ("loss", "grad_norm", "lr", "tokens_per_s", "seconds", "attempt", "epo
 _OF_ROUTERS = ("aux_loss", "balance_loss", "z_loss", "imbalance", "dropped", "crossed")
 
 
+def numbers_of(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a line of metrics.jsonl is logged; what routers do has names of its own."""
+    routing = {f"moe/{key}": value for key, value in line.get("moe", {}).items() if key in _OF_ROUTERS}
+    return {key: line[key] for key in _LOGGED if key in line} | routing
+
+
 class Tracker(Protocol):
     """Where metrics go."""
 
@@ -79,8 +85,7 @@ class WandbTracker:
             self._start()
         step = int(line["step"])
         if step > self._state["step"]:
-            routing = {f"moe/{key}": value for key, value in line.get("moe", {}).items() if key in _OF_ROUTERS}
-            self._run.log({key: line[key] for key in _LOGGED if key in line} | routing, step=step)
+            self._run.log(numbers_of(line), step=step)
             self._state["step"] = step
             self._keep()
 

@@ -349,11 +349,10 @@ def spread(function: Callable[[Any], Any], items: Sequence[Any], code: Path) -> 
     """What a function of ours returns for every item, worked on by all processors of the cluster, as it comes."""
     variables = {"PYTHONPATH": f"{code}{os.pathsep}${{PYTHONPATH}}", "TOKENIZERS_PARALLELISM": "false"}
     with _cluster_errors():
-        task = ray.remote(function).options(num_cpus=1, runtime_env={"env_vars": variables})
+        task = ray.remote(runtime_env={"env_vars": variables})(function)
         running = {task.remote(item): index for index, item in enumerate(items)}
         while running:
-            for ref in ray.wait(list(running), num_returns=1)[0]:
-                yield running.pop(ref), ray.get(ref)
+            yield running.pop(ref := ray.wait(list(running))[0][0]), ray.get(ref)
 
 
 def gcs_nodes(address: str) -> list[dict[str, Any]]:

@@ -175,7 +175,7 @@ def _ask_ray(arguments: list[str], timeout_s: float, *, what: str, ray: RayProce
         return answer_in(process.ask(arguments, timeout_s, what=what), what=what)
 
 
-def answer_in(output: str, complaint: str = "", *, what: str) -> dict[str, Any]:
+def answer_in(output: str, *, what: str) -> dict[str, Any]:
     """The last line of ``output`` that is an answer.
 
     Raises:
@@ -187,7 +187,7 @@ def answer_in(output: str, complaint: str = "", *, what: str) -> dict[str, Any]:
             if "error" in answer:
                 raise_remote(answer["error"])
             return answer
-    raise silent(what, "".join([line for line in (complaint or output).splitlines() if line.strip()][-1:]))
+    raise silent(what, "".join([line for line in output.splitlines() if line.strip()][-1:]))
 
 
 def wait_gone(find: Callable[[], Any], paths: RunPaths, patience_s: float = 10.0) -> None:

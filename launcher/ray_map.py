@@ -15,7 +15,7 @@ from jobs.data.work import Answer, Request, failed
 from launcher.ray_client import answer_in, reach
 from launcher.ray_errors import auth_environment
 from launcher.ray_node import VISIT, visit
-from launcher.ray_process import let_go, python_path
+from launcher.ray_process import is_answer, let_go, python_path, silent
 from launcher.ship import renew_code
 
 
@@ -74,8 +74,9 @@ class OnRay:
                 process.wait()
             finally:
                 let_go(process)
-        complaint.seek(0)
-        said = complaint.read().decode(errors="replace")
-        answer_in(
-            last.decode(errors="replace"), said, what=f"The cluster at {self._address} could not work on the data."
-        )
+        what = f"The cluster at {self._address} could not work on the data."
+        if not is_answer(last):
+            complaint.seek(0)
+            said = complaint.read().decode(errors="replace").strip().splitlines()
+            raise silent(what, "".join(said[-1:]))
+        answer_in(last.decode(), what=what)

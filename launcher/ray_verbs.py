@@ -18,7 +18,7 @@ from strategies.errors import ClusterError
 
 
 def main() -> None:
-    """Entry point: ``start ARGS...``; ``submit RUN_DIR ORDER``; ``map ADDRESS CODE``; ``serve`` for many questions.
+    """Entry point: ``start ARGS...``; ``submit RUN_DIR ORDER``; ``map ADDRESS CODE``; ``serve`` for any questions.
 
     A question is a line of standard input, the JSON list of a verb and its arguments; an answer is a line of JSON.
     """
@@ -43,20 +43,17 @@ def _answer(verb: str, *arguments: str) -> bool:
         else:
             # Whoever asked has lost patience: what has been begun must be taken back.
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
-            if verb == "map":
-                answer = {"answered": spread_work(arguments[0], Path(arguments[1]))}
-            else:
-                answer = submit(Path(arguments[0]), arguments[1])
+            answer = _spread(*arguments) if verb == "map" else submit(Path(arguments[0]), arguments[1])
     except Exception as error:
         answer = {"error": as_remote(error)}
     print(json.dumps({"phalanx": 1} | answer), flush=True)
     return "error" not in answer
 
 
-def spread_work(address: str, code: Path) -> int:
+def _spread(address: str, code: str) -> dict[str, Any]:
     """Pass requests of :mod:`jobs.data.work` from standard input to a cluster, and its answers to standard output."""
     requests = [json.loads(line) for line in sys.stdin]
     with ray_backend.connected(Path(os.environ[VISIT]), address):
-        for index, answer in ray_backend.spread(perform, requests, code):
+        for index, answer in ray_backend.spread(perform, requests, Path(code)):
             print(json.dumps({"index": index, "answer": answer}), flush=True)
-    return len(requests)
+    return {"answered": len(requests)}

@@ -301,7 +301,8 @@ class Bounds:
         key = (shape.pp, len(pipes))
         found = self._best_divisors.get(key)
         if found is None:
-            found = self._best_divisors[key] = max(self.divisor(shape, pipe) for pipe in pipes)
+            # none where the schedule is fixed to one that the space leaves out
+            found = self._best_divisors[key] = max((self.divisor(shape, pipe) for pipe in pipes), default=1.0)
         return found
 
     # ---- memory -----------------------------------------------------------------------------------------------------

@@ -26,20 +26,20 @@ from strategies.specs import ModelSpec, Precision
 MODELLED_ONLY = frozenset({"combination_runs", "combination_probed"})
 """Names of the verdicts of :func:`runnable`: what they refuse to run can still be planned with."""
 
-AXES = ("tp", "pp", "dp", "ep", "sp", "cp")
-_LETTERS = "TPDESC"
+AXES = ("tp", "pp", "ep", "sp", "cp")
+_LETTERS = "TPESC"
 _SPLIT = "+split"
 
 
 class Key(NamedTuple):
     """A combination; the degrees (:data:`AXES`) are True above 1.
 
-    ``offload`` is that of the plan, with ``@nvme`` behind it when there is a path to disks.
+    There is no ``dp``: the probe has two replicas, and one is the same with groups of one rank. ``offload`` is that of
+    the plan, with ``@nvme`` behind it when there is a path to disks.
     """
 
     tp: bool
     pp: bool
-    dp: bool
     zero_stage: int
     precision: Precision
     grad_dtype: GradDtype
@@ -53,7 +53,7 @@ class Key(NamedTuple):
 
     @property
     def degrees(self) -> str:
-        """The degrees above 1 as letters: ``TP.E..``."""
+        """The degrees above 1 as letters: ``TPE..``."""
         return "".join(letter if getattr(self, axis) else "." for letter, axis in zip(_LETTERS, AXES, strict=True))
 
     @property
@@ -67,7 +67,7 @@ class Key(NamedTuple):
     @property
     def to_deepspeed(self) -> Key:
         """What DeepSpeed sees of it: ranks that share a sequence are replicas, and it does not see them split it."""
-        return self._replace(dp=self.dp or self.sp, sp=False, sequence_parallel=False)
+        return self._replace(sp=False, sequence_parallel=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +132,7 @@ def parse_table(text: str) -> dict[Key, Outcome]:
 def format_table(table: Mapping[Key, Outcome]) -> str:
     """The table as text: ZeRO stage, precision, gradients, offload, schedule | recompute | degrees | outcome.
 
-    Degrees above 1 are letters: T, P, D, E, S, C for tp, pp, dp, ep, sp, cp.
+    Degrees above 1 are letters: T, P, E, S, C for tp, pp, ep, sp, cp.
     """
     grouped: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for key, found in sorted(table.items(), key=lambda item: item[0]):
@@ -179,17 +179,24 @@ def runnable(plan: ParallelPlan, precision: Precision, model: ModelSpec) -> Viol
     if modelled is not None:
         return Violation(rule="combination_runs", message=modelled[0], hint=modelled[1])
     seen = outcome(plan, precision)
-    if seen is not None and seen.runs and not plan.offload_path:
-        return None
     if seen is not None and seen.runs:
-        message = f"offload_path {plan.offload_path}: state on disks trains, but cannot be checkpointed yet"
-        return Violation(rule="combination_runs", message=message, hint="strategy.offload_path=null (host memory)")
+        return _not_restored(plan)
     reason = seen.reason if seen is not None else "it has never been tried"
     return Violation(
         rule="combination_probed",
         message=f"{plan.describe()} in {precision}, gradients in {plan.grad_dtype}, does not run: {reason}",
         hint="strategy.zero_stage=1 with strategy.grad_dtype=fp32 runs with every tp, pp and dp",
     )
+
+
+def _not_restored(plan: ParallelPlan) -> Violation | None:
+    """What trains, but does not go on from a checkpoint as it was."""
+    if plan.offload == "none" or not (plan.offload_path or plan.pp > 1):
+        return None
+    message, hint = f"offload_path {plan.offload_path}: state on disks", "strategy.offload_path=null (host memory)"
+    if plan.pp > 1:
+        message, hint = f"offload {plan.offload} with pp {plan.pp}", "strategy.offload=none, or strategy.pp=1"
+    return Violation(rule="combination_runs", message=f"{message} trains, but is not restored exactly", hint=hint)
 
 
 def unbuilt(plan: ParallelPlan, precision: Precision, model: ModelSpec) -> tuple[str, str] | None:
@@ -233,6 +240,8 @@ def _not_with_experts(plan: ParallelPlan, model: ModelSpec) -> tuple[str, str] |
     if plan.ep > 1 and plan.zero_stage == 3:
         message = f"zero_stage 3 with ep {plan.ep} is modelled only: DeepSpeed's ZeRO-3 cuts over all replicas"
         return message, "strategy.zero_stage=2, or strategy.ep=1"
+    if plan.ep > 1 and plan.offload != "none":
+        return f"offload {plan.offload} with ep {plan.ep} is modelled only", "strategy.offload=none, or strategy.ep=1"
     if plan.ep > 1 and plan.zero_stage == 0 and plan.grad_dtype != "fp32" and plan.pp == 1:
         message = f"zero_stage 0 with ep {plan.ep} and gradients in {plan.grad_dtype} is modelled only"
         return message, "strategy.zero_stage=1"

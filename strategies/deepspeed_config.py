@@ -118,10 +118,14 @@ def _zero(stage: int) -> dict[str, Any]:
 
 
 def _offload(plan: ParallelPlan) -> dict[str, Any]:
-    """Where state lives beside the device: nothing is said of what stays on it."""
-    place: dict[str, Any] = {"device": "cpu", "pin_memory": True}
+    """Where state lives beside the device: nothing is said of what stays on it.
+
+    Not in pinned memory: DeepSpeed compiles an op for that on first use, and a rank killed meanwhile leaves a lock that
+    hangs every later start.
+    """
+    place: dict[str, Any] = {"device": "cpu", "pin_memory": False}
     if plan.offload_path:
-        place = {"device": "nvme", "nvme_path": plan.offload_path, "pin_memory": True}
+        place = {"device": "nvme", "nvme_path": plan.offload_path, "pin_memory": False}
     kinds = {"none": (), "optimizer": ("optimizer",), "optimizer+params": ("optimizer", "param")}[plan.offload]
     return {f"offload_{kind}": place.copy() for kind in kinds}
 

@@ -6,7 +6,7 @@ plan of it. Every level multiplies the one above it, so that whole subtrees are 
 
 - ``tp`` divides every tensor of the model; ``pp`` is anything up to the number of blocks; ``stages`` is the even split
   and, where the output projection weighs as much as blocks do, the split that makes up for it;
-- ``sp`` and ``cp`` only without a pipeline, ZeRO-2 and 3 likewise (DeepSpeed's pipeline runs neither);
+- ``cp``, ZeRO-2 and 3 only without a pipeline, which runs none of them, and ``sp``, so that the space can be proved;
 - ``micro_batch`` is 1, 2, 3, 4, 6, 8, 12, ... (2^k and 3 x 2^k);
 - for each count of accumulated micro-batches the fewest replicas that need it, as few as one: a larger machine has all
   the plans of a smaller one and more, so it can never be predicted to be slower;

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.build import model_spec
 from launcher.config import compose
 from launcher.drill.catalogue import CATALOGUE
 from launcher.drill.programme import choose
@@ -84,6 +85,10 @@ def test_submit_as_a_dry_run(words: list[str], tmp_path: Path) -> None:
         hf_models.tokenizer(tmp_path / "my-model" / "tokenizer.json", 300)
         question = json.dumps({"question": "1 + 1?", "choices": ["1", "2"], "answer": 1})
         (tmp_path / "questions.jsonl").write_text(f"{question}\n" * 6)
+    if "train.init_from=runs/short" in words:
+        run = RunStore.create(tiny_request(tmp_path / "runs", name="short"))
+        model = model_spec(compose(["model=llama_tiny", "model.vocab=300", "model.seq=256"]))
+        write_model_checkpoint(run.paths.checkpoint_dir, model)
     if "cluster=existing" in words:
         pytest.skip("needs the cluster that it names; tests/e2e/test_existing_cluster.py has one")
     if "data=mixture" in words:

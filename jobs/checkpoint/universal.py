@@ -36,6 +36,7 @@ from jobs.location import Location
 from jobs.models.gpt import TIED_KEY, Decoder, Recipe
 from strategies.errors import ConfigError
 from strategies.specs import ModelSpec
+from strategies.topology import Topology
 
 _FILES = {"master": "fp32", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 _DEEPSPEED = "0.19.0"  # whose layout this is
@@ -156,7 +157,7 @@ def _model_state(manifest: Manifest) -> dict[str, Any]:
     return {
         "ds_version": _DEEPSPEED,
         "module": {},  # the weights are made of the fp32 masters
-        "dp_world_size": manifest.plan.dp,
+        "dp_world_size": Topology(manifest.plan).data_size,
         "mp_world_size": 1,
         "global_steps": manifest.step,
         "global_samples": manifest.trainer.counters.get("global_samples", 0),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from strategies.errors import ConfigError
-from strategies.specs import ModelSpec
+from strategies.specs import ModelSpec, MoeSpec
 
 Shape = tuple[int, ...]
 
@@ -55,11 +55,23 @@ def require_layout(model: ModelSpec) -> None:
             "layout there.",
             hint="The Llama flavour (model.flavour=llama) has them.",
         )
-    if moe is not None and (moe.dense_layers or moe.shared_ffn or moe.router_bias):
+    if moe is not None and (other := _not_mixtral(moe)):
         raise ConfigError(
-            f"transformers' Mixtral has no layout for the experts of '{model.name}'.",
-            why="it has neither dense blocks, nor shared experts, nor a bias of the router",
+            f"transformers' Mixtral has no layout for the experts of '{model.name}'.", why=f"it has no {other}"
         )
+
+
+def _not_mixtral(moe: MoeSpec) -> str:
+    """What of the experts Mixtral does not have; empty for nothing."""
+    parts = {
+        "dense blocks": moe.dense_layers > 0,
+        "shared experts": moe.shared_ffn > 0,
+        "bias of the router": moe.router_bias,
+        "routing by sigmoids": moe.routing != "softmax",
+        "weights that do not sum to 1": not moe.normalize or moe.top_k == 1,
+        "tokens that are dropped": moe.capacity_factor > 0,
+    }
+    return ", no ".join(part for part, there in parts.items() if there)
 
 
 def parts_of(model: ModelSpec) -> list[Part]:

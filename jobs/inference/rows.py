@@ -95,7 +95,7 @@ def prepare(spec: InferenceSpec, weights: WeightsSpec, model: ModelSpec, cache: 
         StorageError: A file cannot be read or written.
     """
     path = Path(spec.tokenizer) if spec.tokenizer else _tokenizer_of(weights)
-    start = _start_of(weights, path, model)
+    start = _start_of(weights, model)
     encode = Encoder(path, start)
     size = encode.tokenizer.get_vocab_size()
     if size > model.vocab:
@@ -175,9 +175,7 @@ def _tokenizer_of(weights: WeightsSpec) -> Path:
     if weights.kind == "hf":
         path = Path(weights.path) / TOKENIZER
     else:
-        run = _run_of(weights)
-        store = json.loads((run / "request.json").read_text())["job"]["data"]["store"] if run else ""
-        path = Path(store) / TOKENIZER
+        path = Path(_data_of(weights).get("store", "")) / TOKENIZER
     if not path.is_file():
         raise ConfigError(f"There is no tokenizer beside {weights.path}.", hint="Name one: job.tokenizer=FILE.")
     return path
@@ -189,10 +187,17 @@ def _run_of(weights: WeightsSpec) -> Path | None:
     return run if (run / "request.json").is_file() else None
 
 
-def _start_of(weights: WeightsSpec, tokenizer: Path, model: ModelSpec) -> int | None:
-    """The token that begins a document: ours end with one; a folder's config.json may name one."""
+def _data_of(weights: WeightsSpec) -> dict[str, Any]:
+    """What a run was trained on, as its request says; empty where a checkpoint is apart from its run."""
+    run = _run_of(weights)
+    found: dict[str, Any] = json.loads((run / "request.json").read_text())["job"]["data"] if run else {}
+    return found
+
+
+def _start_of(weights: WeightsSpec, model: ModelSpec) -> int | None:
+    """The token that begins a document: the one that ends another in a run; a folder's config.json may name one."""
     if weights.kind == "checkpoint":
-        return END_OF_TEXT_ID
+        return int(_data_of(weights).get("end_id", END_OF_TEXT_ID))
     config: Any = json.loads((Path(weights.path) / CONFIG).read_text())
     start = config.get("bos_token_id")
     return start if isinstance(start, int) and 0 <= start < model.vocab else None

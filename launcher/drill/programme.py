@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from launcher.build import batch_spec
 from launcher.drill import report
 from launcher.drill.case import Aim, Case, usual_aim
 from launcher.drill.catalogue import CATALOGUE, named
@@ -23,7 +24,7 @@ from launcher.follow import Screen
 from launcher.schema import Config
 from launcher.store import RunStore, write_atomic
 from strategies.errors import ConfigError, did_you_mean
-from strategies.schedule import Skip
+from strategies.schedule import SampleSchedule, Skip
 
 UNDISTURBED = "undisturbed"
 _LINES = 3000
@@ -124,7 +125,8 @@ class Programme:
             if steps != STEPS:
                 name = f"{name}-{steps}"
             if skipped:
-                skip = Skip(step=skipped, samples=config.train.global_batch)
+                size = SampleSchedule.of(batch_spec(config)).batch_at(skipped)
+                skip = Skip(step=skipped, samples=size)
                 config, name = replace(config, train=replace(config.train, skips=(skip,))), f"{name}-without-{skipped}"
             store = create(config, name, ())
             undisturbed(store, self._watching(name))

@@ -121,9 +121,6 @@ OFFLOADED = [
     pytest.param({"dp": 2, "zero_stage": 1, "offload": "optimizer"}, "fp32", marks=pytest.mark.full, id="dp2-zero1"),
     pytest.param({"dp": 2, "zero_stage": 2, "offload": "optimizer"}, "bf16", marks=pytest.mark.full, id="dp2-zero2"),
     pytest.param(
-        {"pp": 2, "dp": 2, "zero_stage": 1, "offload": "optimizer"}, "bf16", marks=pytest.mark.full, id="pp2-zero1"
-    ),
-    pytest.param(
         {"tp": 2, "dp": 2, "zero_stage": 3, "offload": "optimizer"}, "bf16", marks=pytest.mark.full, id="tp2-zero3"
     ),
 ]
@@ -184,7 +181,8 @@ def test_the_loss_scale_goes_on_bit_identically(pool: WarmPool, tmp_path: Path, 
     scaler = read_manifest(path).trainer.loss_scaler
     assert scaler["cur_iter"] == 3
     assert scaler["cur_scale"] not in (1, 2.0**22)
-    assert scaler["last_overflow_iter"] >= 0
+    if plan["zero_stage"]:
+        assert scaler["last_overflow_iter"] >= 0
 
 
 MANY = [

@@ -24,6 +24,7 @@ def submit(folder: Path, name: str, *words: str) -> RunStore:
     return cli.store(folder, name)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_from_256_to_1024_tokens(tmp_path: Path) -> None:
     first = submit(tmp_path, "short", "model.seq=256", "strategy.dp=2", "train.steps=40", "checkpoint.every=0")

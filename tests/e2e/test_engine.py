@@ -150,7 +150,7 @@ def test_copies_of_a_parameter_stay_bit_identical(pool: WarmPool, zero_stage: in
     assert counts["blocks.0.attn.q.weight [[0, 16], [0, 32]]"] == 2
 
 
-@pytest.mark.parametrize("degrees", [{"schedule": "interleaved"}, {"vpp": 2}, {"sp": 2}], ids=str)
+@pytest.mark.parametrize("degrees", [{"schedule": "interleaved"}, {"vpp": 2}, {"cp": 2}], ids=str)
 def test_what_is_modelled_only_is_refused(pool: WarmPool, degrees: dict[str, Any]) -> None:
     job = make_job(TINY, make_plan(TINY, BATCH, **degrees), global_batch=BATCH)
     (answer,) = pool.run("tests.support.gang_bodies:refusal", world_size=1, arguments={"job": to_json(job)})

@@ -65,6 +65,8 @@ OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt2-tp2-pp2": ("gpt2", {"tp": 2, "pp": 2, "zero_stage": 1}, {}),
     "gpt2-dp2-zero3": ("gpt2", {"dp": 2, "zero_stage": 3}, {}),
     "llama-tp2-dp2-zero2": ("llama", {"tp": 2, "dp": 2, "zero_stage": 2}, {}),
+    "mixtral-ep2-tp2": ("mixtral", {"dp": 2, "ep": 2, "tp": 2, "zero_stage": 1}, {}),
+    "mixtral-ep2-pp2": ("mixtral", {"dp": 2, "ep": 2, "pp": 2, "zero_stage": 1, "stages": (1, 2)}, {}),
     "llama-dp2-zero0": ("llama", {"dp": 2, "zero_stage": 0}, {}),
 }
 

@@ -57,7 +57,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "pp2-recompute": {"pp": 2, "recompute": "full", "micro_batch": 2},
     "pp2-uneven": {"pp": 2, "stages": (3, 1), "micro_batch": 2},
     "dp3": {"dp": 3, "zero_stage": 1},
-    "tp2-pp2-dp2-dualpipev": {"tp": 2, "pp": 2, "dp": 2, "zero_stage": 1, "schedule": "dualpipev"},
+    "tp2-pp2-dualpipev": {"tp": 2, "pp": 2, "zero_stage": 1, "micro_batch": 2, "schedule": "dualpipev"},
 }
 MORE_PLANS: dict[str, dict[str, Any]] = {
     "pp2-zero1": {"pp": 2, "zero_stage": 1},
@@ -74,6 +74,7 @@ MORE_PLANS: dict[str, dict[str, Any]] = {
     "tp2-pp2-recompute": {"tp": 2, "pp": 2, "recompute": "full", "micro_batch": 4},
     "dp2-zero3-selective": {"dp": 2, "zero_stage": 3, "recompute": "selective"},
     "pp2-selective": {"pp": 2, "recompute": "selective"},
+    "tp2-pp2-dp2-dualpipev": {"tp": 2, "pp": 2, "dp": 2, "zero_stage": 1, "schedule": "dualpipev"},
     "pp2-dualpipev-zero0": {"pp": 2, "zero_stage": 0, "schedule": "dualpipev"},
     "pp4-dualpipev-empty-parts": {"pp": 4, "zero_stage": 1, "schedule": "dualpipev"},
     "pp2-dualpipev-uneven": {"pp": 2, "zero_stage": 1, "schedule": "dualpipev", "stages": (1, 3)},

@@ -14,6 +14,7 @@ from jobs.checkpoint.exchange import Traffic
 from jobs.checkpoint.manifest import Manifest, TrainerState
 from jobs.checkpoint.restore import RestoredState
 from jobs.numerics import BlowUp, LossWatch
+from jobs.parallel.router_log import RouterStats
 from jobs.paths import RunPaths
 from jobs.spec import DataSpec, JobSpec
 from jobs.stages import pretrain
@@ -171,6 +172,19 @@ def test_a_blow_up_ends_the_rank_unless_fp16_only_lowers_its_scale(loss: float, 
     result.overflow = True
     loop._judge(9, result)  # type: ignore[arg-type]
     assert loop._watch.state == [2.0] * 20
+
+
+def test_what_routers_do_is_in_the_metrics(job: JobSpec) -> None:
+    loop = judging(job)
+    loop._job, loop._env = job, SimpleNamespace(attempt=1, epoch=1)  # type: ignore[assignment]
+    result = SimpleNamespace(loss=2.0, grad_norm=1.0, lr=0.1, overflow=False, moe=None)
+    plain = loop._line(9, result, 0.5)  # type: ignore[arg-type]
+    assert "moe" not in plain
+    stats = RouterStats(aux_loss=0.1, balance_loss=4.2, z_loss=3.0, load=(3, 5), imbalance=1.25, dropped=0, crossed=4)
+    result.moe = stats
+    line = loop._line(9, result, 0.5)  # type: ignore[arg-type]
+    assert json.loads(json.dumps(line))["moe"] == dataclasses.asdict(stats) | {"load": [3, 5]}
+    assert line["loss"] == plain["loss"], "the loss is that of the tokens alone"
 
 
 def test_exit_codes() -> None:

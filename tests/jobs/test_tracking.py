@@ -16,7 +16,7 @@ import pytest
 
 from jobs.paths import RunPaths
 from jobs.proctree import descendants, kill_trees, processes
-from jobs.tracking import follow, logged_steps, make_tracker
+from jobs.tracking import follow, logged_steps, make_tracker, numbers_of
 from strategies.errors import StorageError
 
 pytestmark = pytest.mark.timeout(120)
@@ -248,3 +248,10 @@ def test_tracking_needs_no_torch() -> None:
     code = "import sys, jobs.tracking; print(sorted({'torch', 'wandb', 'ray'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_routers_do_is_logged_under_names_of_its_own() -> None:
+    routing = {"aux_loss": 0.1, "load": [3, 5], "imbalance": 1.25, "dropped": 0, "crossed": 4}
+    assert numbers_of({"step": 1, "loss": 2.0, "time": 5.0, "moe": routing}) == {
+        "loss": 2.0, "moe/aux_loss": 0.1, "moe/imbalance": 1.25, "moe/dropped": 0, "moe/crossed": 4,
+    }  # fmt: skip

@@ -33,6 +33,16 @@ def test_the_model_follows_from_the_folder(folder: Path) -> None:
     assert (model.vocab, model.seq, model.rope_theta, model.tied) == (97, 16, 777.0, False)
 
 
+def test_nothing_is_left_of_the_experts_of_the_model_that_was_chosen(tmp_path: Path) -> None:
+    hf_models.make(tmp_path / "hf", "mixtral")
+    config = compose(["model=deepseek_v3", f"model.from_hf={tmp_path / 'hf'}", "model.moe.balance_weight=0.01"])
+    moe = build.model_spec(config).moe
+    assert moe is not None
+    assert (moe.experts, moe.top_k, moe.ffn, moe.shared_ffn, moe.dense_layers) == (4, 2, 40, 0, 0)
+    assert (moe.routing, moe.balance_weight) == ("softmax", 0.01)
+    assert build.model_spec(config).latent is None
+
+
 def test_a_stored_configuration_needs_the_folder_no_more(folder: Path, tmp_path: Path) -> None:
     config = compose([f"model.from_hf={folder}", f"train.init_from={folder}"])
     moved = build.settle(config, name="run", cwd=tmp_path)

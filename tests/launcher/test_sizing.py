@@ -154,7 +154,7 @@ def test_no_node_at_all_is_no_plan(tmp_path: Path) -> None:
 
 def test_nothing_legal_is_a_reason(tmp_path: Path) -> None:
     request = tiny_request(tmp_path)
-    job = replace(request.job, plan=replace(request.job.plan, sp=2))  # modelled only, at any size
+    job = replace(request.job, plan=replace(request.job.plan, cp=2))  # modelled only, at any size
     sizing = Sizing(replace(request, job=job, recovery=replace(request.recovery, wait_for_nodes_s=5.0)))
     assert sizing.need == 4
     assert sizing.largest(1) is None

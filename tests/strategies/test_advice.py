@@ -85,6 +85,9 @@ def test_changes_of_the_plan_are_legal_fit_and_gain_what_they_promise(asked: dic
         assert one.peak_bytes == pytest.approx(better.peak_bytes)
 
 
+_FLAGS = {"true": True, "false": False}
+
+
 def test_overrides_lead_to_the_changed_plan() -> None:
     plan = plan_of(tp=8, pp=4, recompute="full")
     estimator, now = estimated(WORK, plan)
@@ -93,7 +96,7 @@ def test_overrides_lead_to_the_changed_plan() -> None:
     base: dict[str, Any] = {"tp": 8, "pp": 4, "recompute": "full", "dp": plan.dp, "zero_stage": plan.zero_stage}
     for one in found:
         words = dict(word.removeprefix("strategy.").split("=") for word in one.overrides.split())
-        values = {key: int(value) if value.isdigit() else value for key, value in words.items()}
+        values = {key: int(value) if value.isdigit() else _FLAGS.get(value, value) for key, value in words.items()}
         assert plan_of(**base | values) == one.plan
 
 

@@ -15,7 +15,7 @@ from strategies.capability_table import TABLE
 from strategies.plan import Recompute, Schedule
 from strategies.rules import check
 from strategies.specs import BatchSpec
-from tests.e2e.probe_capabilities import State, batch_of, combinations, model_of, plan_of, probe_all, unbuilt
+from tests.e2e.probe_capabilities import BATCH, State, combinations, model_of, plan_of, probe_all, unbuilt
 from tests.strategies.support import TINY, plan
 
 
@@ -37,7 +37,7 @@ def test_the_format_keeps_everything() -> None:
             schedule=schedule,
             offload=offload,
         )
-        for degrees in (dict(zip(AXES, values, strict=True)) for values in product((False, True), repeat=6))
+        for degrees in (dict(zip(AXES, values, strict=True)) for values in product((False, True), repeat=len(AXES)))
         for recompute, split in product(recomputes, (False, True))
         for schedule, offload in others
     ]
@@ -64,7 +64,7 @@ def test_rules_and_table_agree_on_every_probed_combination() -> None:
     for key, found in parse_table(TABLE).items():
         the_plan, model = plan_of(key), model_of(key)
         assert key_of(the_plan, key.precision) == key
-        batch = BatchSpec(global_batch=batch_of(key), seq=model.seq)
+        batch = BatchSpec(global_batch=BATCH, seq=model.seq)
         broken = check(model=model, plan=the_plan, batch=batch, cluster=None, precision=key.precision, modelled=True)
         if found.reason.startswith("phalanx: "):
             assert unbuilt(key), key
@@ -84,8 +84,11 @@ def test_dualpipev_runs_with_every_state_that_1f1b_runs_with() -> None:
 def test_the_rows_of_the_table_are_those_of_the_probe() -> None:
     keys = list(combinations())
     assert len(keys) == len(set(keys))
-    assert set(parse_table(TABLE)) == set(keys)
     assert all(set(key.rows) <= set(keys) for key in keys)
+    table = parse_table(TABLE)
+    assert set(table) <= set(keys)
+    plain = [key for key in keys if not (key.ep or key.sp or key.cp or key.sequence_parallel)]
+    assert set(plain) <= set(table), "the others go by them until they have been tried"
 
 
 def test_the_probe_goes_on_where_it_was_and_starts_anew_for_another_deepspeed(tmp_path: Path) -> None:

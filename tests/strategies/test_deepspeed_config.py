@@ -52,7 +52,7 @@ def test_state_beside_the_device() -> None:
     assert zero(zero_stage=1, offload="optimizer")["offload_optimizer"]["device"] == "cpu"
     both = zero(zero_stage=3, offload="optimizer+params", offload_path="/disks")
     for kind in ("offload_optimizer", "offload_param"):
-        assert both[kind] == {"device": "nvme", "nvme_path": "/disks", "pin_memory": True}
+        assert both[kind] == {"device": "nvme", "nvme_path": "/disks", "pin_memory": False}
 
 
 def test_clipping_is_always_written_out() -> None:

@@ -220,12 +220,17 @@ def test_zero_2_and_3_exclude_a_pipeline(stage: int) -> None:
     assert f"zero_stage {stage} with pp 2" in violation.message
 
 
-@pytest.mark.parametrize("degrees", [{"sp": 2}, {"cp": 2}])
-def test_sequence_parallelism_excludes_a_pipeline_and_is_modelled_only(degrees: dict[str, Any]) -> None:
-    rules = [violation.rule for violation in _check(plan(pp=2, **degrees), modelled=True)]
+def test_context_parallelism_excludes_a_pipeline_and_is_modelled_only() -> None:
+    rules = [violation.rule for violation in _check(plan(pp=2, cp=2), modelled=True)]
     assert rules == ["sequence_parallel_with_pipeline"]
-    assert _check(plan(**degrees), modelled=True) == ()
-    assert _only(_check(plan(**degrees))).rule == "combination_runs"
+    assert _check(plan(cp=2), modelled=True) == ()
+    assert _only(_check(plan(cp=2))).rule == "combination_runs"
+
+
+@pytest.mark.parametrize("degrees", [{}, {"pp": 2}, {"zero_stage": 3}, {"tp": 2, "sequence_parallel": True}])
+def test_sequences_that_are_split_run(degrees: dict[str, Any]) -> None:
+    assert _check(plan(sp=2, **degrees)) == ()
+    assert _check(plan(**degrees)) == ()
 
 
 def test_ulysses_needs_heads_on_every_shard() -> None:
@@ -327,6 +332,7 @@ def test_experts_run_under_every_degree(zero_stage: int) -> None:
     ("degrees", "message", "hint"),
     [
         ({"zero_stage": 3}, "zero_stage 3 with ep 2 is modelled only", "strategy.zero_stage=2, or strategy.ep=1"),
+        ({"zero_stage": 1, "offload": "optimizer"}, "offload optimizer with ep 2", "strategy.offload=none"),
         ({"sp": 2, "ep": 4}, "experts with sp 2, cp 1 are modelled only", "strategy.sp=1"),
     ],
 )
@@ -336,7 +342,7 @@ def test_what_does_not_run_with_experts(degrees: dict[str, Any], message: str, h
     assert violation.rule == "combination_runs"
     assert message in violation.message
     assert hint in violation.hint
-    assert _check(replace(the_plan, ep=1, sp=1, zero_stage=1), model=MOE) == ()
+    assert _check(replace(the_plan, ep=1, sp=1, zero_stage=1, offload="none"), model=MOE) == ()
 
 
 def test_experts_in_16_bit_need_zero() -> None:
@@ -504,7 +510,7 @@ def test_other_code_copies_key_value_heads() -> None:
     ("degrees", "word"),
     [
         ({"pp": 2, "schedule": "interleaved", "vpp": 2}, "schedule interleaved"),
-        ({"sp": 2}, "sequence parallelism"),
+        ({"cp": 2}, "context parallelism"),
     ],
 )
 def test_what_can_only_be_modelled_says_so(degrees: dict[str, Any], word: str) -> None:

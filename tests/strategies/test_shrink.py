@@ -75,8 +75,8 @@ def test_nothing_is_left() -> None:
 
 
 def test_what_does_not_run_is_passed_over() -> None:
-    """A sequence-parallel plan is modelled only, however few its ranks are."""
-    assert on(1, plan(sp=2, dp=2)) is None
+    """A context-parallel plan is modelled only, however few its ranks are."""
+    assert on(1, plan(cp=2, dp=2)) is None
 
 
 @pytest.mark.parametrize("seed", range(200))

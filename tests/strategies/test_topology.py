@@ -28,7 +28,7 @@ def test_groups_of_two_by_two_by_two() -> None:
 def test_coordinates_and_groups_agree_for_any_degrees(seed: int) -> None:
     rng = random.Random(seed)
     tp, pp, dp = (rng.randint(1, 5) for _ in range(3))
-    topology = Topology(plan(tp=tp, pp=pp, dp=dp, sp=rng.choice([1, 1, 2]) if pp == 1 else 1))
+    topology = Topology(plan(tp=tp, pp=pp, dp=dp, sp=rng.choice([1, 1, 2])))
     seen = set()
     for rank in range(topology.world_size):
         at = topology.coordinates(rank)
@@ -43,6 +43,14 @@ def test_coordinates_and_groups_agree_for_any_degrees(seed: int) -> None:
         sizes = (len(topology.pp_group(rank)), len(topology.dp_group(rank)), len(topology.tp_group(rank)))
         assert sizes == (topology.pipe_size, topology.data_size, topology.model_size)
     assert len(seen) == topology.world_size
+
+
+def test_the_ranks_of_a_sequence_are_neighbours_on_the_data_axis() -> None:
+    topology = Topology(plan(tp=2, pp=2, dp=2, sp=2))
+    assert topology.sp_group(0) == topology.sp_group(2) == (0, 2)
+    assert topology.sp_group(7) == (5, 7)
+    assert topology.sp_group(12) == (12, 14)
+    assert topology.dp_group(0) == (0, 2, 4, 6)
 
 
 @pytest.mark.parametrize("rank", [-1, 8])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import torch
@@ -95,3 +96,62 @@ def linears(env: RankEnv) -> dict[str, Any]:
     }
     shutdown()
     return out
+
+
+def split_region(env: RankEnv) -> dict[str, Any]:
+    """A norm on a part of the sequence around what is split by width and what all ranks compute alike, against one."""
+    factory = _join(env)
+    grid = dataclasses.replace(factory.grid, split=True)
+    make, region = dataclasses.replace(factory, grid=grid), grid.region
+    up = ColumnParallelLinear(make, "up", 6, 8, bias=True)
+    down = RowParallelLinear(make, "down", 8, 6, bias=True, std=STD)
+    alike = make.make("alike", (6, 6))
+    scale = make.make("scale", (6,), mean=1.0, std=0.0)
+    whole = {name: global_value(name, shape, seed=0, mean=0.0, std=STD).requires_grad_() for name, shape in _SHAPES}
+    gain, bias = torch.ones(6, requires_grad=True), torch.zeros(6, requires_grad=True)
+    x = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(1))
+    y = F.linear(F.gelu(F.linear(x * gain, whole["up.weight"])), whole["down.weight"], bias)
+    wanted = y + torch.tanh(F.linear(y, whole["alike"]))
+    part = grid.positions(8 // grid.tp)
+    z = down(F.gelu(up(region.enter(x[:, part] * region.shared(scale)))))
+    ours = z + region.part(torch.tanh(F.linear(region.whole(z), alike)))
+    torch.autograd.backward(wanted.square().sum())
+    torch.autograd.backward(ours.square().sum())
+    out = {
+        "output": torch.allclose(ours, wanted[:, part], atol=1e-5),
+        "split": _agrees(up.weight, whole["up.weight"]) and _agrees(down.weight, whole["down.weight"]),
+        "shared": all(_agrees(mine, theirs) for mine, theirs in ((scale, gain), (cast(Any, down.bias), bias))),
+        "alike": _agrees(alike, whole["alike"]),
+    }
+    shutdown()
+    return out
+
+
+_SHAPES = (("up.weight", (8, 6)), ("down.weight", (6, 8)), ("alike", (6, 6)))
+
+
+def sequence_ranks(env: RankEnv, kv_heads: int) -> dict[str, Any]:
+    """Attention over a sequence of which each rank has a part, against the whole one."""
+    _join(env)
+    grid = Grid(seq=env.rank, sp=env.world_size, seq_group=dist.group.WORLD)
+    generator = torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(2, heads, 8, 4, generator=generator) for heads in (4, kv_heads, kv_heads))
+    theirs = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+    held = grid.tokens(8)
+    ours = [tensor[:, :, held].clone().requires_grad_() for tensor in (q, k, v)]
+    wanted = _attend(*theirs)
+    found = grid.sequence.to_tokens(_attend(*grid.sequence.to_heads(*ours)))
+    torch.autograd.backward(wanted.square().sum())
+    torch.autograd.backward(found.square().sum())
+    grads = zip(ours, theirs, strict=True)
+    out = {
+        "output": torch.allclose(found, wanted[:, :, held], atol=1e-5),
+        "grads": all(torch.allclose(cast(Any, a.grad), cast(Any, b.grad)[:, :, held], atol=1e-5) for a, b in grads),
+    }
+    shutdown()
+    return out
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)

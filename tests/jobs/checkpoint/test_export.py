@@ -14,6 +14,7 @@ import torch
 from jobs.checkpoint.export import export
 from jobs.sample import load
 from strategies.errors import ConfigError
+from strategies.specs import MoeSpec
 from tests.support.checkpoints import flip_bit, write_model_checkpoint
 from tests.support.jobspecs import GPT, LLAMA, make_job
 
@@ -22,6 +23,7 @@ MODELS = {
     "gpt-untied": dataclasses.replace(GPT, tied=False, norm_eps=1e-3),
     "llama": dataclasses.replace(LLAMA, rope_theta=500.0),
     "llama-tied": dataclasses.replace(LLAMA, tied=True),
+    "mixtral": dataclasses.replace(LLAMA, moe=MoeSpec(experts=4, top_k=2, ffn=96)),
 }
 
 
@@ -81,6 +83,14 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path) -> None
     with pytest.raises(Exception, match=r"digest|damaged"):
         export(manifest, tmp_path / "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "there"]
+
+
+def test_experts_that_are_not_mixtrals_are_refused(tmp_path: Path) -> None:
+    moe = MoeSpec(experts=4, top_k=2, ffn=96, routing="sigmoid", shared_ffn=32)
+    model = dataclasses.replace(LLAMA, moe=moe)
+    with pytest.raises(ConfigError, match="no layout for the experts") as caught:
+        export(write_model_checkpoint(tmp_path, model), tmp_path / "hf")
+    assert caught.value.why == "it has no shared experts, no routing by sigmoids"
 
 
 def test_what_transformers_cannot_express_is_refused(tmp_path: Path) -> None:

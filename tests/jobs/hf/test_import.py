@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from strategies.errors import ConfigError, NotFound, StorageError
 from strategies.specs import ModelSpec
 from tests.support import hf_models
 
-MANY = {"num_experts_per_tok": 3, "shard": "20KB"}
-EXPERTS = importlib.util.find_spec("jobs.models.moe") is not None
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied-sharded": ("llama", {"tie_word_embeddings": True, "shard": "20KB"}),
@@ -30,7 +27,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
     "gpt2-untied-fp16-sharded": ("gpt2", {"tie_word_embeddings": False, "shard": "20KB", "dtype": torch.float16}),
     "gpt2-inner": ("gpt2", {"n_inner": 56}),
-    **({"mixtral": ("mixtral", {}), "mixtral-3-of-4-sharded": ("mixtral", MANY)} if EXPERTS else {}),
+    "mixtral": ("mixtral", {}),
+    "mixtral-3-of-4-sharded": ("mixtral", {"num_experts_per_tok": 3, "shard": "20KB"}),
 }
 
 

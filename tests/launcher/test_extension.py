@@ -1,0 +1,52 @@
+"""Longer sequences in the configuration: what the base becomes, whose weights may be taken, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from jobs.weights import check, find
+from launcher.build import model_spec
+from launcher.config import compose
+from strategies.errors import ConfigError
+from strategies.rotary import scaled_base
+from tests.support.checkpoints import write_model_checkpoint
+from tests.support.jobspecs import GPT, LLAMA
+
+
+def test_the_base_is_scaled_by_the_width_of_a_head() -> None:
+    words = ["model=llama_tiny", "model.seq=512", "model.rope_scaling=4"]
+    model = model_spec(compose(words))
+    assert model.rope_theta == scaled_base(10000.0, 4, model.head_dim) > 40000
+    assert model_spec(compose(words[:1])).rope_theta == 10000.0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["model=gpt_tiny", "model.rope_scaling=4"], "learned positions, which reach no further than model.seq"),
+        (["model=llama_tiny", "model.rope_scaling=0.5"], "rope_scaling"),
+    ],
+)
+def test_what_cannot_be_scaled_is_refused(words: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match="rope_scaling") as caught:
+        compose(words)
+    assert told in str(caught.value)
+
+
+def test_weights_of_shorter_sequences_are_taken_where_positions_turn(tmp_path: Path) -> None:
+    weights = find(str(write_model_checkpoint(tmp_path, LLAMA)))
+    longer = dataclasses.replace(LLAMA, seq=4 * LLAMA.seq, rope_theta=scaled_base(LLAMA.rope_theta, 4, LLAMA.head_dim))
+    check(weights, longer)
+    with pytest.raises(ConfigError) as caught:
+        check(weights, dataclasses.replace(longer, hidden=128, ffn=64))
+    for difference in ("model.hidden: 64 in the checkpoint, 128 here", "model.ffn: 192 in the checkpoint, 64 here"):
+        assert difference in str(caught.value)
+
+
+def test_learned_positions_reach_no_further(tmp_path: Path) -> None:
+    weights = find(str(write_model_checkpoint(tmp_path, GPT)))
+    with pytest.raises(ConfigError, match=r"cannot be extended: keep model\.seq=32"):
+        check(weights, dataclasses.replace(GPT, seq=128))
