@@ -163,6 +163,12 @@ def outcome(plan: ParallelPlan, precision: Precision) -> Outcome | None:
 
 
 @cache
+def schedules() -> frozenset[Schedule]:
+    """Pipeline schedules that the probe has seen run."""
+    return frozenset(key.schedule for key, found in _probed().items() if found.runs)
+
+
+@cache
 def _probed() -> Mapping[Key, Outcome]:
     return MappingProxyType(parse_table(TABLE))
 

@@ -216,10 +216,7 @@ class Space:
                         yield state
 
     def _runs(self, shape: Shape, state: State) -> bool:
-        """Whether the engine trains with such a state, with any number of replicas and any recomputation.
-
-        The schedule does not matter: DualPipeV has run with every state that 1F1B has run with.
-        """
+        """Whether the engine trains with such a state, whatever the replicas, the recomputation and the schedule."""
         work = self.work
         return all(
             capabilities.runnable(
@@ -259,9 +256,10 @@ class Space:
         layers = self.work.model.layers
         found = [Pipe("1f1b", 1)]
         if pp > 1:
-            if equal and not self.runnable_only:
-                found += [Pipe("interleaved", vpp) for vpp in divisors(layers // pp)[1:]]
-            found += [Pipe("dualpipev", 1)] if layers >= 2 * pp else []
+            virtual = divisors(layers // pp)[1:] if equal and not self.runnable_only else []
+            found += [Pipe("interleaved", vpp) for vpp in virtual]
+            if layers >= 2 * pp and not (self.runnable_only and "dualpipev" not in capabilities.schedules()):
+                found.append(Pipe("dualpipev", 1))
         schedules = self._keep("schedule", get_args(Schedule))
         vpps = self._keep("vpp", tuple(range(1, layers + 1)))
         return (pipe for pipe in found if pipe.schedule in schedules and pipe.vpp in vpps)
