@@ -57,12 +57,15 @@ def smaller_plans(
     for one in dict.fromkeys(fitting):
         useful = most_replicas(batch.global_batch, one.micro_batch, one.dp)
         schedules = dict.fromkeys((one, replace(one, schedule="1f1b", vpp=1)))
-        yield from (with_replicas(_spread(same, dp), batch, dp) for dp in range(useful, 0, -1) for same in schedules)
+        yield from (with_replicas(same, batch, dp) for dp in range(useful, 0, -1) for same in schedules)
+        if one.ep > 1:  # more experts on a rank need more of its memory: only where no whole set of replicas is left
+            fewer = [_spread(same, dp) for dp in range(useful, 0, -1) for same in schedules]
+            yield from (with_replicas(same, batch, dp) for dp, same in fewer)
 
 
-def _spread(plan: ParallelPlan, dp: int) -> ParallelPlan:
-    """Experts over as many of ``dp`` replicas as divide the old spread: each rank then has a whole number of shares."""
-    return replace(plan, ep=math.gcd(plan.ep, dp * plan.sp * plan.cp))
+def _spread(plan: ParallelPlan, dp: int) -> tuple[int, ParallelPlan]:
+    """``dp``, and the plan whose experts are spread so that every rank has a whole number of the old shares."""
+    return dp, replace(plan, ep=math.gcd(plan.ep, dp * plan.sp * plan.cp))
 
 
 def _shaped(

@@ -132,14 +132,14 @@ class Record(list[str]):
     close = sync
 
 
-@pytest.mark.parametrize("broken", ["generate", "replace_file"])
+@pytest.mark.parametrize("broken", ["sample", "replace_file"])
 def test_a_sample_that_fails_does_not_fail_a_finished_run(
     broken: str, job: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*unused: object) -> str:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(pretrain, "generate", fail if broken == "generate" else lambda *unused: "text")
+    monkeypatch.setattr(pretrain, "sample", fail if broken == "sample" else lambda *unused: "text")
     monkeypatch.setattr(pretrain, "gang_weights_digest", lambda manifest: "d" * 64)
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
     if broken == "replace_file":

@@ -16,7 +16,7 @@ Invoke = Callable[..., tuple[int, str, str]]
 GPT3 = ["model=gpt3_175b", "cluster=a100_80", "train.precision=bf16", "train.global_batch=1536", "train.tokens=300e9"]
 FITS = [*GPT3, "strategy.tp=8", "strategy.pp=8", "strategy.recompute=full"]
 TOO_LARGE = [*GPT3, "strategy.tp=8", "strategy.pp=1", "strategy.recompute=full"]
-MODELLED = [*FITS, "strategy.sequence_parallel=true"]
+MODELLED = [*FITS, "strategy.schedule=interleaved", "strategy.vpp=2"]
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def plan_document(plan: ParallelPlan = PLAN, cluster: ClusterSpec = CLUSTER, **e
         "parameters": 1_234_567_890,
         "memory": None,
         "precision": "bf16",
-        "batch": {"global_batch": 32, "seq": 2048},
+        "batch": {"global_batch": 32, "seq": 2048, "ramp": None},
         "cluster": to_json(cluster),
         "estimate": estimate_document(plan) | estimate,
     }
