@@ -197,12 +197,10 @@ def runnable(plan: ParallelPlan, precision: Precision, model: ModelSpec) -> Viol
 
 def _not_restored(plan: ParallelPlan) -> Violation | None:
     """What trains, but does not go on from a checkpoint as it was."""
-    if plan.offload == "none" or not (plan.offload_path or plan.pp > 1):
+    if plan.offload == "none" or plan.pp == 1:
         return None
-    message, hint = f"offload_path {plan.offload_path}: state on disks", "strategy.offload_path=null (host memory)"
-    if plan.pp > 1:
-        message, hint = f"offload {plan.offload} with pp {plan.pp}", "strategy.offload=none, or strategy.pp=1"
-    return Violation(rule="combination_runs", message=f"{message} trains, but is not restored exactly", hint=hint)
+    message = f"offload {plan.offload} with pp {plan.pp} trains, but is not restored exactly"
+    return Violation(rule="combination_runs", message=message, hint="strategy.offload=none, or strategy.pp=1")
 
 
 def unbuilt(plan: ParallelPlan, precision: Precision, model: ModelSpec) -> tuple[str, str] | None:
@@ -232,6 +230,9 @@ def _modelled_only(plan: ParallelPlan, precision: Precision) -> tuple[str, str] 
         return f"schedule {plan.schedule} is modelled only", "strategy.schedule=1f1b, or strategy.schedule=dualpipev"
     if plan.cp > 1:
         return f"cp {plan.cp}: context parallelism is modelled only", "strategy.cp=1; strategy.sp cuts sequences, too"
+    if plan.offload != "none" and plan.offload_path:
+        message = f"offload_path {plan.offload_path} is modelled only: it needs DeepSpeed's async_io, compiled"
+        return message, "strategy.offload_path=null (host memory)"
     if precision == "fp8":
         return "fp8 is modelled only", "train.precision=bf16"
     return None

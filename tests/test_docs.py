@@ -92,9 +92,9 @@ def test_submit_as_a_dry_run(words: list[str], tmp_path: Path) -> None:
     if "cluster=existing" in words:
         pytest.skip("needs the cluster that it names; tests/e2e/test_existing_cluster.py has one")
     if "data=mixture" in words:
-        lines = "".join(f'{{"text": "{number} is a number", "body": "{number}"}}\n' for number in range(3000))
-        for name in ("crawl", "wiki"):
-            (tmp_path / f"{name}.jsonl").write_text(lines)
+        for name, count in (("crawl", 3000), ("wiki", 300)):
+            lines = (f'{{"text": "{number} is a number", "body": "{number}"}}\n' for number in range(count))
+            (tmp_path / f"{name}.jsonl").write_text("".join(lines))
         words = [word.replace("crawl,", "crawl.jsonl,").replace("wiki,", "wiki.jsonl,") for word in words]
         words = [word.replace("books.parquet,", "crawl.jsonl, name: books,") for word in words] + ["model.seq=16"]
     else:
