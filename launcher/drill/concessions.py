@@ -41,7 +41,6 @@ class Concession:
 CONCESSIONS = (
     Concession(values={"strategy.offload": "none"}),
     Concession(values={"strategy.sequence_parallel": False}),
-    Concession(values={"strategy.schedule": "dualpipev", "strategy.vpp": 1}, when={"strategy.schedule": "interleaved"}),
     Concession(values={"strategy.schedule": "1f1b", "strategy.vpp": 1}),
     Concession(values={"strategy.recompute": "full"}, when={"strategy.recompute": "selective"}),
     Concession(values={"strategy.recompute": "none"}),
