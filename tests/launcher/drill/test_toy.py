@@ -92,8 +92,8 @@ def test_only_what_cannot_run_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(capabilities, "runnable", runnable)
     toy = shrink(compose(EXPERIMENTS["gpt4_1800b"]))
-    assert set(sent) >= {"interleaved", "dualpipev"}
-    assert (toy.plan.schedule, toy.plan.vpp, toy.plan.grad_accum) == ("dualpipev", 1, 12)
+    assert set(sent) >= {"interleaved", "1f1b"}
+    assert (toy.plan.schedule, toy.plan.vpp, toy.plan.grad_accum) == ("1f1b", 1, 12)
     assert (toy.plan.tp, toy.plan.pp, toy.plan.dp, toy.plan.ep, toy.plan.world_size) == (2, 2, 2, 2, 8)
     assert not toy.plan.sequence_parallel
     model = toy.config.model
