@@ -77,6 +77,7 @@ def test_a_spike_of_the_loss(submit: Submit) -> None:
     assert_same(run, oracle)
 
 
+@pytest.mark.full  # a sibling runs by default
 def test_with_other_samples_again_is_given_up_and_a_person_may_go_on(
     folder: Path, submit: Submit, without_eight: RunStore
 ) -> None:

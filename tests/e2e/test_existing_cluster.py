@@ -421,6 +421,7 @@ def test_a_run_directory_that_is_not_shared_is_named_with_the_node(cluster: netn
         cluster.net.kill(3)
 
 
+@pytest.mark.full  # a sibling runs by default
 def test_a_cluster_without_authentication(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Found as it is, whether or not the user has a token for another one."""
     from launcher.ray_backend import RayBackend

@@ -54,6 +54,7 @@ def test_a_disk_too_small_for_the_run_directory(folder: Path) -> None:
         assert [path.name for path in (disk / "runs").iterdir()] == []
 
 
+@pytest.mark.full  # a sibling runs by default
 def test_verbs_on_a_full_disk(folder: Path, disk: Path) -> None:
     """Reading goes on; what must write says so and changes nothing."""
     done = cli.phalanx(

@@ -121,6 +121,7 @@ def test_a_live_gang_on_ray_is_adopted(folder: Path, undisturbed_60: RunStore) -
     cli.assert_nothing_left(root)
 
 
+@pytest.mark.full  # a sibling runs by default
 def test_a_gang_that_took_the_spare_is_adopted_on_what_is_left(folder: Path, undisturbed_60: RunStore) -> None:
     """One of three nodes is dead for good: the cluster is smaller than it was, and still the gang's."""
     words = submit(folder, "fewer", *EMBEDDED, *LONG, 'faults=["node_kill@node=1,step=8"]')
@@ -216,6 +217,7 @@ def test_the_same_on_somebody_elses_cluster(cluster: netns.RayCluster, folder: P
     cli.wait_for(gone, "nothing of the run is left on the cluster", 30.0)
 
 
+@pytest.mark.full  # a sibling runs by default
 @needs_namespaces
 def test_a_torch_script_on_somebody_elses_cluster(cluster: netns.RayCluster, tmp_path: Path) -> None:
     project = tmp_path / "project"
