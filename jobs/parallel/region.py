@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from jobs.parallel.collectives import all_reduce, copy_to_ranks, reduce_from_ranks
+from jobs.parallel.collectives import copy_to_ranks, reduce_from_ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +54,7 @@ class TensorRegion:
 
     def shared(self, parameter: torch.Tensor) -> torch.Tensor:
         """A parameter that is whole on all ranks, to be used on this rank's part of the sequence."""
-        return _apply(_SumGradient, parameter, self.group) if self._splits else parameter
+        return copy_to_ranks(parameter, self.group) if self._splits else parameter
 
     @property
     def _splits(self) -> bool:
@@ -107,17 +107,6 @@ class _SliceGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gather_sequence(grad, ctx.group), None
-
-
-class _SumGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return all_reduce(grad.contiguous().clone(), ctx.group), None
 
 
 def gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
