@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import deepspeed
@@ -89,6 +90,20 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
     def _synchronize_tied_weights(self) -> None:
         with torch.no_grad():  # DeepSpeed writes into the parameters under autograd's eyes
             super()._synchronize_tied_weights()
+
+    def get_tied_weights_and_groups(self) -> list[tuple[Any, Any]]:
+        """What DeepSpeed sums the ``grad`` of, over the stages that hold a copy of a tied weight.
+
+        Its ZeRO-1 collects fp32 gradients of 16-bit weights (fp16, and bf16 with an offloaded optimizer) in
+        ``grad_accum`` and leaves ``grad`` empty, which DeepSpeed takes for "there is none": each copy would be trained
+        by its own stage's gradient alone, and a restore, which fills all copies from one, would change the model.
+        """
+        pairs = super().get_tied_weights_and_groups()
+        sums = [getattr(weight, "grad_accum", None) for weight, _ in pairs]
+        return [
+            (weight if summed is None else SimpleNamespace(grad=summed), group)
+            for (weight, group), summed in zip(pairs, sums, strict=True)
+        ]
 
 
 class _FoldedStages(_Stages, DualPipeVModule):  # type: ignore[misc]  # deepspeed has no types
