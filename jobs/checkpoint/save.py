@@ -7,6 +7,7 @@ persister of the node otherwise (:mod:`jobs.checkpoint.saver`).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from jobs.checkpoint.fragments import Fragment, OptimizerAccess, access
+from jobs.checkpoint.fragments import Fragment, OptimizerAccess, access, of_owners
 from jobs.checkpoint.gang import agree, rank_and_world
 from jobs.checkpoint.image import Image
 from jobs.checkpoint.layout import Place, Token, place_of
@@ -126,10 +127,11 @@ def image_of_state(optimizer: OptimizerAccess) -> Image:
 
 def copy_state(optimizer: OptimizerAccess, image: Image, buffer: Array) -> None:
     """Copy the state into a buffer of ``image.bytes``: all that a step has to stand still for."""
+    runs = _runs(optimizer, image)
     with torch.no_grad():
-        for run in _runs(optimizer, image):
-            for kind in KINDS:
-                at = KINDS.index(kind) * image.elements + run.at
+        for owners in optimizer.resident(write=False):
+            for run, (place, kind) in itertools.product(of_owners(runs, owners), enumerate(KINDS)):
+                at = place * image.elements + run.at
                 source = optimizer.whole(run.owner, kind)
                 _copy(None if source is None else source[run.start : run.stop], buffer[at : at + run.stop - run.start])
 

@@ -20,6 +20,7 @@ from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch import nn
 
+from jobs import disks
 from jobs.distributed import Grid
 from jobs.engine import experts
 from jobs.engine.process import silence
@@ -190,6 +191,8 @@ def _initialize(job: JobSpec, module: nn.Module, *, mpu: Any) -> Any:
     if job.plan.ep > 1:
         experts.declare(module)
     config = json.loads(json.dumps(dict(job.deepspeed)))  # DeepSpeed writes into it
+    ranks = Topology(job.plan).data_size
+    disks.fit_buffers(config, max((-(-parameter.numel() // ranks) for parameter in parameters), default=0))
     ds, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config, mpu=mpu)
     if isinstance(ds.optimizer, FP16_UnfusedOptimizer):
         _undo_empty_step(ds.optimizer)

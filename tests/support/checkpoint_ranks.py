@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import resource
 from typing import Any
 
@@ -29,10 +30,14 @@ def fingerprint(engine: Engine) -> dict[str, str]:
     """
     optimizer = access(engine.ds)
     prints = {}
-    for index, owner in enumerate(optimizer.owners()):
+    indices = {id(owner): index for index, owner in enumerate(optimizer.owners())}
+    for owner in itertools.chain.from_iterable(optimizer.resident(write=False)):
+        index = indices[id(owner)]
         prints[f"master {index}"] = _hash(_live_master(engine, index, owner))
         state = optimizer.inner.state.get(owner, {})
         prints |= {f"{kind} {index}": _hash(torch.as_tensor(value)) for kind, value in state.items()}
+    if engine.plan.offload_path:  # partitions may be on disks
+        return prints | {f"weight {meta.name}": _hash(values) for meta, values in engine.weights()}
     for name, parameter in engine.named_parameters():
         prints[f"weight {name}"] = _hash(_live(engine, parameter))
     return prints
