@@ -14,9 +14,10 @@ import errno
 import importlib.util
 import json
 import os
+import resource
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from strategies.plan import ParallelPlan
 BUILD = "python -m jobs.engine"
 NEEDS = "a C++ compiler and libaio's headers (Debian: apt-get install g++ libaio-dev; Fedora: gcc-c++ libaio-devel)"
 ROOT = "TORCH_EXTENSIONS_DIR"  # torch's variable for where compiled extensions live
+_STATE_BUFFERS = 4  # master, gradient, two moments: DeepSpeed's own default
+_PARAMETER_BUFFERS = 5  # likewise
+_CAP_IPC_LOCK = 14
 _KINDS = ("offload_optimizer", "offload_param")
 
 
@@ -126,16 +130,47 @@ def clear(job: JobSpec) -> None:
             folder.parent.rmdir()  # of the last rank
 
 
-def fit_buffers(config: Mapping[str, Any], largest: int) -> None:
-    """Make DeepSpeed's buffers for parameters on disks, which are locked memory, no larger than they must be.
+def fit_buffers(config: Mapping[str, Any], shares: Sequence[int], width: int) -> int:
+    """Make DeepSpeed's buffers for parameters on disks no larger than they must be; returns bytes of locked memory.
 
     Args:
         config: DeepSpeed's, changed in place.
-        largest: Elements of the largest share of a parameter.
+        shares: Elements of this rank's part of each parameter.
+        width: Bytes of an element of a parameter.
     """
-    for place in _places(config):
+    places, largest = list(_places(config)), max(shares, default=0)
+    if not places:
+        return 0
+    turn = min(sum(shares), config["zero_optimization"]["sub_group_size"] + largest)
+    locked = _STATE_BUFFERS * turn * 4
+    for place in places:
         if "max_in_cpu" in place:
-            place["buffer_size"] = largest
+            place |= {"buffer_size": largest, "buffer_count": _PARAMETER_BUFFERS}
+            locked += (_PARAMETER_BUFFERS * largest + turn) * width
+    return locked
+
+
+def require_locked(needed: int) -> None:
+    """Check that this process may lock so many bytes of memory; else DeepSpeed would abort it.
+
+    Raises:
+        ConfigError: It may not.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if most != resource.RLIM_INFINITY and most < needed and not _may_lock_all():
+        raise ConfigError(
+            f"State on disks needs {needed:,} bytes of locked memory per rank, and {most:,} are allowed.",
+            why=f"that is the limit of the user that runs the ranks on {os.uname().nodename}",
+            hint="Raise it (ulimit -l, /etc/security/limits.conf). Or strategy.offload_path=null (host memory).",
+        )
+    if needed:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (most, most))
+
+
+def _may_lock_all() -> bool:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    effective = next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
+    return bool(effective >> _CAP_IPC_LOCK & 1)
 
 
 def _places(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

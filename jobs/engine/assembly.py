@@ -30,6 +30,7 @@ from jobs.parallel.meta import ParamMeta
 from jobs.parallel.router_log import RouterLog
 from jobs.spec import JobSpec
 from strategies.errors import ConfigError, PlanInfeasible, Violation
+from strategies.model_state import DTYPE_BYTES
 from strategies.plan import ParallelPlan
 from strategies.topology import Topology
 
@@ -192,7 +193,8 @@ def _initialize(job: JobSpec, module: nn.Module, *, mpu: Any) -> Any:
         experts.declare(module)
     config = json.loads(json.dumps(dict(job.deepspeed)))  # DeepSpeed writes into it
     ranks = Topology(job.plan).data_size
-    disks.fit_buffers(config, max((-(-parameter.numel() // ranks) for parameter in parameters), default=0))
+    shares = [-(-parameter.numel() // ranks) for parameter in parameters]
+    disks.require_locked(disks.fit_buffers(config, shares, DTYPE_BYTES[job.train.precision]))
     ds, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config, mpu=mpu)
     if isinstance(ds.optimizer, FP16_UnfusedOptimizer):
         _undo_empty_step(ds.optimizer)

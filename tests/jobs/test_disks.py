@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -91,8 +93,28 @@ def test_without_the_op_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPat
     disks.require_op()
 
 
-def test_only_buffers_for_parameters_are_fitted(job: JobSpec) -> None:
-    config = {kind: dict(place) for kind, place in job.deepspeed["zero_optimization"].items() if "offload" in kind}
-    disks.fit_buffers({"zero_optimization": config}, 1234)
-    assert config["offload_param"]["buffer_size"] == 1234
-    assert "buffer_size" not in config["offload_optimizer"]
+def test_buffers_are_as_large_as_they_must_be(job: JobSpec) -> None:
+    zero = json.loads(json.dumps(job.deepspeed["zero_optimization"]))
+    assert disks.fit_buffers({"zero_optimization": zero}, [300, 1000, 700], 2) == 4 * 4 * 2000 + 2 * (5 * 1000 + 2000)
+    assert zero["offload_param"]["buffer_size"] == 1000
+    assert "buffer_size" not in zero["offload_optimizer"]
+    zero["sub_group_size"] = 500
+    assert disks.fit_buffers({"zero_optimization": zero}, [300, 1000, 700], 2) == 4 * 4 * 1500 + 2 * (5 * 1000 + 1500)
+    assert disks.fit_buffers({"zero_optimization": {"stage": 3}}, [300], 2) == 0
+
+
+def test_a_limit_of_locked_memory_is_said_before_deepspeed_aborts(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1000, 8_000_000))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: set_to.append(both))
+    monkeypatch.setattr(disks, "_may_lock_all", lambda: False)
+    disks.require_locked(0)
+    assert set_to == []
+    disks.require_locked(8_000_000)
+    assert set_to == [(8_000_000, 8_000_000)]
+    with pytest.raises(
+        ConfigError, match=r"needs 8,000,001 bytes of locked memory per rank, and 8,000,000 are allowed"
+    ):
+        disks.require_locked(8_000_001)
+    monkeypatch.setattr(disks, "_may_lock_all", lambda: True)
+    disks.require_locked(8_000_001)
