@@ -112,9 +112,7 @@ def test_a_limit_of_locked_memory_is_said_before_deepspeed_aborts(monkeypatch: p
     assert set_to == []
     disks.require_locked(8_000_000)
     assert set_to == [(8_000_000, 8_000_000)]
-    with pytest.raises(
-        ConfigError, match=r"needs 8,000,001 bytes of locked memory per rank, and 8,000,000 are allowed"
-    ):
+    with pytest.raises(ConfigError, match=r"needs 8,000,001 bytes .* and 8,000,000 are allowed"):
         disks.require_locked(8_000_001)
     monkeypatch.setattr(disks, "_may_lock_all", lambda: True)
     disks.require_locked(8_000_001)
