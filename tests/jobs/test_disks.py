@@ -12,11 +12,13 @@ import pytest
 from jobs import disks
 from jobs.spec import JobSpec, RankEnv
 from strategies.errors import ConfigError, StorageError
+from tests.support.direct_io import require_direct_io
 from tests.support.jobspecs import GPT, make_job, make_plan
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> JobSpec:
+    require_direct_io(tmp_path)
     plan = make_plan(GPT, 8, dp=2, zero_stage=3, offload="optimizer+params", offload_path=str(tmp_path))
     return make_job(GPT, plan)
 

@@ -14,7 +14,7 @@ from strategies.capabilities import MODELLED_ONLY, runnable
 from strategies.cases import Case, divisors, legal_tp, nearest
 from strategies.errors import PlanInfeasible, Violation
 from strategies.hardware import Hardware
-from strategies.plan import ParallelPlan
+from strategies.plan import Offload, ParallelPlan
 from strategies.rules import RULES, check, require
 from strategies.specs import BatchSpec, ClusterSpec, LatentAttention, ModelSpec, MoeSpec
 from tests.strategies.support import BATCH, FOUR_BY_TWO, LLAMA_TINY, TINY, plan, random_model
@@ -541,6 +541,29 @@ def test_what_deepspeed_cannot_move_is_refused(degrees: dict[str, Any], rule: st
     violation = _only(_check(plan(dp=2, **degrees), modelled=True))
     assert (violation.rule, violation.hint) == (rule, hint)
     assert _check(plan(dp=2, **degrees), modelled=True, engine=False) == ()
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {"zero_stage": 1},
+        {"zero_stage": 2},
+        {"zero_stage": 3},
+        {"zero_stage": 1, "pp": 2},
+        {"zero_stage": 1, "tp": 2, "pp": 2},
+        {"zero_stage": 1, "pp": 2, "schedule": "dualpipev"},
+    ],
+)
+def test_the_optimizer_may_live_in_host_memory(degrees: dict[str, Any]) -> None:
+    for precision in ("fp32", "bf16"):
+        assert runnable(plan(precision=precision, dp=2, offload="optimizer", **degrees), precision, TINY) is None
+
+
+@pytest.mark.parametrize("offload", ["optimizer", "optimizer+params"])
+def test_state_may_live_on_disks_with_zero_three(offload: Offload) -> None:
+    for tp in (1, 2):
+        the_plan = plan(precision="bf16", tp=tp, dp=2, zero_stage=3, offload=offload, offload_path="/disks")
+        assert runnable(the_plan, "bf16", TINY) is None
 
 
 def test_a_combination_outside_of_the_table_is_not_runnable() -> None:
