@@ -139,7 +139,7 @@ def test_state_on_disks_changes_nothing(
 @needs_op
 def test_what_was_saved_in_memory_goes_on_from_disks(pool: WarmPool, tmp_path: Path) -> None:
     require_direct_io(tmp_path)
-    job, world = job_of({"dp": 2, "zero_stage": 3}, "fp32", WIDE)
+    job, world = job_of({"dp": 2, "zero_stage": 1}, "fp32", WIDE)  # cut elsewhere: ranks read for each other
     first = pool.run(
         "tests.support.checkpoint_ranks:save_then_train",
         world_size=world,
