@@ -236,8 +236,6 @@ def _not_with_experts(plan: ParallelPlan, model: ModelSpec) -> tuple[str, str] |
     if plan.ep > 1 and plan.zero_stage == 3:
         message = f"zero_stage 3 with ep {plan.ep} is modelled only: DeepSpeed's ZeRO-3 cuts over all replicas"
         return message, "strategy.zero_stage=2, or strategy.ep=1"
-    if plan.ep > 1 and plan.offload != "none":
-        return f"offload {plan.offload} with ep {plan.ep} is modelled only", "strategy.offload=none, or strategy.ep=1"
     if plan.ep > 1 and plan.zero_stage == 0 and plan.grad_dtype != "fp32" and plan.pp == 1:
         message = f"zero_stage 0 with ep {plan.ep} and gradients in {plan.grad_dtype} is modelled only"
         return message, "strategy.zero_stage=1"

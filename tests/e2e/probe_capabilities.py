@@ -234,7 +234,7 @@ def write(table: Mapping[Key, Outcome]) -> None:
 def choose(arguments: argparse.Namespace, seen: Mapping[Key, Outcome], wanted: Sequence[Key]) -> list[Key]:
     """What to try now, the plain ones first."""
     part, _, parts = arguments.share.partition("/")
-    left = [key for key in wanted if arguments.only in name_of(key)] if arguments.only else wanted
+    left = [key for key in wanted if re.search(arguments.only, name_of(key))] if arguments.only else wanted
     left = [key for key in left if arguments.only or key not in seen]
     if not is_compiled():
         print(f"state on disks is left out: {BUILD} first", file=sys.stderr)
@@ -256,7 +256,7 @@ def main() -> int:
     parser.add_argument("--state", type=Path, default=STATE, help="where what has been seen is kept")
     parser.add_argument("--jobs", type=int, default=2, help="gangs at a time")
     parser.add_argument("--partly", action="store_true", help="write what has been seen, also if combinations are left")
-    parser.add_argument("--only", default="", help="try again what has this text in it (@nvme); the other rows stay")
+    parser.add_argument("--only", default="", help="regular expression: try again rows like it, keep the others")
     parser.add_argument("--share", default="1/1", help="K/N: only every N-th combination, from the K-th on")
     parser.add_argument(
         "--limit-s", type=float, default=float("inf"), help="stop after so many seconds, to go on later"

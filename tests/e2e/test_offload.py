@@ -12,6 +12,7 @@ import torch
 
 from jobs.disks import BUILD, is_compiled
 from strategies.codec import to_json
+from strategies.specs import MoeSpec
 from tests.e2e.test_checkpoint import RESTORE, TIMEOUT_S, check_bit_identical
 from tests.support.direct_io import require_direct_io
 from tests.support.gang import WarmPool
@@ -20,6 +21,8 @@ from tests.support.jobspecs import GPT, make_job, make_plan
 TINY = dataclasses.replace(GPT, layers=3, hidden=32, ffn=96, vocab=125, seq=16)  # tied embeddings
 # DeepSpeed leaves in memory what is less than 1 MiB on a rank: of two replicas' fp32 state, less than 524,288 elements
 WIDE = dataclasses.replace(GPT, layers=2, hidden=256, ffn=2048, vocab=125, seq=16)
+EXPERTS = MoeSpec(experts=4, top_k=2, ffn=24, dense_layers=1, router_bias=True, balance_weight=0.02)
+MOE = dataclasses.replace(TINY, init_std=0.1, moe=EXPERTS)
 SUB_GROUP = 400_000  # elements of a turn with state on disks: several turns, and a last one that stays in memory
 STEPS, BATCH, CLIP = 6, 4, 0.5
 LOSS_TOLERANCE, NORM_TOLERANCE = 5e-6, 1e-5
@@ -73,6 +76,23 @@ IN_MEMORY = [
 def test_state_in_host_memory_changes_nothing(pool: WarmPool, plan: dict[str, Any], precision: str) -> None:
     """Several micro-batches, clipping that bites, and embeddings of which two stages hold a copy."""
     check_same(numbers(pool, plan | {"offload": "optimizer"}, precision), numbers(pool, plan, precision))
+
+
+OF_EXPERTS = [
+    pytest.param({"zero_stage": 1}, "fp32", id="zero1-fp32"),
+    pytest.param({"zero_stage": 2}, "bf16", id="zero2-bf16", marks=FULL),
+    pytest.param({"zero_stage": 1, "pp": 2}, "bf16", id="pp2-zero1-bf16", marks=FULL),
+    pytest.param({"zero_stage": 1, "tp": 2}, "bf16", id="tp2-zero1-bf16", marks=FULL),
+]
+
+
+@pytest.mark.parametrize(("plan", "precision"), OF_EXPERTS)
+def test_state_of_spread_experts_in_host_memory_changes_nothing(
+    pool: WarmPool, tmp_path: Path, plan: dict[str, Any], precision: str
+) -> None:
+    plan = plan | {"dp": 2, "ep": 2}
+    check_same(numbers(pool, plan | {"offload": "optimizer"}, precision, MOE), numbers(pool, plan, precision, MOE))
+    check_bit_identical(pool, tmp_path, *job_of(plan | {"offload": "optimizer"}, precision, MOE))
 
 
 @pytest.mark.full

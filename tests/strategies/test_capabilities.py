@@ -103,7 +103,7 @@ def test_some_rows_can_be_tried_again(monkeypatch: pytest.MonkeyPatch, capsys: p
     state = dict.fromkeys(wanted, Outcome(runs=True, engine="E", optimizer="O"))
     monkeypatch.setattr(probe_capabilities, "is_compiled", lambda: True)
     assert probe_capabilities.choose(argparse.Namespace(only="", share="1/1"), state, wanted) == []
-    asked = argparse.Namespace(only="optimizer@nvme 1f1b | none | T....", share="1/1")
+    asked = argparse.Namespace(only=r"optimizer@nvme 1f1b \| none \| T\.{4}", share="1/1")
     found = probe_capabilities.choose(asked, state, wanted)
     assert {(key.tp, key.sp, key.zero_stage, key.offload) for key in found} == {(True, False, 3, "optimizer@nvme")}
     assert {key.precision for key in found} == {"fp32", "bf16", "fp16"}
