@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -40,20 +40,25 @@ class Copier:
     """
 
     def __init__(self, optimizer: OptimizerAccess, *, beside_bytes: int = BESIDE_BYTES) -> None:
+        self._optimizer = optimizer
         self._beside_bytes = beside_bytes
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-copy")
         self._running: Future[None] | None = None
         self._waited_s = 0.0
         optimizer.inner.register_step_pre_hook(lambda *_: self.wait())
 
-    def start(self, copies: Sequence[Copy]) -> None:
-        """Copy; what was started before must be over. Small copies are made when this returns."""
+    def start(self, turns: Iterable[Sequence[Copy]]) -> None:
+        """Copy; what was started before must be over.
+
+        A small state has been copied when this returns, and so has one on disks, which is in memory by turns only.
+        """
         self._waited_s = 0.0
-        if sum(copy.target.nbytes for copy in copies) < self._beside_bytes:
-            copy_all(copies)
-            return
-        stream = _side_stream(copies)
-        self._running = self._thread.submit(_copy_beside, copies, stream)
+        for copies in turns:
+            small = sum(copy.target.nbytes for copy in copies) < self._beside_bytes
+            if small or self._optimizer.on_disks:
+                copy_all(copies)
+            else:
+                self._running = self._thread.submit(_copy_beside, copies, _side_stream(copies))
 
     def then(self, act: Callable[[], None]) -> None:
         """Do something after the copy: on its thread, or at once where there is nothing to wait for."""

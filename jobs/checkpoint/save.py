@@ -7,8 +7,9 @@ persister of the node otherwise (:mod:`jobs.checkpoint.saver`).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from jobs.checkpoint.copying import Copy, copy_all
-from jobs.checkpoint.fragments import Fragment, OptimizerAccess, access
+from jobs.checkpoint.fragments import Fragment, OptimizerAccess, access, of_owners
 from jobs.checkpoint.gang import agree, rank_and_world
 from jobs.checkpoint.image import Image
 from jobs.checkpoint.layout import Place, Token, place_of
@@ -110,7 +111,8 @@ def snapshot(engine: Any, step: int) -> Snapshot:
     optimizer = access(getattr(engine, "ds", engine))
     image = image_of_state(optimizer)
     buffer = np.empty(image.bytes, np.uint8)
-    copy_all(copies_of(optimizer, image, buffer.view(np.float32)))
+    for copies in copies_of(optimizer, image, buffer.view(np.float32)):
+        copy_all(copies)
     return Snapshot(
         step=step,
         pieces=tuple(image.pieces(buffer.data)),
@@ -125,16 +127,20 @@ def image_of_state(optimizer: OptimizerAccess) -> Image:
     return Image(slices=tuple(_piece(fragment) for fragment in _saved(optimizer)))
 
 
-def copies_of(optimizer: OptimizerAccess, image: Image, buffer: Array) -> list[Copy]:
-    """What to copy into a buffer of ``image.bytes``. Valid until the optimizer changes the state."""
-    copies = []
-    for run in _runs(optimizer, image):
-        for kind in KINDS:
-            at = KINDS.index(kind) * image.elements + run.at
+def copies_of(optimizer: OptimizerAccess, image: Image, buffer: Array) -> Iterator[list[Copy]]:
+    """What to copy into a buffer of ``image.bytes``, by the turns of :meth:`OptimizerAccess.resident`.
+
+    Where that is one turn it is valid until the optimizer changes the state.
+    """
+    runs = _runs(optimizer, image)
+    for owners in optimizer.resident(write=False):
+        copies = []
+        for run, (place, kind) in itertools.product(of_owners(runs, owners), enumerate(KINDS)):
+            at = place * image.elements + run.at
             whole = optimizer.whole(run.owner, kind)  # a moment does not exist before the first step
             source = None if whole is None else _checked(whole[run.start : run.stop])
             copies.append(Copy(source, buffer[at : at + run.stop - run.start]))
-    return copies
+        yield copies
 
 
 @dataclass(slots=True)
