@@ -82,6 +82,7 @@ class MixtureOfExperts(nn.Module):
         self.experts = nn.ModuleList(Expert(recipe, f"{name}.experts.{number}") for number in mine)
         self.shared = shared
         self._layer = layer
+        self._length = recipe.model.seq
         self._moe = moe
         self._grid = grid
         self._log = recipe.router_log
@@ -93,7 +94,7 @@ class MixtureOfExperts(nn.Module):
     def _routed(self, x: torch.Tensor) -> torch.Tensor:
         """What the chosen experts make of whole sequences."""
         logits = self.router(x)
-        choice = choose(logits, self._moe)
+        choice = choose(logits, self._moe, self._length)
         kept = None if choice.kept is None else choice.kept.flatten(0, 1)
         way = Dispatch(choice.experts.flatten(0, 1), kept, self._moe.experts, self._grid)
         rows = way.send(copy_to_ranks(x, self._grid.model_group).flatten(0, 1))

@@ -34,19 +34,21 @@ class Choice(NamedTuple):
     kept: torch.Tensor | None
 
 
-def choose(logits: torch.Tensor, moe: MoeSpec) -> Choice:
+def choose(logits: torch.Tensor, moe: MoeSpec, length: int = 0) -> Choice:
     """Route tokens.
 
     Args:
         logits: ``[b, s, experts]``, fp32.
         moe: What to do with them.
+        length: Tokens of a whole sequence, for which experts have room; 0: these are whole. A row that only begins one,
+            or that is padded to the length of another, is routed as it is alone.
     """
     scores = logits.softmax(dim=-1) if moe.routing == "softmax" else logits.sigmoid()
     weights, experts = scores.topk(moe.top_k, dim=-1)
     if moe.normalize and moe.top_k > 1:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     shares = scores if moe.routing == "softmax" else scores / scores.sum(dim=-1, keepdim=True)
-    room = capacity(moe, logits.shape[1])
+    room = capacity(moe, length or logits.shape[1])
     return Choice(experts, weights, shares, None if room is None else within(experts, moe.experts, room))
 
 
