@@ -61,10 +61,6 @@ def data_problems(config: Config) -> Iterator[Problem]:
     if data.kind == "mixture":
         for number, key, message, hint in form_problems(named(data_spec(config)), KINDS):
             yield Problem(key=f"data.sources[{number}].{key}", message=message, hint=hint)
-    strategy = config.strategy
-    if data.packing and ((strategy.sp or 1) > 1 or (strategy.cp or 1) > 1 or strategy.schedule == "dualpipev"):
-        message = "documents cannot be kept apart with sequence or context parallelism, nor under dualpipev"
-        yield Problem(key="data.packing", message=message, hint="data.packing=false")
     if config.train.eval_every and not data.validation:
         message = "there is nothing to validate with, data.validation is 0"
         yield Problem(key="train.eval_every", message=message, hint="data.validation=0.01 keeps one document in 100.")

@@ -81,7 +81,6 @@ class Engine:
             PlanInfeasible: The plan uses an axis or a schedule that is modelled only.
         """
         assembly.refuse_modelled_only(job.plan)
-        assembly.refuse_packing(job)
         own_time = process.join(env, deterministic=job.train.deterministic)
         return cls(assembly.assemble(job), job, own_time)
 
