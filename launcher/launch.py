@@ -341,18 +341,22 @@ def check_place(run_dir: Path) -> None:
 
 
 def check_parent(folder: Path) -> None:
-    """The parent of run directories can be written.
+    """The parent of run directories can be made and written; nothing of it is left.
 
     Raises:
         StorageError: It cannot.
     """
     probe = folder / f".probe-{os.getpid()}"
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             probe.write_bytes(b"x")
         finally:
             probe.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody else has begun to use them
+                for one in made:
+                    one.rmdir()
     except OSError as error:
         raise StorageError(
             f"Run directories cannot be made in {folder}.",

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.checkpoint.layout import sync_dir, write_durably
-from jobs.data.store import TOKENIZER
 from jobs.data.tokenizer import END_OF_TEXT_ID
 from jobs.hf.folder import CONFIG
 from jobs.inference.questions import Question, read_prompts, read_questions, read_texts
 from jobs.spec import InferenceSpec, WeightsSpec
+from jobs.weights import data_of, tokenizer_of
 from strategies.codec import from_json, to_json
 from strategies.errors import ConfigError, StorageError
 from strategies.specs import ModelSpec
@@ -172,32 +172,16 @@ def _tokenizer_of(weights: WeightsSpec) -> Path:
     Raises:
         ConfigError: There is none.
     """
-    if weights.kind == "hf":
-        path = Path(weights.path) / TOKENIZER
-    else:
-        path = Path(_data_of(weights).get("store", "")) / TOKENIZER
-    if not path.is_file():
+    path = tokenizer_of(weights)
+    if path is None:
         raise ConfigError(f"There is no tokenizer beside {weights.path}.", hint="Name one: job.tokenizer=FILE.")
     return path
-
-
-def _run_of(weights: WeightsSpec) -> Path | None:
-    """The run directory that a manifest lies in: <run>/checkpoints/<step>/<token>.manifest.json."""
-    run = Path(weights.path).parent.parent.parent
-    return run if (run / "request.json").is_file() else None
-
-
-def _data_of(weights: WeightsSpec) -> dict[str, Any]:
-    """What a run was trained on, as its request says; empty where a checkpoint is apart from its run."""
-    run = _run_of(weights)
-    found: dict[str, Any] = json.loads((run / "request.json").read_text())["job"]["data"] if run else {}
-    return found
 
 
 def _start_of(weights: WeightsSpec, model: ModelSpec) -> int | None:
     """The token that begins a document: the one that ends another in a run; a folder's config.json may name one."""
     if weights.kind == "checkpoint":
-        return int(_data_of(weights).get("end_id", END_OF_TEXT_ID))
+        return int(data_of(weights).get("end_id", END_OF_TEXT_ID))
     config: Any = json.loads((Path(weights.path) / CONFIG).read_text())
     start = config.get("bos_token_id")
     return start if isinstance(start, int) and 0 <= start < model.vocab else None

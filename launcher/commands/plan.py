@@ -73,9 +73,9 @@ def command(ctx: click.Context, /, overrides: tuple[str, ...], **options: Any) -
 
         require_place(options["report"])
     from launcher import build
-    from launcher.config import compose
+    from launcher.examination import examined
 
-    config = compose(overrides)
+    config = examined(overrides, data=False)
     if options["rehearse"]:
         _rehearse(config, as_json=options["as_json"])
         return
