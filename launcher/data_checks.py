@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from jobs.data.mixture import form_problems
 from jobs.data.sources import KINDS, default_name
@@ -44,6 +45,22 @@ def unprepared(data: DataSpec) -> DataSpec:
         for one in data.sources
     )
     return replace(data, store="", digest="", vocab=0, end_id=0, sources=tuple(bare) if data.kind == "mixture" else ())
+
+
+def sources_outline(config: Config) -> list[dict[str, Any]] | None:
+    """The sources of a mixture before any file is looked at: ``share`` of what is dealt by weight, or ``epochs``."""
+    if config.data.kind != "mixture" or config.job.kind != "pretrain":
+        return None
+    sources = named(data_spec(config))
+    total = sum(one.weight or 0.0 for one in sources) or 1.0
+    return [
+        {
+            "name": one.name,
+            "share": None if one.weight is None else one.weight / total,
+            "epochs": one.epochs,
+        }
+        for one in sources
+    ]
 
 
 def data_problems(config: Config) -> Iterator[Problem]:

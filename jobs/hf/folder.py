@@ -207,6 +207,8 @@ def _other_model(own: ModelSpec, model: ModelSpec) -> list[Flaw]:
 def _value(model: ModelSpec, name: str) -> Any:
     if name == "top_k":
         return None if model.moe is None else (model.moe.experts, model.moe.top_k, model.moe.ffn)
+    if name == "moe":
+        return "none" if model.moe is None else f"{model.moe.experts} experts"
     return getattr(model, name)
 
 
