@@ -324,6 +324,7 @@ def test_everything_that_is_wrong_with_experts_is_told_at_once() -> None:
 def test_experts_run_under_every_degree(zero_stage: int) -> None:
     for tp, ep in product((1, 2), (1, 2, 4)):
         assert _check(plan(model=MOE, tp=tp, dp=4, ep=ep, zero_stage=zero_stage), model=MOE) == ()
+    assert _check(plan(model=MOE, dp=2, sp=2, ep=4, zero_stage=zero_stage), model=MOE) == ()
     if zero_stage < 2:
         assert _check(plan(model=MOE, tp=2, pp=2, dp=4, ep=2, zero_stage=zero_stage), model=MOE) == ()
 
@@ -333,7 +334,7 @@ def test_experts_run_under_every_degree(zero_stage: int) -> None:
     [
         ({"zero_stage": 3}, "zero_stage 3 with ep 2 is modelled only", "strategy.zero_stage=2, or strategy.ep=1"),
         ({"zero_stage": 1, "offload": "optimizer"}, "offload optimizer with ep 2", "strategy.offload=none"),
-        ({"sp": 2, "ep": 4}, "experts with sp 2, cp 1 are modelled only", "strategy.sp=1"),
+        ({"cp": 2, "ep": 4}, "cp 2: context parallelism is modelled only", "strategy.cp=1"),
     ],
 )
 def test_what_does_not_run_with_experts(degrees: dict[str, Any], message: str, hint: str) -> None:
@@ -342,7 +343,7 @@ def test_what_does_not_run_with_experts(degrees: dict[str, Any], message: str, h
     assert violation.rule == "combination_runs"
     assert message in violation.message
     assert hint in violation.hint
-    assert _check(replace(the_plan, ep=1, sp=1, zero_stage=1, offload="none"), model=MOE) == ()
+    assert _check(replace(the_plan, ep=1, cp=1, zero_stage=1, offload="none"), model=MOE) == ()
 
 
 def test_experts_in_16_bit_need_zero() -> None:
