@@ -37,6 +37,13 @@ def contradictions(config: Config) -> list[Problem]:
     if config.model.rope_scaling != 1 and config.model.flavour != "llama":
         message = f"flavour {config.model.flavour} has learned positions, which reach no further than model.seq"
         found.append(Problem(key="model.rope_scaling", message=message, hint="Use 1, or a model of flavour llama."))
+    stretch = config.model.rope_stretch
+    if stretch is not None and config.model.flavour != "llama":
+        message = f"flavour {config.model.flavour} has no rotary positions"
+        found.append(Problem(key="model.rope_stretch", message=message, hint="Use null, or a model of flavour llama."))
+    elif stretch is not None and stretch.high <= stretch.low:
+        message = f"{stretch.high:g} is not above low, {stretch.low:g}"
+        found.append(Problem(key="model.rope_stretch.high", message=message, hint="Llama 3.1 has low 1 and high 4."))
     if config.strategy.auto and config.job.kind == "script":
         message = "a script brings its own parallelism: there is nothing to choose"
         found.append(Problem(key="strategy.auto", message=message, hint="Use strategy=default."))

@@ -29,6 +29,7 @@ _PLAIN = {
     "latent": None,
     "rope_theta": 10000.0,
     "rope_scaling": 1.0,
+    "rope_stretch": None,
 }
 
 

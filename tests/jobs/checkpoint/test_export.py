@@ -16,7 +16,7 @@ from jobs.checkpoint.export import export
 from jobs.sample import load
 from jobs.spec import DataSpec
 from strategies.errors import ConfigError
-from strategies.specs import MoeSpec
+from strategies.specs import MoeSpec, RotaryStretch
 from tests.support import hf_models
 from tests.support.checkpoints import flip_bit, write_model_checkpoint
 from tests.support.jobspecs import GPT, LLAMA, make_job
@@ -25,6 +25,7 @@ MODELS = {
     "gpt": GPT,
     "gpt-untied": dataclasses.replace(GPT, tied=False, norm_eps=1e-3),
     "llama": dataclasses.replace(LLAMA, rope_theta=500.0),
+    "llama-3.1": dataclasses.replace(LLAMA, rope_stretch=RotaryStretch(factor=4.0, original=16)),
     "llama-tied": dataclasses.replace(LLAMA, tied=True),
     "mixtral": dataclasses.replace(LLAMA, moe=MoeSpec(experts=4, top_k=2, ffn=96)),
 }
