@@ -38,7 +38,7 @@ def test_values_plan_and_data_come_together(folder: Path, capsys: pytest.Capture
     hf = folder / "hf"
     hf_models.make(hf, "llama")
     (hf / "model.safetensors").write_bytes(b"\0" * 9)
-    data = ("data=mixture", SOURCES, "data.tokenizer=tokenizer.json", "model.vocab=290", "train.eval_every=2")
+    data = ("data=mixture", SOURCES, "data.tokenizer=tokenizer.json", "model.vocab=257", "train.eval_every=2")
     code = refused("model=moe_tiny", f"train.init_from={hf}", *PLAN, RAMP, *data, *SIZE)
     said = capsys.readouterr().err
     assert code == 2
@@ -54,7 +54,7 @@ def test_values_plan_and_data_come_together(folder: Path, capsys: pytest.Capture
         "empty: has weight 2, but no documents",
         "gone: there is no such file or folder",
         "data.tokenizer: ",
-        "model.vocab=290 is too small for it. Set model.vocab to ",
+        "model.vocab=257 is too small for it. Set model.vocab to ",
     ):
         assert part in said, said
     assert said.startswith("error: The run has ")
