@@ -88,14 +88,14 @@ def prepare(spec: InferenceSpec, weights: WeightsSpec, model: ModelSpec, cache: 
         stop: Whether prompts are wanted, not texts and questions.
 
     Returns:
-        ``spec`` with ``tokenizer``, ``start``, ``rows``, ``digest`` and ``count`` filled.
+        ``spec`` with ``tokenizer``, ``start``, ``end``, ``rows``, ``digest`` and ``count`` filled.
 
     Raises:
         ConfigError: A file has bad lines, or the tokenizer does not fit the model.
         StorageError: A file cannot be read or written.
     """
     path = Path(spec.tokenizer) if spec.tokenizer else _tokenizer_of(weights)
-    start = _start_of(weights, model)
+    start, end = _ends_of(weights, model)
     encode = Encoder(path, start)
     size = encode.tokenizer.get_vocab_size()
     if size > model.vocab:
@@ -108,7 +108,7 @@ def prepare(spec: InferenceSpec, weights: WeightsSpec, model: ModelSpec, cache: 
     digest = hashlib.sha256(data).hexdigest()
     file = cache.absolute() / f"rows-{digest[:32]}.jsonl"
     _keep(file, data)
-    return replace(spec, tokenizer=str(path), start=start, rows=str(file), digest=digest, count=len(found))
+    return replace(spec, tokenizer=str(path), start=start, end=end, rows=str(file), digest=digest, count=len(found))
 
 
 def read_rows(spec: InferenceSpec) -> list[Row]:
@@ -178,13 +178,16 @@ def _tokenizer_of(weights: WeightsSpec) -> Path:
     return path
 
 
-def _start_of(weights: WeightsSpec, model: ModelSpec) -> int | None:
-    """The token that begins a document: the one that ends another in a run; a folder's config.json may name one."""
+def _ends_of(weights: WeightsSpec, model: ModelSpec) -> tuple[int | None, int | None]:
+    """The tokens that begin and end a document: one for both in a run; a folder's config.json may name them."""
     if weights.kind == "checkpoint":
-        return int(data_of(weights).get("end_id", END_OF_TEXT_ID))
+        end = int(data_of(weights).get("end_id", END_OF_TEXT_ID))
+        return end, end
     config: Any = json.loads((Path(weights.path) / CONFIG).read_text())
-    start = config.get("bos_token_id")
-    return start if isinstance(start, int) and 0 <= start < model.vocab else None
+    first, last = (config.get(name) for name in ("bos_token_id", "eos_token_id"))
+    last = last[0] if isinstance(last, list) and last else last  # of several the first is that of documents
+    begins, ends = (one if isinstance(one, int) and 0 <= one < model.vocab else None for one in (first, last))
+    return begins, ends
 
 
 def _keep(file: Path, data: bytes) -> None:

@@ -99,7 +99,7 @@ class Generation:
 
 def sampling(spec: InferenceSpec, seed: int) -> Sampling:
     """How a job chooses tokens."""
-    return Sampling(temperature=spec.temperature, top_k=spec.top_k, top_p=spec.top_p, seed=seed)
+    return Sampling(temperature=spec.temperature, top_k=spec.top_k, top_p=spec.top_p, seed=seed, end=spec.end)
 
 
 def run(*, job: JobSpec, env: RankEnv, reporter: Reporter, hooks: Hooks, counter: Counter) -> None:
