@@ -71,6 +71,8 @@ class Encoder:
             self.tokenizer: Tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise StorageError(f"The tokenizer {path} cannot be read.", why=str(error)) from error
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()  # whatever its file says: every token of a text counts
 
     def __call__(self, text: str) -> list[int]:
         """Tokens of a text, as it stands within a document."""
