@@ -152,11 +152,13 @@ class WeightsSpec:
     Attributes:
         kind: ``hf``: a Hugging Face folder. ``checkpoint``: a committed checkpoint.
         path: The folder, or the manifest.
+        run: The run directory that the manifest was found through; empty where it was named itself.
         files: SHA-256 of what it consists of, by name; empty until they are recorded.
     """
 
     kind: Literal["hf", "checkpoint"]
     path: str
+    run: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -56,7 +56,7 @@ def find(text: str) -> WeightsSpec:
         found = list_checkpoints(paths.checkpoints)
         if not found:
             raise NotFound(f"The run {path} has no checkpoint that can be used.", hint="phalanx checkpoint ls")
-        return WeightsSpec(kind="checkpoint", path=str(found[0].path))
+        return WeightsSpec(kind="checkpoint", path=str(found[0].path), run=str(path))
     if path.is_dir():
         return WeightsSpec(kind="hf", path=str(path))  # whose problems will be told
     raise ConfigError(f"There are no weights at {path}.", hint=_FORMS)
@@ -71,7 +71,8 @@ def tokenizer_of(weights: WeightsSpec) -> Path | None:
 
 def data_of(weights: WeightsSpec) -> dict[str, Any]:
     """What a run was trained on, as its request says; empty where a checkpoint is apart from its run."""
-    request = Path(weights.path).parent.parent.parent / "request.json"  # <run>/checkpoints/<step>/<token>.manifest.json
+    beside = Path(weights.path).parent.parent.parent  # <run>/checkpoints/<step>/<token>.manifest.json
+    request = RunPaths(Path(weights.run) if weights.run else beside).request
     found: dict[str, Any] = json.loads(request.read_text())["job"]["data"] if request.is_file() else {}
     return found
 

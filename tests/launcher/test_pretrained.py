@@ -91,6 +91,10 @@ def test_a_second_stage_reads_text_as_the_first(tmp_path: Path) -> None:
     store.mkdir()
     (store / "tokenizer.json").write_text("{}")
     assert tokenizer_of(weights) == store / "tokenizer.json"
+    assert tokenizer_of(find(weights.path)) == store / "tokenizer.json", "a manifest lies in its run"
+    run.paths.checkpoint_dir.rename(tmp_path / "elsewhere")
+    run.paths.pointer.write_text(str(tmp_path / "elsewhere"))
+    assert tokenizer_of(find(str(run.paths.root))) == store / "tokenizer.json", "or apart from it"
 
 
 def test_weights_of_another_model_are_refused_with_all_other_problems(folder: Path) -> None:
