@@ -101,8 +101,9 @@ def test_four_ranks_find_what_one_finds_and_goes_on_after_a_fault(pool: WarmPool
 
 def test_replicas_that_share_experts_find_what_one_rank_finds(pool: WarmPool, experts: Path, tmp_path: Path) -> None:
     """Also where one of them has no rows left."""
+    lines = (json.dumps({"text": f"x = {i} + 1\n" * i}) for i in range(1, 5))
+    (tmp_path / "four.jsonl").write_text("\n".join(lines))
     asked = {"text": str(tmp_path / "four.jsonl")}
-    (tmp_path / "four.jsonl").write_text("".join(json.dumps({"text": f"x = {i} + 1\n" * i}) + "\n" for i in range(1, 5)))
     one = run(pool, job_of(experts, "evaluate", {}, **asked), tmp_path / "one")
     job = job_of(experts, "evaluate", {"dp": 2, "ep": 2}, **asked)
     assert job.inference is not None
