@@ -61,7 +61,7 @@ def _beside(found: Draft, *, data: bool) -> list[str]:
     lines = [str(one) for one in _of_plan(found.config)] if found.model_known else []
     if data:
         settled = build.settle(found.config, name="run", cwd=Path.cwd())
-        told = any(one.key.startswith("data.sources") for one in found.problems)
+        told = any(one.key.startswith(("data.sources", "data.path")) for one in found.problems)
         lines += _of_data(settled, vocab=settled.model.vocab if found.model_known else 0, formed=told)
     return lines
 

@@ -341,22 +341,18 @@ def check_place(run_dir: Path) -> None:
 
 
 def check_parent(folder: Path) -> None:
-    """The parent of run directories can be made and written; nothing of it is left.
+    """The parent of run directories can be made and written. It is not made yet: perhaps there will be no run.
 
     Raises:
         StorageError: It cannot.
     """
-    probe = folder / f".probe-{os.getpid()}"
-    made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        there = next(one for one in (folder, *folder.parents) if one.exists())
+        probe = there / f".probe-{os.getpid()}"
         try:
             probe.write_bytes(b"x")
         finally:
             probe.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # somebody else has begun to use them
-                for one in made:
-                    one.rmdir()
     except OSError as error:
         raise StorageError(
             f"Run directories cannot be made in {folder}.",
