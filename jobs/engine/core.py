@@ -84,13 +84,9 @@ class Engine:
             StorageError: It cannot be kept there.
         """
         assembly.refuse_modelled_only(job.plan)
-<<<<<<< HEAD
-        assembly.refuse_packing(job)
         if disks.on_disks(job.plan):
             async_io.load()
             job = disks.placed(job, env)
-=======
->>>>>>> r5
         own_time = process.join(env, deterministic=job.train.deterministic)
         return cls(assembly.assemble(job), job, own_time)
 
