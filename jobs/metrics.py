@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jobs.checkpoint.errors import storage_error
+
+
+def tells_of_a_step(line: Mapping[str, Any]) -> bool:
+    """Whether a line is one of ours: a user's code may write into the same file."""
+    return all(isinstance(line.get(name), int | float) for name in ("step", "attempt", "time"))
 
 
 class MetricsWriter:

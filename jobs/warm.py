@@ -10,7 +10,7 @@ import contextlib
 import gc
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 MODULES = (
     "jobs.engine",
@@ -24,11 +24,24 @@ MODULES = (
 LAZY = ("torch.profiler._cupti_monitor", "numpy.ma")
 """What torch imports at the first step and numpy in a restore; another version of them may not have it."""
 
+S3 = "s3fs"
+"""What reads from an S3 store; an extra that need not be installed."""
+
 _NO_COMPILER = "TORCHDYNAMO_DISABLE"
 
 
 def warm() -> None:
-    """Import everything.
+    """Import everything."""
+    _warm(LAZY)
+
+
+def warm_s3() -> None:
+    """Import everything, and what ranks restore with from an S3 store."""
+    _warm((*LAZY, S3))
+
+
+def _warm(optional: Sequence[str]) -> None:
+    """Import what every rank needs, and what need not be there.
 
     Without the garbage collector: imports leave little garbage, and looking for it among all that they make is up to a
     quarter of their time. The pool collects once, when all of it is there.
@@ -36,7 +49,7 @@ def warm() -> None:
     gc.disable()
     try:
         with _nothing_compiled():
-            _import_all()
+            _import_all(optional)
     finally:
         gc.enable()
 
@@ -58,9 +71,9 @@ def _nothing_compiled() -> Iterator[None]:
             os.environ[_NO_COMPILER] = before
 
 
-def _import_all() -> None:
+def _import_all(optional: Sequence[str]) -> None:
     for module in MODULES:
         importlib.import_module(module)
-    for module in LAZY:
+    for module in optional:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)

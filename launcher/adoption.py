@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher import progress
+from launcher import progress, rank_errors
 from launcher.controller import STOP_PATIENCE_S, Controller
 from launcher.departure import CAUSE
 from launcher.gang import Observation
 from launcher.gang_state import GangState
 from launcher.lock import identity
 from launcher.phase import Phase
-from launcher.recovery import Action, Decision, Failure, FailureKind
-from launcher.run import EventKind, Run, RunState
+from launcher.recovery import Action, Decision, Failure, FailureKind, culprit
+from launcher.run import Attempt, EventKind, Run, RunState
 from launcher.sizing import plan_of, wanted_of
 from launcher.store import read_json
 from strategies.codec import from_json, to_json
+from strategies.errors import PlanInfeasible
+from strategies.topology import place
 
 Welcomes = Mapping[str, Mapping[str, Any]]
+REPLAY_S = 0.5  # an agent that answers tells at once all that it remembers
 
 
 def begin(controller: Controller, *, resume: Mapping[str, Any] | None = None, adopt: bool = True) -> None:
@@ -41,7 +44,7 @@ def begin(controller: Controller, *, resume: Mapping[str, Any] | None = None, ad
         for seen in heard:
             controller.observe(seen)
         return
-    _clear(controller, welcomes)
+    heard += _clear(controller, welcomes)
     controller.record(EventKind.CONTROLLER_STARTED, **identity(), adopted=False)
     if resume is not None:
         last = last_metric_step(controller, attempt.number) if attempt is not None and unfinished else 0
@@ -51,13 +54,13 @@ def begin(controller: Controller, *, resume: Mapping[str, Any] | None = None, ad
     if attempt is not None:
         controller.start_reason = _reason_after(controller.run)
     if unfinished:
-        _lost_gang(controller)
+        _lost_gang(controller, welcomes, heard)
 
 
 def _meet_agents(controller: Controller) -> tuple[dict[str, Mapping[str, Any]], list[Observation]]:
     """Connect to every announced agent; returns the welcome of each that answers, and all that was heard meanwhile."""
     heard: list[Observation] = []
-    known = controller.backend.agents()
+    known = list(controller.muster.look().values())
     controller.gang.connect(known)
     welcomes: dict[str, Mapping[str, Any]] = {}
     gone: set[str] = set()
@@ -151,18 +154,30 @@ def _adopt(controller: Controller, welcomes: Welcomes, resume: Mapping[str, Any]
     controller.enter(Phase.RUN)
 
 
-def _clear(controller: Controller, welcomes: Welcomes) -> None:
-    """End what is left of attempts that will not be adopted."""
+def _clear(controller: Controller, welcomes: Welcomes) -> list[Observation]:
+    """End what is left of attempts that will not be adopted; returns what was heard meanwhile, but for that end."""
     left = {node: int(data["attempt"]) for node, data in welcomes.items() if _has_live_ranks(data)}
-    for number in set(left.values()):
+    numbers, heard = set(left.values()), list[Observation]()
+    for number in numbers:
         controller.gang.kill(number, grace_s=0.0)
     deadline = controller.clock.monotonic() + STOP_PATIENCE_S
     while left and controller.clock.monotonic() < deadline:
-        controller.lock.beat()
-        for seen in controller.gang.poll(0.1):
+        heard += _listen(controller)
+        for seen in heard:
             if seen.kind in ("killed", "agent_lost"):
                 left.pop(seen.node, None)
-            controller.note_agent(seen)
+    deadline = controller.clock.monotonic() + REPLAY_S
+    while welcomes and (news := _listen(controller)) and controller.clock.monotonic() < deadline:
+        heard += news
+    return [seen for seen in heard if not (numbers and seen.kind == "exit" and seen.data.get("requested"))]
+
+
+def _listen(controller: Controller) -> list[Observation]:
+    controller.lock.beat()
+    heard = controller.gang.poll(0.1)
+    for seen in heard:
+        controller.note_agent(seen)
+    return heard
 
 
 def _has_live_ranks(welcome: Mapping[str, Any]) -> bool:
@@ -170,15 +185,19 @@ def _has_live_ranks(welcome: Mapping[str, Any]) -> bool:
     return bool(welcome.get("attempt")) and any(rank.get("exited") is None for rank in ranks)
 
 
-def _lost_gang(controller: Controller) -> None:
-    """A controller that replaces a dead one found the gang gone or broken: an ordinary failure."""
+def _lost_gang(controller: Controller, welcomes: Welcomes, heard: Sequence[Observation]) -> None:
+    """A controller that replaces a dead one found the gang gone or broken: an ordinary failure, with its cause."""
     attempt = controller.run.attempt
     assert attempt is not None
     now = controller.clock.time()
     last = last_metric_step(controller, attempt.number)
-    failure = _known_failure(controller, attempt.number) or Failure(
-        kind=FailureKind.NODE_LOST, time=now, step=last, detail="the gang was gone when a new controller came"
-    )
+    evidence = [*_known_failure(controller, attempt.number), *_evidence(controller, attempt, welcomes, heard, last)]
+    if not evidence:
+        held = any(welcomes.get(node, {}).get("attempt") == attempt.number for node in attempt.nodes)
+        why = "its controller fell while the ranks started" if held else "the gang was gone when a new controller came"
+        evidence.append(Failure(kind=FailureKind.NODE_LOST, time=now, step=last, detail=why))
+    rank_errors.keep(controller.store.paths, attempt.number, evidence)
+    failure = culprit(evidence)
     seen = float(progress.last_metric(controller.store.paths).get("time", 0.0))  # the last sign of life
     controller.record(
         EventKind.FAILURE_DETECTED, attempt=attempt.number, failure=failure, last_step=last, failed_at=min(seen, now)
@@ -186,14 +205,39 @@ def _lost_gang(controller: Controller) -> None:
     controller.conclude(failure)
 
 
-def _known_failure(controller: Controller, attempt: int) -> Failure | None:
-    """What the predecessor had detected when it fell in the middle of recovering from it."""
+def _evidence(
+    controller: Controller, attempt: Attempt, welcomes: Welcomes, heard: Sequence[Observation], last: int
+) -> list[Failure]:
+    """What agents remember of an attempt, and which of them are gone: its controller had no time to record it."""
+    plan = plan_of(attempt)
+    try:
+        placed = place(plan, attempt.nodes, controller.request.cluster.slots_per_node) if plan else None
+    except PlanInfeasible:  # a resume had changed the cluster when its controller fell
+        placed = None
+    if plan is None or placed is None:
+        return []
+    placement = {entry.node: entry.ranks for entry in placed.assignments}
+    trained = attempt.trained is not None
+    state = GangState(attempt=attempt.number, plan=plan, placement=placement, last_step=last, training=trained)
+    found = [one for seen in heard for one in state.observe(seen) if isinstance(one, Failure)]
+    lost = [node for node in attempt.nodes if node not in welcomes and node not in state.gone]
+    if len(lost) == len(attempt.nodes):  # that was no accident of one of them
+        return found
+    now = controller.clock.time()
+    detail = "node {} was gone when a new controller came"
+    return found + [
+        Failure(kind=FailureKind.NODE_LOST, time=now, node=node, step=last, detail=detail.format(node)) for node in lost
+    ]
+
+
+def _known_failure(controller: Controller, attempt: int) -> list[Failure]:
+    """What the predecessor had detected when it fell in the middle of recovering from it; empty if nothing."""
     detected = [
         event
         for event in controller.store.events()
         if event.attempt == attempt and event.kind is EventKind.FAILURE_DETECTED
     ]
-    return from_json(Failure, detected[-1].data["failure"], where="events.jsonl") if detected else None
+    return [from_json(Failure, event.data["failure"], where="events.jsonl") for event in detected[-1:]]
 
 
 def last_metric_step(controller: Controller, attempt: int) -> int:

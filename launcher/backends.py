@@ -116,8 +116,10 @@ def agent_options(request: LaunchRequest) -> dict[str, Any]:
         "grace_s": recovery.grace_s,
         "preempt_grace_s": recovery.preempt_grace_s,
     }
-    # A script imports what it needs by itself: a pool that has imported torch would be of no use to it.
-    return options if request.job.kind == "pretrain" else options | {"warm": ""}
+    if request.job.kind == "script":  # it imports what it needs by itself: torch in the pool would be of no use to it
+        return options | {"warm": ""}
+    store = request.job.checkpoint.url or ""
+    return options | ({"warm": "jobs.warm:warm_s3"} if store.startswith("s3") else {})
 
 
 def _need_ray() -> None:

@@ -21,7 +21,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from launcher import exclusion, progress, rank_errors, recovery, roster
+from launcher import exclusion, origin, progress, rank_errors, recovery, roster
 from launcher.backend import AgentAddress, Backend
 from launcher.clock import Clock
 from launcher.departure import CAUSE, Departure
@@ -236,12 +236,7 @@ class Controller:
     def _start(self, plan: ParallelPlan, nodes: Mapping[str, AgentAddress]) -> None:
         wanted, paths = self.request.job, self.store.paths
         job, script = wanted.under(plan).skipping(self.run.skips), wanted.kind == "script"
-        marked = wanted.kind != "pretrain"  # what is done lies in folders with a mark, not in manifests
-        for path, reason in progress.damaged(paths, script=marked):
-            if path not in self.run.rejected:
-                self.record(EventKind.CHECKPOINT_REJECTED, path=path, reason=reason)
-        point = progress.resume_point(paths, script=marked, rejected=self.run.rejected)
-        point = self.memory.better(point, paths, self.run, job)
+        point = origin.find(paths, job, self.memory, run=lambda: self.run, reject=self._reject)
         self.state = form(self.run, plan, nodes, self.request.cluster, point=point, script=script)
         if self.start_reason in ("restart", "move"):
             self.decide(swapped(self.run, self.state))
@@ -351,7 +346,7 @@ class Controller:
         """The attempt is over: name the cause, decide, and do what was decided."""
         self.log.record_faults(attempt=self._number)
         if failure.kind is FailureKind.CORRUPT_CHECKPOINT:
-            self.record(EventKind.CHECKPOINT_REJECTED, path=failure.path, reason=failure.detail)
+            self._reject(failure.path, failure.detail)
         self.record(EventKind.GANG_STOPPED, **failure.verdict)
         excluded = exclusion.after_failure(self.run, self.request.recovery)
         if excluded is not None:
@@ -363,6 +358,9 @@ class Controller:
         self._until = self.clock.monotonic() + decision.delay_s
         if self.phase is not Phase.END:
             self.enter(Phase.BACKOFF if decision.delay_s > 0 else Phase.GATHER)
+
+    def _reject(self, path: str, reason: str) -> None:
+        self.record(EventKind.CHECKPOINT_REJECTED, path=path, reason=reason)
 
     def _back_off(self) -> None:
         if self.clock.monotonic() >= self._until:

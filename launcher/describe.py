@@ -68,6 +68,12 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         StorageError: The run directory is damaged.
     """
     request, events = store.request(), store.events()
+    if not events:
+        raise StorageError(
+            f"The log of '{store.name}' says nothing.",
+            why=f"{store.paths.events} is missing, empty or damaged",
+            hint="Bring it back. What was saved is not lost: phalanx checkpoint ls, phalanx resume.",
+        )
     run, script = fold(events), request.job.kind == "script"
     alive = None if run.state.terminal else _controller_alive(store.paths, watch_s)
     last = progress.last_metric(store.paths)

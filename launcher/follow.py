@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
+from jobs.metrics import tells_of_a_step
 from jobs.tail import Tail
 from launcher.lock import newest_epoch
 from launcher.render import seconds
 from launcher.render_events import event_line, progress_line
-from launcher.run import EventKind, Run, RunEvent, RunState, apply
+from launcher.run import EventKind, Run, RunEvent, RunState, advance
 from launcher.store import RunStore
 from strategies.codec import from_json
 from strategies.errors import ClusterError
@@ -119,14 +120,14 @@ class Display:
     def __call__(self, event: RunEvent | None) -> None:
         """Take in one event, or only look at the progress."""
         if event is not None:
-            self.run = apply(self.run, event)
+            self.run = advance(self.run, event)
             text = event_line(event)
             if event.kind is EventKind.RESUME_REQUESTED:
                 self._since = event.time
             if text:
                 self._screen.say(f"[{seconds(max(0.0, event.time - self._since)):>9}] {text}")
             return
-        self._metric = [self._metric, *self._metrics.read()][-1]
+        self._metric = [self._metric, *filter(tells_of_a_step, self._metrics.read())][-1]
         if not self.run.state.terminal:
             self._screen.progress(self.line())
 

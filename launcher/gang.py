@@ -329,7 +329,8 @@ class Gang:
 
     def kill(self, attempt: int, grace_s: float = 0.0) -> None:
         """End the ranks of an attempt everywhere: SIGTERM, after ``grace_s`` SIGKILL; each node answers ``killed``."""
-        self._order = None
+        if self._order is not None and self._order.attempt == attempt:  # what is left of an old one stops no new one
+            self._order = None
         self._send_all({"op": "kill", "attempt": attempt, "grace_s": grace_s})
 
     def leave(self, attempt: int, after: int) -> None:

@@ -49,7 +49,8 @@ class GangState:
         evidence: Failures, in order of arrival.
         first_step: First step that the attempt runs.
         last_step: Highest step that a rank has reported.
-        restored: What ranks have read back: ``restored_s`` of the slowest, ``restored_bytes`` of all; may be empty.
+        restored: What ranks have read back: ``restored_s`` of the slowest, ``restored_bytes`` of all (each byte is read
+            once, whoever needs it); may be empty.
         training: The first step has begun.
         leaving: Why the next attempt will be made (``grow``, ``move``), once the ranks were asked to leave.
         leave_after: After this step, if not at the next checkpoint; 0 for that.
@@ -239,8 +240,8 @@ class GangState:
         """Once per rank and attempt, as a report of a rank is: ranks say it before rank 0 says that training begins."""
         known = self.restored
         known["restored_s"] = max(known.get("restored_s", 0.0), float(data.get("seconds", 0.0)))
-        if "bytes" in data:
-            known["restored_bytes"] = known.get("restored_bytes", 0.0) + float(data["bytes"])
+        if "read_bytes" in data:
+            known["restored_bytes"] = known.get("restored_bytes", 0.0) + float(data["read_bytes"])
 
 
 def spawn(gang: Gang, request: LaunchRequest, state: GangState, epoch: int) -> None:

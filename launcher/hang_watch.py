@@ -16,7 +16,10 @@ from strategies.topology import Topology
 
 FACTOR = 3.0  # a hang is a step that takes so many times the 99th percentile ...
 MARGIN_S = 5.0  # ... and so much longer
-LEARNED_STEPS = 5  # before that many steps were seen, the patience of the start holds
+TURN_S = 0.25  # it is judged so much before that is over: a controller looks five times a second
+ASK_S = 1.25  # and so much before it ranks are asked where they stand, so that their answers are there
+LEARNED_STEPS = 5  # so many steps must have been seen; before, the first steps of earlier attempts say how long ...
+EARLY_MARGIN_S = 30.0  # ... with a margin for what is new on a node, and without such the patience of the start holds
 ANSWERS_S = 3.0  # ranks that have not said by then where they stand will not
 _REMEMBERED = 1000
 
@@ -36,6 +39,8 @@ class StepClock:
         self._reached: Counter[int] = Counter()
         self._next: dict[int, str] = {}
         self.steps: dict[int, int] = {}
+        self.early_s: tuple[float, ...] = ()
+        """How long each of the first steps took."""
         self._p99: float | None = None
 
     def note(self, rank: int, step: int, doing: str, now: float) -> None:
@@ -52,6 +57,7 @@ class StepClock:
         if self._reached[step] == self._world:
             del self._reached[step]
             self._gaps.append(now - self._since)
+            self.early_s = (*self.early_s, now - self._since)[:LEARNED_STEPS]
             self._since, self._p99 = now, None
 
     @property
@@ -90,13 +96,15 @@ class HangWatch:
     """Watches one attempt after the other.
 
     Args:
-        first_s: Patience with the first steps.
+        first_s: Patience with the first steps of a plan; later attempts have such as theirs took before.
         save_s: Patience with a checkpoint.
     """
 
     def __init__(self, *, first_s: float, save_s: float) -> None:
         self._topology: Topology | None = None
-        self._first_s = first_s
+        self._start_s = first_s
+        self._early_s: dict[ParallelPlan, float] = {}  # the longest of the first steps of earlier attempts
+        self._plan: ParallelPlan | None = None
         self._save_s = save_s
         self._clock: StepClock | None = None
         self._asked: float | None = None
@@ -111,13 +119,23 @@ class HangWatch:
 
     def begin(self, plan: ParallelPlan, now: float) -> None:
         """The first step of an attempt begins; its plan names the coordinates of a culprit."""
-        self._topology = Topology(plan)
+        self.end()
+        self._plan, self._topology = plan, Topology(plan)
         self._clock = StepClock(plan.world_size, now)
         self._asked, self._excused, self._answers, self._nodes = None, -math.inf, {}, {}
 
     def end(self) -> None:
         """The attempt ends."""
+        early_s = self._clock.early_s if self._clock else ()
+        if self._plan is not None and len(early_s) == LEARNED_STEPS:
+            self._early_s[self._plan] = max(*early_s, self._early_s.get(self._plan, 0.0))
         self._clock = None
+
+    @property
+    def _first_s(self) -> float:
+        """Patience while too few steps of the attempt were seen."""
+        known_s = self._early_s.get(self._plan) if self._plan else None
+        return self._start_s if known_s is None else min(self._start_s, FACTOR * known_s + EARLY_MARGIN_S)
 
     def note(self, seen: Observation, now: float) -> None:
         """Take in what an agent says."""
@@ -137,14 +155,13 @@ class HangWatch:
         clock = self._clock
         if clock is None:
             return None
-        silent_s = clock.silent_s(now)
+        silent_s, limit_s = clock.silent_s(now), clock.limit_s(self._first_s)
         if self._asked is None:
-            limit_s = clock.limit_s(self._first_s)
-            if silent_s > limit_s and now - self._excused > limit_s:
+            if min(silent_s, now - self._excused) > limit_s - ASK_S:
                 self._asked, self._answers = now, {}
                 gang.dump(attempt)
             return None
-        if len(self._answers) < world_size and now - self._asked <= ANSWERS_S:
+        if silent_s <= limit_s - TURN_S or (len(self._answers) < world_size and now - self._asked <= ANSWERS_S):
             return None
         storing = any(at.stores for at in self.standings(world_size).values())
         if clock.busy and storing and silent_s <= self._save_s:  # slow storage is no hang yet

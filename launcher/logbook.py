@@ -45,7 +45,8 @@ class Logbook:
         event = self._store.draft(kind, epoch=self._lock.epoch, attempt=attempt, **data)
         after = apply(self.run, event)  # an event that cannot follow is our bug, and must not reach the log
         self._store.commit(event)
-        self.run = after
+        # The first word of an epoch: a predecessor that was between asking and writing may have written meanwhile.
+        self.run = self._store.run() if kind is EventKind.CONTROLLER_STARTED else after
         self._observer(event)
 
     def new_faults(self) -> list[dict[str, Any]]:

@@ -7,14 +7,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
-from jobs.checkpoint import list_checkpoints
 from jobs.checkpoint.memory import Address, Holding
-from jobs.paths import RunPaths
 from jobs.spec import JobSpec
 from launcher.clock import Clock
 from launcher.generations import Stock, choose
 from launcher.observation import Observation
-from launcher.progress import ResumePoint
+from launcher.progress import OnDisk, ResumePoint
 from launcher.run import Run
 from launcher.store import write_atomic
 from strategies.codec import from_json
@@ -83,13 +81,17 @@ class MemoryTier:
         except (ConfigError, KeyError, TypeError, ValueError) as error:
             print(f"warning: what {seen.node} holds in memory cannot be understood: {error}", flush=True)
 
-    def better(self, point: ResumePoint, paths: RunPaths, run: Run, job: JobSpec) -> ResumePoint:
-        """The newest generation in memory if it is newer than ``point``, which is on disk; else ``point``."""
+    def better(self, disk: OnDisk, run: Run, job: JobSpec) -> ResumePoint:
+        """The newest generation in memory if it is newer than what is on disk; else that."""
         if not self._stocks:
-            return point
-        fence = max((entry.token for entry in list_checkpoints(paths.checkpoints)), default=None)
-        stocks = list(self._stocks.values())
-        found = choose(stocks, newer_than=point.step, fence=fence, skips=job.skips, rejected=run.rejected)
+            return disk.point
+        found = choose(
+            list(self._stocks.values()),
+            newer_than=disk.point.step,
+            fence=disk.fence,
+            skips=job.skips,
+            rejected=run.rejected,
+        )
         if found is None:
-            return point
+            return disk.point
         return ResumePoint(path=str(found.generation), step=found.step, memory=found)

@@ -13,12 +13,13 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jobs.metrics import tells_of_a_step
 from jobs.tail import Tail
 from launcher import forecast
 from launcher.exposition import Facts, exposition, metrics
 from launcher.ledger import Book
 from launcher.request import LaunchRequest
-from launcher.run import EventKind, IllegalEvent, Run, RunEvent, apply
+from launcher.run import EventKind, Run, RunEvent, advance
 from launcher.sizing import plan_of
 from launcher.store import RunStore
 from strategies.codec import from_json
@@ -56,8 +57,7 @@ class Meter:
         for event in events:
             if 0 < event.epoch < self._run.epoch:
                 continue
-            with contextlib.suppress(IllegalEvent):
-                self._run = apply(self._run, event)
+            self._run = advance(self._run, event)
             if event.kind is EventKind.CHECKPOINT_COMMITTED:
                 self._checkpoint = {"time": event.time, **event.data}
         return exposition(self._store.name, metrics(self._facts(now)))
@@ -65,8 +65,9 @@ class Meter:
     def _new_lines(self) -> Iterator[Mapping[str, Any]]:
         """Bit by bit: a run of months has more lines than fit into memory."""
         while lines := self._lines.read(CHUNK_BYTES):
-            self._metric = lines[-1]
-            yield from lines
+            for line in filter(tells_of_a_step, lines):
+                self._metric = line
+                yield line
 
     def _facts(self, now: float) -> Facts:
         job, cluster = self._request.job, self._request.cluster

@@ -62,7 +62,7 @@ class Muster:
         if len(self.up) - len(out) < self._wanted and now - self._asked >= every_s:
             self._asked = now
             self._backend.request_agents(self._wanted + len(out) + len(self._departing))
-            gang.connect(list(self._look().values()))
+            gang.connect(list(self.look().values()))
 
     def _left_out(self) -> set[str]:
         now = self._clock.time()
@@ -96,11 +96,18 @@ class Muster:
         elif seen.kind == "notice" and seen.node in self.up:
             self._departing[seen.node] = self.up.pop(seen.node)
         elif seen.kind in ("agent_lost", "leaving"):
-            lost = self.up.pop(seen.node, None) or self._departing.pop(seen.node, None)
+            lost = self.up.pop(seen.node, None) or self._departing.pop(seen.node, None) or self._unmet(seen)
             if lost is not None:
+                self._known.pop(seen.node, None)
                 self._backend.forget(lost)
 
-    def _look(self) -> dict[str, AgentAddress]:
+    def _unmet(self, seen: Observation) -> AgentAddress | None:
+        """One that has announced itself and never answered: its place is to be freed, too."""
+        known = self._known.get(seen.node)
+        return known if known is not None and known.incarnation == seen.data.get("incarnation") else None
+
+    def look(self) -> dict[str, AgentAddress]:
+        """The agents that have announced themselves, by node. Asks the cluster, or a disk."""
         self._known = {agent.node: agent for agent in self._backend.agents()}
         return self._known
 
@@ -108,6 +115,6 @@ class Muster:
         """An agent has answered. Looks again only for one that is not known: a look asks the cluster or a disk."""
         known = self._known.get(node)
         if known is None or known.incarnation != incarnation:
-            known = self._look().get(node)
+            known = self.look().get(node)
         if known is not None:
             self.up[node] = known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -10,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from jobs import checkpoint
+from jobs.checkpoint.layout import Token
 from jobs.checkpoint.memory import MemoryPoint
+from jobs.metrics import tells_of_a_step
 from jobs.paths import RunPaths
 from jobs.spec import JobSpec
+from strategies.errors import StorageError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,23 +35,46 @@ class ResumePoint:
     memory: MemoryPoint | None = None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnDisk:
+    """What the checkpoints of a run offer, all of them read once.
+
+    Attributes:
+        point: The newest committed one that was not found damaged.
+        damaged: Committed ones whose manifest cannot be used any more, each with the reason.
+        fence: Highest token of those that can be used; None if there is none.
+    """
+
+    point: ResumePoint
+    damaged: tuple[tuple[str, str], ...] = ()
+    fence: Token | None = None
+
+
+def on_disk(paths: RunPaths, *, script: bool, rejected: frozenset[str] = frozenset()) -> OnDisk:
+    """Look at the checkpoints of a run."""
+    if script:
+        return OnDisk(point=_script_point(paths, rejected))
+    found, broken = checkpoint.survey(paths.checkpoints)
+    points = [ResumePoint(path=str(one.path), step=one.step) for one in found if str(one.path) not in rejected]
+    return OnDisk(
+        point=points[0] if points else ResumePoint(),
+        damaged=tuple((str(path), reason) for path, reason in broken),
+        fence=max((one.token for one in found), default=None),
+    )
+
+
 def resume_point(paths: RunPaths, *, script: bool, rejected: frozenset[str] = frozenset()) -> ResumePoint:
     """The newest committed checkpoint that was not found damaged."""
-    return _script_point(paths, rejected) if script else _manifest_point(paths, rejected)
+    return on_disk(paths, script=script, rejected=rejected).point
 
 
-def damaged(paths: RunPaths, *, script: bool) -> list[tuple[str, str]]:
-    """Checkpoints that were committed but whose manifest cannot be used any more, each with the reason."""
-    if script:
-        return []
-    return [(str(path), reason) for path, reason in checkpoint.damaged(paths.checkpoints)]
-
-
-def _manifest_point(paths: RunPaths, rejected: frozenset[str]) -> ResumePoint:
-    for entry in checkpoint.list_checkpoints(paths.checkpoints):
-        if str(entry.path) not in rejected:
-            return ResumePoint(path=str(entry.path), step=entry.step)
-    return ResumePoint()
+def missing(point: ResumePoint, *, script: bool) -> str:
+    """What of a checkpoint on disk is not there, at a quick look; "" for nothing. (The ranks read every byte.)"""
+    if script or point.memory is not None or not point.path:
+        return ""
+    with contextlib.suppress(StorageError):  # whether it can be read is for those to say who have to
+        return "; ".join(checkpoint.absent(point.path)[:1])
+    return ""
 
 
 def _script_point(paths: RunPaths, rejected: frozenset[str]) -> ResumePoint:
@@ -99,7 +126,7 @@ def fault_records(paths: RunPaths) -> list[dict[str, Any]]:
 
 
 def last_metric(paths: RunPaths) -> Mapping[str, Any]:
-    """The newest whole line of metrics.jsonl; empty if there is none."""
+    """The newest whole line of metrics.jsonl that tells of a step; empty if there is none."""
     try:
         with paths.metrics.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
@@ -111,6 +138,6 @@ def last_metric(paths: RunPaths) -> Mapping[str, Any]:
             value = json.loads(line)
         except ValueError:
             continue
-        if isinstance(value, dict):
+        if isinstance(value, dict) and tells_of_a_step(value):
             return value
     return {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from jobs.checkpoint import damaged, list_checkpoints, read_manifest
+from jobs.checkpoint import read_manifest, survey
 from jobs.checkpoint.identity import differences
 from launcher.request import LaunchRequest
 from launcher.run import Run
@@ -44,8 +44,9 @@ def check(store: RunStore, run: Run, request: LaunchRequest, *, clock: Callable[
         return []
     store.require_checkpoints()
     root = store.paths.checkpoints
-    whole = [one for one in list_checkpoints(root) if str(one.path) not in run.rejected]
-    broken = [f"{path}: {reason}" for path, reason in damaged(root)]
+    found, damaged = survey(root)
+    whole = [one for one in found if str(one.path) not in run.rejected]
+    broken = [f"{path}: {reason}" for path, reason in damaged]
     problems = differences(read_manifest(whole[0].path), request.job) if whole else []
     last = max([event.time for event in store.events()] + [one.time for one in whole], default=0.0)
     ahead = last - clock()

@@ -226,10 +226,16 @@ def fold(events: Iterable[RunEvent]) -> Run:
     """
     run = Run()
     for event in events:
-        if 0 < event.epoch < run.epoch:
-            continue
-        with contextlib.suppress(IllegalEvent):
-            run = apply(run, event)
+        run = advance(run, event)
+    return run
+
+
+def advance(run: Run, event: RunEvent) -> Run:
+    """One step of :func:`fold`."""
+    if 0 < event.epoch < run.epoch:
+        return run
+    with contextlib.suppress(IllegalEvent):
+        return apply(run, event)
     return run
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from jobs.checkpoint.claim import claim, require_ours
 from jobs.checkpoint.layout import sync_dir
 from jobs.location import locate
+from jobs.metrics import tells_of_a_step
 from jobs.paths import RunPaths
 from launcher.host.logs import KEPT_ATTEMPTS
 from launcher.request import LaunchRequest
@@ -271,8 +272,8 @@ class RunStore:
         return [from_json(RunEvent, line, where="events.jsonl") for line in read_lines(self.paths.events)]
 
     def metrics(self) -> Iterator[dict[str, Any]]:
-        """Every line of metrics.jsonl."""
-        return read_lines(self.paths.metrics)
+        """Every line of metrics.jsonl that tells of a step."""
+        return filter(tells_of_a_step, read_lines(self.paths.metrics))
 
     def run(self) -> Run:
         """The run as its log tells it."""

@@ -15,7 +15,7 @@ holds the state of its rank alone; the manifest says in which earlier shard the 
 
 What is called from outside (all other names are internal)::
 
-    jobs.checkpoint.manifest   newest, list_checkpoints, damaged, verify, Checkpoint            pure, no numpy
+    jobs.checkpoint.manifest   newest, survey, list_checkpoints, damaged, absent, verify        pure, no numpy
     jobs.checkpoint.retention  prune                                                            pure, no numpy
     jobs.checkpoint.reader     Reader                                                           numpy
     jobs.checkpoint.digest     weights_digest                                                   numpy
@@ -30,7 +30,17 @@ Only the fp32 masters are stored: 16-bit weights are their rounding, and are mad
 """
 
 from jobs.checkpoint.errors import CheckpointConflict, CorruptCheckpoint
-from jobs.checkpoint.manifest import Checkpoint, Manifest, damaged, list_checkpoints, newest, read_manifest, verify
+from jobs.checkpoint.manifest import (
+    Checkpoint,
+    Manifest,
+    absent,
+    damaged,
+    list_checkpoints,
+    newest,
+    read_manifest,
+    survey,
+    verify,
+)
 from jobs.checkpoint.retention import prune
 
 __all__ = [
@@ -38,10 +48,12 @@ __all__ = [
     "CheckpointConflict",
     "CorruptCheckpoint",
     "Manifest",
+    "absent",
     "damaged",
     "list_checkpoints",
     "newest",
     "prune",
     "read_manifest",
+    "survey",
     "verify",
 ]

@@ -158,17 +158,20 @@ class Checkpoint:
     time: float
 
 
-def list_checkpoints(root: str | Location) -> list[Checkpoint]:
-    """All committed checkpoints below ``root``, best first: by step, then by token. Unreadable manifests are left out.
+def survey(root: str | Location) -> tuple[list[Checkpoint], list[tuple[Location, str]]]:
+    """All committed checkpoints below ``root``, and manifests that cannot be used, each with the reason; read once.
+
+    Both best first: by step, then by token.
 
     Raises:
-        StorageError: The folder cannot be listed.
+        StorageError: The folder cannot be listed, or a manifest cannot be read.
     """
-    found = []
+    found, broken = [], []
     for place in _best_first(locate(root)):
         try:
             manifest = read_manifest(place.manifest)
-        except CorruptCheckpoint:
+        except CorruptCheckpoint as error:
+            broken.append((place.manifest, error.reason))
             continue
         found.append(
             Checkpoint(
@@ -181,22 +184,17 @@ def list_checkpoints(root: str | Location) -> list[Checkpoint]:
                 time=manifest.time,
             )
         )
-    return found
+    return found, broken
+
+
+def list_checkpoints(root: str | Location) -> list[Checkpoint]:
+    """The checkpoints of :func:`survey`."""
+    return survey(root)[0]
 
 
 def damaged(root: str | Location) -> list[tuple[Location, str]]:
-    """Manifests below ``root`` that :func:`list_checkpoints` leaves out, best first, each with the reason.
-
-    Raises:
-        StorageError: The folder cannot be listed, or a manifest cannot be read.
-    """
-    found = []
-    for place in _best_first(locate(root)):
-        try:
-            read_manifest(place.manifest)
-        except CorruptCheckpoint as error:
-            found.append((place.manifest, error.reason))
-    return found
+    """The manifests that :func:`list_checkpoints` leaves out, each with the reason; raises as :func:`survey`."""
+    return survey(root)[1]
 
 
 def newest(root: str | Location, exclude: Collection[str | Location] = frozenset()) -> Location | None:
@@ -306,6 +304,20 @@ def _require_shards(place: Place[Any], manifest: Manifest) -> None:
             why="; ".join(problems[:3]),
             hint="Check that every node sees the same run directory.",
         )
+
+
+def absent(path: str | Location) -> list[str]:
+    """A quick look: shards of a checkpoint that are not there or not of their size, in sentences.
+
+    Raises:
+        CorruptCheckpoint: The manifest itself is damaged.
+        StorageError: It cannot be looked at.
+    """
+    manifest = read_manifest(path)
+    try:
+        return _missing(place_of(locate(path)), manifest)
+    except OSError as error:
+        raise storage_error("look at the checkpoint", path, error) from error
 
 
 def verify(path: str | Location, deep: bool = False) -> list[str]:

@@ -10,6 +10,7 @@ sidecar exists; the checkpoint exists once its manifest does.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import time
@@ -102,7 +103,7 @@ def write_part(
 
     Raises:
         CheckpointConflict: Something of the same token has written it before.
-        StorageError: It cannot be written; nothing of it is left then.
+        StorageError: It cannot be written; nothing of it is left then, unless the store does not answer at all.
     """
     shard = place.shard(rank)
     try:
@@ -129,7 +130,8 @@ def write_part(
             hint="Nothing is lost; start one controller only for this run.",
         ) from None
     except OSError as error:
-        withdraw_part(place, rank)
+        if error.errno != errno.ETIMEDOUT:  # who has not answered will not delete anything either
+            withdraw_part(place, rank)
         raise storage_error("write the checkpoint shard", shard, error) from error
     return part
 

@@ -8,6 +8,7 @@ from jobs.checkpoint.errors import CorruptCheckpoint, storage_error
 from jobs.checkpoint.layout import Place, Token, manifests, writers
 from jobs.checkpoint.manifest import newest, read_manifest
 from jobs.location import Location, locate
+from strategies.errors import StorageError
 
 
 def prune(
@@ -56,6 +57,19 @@ def prune(
     except OSError as error:
         raise storage_error("prune the checkpoints", root, error) from error
     return removed
+
+
+def tidied(root: str | Location, keep: int, *, token: tuple[int, int]) -> str:
+    """As :func:`prune` after a commit; what cannot be deleted costs room, not the run.
+
+    Returns:
+        What people should know; empty when all is well.
+    """
+    try:
+        prune(root, keep, token=token)
+    except StorageError as error:
+        return f"old checkpoints stay, more than checkpoint.keep: {error.what} {error.why}"
+    return ""
 
 
 def _left_over(root: Location, me: Token | None, doomed: Collection[Place[Location]]) -> list[Place[Location]]:

@@ -25,7 +25,7 @@ from jobs.checkpoint.image import Image
 from jobs.checkpoint.layout import Place, Token
 from jobs.checkpoint.memory import StreamInfo, generation_of
 from jobs.checkpoint.persister import PersisterLink, unreachable
-from jobs.checkpoint.retention import prune
+from jobs.checkpoint.retention import tidied
 from jobs.checkpoint.save import copies_of, image_of_state, save
 from jobs.checkpoint.state import rng_state, trainer_state
 from jobs.frames import FrameError, Message
@@ -99,7 +99,7 @@ class DirectSaver:
         if self._env.rank == 0:
             told = dataclasses.asdict(saved) | {"path": str(saved.path)}
             self._reporter.send("checkpoint", step=step, **told)
-            prune(self._paths.checkpoints, self._job.checkpoint.keep, token=token)
+            warn(tidied(self._paths.checkpoints, self._job.checkpoint.keep, token=token))
         return saved.path
 
 
@@ -229,9 +229,10 @@ class BehindSaver:
     def _seal(self, step: int, record: Mapping[str, Any], *, flush: bool, hold: bool = False) -> None:
         base = str(self._base or "") if flush else ""
         answer = self._ask("seal", step=step, record=record, flush=flush, hold=hold, base=base)[0]
-        if answer["broken"] and answer["broken"] != self._warned:
+        if answer["broken"] != self._warned:
             self._warned = answer["broken"]
-            print(f"warning: {self._warned}; the newest steps are only on their own nodes", flush=True)
+            told = f"warning: {self._warned}; the newest steps are only on their own nodes"
+            print(told if self._warned else "replicas are kept again", flush=True)
 
     def _agree_on_the_last(self) -> None:
         """Wait for the checkpoint that is being written, and tell every rank what became of it."""
@@ -254,6 +255,7 @@ class BehindSaver:
             return  # a failure is raised where every rank can take part
         if "error" in done:
             raise revive(done["error"])
+        warn(done.pop("warning", ""))
         stalled_s = pending["stall_s"] + pending.get("waited_s", 0.0)
         stall_s = time.perf_counter() - pending["since"] if "since" in pending else stalled_s
         self._reporter.send("checkpoint", stall_s=stall_s, **done)
@@ -264,6 +266,12 @@ class BehindSaver:
             return self._link.ask(op, **fields)
         except FrameError as error:
             raise unreachable(error) from error
+
+
+def warn(text: str) -> None:
+    """Tell people, if there is something to tell."""
+    if text:
+        print(f"warning: {text}", flush=True)
 
 
 def restored_from(env: RankEnv) -> Location | None:

@@ -294,11 +294,18 @@ def _explained(where: Location) -> Iterator[None]:
         if _code(error) == "NoSuchBucket":  # not "nothing there yet"
             raise OSError(errno.ENODEV, f"there is no such bucket: {error}") from error
         raise
-    except OSError:
-        raise
+    except OSError as error:
+        if str(error):
+            raise
+        raise _silent(error) from error
     except Exception as error:
-        kind, text = type(error).__name__, str(error) or "no answer"
-        raise OSError(errno.EIO, f"{kind}: {text}") from error
+        raise _silent(error) from error
+
+
+def _silent(error: Exception) -> OSError:
+    """What a client library raises when the store has not answered, or not as it should."""
+    kind, text = type(error).__name__, str(error) or "no answer"
+    return OSError(errno.ETIMEDOUT if "Timeout" in kind else errno.EIO, f"{kind}: {text}")
 
 
 def _code(error: BaseException) -> str:

@@ -21,6 +21,7 @@ AT_ONCE: dict[str, object] = {"recovery.shrink_after_s": 1.0}  # nobody waits fo
 FROM_DISK = {"checkpoint.memory_every": 0}
 _RANK_GONE: tuple[str, ...] = (FailureKind.RANK_KILLED,)
 _NODE_GONE: tuple[str, ...] = (FailureKind.NODE_LOST,)
+_CUT_OFF: tuple[str, ...] = (FailureKind.PARTITIONED,)
 _LET_GO = Act(do=acts.let_go, relief=True)
 
 RANKS = (
@@ -77,7 +78,7 @@ RANKS = (
         name="straggler",
         what="a rank becomes slow and stays so: it must be named, and nothing restarted",
         faults=("rank_slow@rank={rank},step={step}",),
-        needs=(Need.SLOW_RANKS, Need.TWO_NODES),
+        needs=(Need.TWO_NODES,),
         events=("straggler_found",),
         steps=LONG,
         least_step=LEARNED_STEP,
@@ -176,7 +177,7 @@ LINKS = (
         changes=ONE_SPARE,
         needs=(Need.NETWORK, Need.TWO_NODES),
         network=True,
-        failures=_NODE_GONE,
+        failures=_CUT_OFF,
     ),
     Case(
         name="partition_heals",
@@ -189,7 +190,7 @@ LINKS = (
         changes=ONE_SPARE,
         needs=(Need.NETWORK, Need.TWO_NODES),
         network=True,
-        failures=_NODE_GONE,
+        failures=_CUT_OFF,
     ),
     Case(
         name="slow_link",

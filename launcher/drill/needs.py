@@ -21,7 +21,6 @@ class Need(enum.StrEnum):
     TMPFS = "root, to mount a tmpfs"
     FREEZE = "root, mkfs.ext4 and fsfreeze, to mount a file system of its own and to freeze it"
     RAY = "Ray (pip install 'phalanx[ray]')"
-    SLOW_RANKS = "the fault kind rank_slow"
     TWO_NODES = "a plan of two nodes or more"
 
 
@@ -39,7 +38,6 @@ def _has(need: Need) -> bool:
         Need.TMPFS: lambda: _is_root("mount", "umount"),
         Need.FREEZE: lambda: _is_root("mount", "umount", "losetup", "mkfs.ext4", "fsfreeze"),
         Need.RAY: lambda: find_spec("ray") is not None,
-        Need.SLOW_RANKS: _has_slow_ranks,
     }
     return probes[need]()
 
@@ -58,14 +56,6 @@ def _shapes() -> bool:
         return _quiet("ip", "netns", "exec", name, *shape)
     finally:
         _quiet("ip", "netns", "del", name)
-
-
-def _has_slow_ranks() -> bool:
-    from typing import get_args
-
-    from jobs.faults import Kind
-
-    return "rank_slow" in get_args(Kind)
 
 
 def _quiet(*command: str) -> bool:

@@ -296,3 +296,20 @@ def test_the_rank_that_hangs_is_named(fault: str, folder: Path, undisturbed: Run
     assert all("jobs/stages/pretrain.py" in standings[str(other)]["stack"] for other in range(4) if other != rank)
     assert_same(run, undisturbed)
     cli.assert_nothing_left(run.paths.root)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_of_twenty_hangs_every_culprit_is_named(folder: Path) -> None:
+    """Stopped, holding the lock and deadlocked, on every rank; each gang makes steps enough to know its pace."""
+    kinds = ("rank_stop", "rank_spin", "rank_deadlock")
+    ranks = [(number + number // 4) % 4 for number in range(20)]
+    faults = [f"{kinds[number % 3]}@rank={rank},step={8 * (number + 1)}" for number, rank in enumerate(ranks)]
+    words = ("train.steps=168", "checkpoint.every=24", "recovery.exclude_after=null", "recovery.max_restarts=20")
+    words = (*words, "recovery.budgets.hang=20", f"faults={json.dumps(faults)}")
+    done = cli.end(cli.start(*cli.tiny(folder, "twenty", *words), cwd=folder), timeout_s=1100)
+    assert done.code == 0, done.err
+    run = cli.store(folder, "twenty")
+    found = [event.data["failure"] for event in run.events() if event.kind is EventKind.FAILURE_DETECTED]
+    assert [(one["kind"], one["rank"]) for one in found] == [("hang", rank) for rank in ranks]
+    assert run.run().steps_lost <= 20

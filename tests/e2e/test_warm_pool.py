@@ -61,6 +61,7 @@ def test_forked_ranks_import_nothing_and_train(tmp_path: Path) -> None:
 
 
 PROBE = """
+import importlib.util
 import sys
 import torch
 
@@ -78,19 +79,20 @@ for name in ("_cuda_init", "_cuda_getDeviceCount", "_cuda_setDevice", "_cuda_get
     if hasattr(torch._C, name):  # a build without CUDA has none, and must not seem to have
         setattr(torch._C, name, forbidden(name))
 
-from jobs.warm import warm
+from jobs import warm
 from launcher.host.pool import unsafe_to_fork
-warm()
+getattr(warm, sys.argv[1])()
+assert sys.argv[1] == "warm" or warm.S3 in sys.modules or not importlib.util.find_spec(warm.S3)
 sys.exit(unsafe_to_fork() or 0)
 """
 
 
-@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
-def test_the_warm_up_starts_no_thread_and_asks_no_device(accelerator: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("accelerator", "function"), [("cpu", "warm_s3"), ("cuda", "warm")])
+def test_the_warm_up_starts_no_thread_and_asks_no_device(accelerator: str, function: str, tmp_path: Path) -> None:
     environments = Environments(os.environ, address="127.0.0.1", extra={"DS_ACCELERATOR": accelerator})
     environment = environments.pool("test.0") | {"DS_ACCELERATOR": accelerator}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", PROBE],
+        [sys.executable, "-P", "-c", PROBE, function],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

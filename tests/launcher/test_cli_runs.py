@@ -13,6 +13,7 @@ from launcher import launch, proposal
 from launcher.cli import main
 from launcher.lock import ControllerLock
 from launcher.run import EventKind, RunState
+from launcher.store import append_line
 from tests.support.runs import failed_run, make_run, put, recovered_run
 
 Invoke = Callable[..., tuple[int, str, str]]
@@ -54,6 +55,25 @@ def test_damaged_run_hides_no_other(tmp_path: Path, invoke: Invoke) -> None:
     code, _, err = invoke("status", "two", "--dir", str(tmp_path))
     assert code == 7
     assert "request.json" in err
+
+
+@pytest.mark.parametrize("content", [None, "", "not JSON\n", '{"seq": 1'])
+def test_a_log_that_says_nothing_is_said(tmp_path: Path, invoke: Invoke, content: str | None) -> None:
+    store = recovered_run(tmp_path, "one")
+    store.paths.events.unlink()
+    if content is not None:
+        store.paths.events.write_text(content)
+    code, _, err = invoke("status", "one", "--dir", str(tmp_path))
+    assert code == 7
+    assert "events.jsonl" in err
+
+
+def test_lines_of_others_among_the_metrics_are_left_out(tmp_path: Path, invoke: Invoke) -> None:
+    store = recovered_run(tmp_path, "one")
+    before = invoke("status", "one", "--dir", str(tmp_path))[1]
+    for line in (b'{"accuracy": 0.5}\n', b'{"step": "first", "attempt": 1, "time": 0}\n', b"[1, 2]\n"):
+        append_line(store.paths.metrics, line)
+    assert invoke("status", "one", "--dir", str(tmp_path))[:2] == (0, before)
 
 
 def test_no_runs(tmp_path: Path, invoke: Invoke) -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from jobs.checkpoint.layout import place_of
 from launcher import adoption
 from launcher.gang import Gang
 from launcher.lock import ControllerLock
@@ -17,6 +18,7 @@ from launcher.run import EventKind, RunState
 from launcher.store import create_exclusive
 from launcher.supervise import request_cancel
 from strategies.errors import ResumeRefused
+from tests.support.checkpoints import write_checkpoint
 from tests.support.fakes import FakeGang, tiny_request
 from tests.support.stage import Stage
 
@@ -189,6 +191,20 @@ def test_second_controller_is_refused_and_a_later_epoch_fences(tmp_path: Path) -
         stage.turn()
 
 
+def test_what_a_predecessor_wrote_at_the_last_moment_counts_for_everybody_or_for_nobody(tmp_path: Path) -> None:
+    """It had asked whether it still rules when it was stopped; its successor has read the log when it writes."""
+    stage = Stage(tmp_path)
+    stage.start()
+    stage.lock.release()
+    stage.renew()
+    stage.store.append(EventKind.CHECKPOINT_COMMITTED, epoch=1, attempt=1, step=5, path="p", bytes=1, stall_s=0.0)
+    adoption.begin(stage.controller)
+    stage.store.append(EventKind.CHECKPOINT_COMMITTED, epoch=1, attempt=1, step=10, path="q", bytes=1, stall_s=0.0)
+    stage.turn()
+    assert log_reads_on(stage)
+    assert stage.controller.run.committed_step == 5
+
+
 def test_successor_adopts_the_live_gang(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     stage.start()
@@ -324,6 +340,57 @@ def test_a_gang_that_was_told_to_end_is_not_adopted(tmp_path: Path) -> None:
     assert len(stage.store.run().attempts) == 2
 
 
+def test_a_cause_does_not_die_with_the_controller_that_had_no_time_to_name_it(tmp_path: Path) -> None:
+    """It had seen a peer complain when it fell; the rank that was the cause is what the agents remember."""
+    stage = Stage(tmp_path)
+    stage.start()
+    stage.report("a", "error", 1, rank=0, type="RuntimeError", message="Connection closed by peer", traceback="")
+    stage.gang.say("exit", "a", rank=0, attempt=1, code=1, signal=None, log_tail="")
+    stage.turn()
+    (seen,) = [event for event in stage.store.events() if event.kind is EventKind.FAILURE_DETECTED]
+    assert seen.data["failure"]["kind"] == "secondary"
+    gang = LiveGang(stage.clock)
+    succeed(stage, gang)
+    error = {"type": "ValueError", "message": "no such token", "traceback": "", "step": 4}
+    gang.say("report", "b", kind="error", rank=3, attempt=1, **error)
+    gang.say("exit", "b", rank=3, attempt=1, code=1, signal=None, log_tail="")
+    adoption.begin(stage.controller)
+    stage.start()
+    first = stage.store.run().attempts[0]
+    assert first.cause == "rank 3 on b failed at step 4: ValueError: no such token"
+    kept = json.loads(stage.store.paths.errors(1).read_text())
+    assert [group["kind"] for group in kept] == ["rank_error", "secondary"]
+
+
+def test_a_node_that_went_with_the_controller_is_named(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+
+    class HalfAGang(LiveGang):
+        def connect(self, addresses: Any) -> None:
+            super().connect(addresses)
+            self.queue = [seen for seen in self.queue if seen.node != "b"]
+
+    succeed(stage, HalfAGang(stage.clock))
+    adoption.begin(stage.controller)
+    stage.turn()
+    run = stage.store.run()
+    assert run.attempts[0].cause == "node b was gone when a new controller came"
+    assert [(one.kind, one.node) for one in run.failures] == [("node_lost", "b")]
+
+
+def test_a_blow_up_that_nobody_recorded_still_leaves_its_samples_out(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+    gang = LiveGang(stage.clock)
+    gang.exited = {"code": None, "signal": 9, "requested": True}
+    succeed(stage, gang)
+    gang.say("report", "a", kind="blow_up", rank=1, attempt=1, step=7, why="the loss is nan", samples=2)
+    adoption.begin(stage.controller)
+    stage.start()
+    assert [(skip.step, skip.samples) for skip in stage.store.run().skips] == [(7, 2)]
+
+
 def test_a_successor_after_the_end_gives_everything_back_and_leaves(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     stage.start()
@@ -419,3 +486,17 @@ def test_a_manifest_that_cannot_be_read_is_named_in_the_log(tmp_path: Path) -> N
     assert rejected.data["path"] == str(manifest)
     assert rejected.data["reason"]
     assert stage.store.run().attempts[0].first_step == 1
+
+
+def test_a_checkpoint_of_which_a_file_is_missing_costs_no_attempt(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    root = stage.store.paths.checkpoint_dir
+    older, torn, gone = (write_checkpoint(root, step) for step in (5, 8, 10))
+    place_of(gone).shard(1).unlink()
+    place_of(torn).shard(0).write_bytes(b"half of it")
+    stage.start()
+    rejected = [event.data for event in stage.store.events() if event.kind is EventKind.CHECKPOINT_REJECTED]
+    assert [one["path"] for one in rejected] == [str(gone), str(torn)]
+    assert ["is missing" in rejected[0]["reason"], "bytes instead of" in rejected[1]["reason"]] == [True, True]
+    (first,) = stage.store.run().attempts
+    assert (first.resume_from, first.first_step) == (str(older), 6)

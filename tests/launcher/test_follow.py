@@ -9,6 +9,7 @@ import pytest
 
 from launcher.follow import SILENT_LIMIT_S, SILENT_NOTICE_S, Display, LiveScreen, Screen, follow, screen
 from launcher.run import EventKind, RunState
+from launcher.store import append_line
 from strategies.errors import ClusterError
 from tests.support.runs import T0, add_steps, begin_attempt, make_run, put, recovered_run
 
@@ -71,6 +72,24 @@ def test_progress_shows_the_newest_step(tmp_path: Path) -> None:
         display(event)
     display(None)
     assert display.line() == "running     10.0 s  step 3/20  loss 8.2500  1000 tokens/s  attempt 1"
+
+
+def test_what_others_write_into_the_same_files_ends_nobodys_watch(tmp_path: Path) -> None:
+    """A controller that was replaced and writes late; code of the user's that keeps its own figures beside ours."""
+    store = make_run(tmp_path)
+    display = Display(store, steps=20, onto=Screen(io.StringIO()), clock=lambda: T0 + 10)
+    begin_attempt(store, 1, 2.0, nodes=["a", "b", "c", "d"], step=1, reason="start")
+    add_steps(store, 1, 1, 3, 4.0)
+    store.append(EventKind.CONTROLLER_STARTED, epoch=2, host="h", pid=1, adopted=True)
+    store.append(EventKind.RUN_FAILED, epoch=1, reason="too late")
+    store.append(EventKind.RUN_SUBMITTED, epoch=2, request="not allowed here")
+    append_line(store.paths.metrics, b'{"accuracy": 0.5}\n')
+    for event in store.events()[1:]:
+        display(event)
+    display(None)
+    assert display.run == store.run()
+    assert display.run.state is RunState.RUNNING
+    assert "step 3/20" in display.line()
 
 
 def test_silent_controller_is_noticed_then_given_up(tmp_path: Path) -> None:

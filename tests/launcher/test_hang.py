@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pytest
 
 from launcher.hang import Standing, culprit
-from launcher.hang_watch import FACTOR, MARGIN_S, HangWatch, StepClock
+from launcher.hang_watch import ASK_S, EARLY_MARGIN_S, FACTOR, MARGIN_S, TURN_S, HangWatch, StepClock
 from launcher.host.stacks import main_stack
 from launcher.observation import Observation
 from launcher.recovery import FailureKind
@@ -146,20 +146,39 @@ def test_a_hang_is_asked_about_and_then_named() -> None:
     watch, gang = HangWatch(first_s=300, save_s=900), AskedGang()
     now = quiet(watch, 10)
     limit = FACTOR * 1.0 + MARGIN_S
-    assert watch.look(gang, 1, 4, now=now + limit - 0.1, wall=5000.0) is None
+    assert watch.look(gang, 1, 4, now=now + limit - ASK_S - 0.1, wall=5000.0) is None
     assert gang.asked == []
-    now += limit + 0.1
-    assert watch.look(gang, 1, 4, now=now, wall=5000.0) is None
+    asked = now + limit - ASK_S + 0.1
+    assert watch.look(gang, 1, 4, now=asked, wall=5000.0) is None
     assert gang.asked == [1]
     for rank in (0, 1, 2):
-        say(watch, "stack", rank, now, state="S", stack=ALL_REDUCE)
-    assert watch.look(gang, 1, 4, now=now + 1, wall=5000.0) is None
-    say(watch, "stack", 3, now, state="T", stack="")
-    found = watch.look(gang, 1, 4, now=now + 1, wall=5000.0)
-    assert found is not None
+        say(watch, "stack", rank, asked, state="S", stack=ALL_REDUCE)
+    assert watch.look(gang, 1, 4, now=now + limit, wall=5000.0) is None
+    say(watch, "stack", 3, asked, state="T", stack="")
+    assert watch.look(gang, 1, 4, now=now + limit - TURN_S - 0.1, wall=5000.0) is None
+    found = watch.look(gang, 1, 4, now=now + limit - 0.05, wall=5000.0)
+    assert found is not None, "it is known when the time is over, and not before"
     assert (found.kind, found.rank, found.node, found.step) == (FailureKind.HANG, 3, "node-1", 11)
     assert "rank 3 on node-1 (pipe 1, data 0, model 1) is stopped by a signal" in found.detail
-    assert found.time == pytest.approx(5000.0 - limit - 1.1)
+    assert found.time == pytest.approx(5000.0 - limit + 0.05)
+
+
+def test_the_first_steps_of_a_later_attempt_are_judged_by_those_of_the_first() -> None:
+    watch, gang = HangWatch(first_s=300, save_s=900), AskedGang()
+    limit = FACTOR * 1.0 + EARLY_MARGIN_S
+    watch.begin(PLAN, 0.0)
+    assert watch.look(gang, 1, 4, now=limit + 1, wall=0.0) is None
+    assert gang.asked == [], "nothing is known yet"
+    now = quiet(watch, 10)
+    watch.end()
+    watch.begin(PLAN, now)
+    assert watch.look(gang, 2, 4, now=now + limit - ASK_S - 0.1, wall=0.0) is None
+    assert gang.asked == []
+    watch.look(gang, 2, 4, now=now + limit, wall=0.0)
+    assert gang.asked == [2]
+    watch.begin(ParallelPlan(tp=2, pp=1, stages=(2,), micro_batch=1, grad_accum=2), now)
+    watch.look(gang, 3, 2, now=now + limit, wall=0.0)
+    assert gang.asked == [2], "another plan has another pace"
 
 
 def test_a_step_that_comes_after_all_ends_the_alarm() -> None:

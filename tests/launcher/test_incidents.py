@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from jobs.checkpoint.exchange import Traffic
 from launcher import forecast, rank_errors
 from launcher.account import INCIDENT_CLASSES
 from launcher.describe import describe
@@ -150,9 +151,9 @@ def fail(store: RunStore, attempt: int, at: float, what: dict[str, Any], delay_s
 def test_how_long_the_slowest_rank_read_is_told_once_training_begins() -> None:
     plan = make_plan(dataclasses.replace(GPT, layers=2), 2)
     state = GangState(attempt=1, plan=plan, placement={"a": [0, 1]})
+    moved = dataclasses.asdict(Traffic(read_bytes=10, received_bytes=5))  # as a rank tells it
     reports = [
-        {"kind": "restored", "rank": rank, "attempt": 1, "step": 4, "seconds": 0.5 + rank, "bytes": 10}
-        for rank in (0, 1)
+        {"kind": "restored", "rank": rank, "attempt": 1, "step": 4, "seconds": 0.5 + rank} | moved for rank in (0, 1)
     ]
     reports.append({"kind": "training", "rank": 0, "attempt": 1, "step": 4})
     notes = [

@@ -10,15 +10,17 @@ import stat
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from jobs import disks
+from jobs.spec import CheckpointSpec
 from launcher import backends, build, finish, launch, supervise
 from launcher.config import compose, recompose
 from launcher.describe import describe
 from launcher.follow import Screen
+from launcher.host.agent import AgentOptions
 from launcher.proof import unproven
 from launcher.run import EventKind, RunState
 from launcher.store import RunStore
@@ -253,3 +255,23 @@ def test_leaving_a_detached_run_leaves_it_alone(tmp_path: Path, monkeypatch: pyt
 def test_private_files_stay_private(tmp_path: Path) -> None:
     store = make_run(tmp_path)
     assert stat.S_IMODE(store.paths.secret.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("kind", "url", "warm"),
+    [
+        ("pretrain", None, None),
+        ("evaluate", None, None),
+        ("pretrain", "/mnt/checkpoints", None),
+        ("pretrain", "s3://bucket/team", "jobs.warm:warm_s3"),
+        ("script", None, ""),
+    ],
+)
+def test_ranks_come_out_of_a_pool_that_has_what_they_need(
+    kind: Literal["pretrain", "evaluate", "script"], url: str | None, warm: str | None, tmp_path: Path
+) -> None:
+    request = tiny_request(tmp_path)
+    job = replace(request.job, kind=kind, checkpoint=CheckpointSpec(url=url))
+    options = backends.agent_options(replace(request, job=job))
+    assert options.get("warm") == warm
+    assert AgentOptions(**options).warm == (AgentOptions().warm if warm is None else warm)

@@ -1,4 +1,7 @@
-"""An object store of one's own: a real S3-compatible server on loopback, started and ended by the test."""
+"""An object store of one's own: a real S3-compatible server on loopback, started and ended by the test.
+
+As a program (``python -P objectstore.py PORT``) it is that server.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -60,7 +64,7 @@ def object_store(log: Path) -> Iterator[ObjectStore]:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-P", __file__, str(port)]
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out)
     store = ObjectStore(endpoint=f"http://127.0.0.1:{port}", pid=process.pid)
@@ -94,3 +98,24 @@ def client() -> Any:
     kind = fsspec.get_filesystem_class("s3")
     kind.clear_instance_cache()
     return kind(use_listings_cache=False, skip_instance_cache=True)
+
+
+def serve(port: int) -> None:
+    """Be moto's server, but for one thing: it looks whether an object exists and creates it in two steps, in as many
+    threads as there are requests. A store carries a conditional PUT out at once, so here one request follows another.
+    """
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+    from werkzeug.serving import run_simple
+
+    application, turn = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+    def one_by_one(environ: Any, start_response: Any) -> Any:
+        with turn:
+            return application(environ, start_response)
+
+    os.environ["MOTO_PORT"] = str(port)
+    run_simple("127.0.0.1", port, one_by_one, threaded=True, request_handler=MotoRequestHandler)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))

@@ -6,6 +6,7 @@ import array
 import json
 import mmap
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -86,6 +87,7 @@ class Node:
         self._sock.close()
         for link in self._links:
             link.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Writer:

@@ -7,7 +7,7 @@ first failure everybody withdraws what was written, and rank 0 learns the reason
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from jobs.checkpoint.errors import CheckpointConflict
 from jobs.checkpoint.layout import Place, Token, place_of
 from jobs.checkpoint.manifest import TrainerState
 from jobs.checkpoint.parts import Part, Whole, commit_parts, withdraw_part, write_part
-from jobs.checkpoint.retention import prune
+from jobs.checkpoint.retention import tidied
 from jobs.location import Location, locate
 from launcher.host.persist.shelf import Held, Shelf
 from strategies.codec import from_json, to_json
@@ -57,7 +57,7 @@ class Pending:
         world: Number of parts; 0 until then.
         keep: Checkpoints to keep; 0 until then.
         committing: All parts are there, and the manifest is being written.
-        done: What became of it: ``step``, ``path``, ``bytes``, ``written_bytes``; or ``error``.
+        done: What became of it: ``step``, ``path``, ``bytes``, ``written_bytes``, ``warning``; or ``error``.
     """
 
     place: Place[Location]
@@ -123,7 +123,7 @@ class Flusher:
                 base=writing.base,
             )
             report = {"part": to_json(part)}
-        except PhalanxError as error:
+        except Exception as error:  # whatever it is: the others wait for news of this part
             report = {"failure": describe(error)}
         finally:
             self._shelf.unpin(held)
@@ -133,9 +133,7 @@ class Flusher:
         try:
             self._tell(info.token, message)
         finally:
-            with self._shelf.changed:
-                self._busy -= 1
-                self._shelf.changed.notify_all()
+            self._settled()
 
     # -- the coordinator -------------------------------------------------------------------------------------------
 
@@ -161,25 +159,38 @@ class Flusher:
             self._shelf.changed.notify_all()
 
     def _withdraw(self, pending: Pending) -> None:
-        """Nothing of a failed checkpoint stays; a part that comes later goes when it is told of."""
-        for rank in list(pending.parts):
-            withdraw_part(pending.place, rank)
-            del pending.parts[rank]
+        """Nothing of a failed checkpoint stays; a part that comes later goes when it is told of.
+
+        Aside: a store that does not answer must not hold up those who only want to copy.
+        """
+        ranks, pending.parts = list(pending.parts), {}
+        if ranks:
+            self._busy += 1
+            arguments = (pending.place, ranks)
+            threading.Thread(target=self._delete, args=arguments, daemon=True, name="withdraw").start()
+
+    def _delete(self, place: Place[Location], ranks: Sequence[int]) -> None:
+        for rank in ranks:
+            withdraw_part(place, rank)
+        self._settled()
+
+    def _settled(self) -> None:
+        with self._shelf.changed:
+            self._busy -= 1
+            self._shelf.changed.notify_all()
 
     def _commit(self, pending: Pending) -> None:
         assert pending.whole is not None
         done: dict[str, Any]
         try:
             manifest = commit_parts(pending.place, [pending.parts[r] for r in range(pending.world)], pending.whole)
-            prune(self._root, pending.keep, token=pending.place.token)
             done = {"step": pending.place.step, "path": str(pending.place.manifest)}
             done |= {"bytes": manifest.bytes, "written_bytes": manifest.written_bytes}
-        except (PhalanxError, TypeError, ValueError) as error:  # also what is no JSON in extra
+            done |= {"warning": tidied(self._root, pending.keep, token=pending.place.token)}
+        except Exception as error:  # also what is no JSON in extra
             done = {"error": describe(error)}
-        with self._shelf.changed:
-            pending.done = done
-            self._busy -= 1
-            self._shelf.changed.notify_all()
+        pending.done = done
+        self._settled()
 
     def outcome(self, token: Token, step: int, *, wait: bool) -> dict[str, Any] | None:
         """What became of a checkpoint, once; None while it is being made."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 from jobs.checkpoint.memory import Address
 from jobs.frames import FrameError
@@ -11,13 +12,14 @@ from launcher.host.persist.shelf import Held, Shelf
 from strategies.codec import to_json
 
 _PATIENCE_S = 3.0  # of silence; the gang waits for a replica, and must not be taken for hanging
+_RETRY_S = 30.0
 
 
 class Replicator:
     """The sender of one stream; a thread of its own.
 
-    A target that cannot be reached any more is given up for this attempt: training goes on without replicas, and the
-    reason is told.
+    A target that cannot be reached is left alone for a while: training goes on without replicas, and the reason is
+    told. Then it is tried again, for an attempt may last for weeks.
 
     Args:
         shelf: Where the parts are.
@@ -25,7 +27,7 @@ class Replicator:
         target: Persister of the other node.
 
     Attributes:
-        broken: Why nothing is sent any more; empty as long as it is.
+        broken: Why nothing is sent for now; empty as long as it is.
     """
 
     def __init__(self, shelf: Shelf, secret: bytes, target: Address) -> None:
@@ -34,13 +36,14 @@ class Replicator:
         self._target = target
         self._next: Held | None = None
         self._ended = False
+        self._retry_at = 0.0
         self.broken = ""
         threading.Thread(target=self._run, daemon=True, name="replica").start()
 
     def submit(self, held: Held) -> None:
         """Send this one; the one before must have been confirmed."""
         with self._shelf.changed:
-            if not self.broken:
+            if not self.broken or time.monotonic() >= self._retry_at:
                 self._next = held
                 self._shelf.pin(held)
                 self._shelf.changed.notify_all()
@@ -69,14 +72,22 @@ class Replicator:
                     link = PeerLink(self._secret, self._target, _PATIENCE_S)
                     link.ask({"op": "stream", "info": to_json(held.stream.info)})
                 self._send(link, held)
+                self.broken = ""
             except FrameError as error:
-                self.broken = f"no replica at {self._target.host}:{self._target.port} any more: {error}"
-                print(f"warning: {self.broken}", flush=True)
+                self._break(error)
+                if link is not None:
+                    link.close()
+                link = None
             with self._shelf.changed:
                 self._next = None
                 self._shelf.unpin(held)
         if link is not None:
             link.close()
+
+    def _break(self, error: FrameError) -> None:
+        self._retry_at = time.monotonic() + _RETRY_S
+        self.broken = f"no replica at {self._target.host}:{self._target.port} for now: {error}"
+        print(f"warning: {self.broken}", flush=True)
 
     def _send(self, link: PeerLink, held: Held) -> None:
         data = held.buffer.view

@@ -268,6 +268,7 @@ class Guests:
     def __init__(self, shelf: Shelf, flusher: Flusher) -> None:
         self._shelf = shelf
         self._flusher = flusher
+        self._lock = threading.Lock()
         self._streams: dict[tuple[Token, int], Stream] = {}
 
     def handle(self, message: Message, sock: socket.socket) -> tuple[Message, Payload]:
@@ -289,8 +290,10 @@ class Guests:
 
     def _stream(self, message: Message, _: socket.socket) -> tuple[Message, Payload]:
         info = from_json(StreamInfo, message["info"])
-        self._streams = {key: one for key, one in self._streams.items() if key[0] >= info.token}
-        self._streams[info.token, info.rank] = self._shelf.open(info, own=False, in_memory=True, restored=None)
+        stream = self._shelf.open(info, own=False, in_memory=True, restored=None)
+        with self._lock:  # all ranks of a node begin at once
+            self._streams = {key: one for key, one in self._streams.items() if key[0] >= info.token}
+            self._streams[info.token, info.rank] = stream
         return {}, b""
 
     def _replica(self, message: Message, sock: socket.socket) -> tuple[Message, Payload]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,9 @@ from jobs.checkpoint.errors import CorruptCheckpoint
 from jobs.checkpoint.export import export
 from jobs.checkpoint.layout import Place, Token, place_of
 from jobs.checkpoint.manifest import commit
+from jobs.checkpoint.parts import write_part
 from jobs.checkpoint.reader import Reader
+from jobs.checkpoint.shardfile import KINDS
 from jobs.checkpoint.slices import whole
 from jobs.checkpoint.storage import ObjectStorage, storage_of
 from jobs.location import Location, Url, locate
@@ -226,13 +228,25 @@ def test_credentials_that_are_missing(root: Url, monkeypatch: pytest.MonkeyPatch
 def test_a_store_that_says_nothing(store: ObjectStore, root: Url, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call ends, and says so."""
     monkeypatch.setattr(storage, "_ANSWER_S", 0.5)
+    monkeypatch.setattr(ObjectStorage, "delete", lambda *_: pytest.fail("who has not answered is not asked again"))
     path = write(root)
+    pieces = [(whole("w", (4,)), {kind: memoryview(bytes(16)) for kind in KINDS})]
+    acts: list[Callable[[], object]] = [
+        lambda: list_checkpoints(root),
+        lambda: read_manifest(path),
+        lambda: write_part(Place(root, 2, Token(1, 1)), 0, pieces, {}, 2),
+    ]
     with store.stuck():
-        for act in (lambda: list_checkpoints(root), lambda: read_manifest(path)):
+        for act in acts:
             with pytest.raises(StorageError) as raised:
                 act()
             assert "imeout" in raised.value.why
     assert [one.path for one in list_checkpoints(root)] == [path]
+
+
+def test_a_client_that_gives_no_reason_has_one_all_the_same(root: Url) -> None:
+    with pytest.raises(OSError, match="TimeoutError: no answer"), storage._explained(root):
+        raise TimeoutError
 
 
 @pytest.mark.parametrize(

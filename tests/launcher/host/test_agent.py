@@ -130,6 +130,18 @@ def test_kill_of_an_attempt_that_is_not_there_is_answered(agents: Agents) -> Non
     assert watcher.until_kind("killed", attempt=7).node == "n0"
 
 
+def test_the_end_of_an_old_attempt_does_not_stop_the_next_from_starting(agents: Agents) -> None:
+    """An agent that comes late and still holds the old one is told so while the port of the next is on its way."""
+    agents.start()
+    watcher = agents.watch("n0")
+    watcher.gang.spawn(2, {"n0": [0]}, fake_env(agents.paths, 2, 1, FAKE="wait"))
+    watcher.gang.kill(1)
+    assert watcher.pids(2, {"n0": [0]})
+    watcher.gang.spawn(3, {"n0": [0]}, fake_env(agents.paths, 3, 1, FAKE="wait"))
+    watcher.gang.kill(3)
+    assert not [o for o in watcher.listen(0.5) if o.kind == "spawned" and o.data["attempt"] == 3]
+
+
 def test_a_newer_attempt_clears_the_older_and_an_older_one_is_ignored(agents: Agents) -> None:
     agents.start()
     watcher = agents.watch("n0")

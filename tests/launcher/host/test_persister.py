@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs.checkpoint import newest, verify
 from jobs.checkpoint.errors import CorruptCheckpoint
+from jobs.checkpoint.image import Image
 from jobs.checkpoint.layout import Token
 from jobs.checkpoint.manifest import list_checkpoints
-from jobs.checkpoint.memory import Generation
+from jobs.checkpoint.memory import Generation, StreamInfo
 from jobs.checkpoint.reader import Reader
+from jobs.checkpoint.slices import whole
 from jobs.frames import FrameError
 from jobs.paths import RunPaths
-from launcher.host.persist.peering import PeerLink
+from launcher.host.persist import replica
+from launcher.host.persist.peering import PeerLink, PeerServer, pull
 from launcher.host.persist.service import no_room
+from launcher.host.persist.shelf import Shelf
 from tests.support.persisters import Node, eventually, gang, newest_in, values
 
 MakeNode = Callable[[str], Node]
@@ -92,6 +99,28 @@ def test_a_part_that_cannot_be_written_fails_the_checkpoint_and_leaves_nothing(t
     assert eventually(lambda: not place.shard(0).exists())
     assert place.shard(1).read_bytes() == b"somebody else's"
     assert newest(tmp_path / "checkpoints") is None
+
+
+def test_a_part_that_nobody_can_make_sense_of_is_not_waited_for(two: list[Node], tmp_path: Path) -> None:
+    """Whatever goes wrong in the background, the rank that asks is told."""
+    first, second = gang(two)
+    first.put(3, flush=True)
+    second.fill(3.0)
+    record = {"rank_state": {}, "trainer": {}, "time": 0.0, "extra": {}}
+    second.ask("seal", step=3, record=record, flush=True, hold=False)
+    assert first.outcome(3)["error"] == {"kind": "other", "what": "KeyError: 'optimizer_steps'", "why": "", "hint": ""}
+    assert eventually(lambda: not first.place(3, tmp_path).shard(0).exists())
+
+
+def test_what_cannot_be_deleted_is_told_and_costs_no_checkpoint(make: MakeNode, tmp_path: Path) -> None:
+    (rank,) = gang([make("a")])
+    rank.place(1, tmp_path).manifest.mkdir(parents=True)
+    for step in (2, 3):  # of which two are kept
+        rank.put(step, flush=True)
+        done = rank.outcome(step)
+    assert done["path"] == str(newest(tmp_path / "checkpoints"))
+    assert "old checkpoints stay" in done["warning"]
+    assert "prune the checkpoints" in done["warning"]
 
 
 def test_the_newest_two_are_held_and_the_one_being_copied_is_not(make: MakeNode) -> None:
@@ -190,6 +219,51 @@ def test_a_replica_that_cannot_be_placed_stops_nobody(two: list[Node]) -> None:
         first.put(step)
     assert "no replica" in two[0].log.read_text()
     assert max(one.step for one in two[0].stock().held if one.own) == 4
+
+
+def test_a_node_that_did_not_take_a_replica_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt may last for weeks: one stumble of the network must not leave it without replicas."""
+    monkeypatch.setattr(replica, "_RETRY_S", 0.0)
+    arrived: list[int] = []
+
+    def handle(message: dict[str, Any], sock: socket.socket) -> tuple[dict[str, Any], bytes]:
+        if message["op"] == "replica":
+            pull(sock, memoryview(bytearray(message["payload"])))
+            arrived.append(message["step"])
+            if len(arrived) == 2:
+                raise FrameError("the connection breaks before it is confirmed")
+        return {}, b""
+
+    server = PeerServer("127.0.0.1", b"secret", handle)
+    server.start()
+    image = tuple(Image(slices=(whole("w", (100,)),)).rows())
+    info = StreamInfo(epoch=1, attempt=1, rank=0, world=1, image=image, about={})
+    shelf = Shelf()
+    stream = shelf.open(info, own=True, in_memory=True, restored=None)
+    sender = replica.Replicator(shelf, b"secret", server.address)
+    broken = []
+    for step in (1, 2, 3, 4):
+        held = shelf.begin(stream)
+        shelf.seal(held, step, {})
+        sender.submit(held)
+        sender.settle()
+        broken.append(bool(sender.broken))
+    sender.end()
+    assert (arrived, broken) == ([1, 2, 3, 4], [False, True, False, False])
+    assert [held.pins for held in stream.parts] == [0] * len(stream.parts)
+
+
+def test_replicas_of_many_ranks_may_begin_at_once(two: list[Node]) -> None:
+    ranks = gang([two[0]] * 12 + [two[1]] * 12)
+    threads = [threading.Thread(target=rank.put, args=(1,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rank in ranks:
+        rank.fill(2.0)  # which waits for the replica
+    assert all("no replica" not in node.log.read_text() for node in two)
+    assert [sum(not one.own for one in node.stock().held) for node in two] == [12, 12]
 
 
 def test_a_part_that_is_gone_is_damage_and_says_where(two: list[Node], make: MakeNode) -> None:
