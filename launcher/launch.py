@@ -355,14 +355,14 @@ def check_disks(request: LaunchRequest) -> None:
 
 
 def check_parent(folder: Path) -> None:
-    """The parent of run directories can be written.
+    """The parent of run directories can be made and written. It is not made yet: perhaps there will be no run.
 
     Raises:
         StorageError: It cannot.
     """
-    probe = folder / f".probe-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        there = next(one for one in (folder, *folder.parents) if one.exists())
+        probe = there / f".probe-{os.getpid()}"
         try:
             probe.write_bytes(b"x")
         finally:

@@ -231,8 +231,6 @@ def _not_with_experts(plan: ParallelPlan, model: ModelSpec) -> tuple[str, str] |
     """What runs, but not with experts: message and hint."""
     if model.moe is None:
         return None
-    if plan.sp * plan.cp > 1:
-        return f"experts with sp {plan.sp}, cp {plan.cp} are modelled only", "strategy.sp=1 strategy.cp=1"
     if plan.ep > 1 and plan.zero_stage == 3:
         message = f"zero_stage 3 with ep {plan.ep} is modelled only: DeepSpeed's ZeRO-3 cuts over all replicas"
         return message, "strategy.zero_stage=2, or strategy.ep=1"

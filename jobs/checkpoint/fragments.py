@@ -85,6 +85,11 @@ class OptimizerAccess(ABC):
     def publish(self) -> None:
         """Make the weights from the masters. Collective."""
 
+    @property
+    def on_disks(self) -> bool:
+        """Whether state is in memory by turns only."""
+        return False
+
     def resident(self, *, write: bool) -> Iterator[list[torch.Tensor]]:
         """Owners by turns, whose masters and moments are in memory until the next turn: all at once, as a rule.
 
@@ -249,10 +254,17 @@ class ZeroThree(OptimizerAccess):
         if whole:
             whole[0].all_gather(whole)
 
+    @property
+    def on_disks(self) -> bool:
+        """Whether DeepSpeed keeps a part of it there."""
+        return any(self._away())
+
+    def _away(self) -> list[bool]:
+        return [bool(self.outer._swappable_optimizer_subgroup(group)) for group in range(len(self.owners()))]
+
     def resident(self, *, write: bool) -> Iterator[list[torch.Tensor]]:
         """DeepSpeed keeps on disks what is not too small for that."""
-        owners = self.owners()
-        away = [self.outer._swappable_optimizer_subgroup(group) for group in range(len(owners))]
+        owners, away = self.owners(), self._away()
         at_home = [owner for owner, gone in zip(owners, away, strict=True) if not gone]
         if at_home:
             yield at_home

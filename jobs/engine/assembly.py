@@ -35,13 +35,6 @@ from strategies.plan import ParallelPlan
 from strategies.topology import Topology
 
 
-def refuse_packing(job: JobSpec) -> None:
-    """Likewise: which document a token is of is known to ranks that have whole sequences, in the order of 1F1B."""
-    if job.data.packing and (job.plan.sp > 1 or job.plan.schedule != "1f1b"):
-        message = f"documents cannot be kept apart with sp={job.plan.sp}, schedule={job.plan.schedule}"
-        raise PlanInfeasible([Violation(rule="packing", message=message, hint="data.packing=false")])
-
-
 def refuse_modelled_only(plan: ParallelPlan) -> None:
     """The rules refuse such plans long before; this keeps one that slipped through from silently running another."""
     one = (1,)
@@ -69,7 +62,6 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
     def __init__(self, job: JobSpec, log: RouterLog | None) -> None:
         self._job = job
         self._log = log
-        self.documents = documents_of(job)
         super().__init__(layers=[], topology=_topology(job.plan))
         self.loss_fn = LossFunction(job.model, self.grid)
 
@@ -78,6 +70,7 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
 
     def _cut(self, grid: Grid) -> None:
         self.grid = grid
+        self.documents = documents_of(self._job, grid)
         recipe = _recipe(self._job, grid, self.documents, self._log)
         self._layer_specs = [_pipe_layer(spec) for spec in layer_specs(recipe)]
         self._num_layers = len(self._layer_specs)
@@ -86,7 +79,7 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
 
     def forward(self, inputs: Any) -> Any:
         if self.documents is not None:
-            self.documents.begin()
+            self.documents.begin(getattr(self, "active_phase", 0))
         return super().forward(inputs)
 
     def _synchronize_tied_weights(self) -> None:
@@ -172,7 +165,7 @@ def _unpipelined(job: JobSpec, log: RouterLog | None) -> Assembled:
     mpu = PipelineParallelGrid(_topology(plan))
     grid = _grid_of(mpu, plan)
     loss = LossFunction(job.model, grid)
-    ds = _initialize(job, Decoder(_recipe(job, grid, documents_of(job), log), loss), mpu=mpu)
+    ds = _initialize(job, Decoder(_recipe(job, grid, documents_of(job, grid), log), loss), mpu=mpu)
     return Assembled(ds=ds, grid=grid, loss=loss, router_log=log)
 
 
@@ -210,9 +203,9 @@ def _undo_empty_step(optimizer: Any) -> None:
             master.data.copy_(weight.data)
 
 
-def documents_of(job: JobSpec) -> Documents | None:
+def documents_of(job: JobSpec, grid: Grid) -> Documents | None:
     """What keeps documents apart, if that is asked for."""
-    return Documents(job.data.end_id) if job.data.packing else None
+    return Documents(job.data.end_id, grid.seq_group) if job.data.packing else None
 
 
 def _recipe(job: JobSpec, grid: Grid, documents: Documents | None, log: RouterLog | None) -> Recipe:

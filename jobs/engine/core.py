@@ -84,7 +84,6 @@ class Engine:
             StorageError: It cannot be kept there.
         """
         assembly.refuse_modelled_only(job.plan)
-        assembly.refuse_packing(job)
         if disks.on_disks(job.plan):
             async_io.load()
             job = disks.placed(job, env)

@@ -61,6 +61,7 @@ def check_bit_identical(pool: WarmPool, tmp_path: Path, job: dict[str, Any], wor
     assert {row["digest"] for row in first} == {weights_digest(path)}
     for before, after in zip(first, second, strict=True):
         assert before["unchanged"]
+        assert before["beside"] == {"waited": True, "equal": True, "changed": True}
         assert after["step"] == 3
         assert after["extra"] == {"sample_index": 12, "why": "test"}
         assert before["results"] == after["results"]

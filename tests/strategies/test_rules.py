@@ -326,6 +326,7 @@ def test_experts_run_under_every_degree(zero_stage: int) -> None:
         assert _check(plan(model=MOE, tp=tp, dp=4, ep=ep, zero_stage=zero_stage), model=MOE) == ()
         offloaded = plan(model=MOE, tp=tp, dp=4, ep=ep, zero_stage=zero_stage, offload="optimizer")
         assert zero_stage == 0 or _check(offloaded, model=MOE) == ()
+    assert _check(plan(model=MOE, dp=2, sp=2, ep=4, zero_stage=zero_stage), model=MOE) == ()
     if zero_stage < 2:
         assert _check(plan(model=MOE, tp=2, pp=2, dp=4, ep=2, zero_stage=zero_stage), model=MOE) == ()
 
@@ -334,7 +335,7 @@ def test_experts_run_under_every_degree(zero_stage: int) -> None:
     ("degrees", "message", "hint"),
     [
         ({"zero_stage": 3}, "zero_stage 3 with ep 2 is modelled only", "strategy.zero_stage=2, or strategy.ep=1"),
-        ({"sp": 2, "ep": 4}, "experts with sp 2, cp 1 are modelled only", "strategy.sp=1"),
+        ({"cp": 2, "ep": 4}, "cp 2: context parallelism is modelled only", "strategy.cp=1"),
     ],
 )
 def test_what_does_not_run_with_experts(degrees: dict[str, Any], message: str, hint: str) -> None:
@@ -343,7 +344,7 @@ def test_what_does_not_run_with_experts(degrees: dict[str, Any], message: str, h
     assert violation.rule == "combination_runs"
     assert message in violation.message
     assert hint in violation.hint
-    assert _check(replace(the_plan, ep=1, sp=1, zero_stage=1), model=MOE) == ()
+    assert _check(replace(the_plan, ep=1, cp=1, zero_stage=1), model=MOE) == ()
 
 
 def test_experts_in_16_bit_need_zero() -> None:
