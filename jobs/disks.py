@@ -141,7 +141,7 @@ def fit_buffers(config: Mapping[str, Any], shares: Sequence[int], width: int) ->
     places, largest = list(_places(config)), max(shares, default=0)
     if not places:
         return 0
-    turn = min(sum(shares), config["zero_optimization"]["sub_group_size"] + largest)
+    turn: int = min(sum(shares), config["zero_optimization"]["sub_group_size"] + largest)
     locked = _STATE_BUFFERS * turn * 4
     for place in places:
         if "max_in_cpu" in place:

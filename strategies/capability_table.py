@@ -130,8 +130,10 @@ TABLE = """
 3 bf16 fp32 optimizer+params 1f1b | none | ..... ...S. T.... T..S. | runs DeepSpeedEngine DeepSpeedZeroOptimizer_Stage3
 3 bf16 fp32 optimizer+params@nvme 1f1b | none | ....C ...SC ..E.C ..ESC T...C T.E.C | refused phalanx: cp 2: context parallelism is modelled only
 3 bf16 fp32 optimizer+params@nvme 1f1b | none | ..E.. ..ES. T.E.. T.ES. | refused phalanx: zero_stage 3 with ep 2 is modelled only: DeepSpeed's ZeRO-3 cuts over all replicas
+3 bf16 fp32 optimizer+params@nvme 1f1b | none | ..... ...S. T.... T..S. | runs DeepSpeedEngine DeepSpeedZeroOptimizer_Stage3
 3 bf16 fp32 optimizer@nvme 1f1b | none | ....C ...SC ..E.C ..ESC T...C T.E.C | refused phalanx: cp 2: context parallelism is modelled only
 3 bf16 fp32 optimizer@nvme 1f1b | none | ..E.. ..ES. T.E.. T.ES. | refused phalanx: zero_stage 3 with ep 2 is modelled only: DeepSpeed's ZeRO-3 cuts over all replicas
+3 bf16 fp32 optimizer@nvme 1f1b | none | ..... ...S. T.... T..S. | runs DeepSpeedEngine DeepSpeedZeroOptimizer_Stage3
 3 fp16 fp16 none 1f1b | none | .P... .P.S. TP... | refused ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism
 3 fp16 fp16 none 1f1b | none | ....C ...SC ..E.C ..ESC .P..C .PE.C T...C T.E.C | refused phalanx: cp 2: context parallelism is modelled only
 3 fp16 fp16 none 1f1b | none | ..E.. ..ES. .PE.. .PES. T.E.. T.ES. TPE.. | refused phalanx: zero_stage 3 with ep 2 is modelled only: DeepSpeed's ZeRO-3 cuts over all replicas
@@ -154,8 +156,10 @@ TABLE = """
 3 fp16 fp32 optimizer+params 1f1b | none | ..... ...S. T.... T..S. | runs DeepSpeedEngine DeepSpeedZeroOptimizer_Stage3
 3 fp16 fp32 optimizer+params@nvme 1f1b | none | ....C ...SC ..E.C ..ESC T...C T.E.C | refused phalanx: cp 2: context parallelism is modelled only
 3 fp16 fp32 optimizer+params@nvme 1f1b | none | ..E.. ..ES. T.E.. T.ES. | refused phalanx: zero_stage 3 with ep 2 is modelled only: DeepSpeed's ZeRO-3 cuts over all replicas
+3 fp16 fp32 optimizer+params@nvme 1f1b | none | ..... ...S. T.... T..S. | runs DeepSpeedEngine DeepSpeedZeroOptimizer_Stage3
 3 fp16 fp32 optimizer@nvme 1f1b | none | ....C ...SC ..E.C ..ESC T...C T.E.C | refused phalanx: cp 2: context parallelism is modelled only
 3 fp16 fp32 optimizer@nvme 1f1b | none | ..E.. ..ES. T.E.. T.ES. | refused phalanx: zero_stage 3 with ep 2 is modelled only: DeepSpeed's ZeRO-3 cuts over all replicas
+3 fp16 fp32 optimizer@nvme 1f1b | none | ..... ...S. T.... T..S. | runs DeepSpeedEngine DeepSpeedZeroOptimizer_Stage3
 3 fp32 fp32 none 1f1b | none | .P... .P.S. TP... | refused ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism
 3 fp32 fp32 none 1f1b | full,full+split,none,none+split,selective,selective+split | T...C T.E.C | refused phalanx: cp 2: context parallelism is modelled only
 3 fp32 fp32 none 1f1b | full,none,selective | ....C ...SC ..E.C ..ESC | refused phalanx: cp 2: context parallelism is modelled only
@@ -176,6 +180,8 @@ TABLE = """
 3 fp32 fp32 optimizer+params 1f1b | none | ..... ...S. T.... T..S. | runs DeepSpeedEngine DeepSpeedZeroOptimizer_Stage3
 3 fp32 fp32 optimizer+params@nvme 1f1b | none | ....C ...SC ..E.C ..ESC T...C T.E.C | refused phalanx: cp 2: context parallelism is modelled only
 3 fp32 fp32 optimizer+params@nvme 1f1b | none | ..E.. ..ES. T.E.. T.ES. | refused phalanx: zero_stage 3 with ep 2 is modelled only: DeepSpeed's ZeRO-3 cuts over all replicas
+3 fp32 fp32 optimizer+params@nvme 1f1b | none | ..... ...S. T.... T..S. | runs DeepSpeedEngine DeepSpeedZeroOptimizer_Stage3
 3 fp32 fp32 optimizer@nvme 1f1b | none | ....C ...SC ..E.C ..ESC T...C T.E.C | refused phalanx: cp 2: context parallelism is modelled only
 3 fp32 fp32 optimizer@nvme 1f1b | none | ..E.. ..ES. T.E.. T.ES. | refused phalanx: zero_stage 3 with ep 2 is modelled only: DeepSpeed's ZeRO-3 cuts over all replicas
+3 fp32 fp32 optimizer@nvme 1f1b | none | ..... ...S. T.... T..S. | runs DeepSpeedEngine DeepSpeedZeroOptimizer_Stage3
 """  # noqa: E501

@@ -130,9 +130,12 @@ def _offload(plan: ParallelPlan) -> dict[str, Any]:
     if plan.offload_path:
         place = {"device": "nvme", "nvme_path": plan.offload_path, "pin_memory": False}
     kinds = {"none": (), "optimizer": ("optimizer",), "optimizer+params": ("optimizer", "param")}[plan.offload]
-    section = {f"offload_{kind}": place.copy() for kind in kinds}
+    section: dict[str, Any] = {f"offload_{kind}": place.copy() for kind in kinds}
     if plan.offload_path and "param" in kinds:
         section["offload_param"]["max_in_cpu"] = 0  # else the first 1e9 parameters would stay in memory all the same
+        # DeepSpeed reads ahead a parameter twice whose forward and backward are near (the last block's), and stops on
+        # "param 32 already assigned swap buffer id 1"
+        section["stage3_prefetch_bucket_size"] = 0
     return section
 
 

@@ -54,6 +54,8 @@ def test_state_beside_the_device() -> None:
     disks = {"device": "nvme", "nvme_path": "/disks", "pin_memory": False}
     assert both["offload_optimizer"] == disks
     assert both["offload_param"] == disks | {"max_in_cpu": 0}, "none of them stays in memory"
+    assert both["stage3_prefetch_bucket_size"] == 0
+    assert zero(zero_stage=3, offload="optimizer", offload_path="/disks")["stage3_prefetch_bucket_size"] > 0
     assert both["sub_group_size"] <= 1e8, "four fp32 buffers of this size do"
 
 

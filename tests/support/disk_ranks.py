@@ -28,7 +28,6 @@ def where_state_lives(env: RankEnv, job: dict[str, Any], steps: int) -> dict[str
     return {
         "losses": [result.loss.hex() for result in results],
         "norms": [result.grad_norm.hex() for result in results],
-        "bytes": sum(path.stat().st_size for path in mine),
         "moment_bytes": sizes["exp_avg-"],
         "parameter_bytes": sizes["param"],
         "parameters_away": len(away),
