@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from jobs import disks
 from launcher import backends, build, ending, proposal, supervise
 from launcher.config import to_yaml
 from launcher.ending_signals import heard
@@ -338,6 +339,19 @@ def check_place(run_dir: Path) -> None:
     if run_dir.exists():
         raise taken(run_dir)
     check_parent(run_dir.parent)
+
+
+def check_disks(request: LaunchRequest) -> None:
+    """State can be kept on the disks of this machine, if the plan asks for it and the ranks run here.
+
+    Raises:
+        ConfigError: DeepSpeed's op for it has not been compiled.
+        StorageError: It cannot be kept there.
+    """
+    plan = request.job.plan
+    if disks.on_disks(plan) and request.cluster.kind != "existing":
+        disks.require_op()
+        disks.require_folder(plan.offload_path)
 
 
 def check_parent(folder: Path) -> None:

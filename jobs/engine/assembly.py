@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import deepspeed
@@ -19,6 +20,7 @@ from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch import nn
 
+from jobs import disks
 from jobs.distributed import Grid
 from jobs.engine import experts
 from jobs.engine.process import silence
@@ -28,6 +30,7 @@ from jobs.parallel.meta import ParamMeta
 from jobs.parallel.router_log import RouterLog
 from jobs.spec import JobSpec
 from strategies.errors import ConfigError, PlanInfeasible, Violation
+from strategies.model_state import DTYPE_BYTES
 from strategies.plan import ParallelPlan
 from strategies.topology import Topology
 
@@ -82,6 +85,20 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
     def _synchronize_tied_weights(self) -> None:
         with torch.no_grad():  # DeepSpeed writes into the parameters under autograd's eyes
             super()._synchronize_tied_weights()
+
+    def get_tied_weights_and_groups(self) -> list[tuple[Any, Any]]:
+        """What DeepSpeed sums the ``grad`` of, over the stages that hold a copy of a tied weight.
+
+        Its ZeRO-1 collects fp32 gradients of 16-bit weights (fp16, and bf16 with an offloaded optimizer) in
+        ``grad_accum`` and leaves ``grad`` empty, which DeepSpeed takes for "there is none": each copy would be trained
+        by its own stage's gradient alone, and a restore, which fills all copies from one, would change the model.
+        """
+        pairs = super().get_tied_weights_and_groups()
+        sums = [getattr(weight, "grad_accum", None) for weight, _ in pairs]
+        return [
+            (weight if summed is None else SimpleNamespace(grad=summed), group)
+            for (weight, group), summed in zip(pairs, sums, strict=True)
+        ]
 
 
 class _FoldedStages(_Stages, DualPipeVModule):  # type: ignore[misc]  # deepspeed has no types
@@ -168,6 +185,9 @@ def _initialize(job: JobSpec, module: nn.Module, *, mpu: Any) -> Any:
     if job.plan.ep > 1:
         experts.declare(module)
     config = json.loads(json.dumps(dict(job.deepspeed)))  # DeepSpeed writes into it
+    ranks = Topology(job.plan).data_size
+    shares = [-(-parameter.numel() // ranks) for parameter in parameters]
+    disks.require_locked(disks.fit_buffers(config, shares, DTYPE_BYTES[job.train.precision]))
     ds, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config, mpu=mpu)
     if isinstance(ds.optimizer, FP16_UnfusedOptimizer):
         _undo_empty_step(ds.optimizer)

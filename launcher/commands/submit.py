@@ -83,6 +83,7 @@ def _submit(
     request = _request(config, overrides, launch.measured(config, ray))
     shipment = launch.project(config)
     launch.check_place(Path(request.run_dir))
+    launch.check_disks(request)
     with interruptible(), launch.closing(screen()) as shown:
         if toy:
             _announce(toy, request, shown)
