@@ -110,10 +110,10 @@ def train(env: RankEnv, job: dict[str, Any], steps: int, weights: bool = False) 
 def dump(engine: Engine) -> list[dict[str, Any]]:
     """The weights whose primary copy is on this rank, as fp32 in base 64; collective under ZeRO-3."""
     grid = engine.grid
-    # replicas that hold experts of their own
+    # replicas that hold experts of their own; to DeepSpeed, the ranks of a sequence are replicas
     own = {id(_meta(one)): grid.ep if hasattr(one, "group_name") else 1 for _, one in engine.named_parameters()}
-    values = [(meta, value) for meta, value in engine.weights() if meta.primary and grid.seq == 0]
-    primary = [(meta, value) for meta, value in values if grid.data < own[id(meta)]]
+    values = [(meta, value) for meta, value in engine.weights() if meta.primary]
+    primary = [(meta, value) for meta, value in values if grid.data * grid.sp + grid.seq < own[id(meta)]]
     return [_entry(meta, value) for meta, value in primary]
 
 
