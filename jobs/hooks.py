@@ -18,7 +18,7 @@ class Hooks(Protocol):
         """After step ``step`` has changed the weights, before a checkpoint of it is made."""
 
     def checkpoint_begin(self, step: int) -> None:
-        """After the state of step ``step`` was copied, before its first byte is written."""
+        """Before the first byte of a checkpoint of step ``step`` is written; the copy of its state has begun."""
 
     def holds_commit(self, step: int) -> bool:
         """Whether :meth:`checkpoint_shards_written` must be called; what writes behind the rank has to wait for it."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.checkpoint.fragments import access
+from jobs.checkpoint.fragments import access, of_owners
 from jobs.checkpoint.gang import agree, rank_and_world
 from jobs.spec import JobSpec
 from jobs.weights import open_weights, verify
@@ -39,12 +39,14 @@ def initialise(engine: Any, job: JobSpec) -> None:
         verify(job.initial, rank, world)
         source = open_weights(job.initial, job.model, rank)
         with torch.no_grad():
-            for fragment in optimizer.fragments():
-                count = fragment.slice.elements
-                if count:
-                    values = np.empty(count, dtype=np.float32)
+            fragments = [fragment for fragment in optimizer.fragments() if fragment.slice.elements]
+            for owners in optimizer.resident(write=True):
+                for fragment in of_owners(fragments, owners):
+                    values = np.empty(fragment.slice.elements, dtype=np.float32)
                     source.read_slice(fragment.slice, values)
-                    fragment.master[:count].copy_(torch.from_numpy(values))
+                    master = optimizer.view(fragment, "master")
+                    assert master is not None
+                    master.copy_(torch.from_numpy(values))
     except (StorageError, ConfigError) as caught:
         error = caught
     agree(error)  # before the collectives of publishing, in which a failed rank would be waited for

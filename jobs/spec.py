@@ -152,11 +152,13 @@ class WeightsSpec:
     Attributes:
         kind: ``hf``: a Hugging Face folder. ``checkpoint``: a committed checkpoint.
         path: The folder, or the manifest.
+        run: The run directory that the manifest was found through; empty where it was named itself.
         files: SHA-256 of what it consists of, by name; empty until they are recorded.
     """
 
     kind: Literal["hf", "checkpoint"]
     path: str
+    run: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -170,12 +172,13 @@ class InferenceSpec:
         shots: So many questions stand solved before each of the others.
         prompts: File of prompts to continue.
         prompt: A prompt to continue.
-        tokens: Tokens that are added to each prompt.
+        tokens: Most tokens that are added to each prompt.
         temperature: Logits are divided by it; 0 takes the most likely token.
         top_k: Draw among so many most likely tokens; 0: among all.
         top_p: Draw among the most likely tokens that have this probability together.
         tokenizer: The ``tokenizer.json``.
         start: The token that begins a document; None for none.
+        end: The token that ends one; None for none.
         rows: File of the prepared rows; empty until prepared.
         digest: SHA-256 of that file.
         count: Number of rows.
@@ -192,6 +195,7 @@ class InferenceSpec:
     top_p: float = 1.0
     tokenizer: str = ""
     start: int | None = None
+    end: int | None = None
     rows: str = ""
     digest: str = ""
     count: int = 0

@@ -7,8 +7,9 @@ first half of this module needs no numpy: the launcher looks at weights where a 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jobs.checkpoint.errors import CorruptCheckpoint
 from jobs.checkpoint.manifest import list_checkpoints, read_manifest
@@ -55,10 +56,25 @@ def find(text: str) -> WeightsSpec:
         found = list_checkpoints(paths.checkpoints)
         if not found:
             raise NotFound(f"The run {path} has no checkpoint that can be used.", hint="phalanx checkpoint ls")
-        return WeightsSpec(kind="checkpoint", path=str(found[0].path))
+        return WeightsSpec(kind="checkpoint", path=str(found[0].path), run=str(path))
     if path.is_dir():
         return WeightsSpec(kind="hf", path=str(path))  # whose problems will be told
     raise ConfigError(f"There are no weights at {path}.", hint=_FORMS)
+
+
+def tokenizer_of(weights: WeightsSpec) -> Path | None:
+    """The tokenizer that the weights know: in their folder, or that of their run; None if there is none any more."""
+    folder = Path(weights.path) if weights.kind == "hf" else Path(data_of(weights).get("store") or "/nowhere")
+    path = folder / hf.TOKENIZER
+    return path if path.is_file() else None
+
+
+def data_of(weights: WeightsSpec) -> dict[str, Any]:
+    """What a run was trained on, as its request says; empty where a checkpoint is apart from its run."""
+    beside = Path(weights.path).parent.parent.parent  # <run>/checkpoints/<step>/<token>.manifest.json
+    request = RunPaths(Path(weights.run) if weights.run else beside).request
+    found: dict[str, Any] = json.loads(request.read_text())["job"]["data"] if request.is_file() else {}
+    return found
 
 
 def model_of(weights: WeightsSpec) -> ModelSpec:
@@ -166,7 +182,6 @@ class _CheckpointWeights:
 
 def _manifest_digest(weights: WeightsSpec) -> str:
     import hashlib
-    import json
 
     from strategies.codec import to_json
 

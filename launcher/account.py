@@ -92,12 +92,19 @@ class Account:
         incidents: Failures, oldest first.
         steps: Optimizer steps that count.
         saves: Checkpoints committed.
+        data_s: Of the productive seconds, those in which rank 0 waited for its samples.
     """
 
     seconds: Mapping[str, float]
     incidents: Sequence[Incident]
     steps: int
     saves: int
+    data_s: float = 0.0
+
+    @property
+    def data_share(self) -> float:
+        """Share of the productive time that was waiting for samples."""
+        return self.data_s / self.seconds["productive"] if self.seconds["productive"] else 0.0
 
     @property
     def goodput(self) -> float:

@@ -64,7 +64,7 @@ def settle(config: Config, *, name: str, cwd: Path) -> Config:
     def absolute(path: str) -> str:
         return os.path.abspath(cwd / Path(path).expanduser())
 
-    run_dir, data = absolute(config.run.dir), config.data
+    run_dir, data, strategy = absolute(config.run.dir), config.data, config.strategy
     return replace(
         config,
         run=replace(config.run, dir=run_dir, name=config.run.name or name),
@@ -79,6 +79,7 @@ def settle(config: Config, *, name: str, cwd: Path) -> Config:
         train=replace(config.train, init_from=_place(config.train.init_from, absolute)),
         job=replace(config.job, **_places(config.job, absolute)),
         checkpoint=replace(config.checkpoint, url=_address(config.checkpoint.url, absolute)),
+        strategy=replace(strategy, offload_path=absolute(strategy.offload_path) if strategy.offload_path else None),
     )
 
 

@@ -63,6 +63,21 @@ def conf_dir() -> Path:
     return folder
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draft:
+    """A configuration that may have something wrong with it.
+
+    Attributes:
+        config: None if not every value has a meaning.
+        problems: All that is wrong with the values, and with the weights that they name.
+        model_known: The model is the one that was asked for: what it says of itself could be read.
+    """
+
+    config: Config | None
+    problems: tuple[Problem, ...] = ()
+    model_known: bool = True
+
+
 def compose(overrides: Sequence[str]) -> Config:
     """Compose the configuration that these overrides describe.
 
@@ -71,6 +86,15 @@ def compose(overrides: Sequence[str]) -> Config:
 
     Raises:
         ConfigError: Anything is wrong with it; all problems at once.
+    """
+    return _sound(draft(overrides))
+
+
+def draft(overrides: Sequence[str]) -> Draft:
+    """The same, with whatever is wrong with the values beside it.
+
+    Raises:
+        ConfigError: Words that cannot be understood, or files that do not compose; all problems at once.
     """
     given, folders = _understand(overrides)
     tree, choices = _compose_groups(given)
@@ -107,7 +131,7 @@ def recompose(stored: Path, overrides: Sequence[str]) -> Config:
         fresh, _ = _compose_groups(given)
         for one in picked:
             tree[one.key] = fresh[one.key]
-    return _finish(tree, given, lambda key: str(stored), fresh=False)
+    return _sound(_finish(tree, given, lambda key: str(stored), fresh=False))
 
 
 def to_yaml(config: Config) -> str:
@@ -289,7 +313,7 @@ def _compose_groups(given: list[Given]) -> tuple[DictConfig, dict[str, str]]:
 # ---- values -----------------------------------------------------------------------------------------------------
 
 
-def _finish(tree: DictConfig, given: list[Given], file_of: Callable[[str], str], *, fresh: bool) -> Config:
+def _finish(tree: DictConfig, given: list[Given], file_of: Callable[[str], str], *, fresh: bool) -> Draft:
     words = {one.key: one.text for one in given if not one.group and one.key != SEARCHPATH}
     OmegaConf.set_struct(tree, False)
     problems: list[Problem] = []
@@ -304,12 +328,20 @@ def _finish(tree: DictConfig, given: list[Given], file_of: Callable[[str], str],
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
+    known = not problems
     config, wrong = decode(Config, plain, Bounds(least=MINIMUM, most=MAXIMUM, hints=HINTS))
     problems += wrong or contradictions(config)
-    if fresh and not problems:
-        problems = pretrained.problems(config)
-    _raise([_located(problem, words, file_of) for problem in problems])
-    return cast(Config, config)
+    if fresh and known and config is not None:
+        config, of_weights = pretrained.checked(config)
+        problems += of_weights
+    located = tuple(_located(problem, words, file_of) for problem in problems)
+    return Draft(config=cast("Config | None", config), problems=located, model_known=known)
+
+
+def _sound(drafted: Draft) -> Config:
+    _raise(drafted.problems)
+    assert drafted.config is not None, "nothing is wrong with it"
+    return drafted.config
 
 
 def _apply(tree: DictConfig, given: Iterable[Given]) -> None:
@@ -359,5 +391,5 @@ def _raise(problems: Sequence[Problem]) -> None:
     if len(problems) == 1:
         one = problems[0]
         raise ConfigError(f"{one.key}: {one.message}.", hint=one.hint)
-    lines = [f"  - {one.key}: {one.message}.{f' {one.hint}' if one.hint else ''}" for one in problems]
+    lines = [f"  - {one}" for one in problems]
     raise ConfigError(f"The configuration has {len(problems)} problems:\n" + "\n".join(lines))

@@ -34,9 +34,7 @@ def contradictions(config: Config) -> list[Problem]:
         message = "a script writes its checkpoints itself, to $PHALANX_CKPT_DIR in the run directory"
         found.append(Problem(key="checkpoint.url", message=message, hint="Leave it out."))
     found += pretrained.contradictions(config)
-    if config.model.rope_scaling != 1 and config.model.flavour != "llama":
-        message = f"flavour {config.model.flavour} has learned positions, which reach no further than model.seq"
-        found.append(Problem(key="model.rope_scaling", message=message, hint="Use 1, or a model of flavour llama."))
+    found += _rotary_contradictions(config)
     if config.strategy.auto and config.job.kind == "script":
         message = "a script brings its own parallelism: there is nothing to choose"
         found.append(Problem(key="strategy.auto", message=message, hint="Use strategy=default."))
@@ -47,6 +45,20 @@ def contradictions(config: Config) -> list[Problem]:
             for key in ("nodes", "slots_per_node")
             if getattr(config.cluster, key) is None
         ]
+    return found
+
+
+def _rotary_contradictions(config: Config) -> list[Problem]:
+    model, stretch, found = config.model, config.model.rope_stretch, list[Problem]()
+    if model.rope_scaling != 1 and model.flavour != "llama":
+        message = f"flavour {model.flavour} has learned positions, which reach no further than model.seq"
+        found.append(Problem(key="model.rope_scaling", message=message, hint="Use 1, or a model of flavour llama."))
+    if stretch is not None and model.flavour != "llama":
+        message = f"flavour {model.flavour} has no rotary positions"
+        found.append(Problem(key="model.rope_stretch", message=message, hint="Use null, or a model of flavour llama."))
+    elif stretch is not None and stretch.high <= stretch.low:
+        message = f"{stretch.high:g} is not above low, {stretch.low:g}"
+        found.append(Problem(key="model.rope_stretch.high", message=message, hint="Llama 3.1 has low 1 and high 4."))
     return found
 
 

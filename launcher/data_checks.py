@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from jobs.data.mixture import form_problems
 from jobs.data.sources import KINDS, default_name
@@ -46,6 +47,22 @@ def unprepared(data: DataSpec) -> DataSpec:
     return replace(data, store="", digest="", vocab=0, end_id=0, sources=tuple(bare) if data.kind == "mixture" else ())
 
 
+def sources_outline(config: Config) -> list[dict[str, Any]] | None:
+    """The sources of a mixture before any file is looked at: ``share`` of what is dealt by weight, or ``epochs``."""
+    if config.data.kind != "mixture" or config.job.kind != "pretrain":
+        return None
+    sources = named(data_spec(config))
+    total = sum(one.weight or 0.0 for one in sources) or 1.0
+    return [
+        {
+            "name": one.name,
+            "share": None if one.weight is None else one.weight / total,
+            "epochs": one.epochs,
+        }
+        for one in sources
+    ]
+
+
 def data_problems(config: Config) -> Iterator[Problem]:
     """What is wrong with the data of a run, as far as no file has to be looked at."""
     data = config.data
@@ -61,10 +78,6 @@ def data_problems(config: Config) -> Iterator[Problem]:
     if data.kind == "mixture":
         for number, key, message, hint in form_problems(named(data_spec(config)), KINDS):
             yield Problem(key=f"data.sources[{number}].{key}", message=message, hint=hint)
-    strategy = config.strategy
-    if data.packing and ((strategy.sp or 1) > 1 or (strategy.cp or 1) > 1 or strategy.schedule == "dualpipev"):
-        message = "documents cannot be kept apart with sequence or context parallelism, nor under dualpipev"
-        yield Problem(key="data.packing", message=message, hint="data.packing=false")
     if config.train.eval_every and not data.validation:
         message = "there is nothing to validate with, data.validation is 0"
         yield Problem(key="train.eval_every", message=message, hint="data.validation=0.01 keeps one document in 100.")

@@ -5,6 +5,7 @@ Of what a run has cost:
 ===============  ======================================================================================================
 ``ledger``       seconds per class (:mod:`launcher.account`), and ``wall``, their sum
 ``goodput``      productive / wall
+``data``         ``seconds`` of the productive ones in which rank 0 waited for its samples, and their ``share``
 ``incidents``    one per failure: ``number``, ``attempt``, ``kind``, ``cause``, ``node``, ``rank`` (-1: none), ``at``
                  (UTC seconds), ``step``, ``steps_lost``, ``action``, ``recovered``; seconds ``detect_s``, ``decide_s``,
                  ``place_s``, ``restore_s``, ``replay_s``, ``wait_s``, and ``total_s``, their sum
@@ -107,6 +108,7 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "faults": progress.fault_records(store.paths),
         "ledger": dict(books.seconds),
         "goodput": books.goodput,
+        "data": {"seconds": books.data_s, "share": books.data_share},
         "predicted": forecast.predicted(request, _plan(request, run)),
         "measured": forecast.measured(books),
         "weights_digest": run.weights_digest,

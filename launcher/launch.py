@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from jobs import disks
 from launcher import backends, build, ending, proposal, supervise
 from launcher.config import to_yaml
 from launcher.ending_signals import heard
@@ -340,15 +341,28 @@ def check_place(run_dir: Path) -> None:
     check_parent(run_dir.parent)
 
 
+def check_disks(request: LaunchRequest) -> None:
+    """State can be kept on the disks of this machine, if the plan asks for it and the ranks run here.
+
+    Raises:
+        ConfigError: DeepSpeed's op for it has not been compiled.
+        StorageError: It cannot be kept there.
+    """
+    plan = request.job.plan
+    if disks.on_disks(plan) and request.cluster.kind != "existing":
+        disks.require_op()
+        disks.require_folder(plan.offload_path)
+
+
 def check_parent(folder: Path) -> None:
-    """The parent of run directories can be written.
+    """The parent of run directories can be made and written. It is not made yet: perhaps there will be no run.
 
     Raises:
         StorageError: It cannot.
     """
-    probe = folder / f".probe-{os.getpid()}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        there = next(one for one in (folder, *folder.parents) if one.exists())
+        probe = there / f".probe-{os.getpid()}"
         try:
             probe.write_bytes(b"x")
         finally:

@@ -69,6 +69,7 @@ class Book:
         self._done = 0  # highest step that any attempt has completed
         self._owed = 0.0  # stall of committed checkpoints that no step has paid for yet
         self._steps = self._saves = 0
+        self._data_s = 0.0  # of productive steps
         self._ended = False
         self._early: deque[Mapping[str, Any]] = deque()  # lines of an attempt that no event has told of yet
 
@@ -118,6 +119,7 @@ class Book:
             self._put("replay" if again else "productive", until - self._since, self._owner.pop(step, None))
             self._since = until
             self._steps += not again
+            self._data_s += 0.0 if again else float(line.get("data_s", 0.0))
             self._computed = max(self._computed, step)
         self._done = max(self._done, step)
 
@@ -147,7 +149,8 @@ class Book:
         if not book._ended:
             book._charge(now, tail="productive")  # a step in progress is work, not the end
         seconds = {**book._seconds, "wall": sum(book._seconds.values())}
-        return Account(seconds=seconds, incidents=tuple(book._incidents), steps=book._steps, saves=book._saves)
+        incidents = tuple(book._incidents)
+        return Account(seconds=seconds, incidents=incidents, steps=book._steps, saves=book._saves, data_s=book._data_s)
 
     # --- charging -------------------------------------------------------------------------------------------------
 

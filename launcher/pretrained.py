@@ -29,6 +29,7 @@ _PLAIN = {
     "latent": None,
     "rope_theta": 10000.0,
     "rope_scaling": 1.0,
+    "rope_stretch": None,
 }
 
 
@@ -66,8 +67,17 @@ def _section_of_weights(given: str) -> tuple[dict[str, Any], list[Problem]]:
     return values | {"head_width": values["head_width"] or None}, []
 
 
-def problems(config: Config) -> list[Problem]:
-    """What is wrong with the weights that a job begins with."""
+def checked(config: Config) -> tuple[Config, list[Problem]]:
+    """The configuration with what follows from the weights that a job begins with, and what is wrong with them."""
+    found = _problems(config)
+    try:
+        config, more = _with_tokenizer(config)
+    except PhalanxError:  # there are no such weights, which is told already
+        return config, found
+    return config, found + more
+
+
+def _problems(config: Config) -> list[Problem]:
     job = config.job
     key, given = ("job.weights", job.weights) if job.infers else ("train.init_from", config.train.init_from)
     if not given:
@@ -85,6 +95,25 @@ def problems(config: Config) -> list[Problem]:
     except PhalanxError as error:
         return [_told(key, error)]
     return []
+
+
+def _with_tokenizer(config: Config) -> tuple[Config, list[Problem]]:
+    """The configuration with the tokenizer of the weights, unless another is named.
+
+    One that is trained here would give every token another number than the weights know. A run whose tokenizer is gone
+    is left to its corpus, which gives the same one again.
+    """
+    given = config.train.init_from
+    if not given or config.job.kind != "pretrain" or config.data.tokenizer:
+        return config, []
+    source = weights.find(expanded(given))
+    path = weights.tokenizer_of(source)
+    if path is not None:
+        return replace(config, data=replace(config.data, tokenizer=str(path.absolute()))), []
+    if source.kind != "hf" or not hf.is_folder(Path(source.path)):
+        return config, []
+    message = f"missing: there is no {hf.TOKENIZER} in {source.path}, and the weights know no other's tokens"
+    return config, [Problem(key="data.tokenizer", message=message, hint="data.tokenizer=FILE")]
 
 
 def _other_base(config: Config, folder: Path) -> list[Problem]:
@@ -121,9 +150,9 @@ def contradictions(config: Config) -> list[Problem]:
     if config.strategy.auto:
         message = "the planner knows plans for training only"
         found.append(Problem(key="strategy.auto", message=message, hint="strategy.tp=.. strategy.pp=.. strategy.dp=.."))
-    for axis in ("ep", "sp", "cp"):
+    for axis in ("sp", "cp"):
         if (getattr(config.strategy, axis) or 1) > 1:
-            message = f"a job of kind {job.kind} runs under tp, pp and dp"
+            message = f"a job of kind {job.kind} runs under tp, pp, dp and ep"
             found.append(Problem(key=f"strategy.{axis}", message=message, hint=f"strategy.{axis}=1"))
     for key, plain in (("schedule", (None, "1f1b")), ("sequence_parallel", (None, False))):
         if getattr(config.strategy, key) not in plain:

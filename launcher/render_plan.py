@@ -105,11 +105,22 @@ def _head(document: Mapping[str, Any], plan: ParallelPlan, cluster: ClusterSpec)
             + (f", {plural(padding, 'padding row')} of weight 0" if padding > 0 else ""),
         ),
         *([("ramp", ramp_line(from_json(BatchSpec, batch), plan))] if batch["ramp"] is not None else []),
+        *([("data", sources_line(document["sources"]))] if document.get("sources") else []),
         ("cluster", machine),
     ]
     if document["estimate"] is not None:
         rows.append(("forecast", _forecast(document["estimate"])))
     return "\n".join(f"{name + ':':<12}{text}" for name, text in rows)
+
+
+def sources_line(sources: Sequence[Mapping[str, Any]]) -> str:
+    """What a mixture is made of; how many documents and tokens that are is known once submit has read them."""
+    amounts = [
+        f"{one['epochs']:g} epochs" if one["share"] is None else f"{100 * one['share']:.2f} %" for one in sources
+    ]
+    told = [f"{one['name']} {amount}" for one, amount in zip(sources, amounts, strict=True)]
+    both = {one["share"] is None for one in sources} == {True, False}
+    return f"{plural(len(sources), 'source')}: {', '.join(told)}" + (" (% of what the epochs leave)" if both else "")
 
 
 def ramp_line(batch: BatchSpec, plan: ParallelPlan) -> str:

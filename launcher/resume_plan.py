@@ -162,7 +162,7 @@ def _with_data(config: Config, before: LaunchRequest, after: LaunchRequest) -> L
     """The prepared data: those of the run as long as nothing about them changes and they are still there."""
     old, new = before.job, after.job
     if old.inference is not None and new.inference is not None:  # its rows, and how many batches they make
-        made = {name: getattr(old.inference, name) for name in ("tokenizer", "start", "rows", "digest", "count")}
+        made = {name: getattr(old.inference, name) for name in ("tokenizer", "start", "end", "rows", "digest", "count")}
         job = replace(new, inference=replace(new.inference, **made), train=replace(new.train, steps=old.train.steps))
         return replace(after, job=job)
     same = new.kind == old.kind and unprepared(new.data) == unprepared(old.data)

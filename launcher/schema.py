@@ -17,7 +17,7 @@ from strategies.hardware import FROM_ZERO, Hardware
 from strategies.plan import Balance, GradDtype, Offload, Recompute, Schedule
 from strategies.ramp import Ramp
 from strategies.schedule import Skip
-from strategies.specs import Flavour, LatentAttention, MoeSpec, Precision
+from strategies.specs import Flavour, LatentAttention, MoeSpec, Precision, RotaryStretch
 from strategies.workload import Framework
 
 
@@ -54,6 +54,7 @@ class ModelConfig:
         rope_theta: Base of the rotary frequencies (``llama`` only).
         rope_scaling: Sequences so many times as long as those that ``rope_theta`` was for: the base grows by
             ``rope_scaling^(d / (d - 2))``, ``d`` being the width of a head (NTK-aware scaling).
+        rope_stretch: Frequencies that slow down, as in Llama 3.1 and later; null for none.
         gated: The feed-forward block has a gate; null means that of the flavour.
         head_width: Width of one head; null means ``hidden / heads``.
         position_rows: Learned positions; null means ``seq`` for ``gpt3`` and none for ``llama``.
@@ -78,6 +79,7 @@ class ModelConfig:
     init_std: float = 0.02
     rope_theta: float = 10000.0
     rope_scaling: float = 1.0
+    rope_stretch: RotaryStretch | None = None
     gated: bool | None = None
     head_width: int | None = None
     position_rows: int | None = None
@@ -297,6 +299,8 @@ BANDWIDTHS = ("memory_bandwidth", "intra_bandwidth", "inter_bandwidth", "host_ba
 MINIMUM: dict[str, float] = {
     **{f"model.{key}": 1 for key in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq", "head_width")},
     "model.rope_scaling": 1,
+    **{f"model.rope_stretch.{key}": 1 for key in ("factor", "original")},
+    "model.rope_stretch.low": 0,
     **{f"model.{key}": 0 for key in ("norm_eps", "init_std", "rope_theta", "position_rows")},
     **{f"model.moe.{key}": 1 for key in ("experts", "top_k", "ffn", "imbalance")},
     **{

@@ -25,7 +25,7 @@ class JobConfig:
         shots: The first so many questions stand solved before each of the others.
         prompt: A prompt to continue (``generate``).
         prompts: File of prompts to continue (``generate``): one per line, or jsonl (key ``prompt``).
-        tokens: Tokens that are added to each prompt.
+        tokens: Most tokens that are added to each prompt; a text may end before.
         temperature: Logits are divided by it; 0 takes the most likely token. Draws follow from ``train.seed``.
         top_k: Draw among so many most likely tokens; 0: among all.
         top_p: Draw among the most likely tokens that have this probability together.

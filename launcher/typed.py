@@ -28,6 +28,9 @@ class Problem:
     message: str
     hint: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}.{f' {self.hint}' if self.hint else ''}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bounds:

@@ -186,21 +186,13 @@ def runnable(plan: ParallelPlan, precision: Precision, model: ModelSpec) -> Viol
         return Violation(rule="combination_runs", message=modelled[0], hint=modelled[1])
     seen = outcome(plan, precision)
     if seen is not None and seen.runs:
-        return _not_restored(plan)
+        return None
     reason = seen.reason if seen is not None else "it has never been tried"
     return Violation(
         rule="combination_probed",
         message=f"{plan.describe()} in {precision}, gradients in {plan.grad_dtype}, does not run: {reason}",
         hint="strategy.zero_stage=1 with strategy.grad_dtype=fp32 runs with every tp, pp and dp",
     )
-
-
-def _not_restored(plan: ParallelPlan) -> Violation | None:
-    """What trains, but does not go on from a checkpoint as it was."""
-    if plan.offload == "none" or plan.pp == 1:
-        return None
-    message = f"offload {plan.offload} with pp {plan.pp} trains, but is not restored exactly"
-    return Violation(rule="combination_runs", message=message, hint="strategy.offload=none, or strategy.pp=1")
 
 
 def unbuilt(plan: ParallelPlan, precision: Precision, model: ModelSpec) -> tuple[str, str] | None:
@@ -230,9 +222,6 @@ def _modelled_only(plan: ParallelPlan, precision: Precision) -> tuple[str, str] 
         return f"schedule {plan.schedule} is modelled only", "strategy.schedule=1f1b, or strategy.schedule=dualpipev"
     if plan.cp > 1:
         return f"cp {plan.cp}: context parallelism is modelled only", "strategy.cp=1; strategy.sp cuts sequences, too"
-    if plan.offload != "none" and plan.offload_path:
-        message = f"offload_path {plan.offload_path} is modelled only: it needs DeepSpeed's async_io, compiled"
-        return message, "strategy.offload_path=null (host memory)"
     if precision == "fp8":
         return "fp8 is modelled only", "train.precision=bf16"
     return None
@@ -242,13 +231,9 @@ def _not_with_experts(plan: ParallelPlan, model: ModelSpec) -> tuple[str, str] |
     """What runs, but not with experts: message and hint."""
     if model.moe is None:
         return None
-    if plan.sp * plan.cp > 1:
-        return f"experts with sp {plan.sp}, cp {plan.cp} are modelled only", "strategy.sp=1 strategy.cp=1"
     if plan.ep > 1 and plan.zero_stage == 3:
         message = f"zero_stage 3 with ep {plan.ep} is modelled only: DeepSpeed's ZeRO-3 cuts over all replicas"
         return message, "strategy.zero_stage=2, or strategy.ep=1"
-    if plan.ep > 1 and plan.offload != "none":
-        return f"offload {plan.offload} with ep {plan.ep} is modelled only", "strategy.offload=none, or strategy.ep=1"
     if plan.ep > 1 and plan.zero_stage == 0 and plan.grad_dtype != "fp32" and plan.pp == 1:
         message = f"zero_stage 0 with ep {plan.ep} and gradients in {plan.grad_dtype} is modelled only"
         return message, "strategy.zero_stage=1"

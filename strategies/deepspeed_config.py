@@ -21,6 +21,7 @@ PERSISTENCE_THRESHOLD = 100_000
 _BUCKET_ELEMENTS = (
     50_000_000  # of gradients per collective; stage 3 allocates it up front, so DeepSpeed's 5e8 is too much
 )
+_SUB_GROUP_ELEMENTS = 100_000_000  # of optimizer state on disks per turn; four buffers of so many fp32 stay in memory
 _NEVER = 1_000_000_000  # steps between DeepSpeed's own progress lines
 
 
@@ -67,7 +68,7 @@ def deepspeed_config(
             },
         },
         "scheduler": {"type": "WarmupCosineLR", "params": _cosine(lr, min_lr, warmup_steps, steps)},
-        "zero_optimization": _zero(plan.zero_stage) | _offload(plan),
+        "zero_optimization": _zero(plan.zero_stage, bool(plan.offload_path)) | _offload(plan),
         "data_types": {"grad_accum_dtype": plan.grad_dtype},
         "communication_data_type": plan.grad_dtype,  # sums over replicas are as precise as sums over micro-batches
         "prescale_gradients": False,
@@ -98,7 +99,7 @@ _PRECISION_SECTIONS: dict[Precision, dict[str, Any]] = {
 }
 
 
-def _zero(stage: int) -> dict[str, Any]:
+def _zero(stage: int, disks: bool) -> dict[str, Any]:
     section: dict[str, Any] = {"stage": stage}
     if stage > 0:
         section |= {
@@ -114,6 +115,8 @@ def _zero(stage: int) -> dict[str, Any]:
             "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
             "stage3_prefetch_bucket_size": _BUCKET_ELEMENTS,
         }
+        if disks:
+            section["sub_group_size"] = _SUB_GROUP_ELEMENTS
     return section
 
 
@@ -127,7 +130,10 @@ def _offload(plan: ParallelPlan) -> dict[str, Any]:
     if plan.offload_path:
         place = {"device": "nvme", "nvme_path": plan.offload_path, "pin_memory": False}
     kinds = {"none": (), "optimizer": ("optimizer",), "optimizer+params": ("optimizer", "param")}[plan.offload]
-    return {f"offload_{kind}": place.copy() for kind in kinds}
+    section = {f"offload_{kind}": place.copy() for kind in kinds}
+    if plan.offload_path and "param" in kinds:
+        section["offload_param"]["max_in_cpu"] = 0  # else the first 1e9 parameters would stay in memory all the same
+    return section
 
 
 def _cosine(lr: float, min_lr: float, warmup_steps: int, steps: int) -> dict[str, Any]:

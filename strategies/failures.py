@@ -216,6 +216,7 @@ def process(
     if 0 < hardware.storage_total_bandwidth < storage:
         storage = hardware.storage_total_bandwidth
     write_s = ckpt_bytes / storage
+    # At most this: a large state is copied beside the forward and backward of the next step, which hide most of it.
     copy_s = SAVE_LATENCY_S + share / (slots_per_node * hardware.host_bandwidth)
     best_s = max(best_interval_s(copy_s, 1 / rate) if rate else UNHURRIED_S, step_s)
     disk_s = max(best_s, write_s / STORAGE_SHARE)

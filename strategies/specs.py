@@ -69,6 +69,23 @@ class LatentAttention:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RotaryStretch:
+    """How Llama 3.1 and later reach beyond the sequences of their first stage: slow rotary frequencies slow down.
+
+    Attributes:
+        factor: What the slow frequencies are divided by.
+        low: Those are slow that turn fewer times than this in ``original`` tokens.
+        high: Those stay that turn more often than this; between the two they slow down in part.
+        original: Tokens of the sequences of the first stage.
+    """
+
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    original: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
     """A decoder-only transformer.
 
@@ -87,6 +104,7 @@ class ModelSpec:
         norm_eps: Epsilon of the norms.
         init_std: Standard deviation of the initial weights.
         rope_theta: Base of the rotary frequencies (``llama`` only).
+        rope_stretch: How they reach further (``llama`` only); None for plain frequencies.
         gated: The feed-forward block has a gate (SwiGLU, GeGLU); None means that of the flavour.
         head_width: Width of one head; 0 means ``hidden / heads``.
         position_rows: Learned positions; None means ``seq`` for ``gpt3`` and none for ``llama``.
@@ -108,6 +126,7 @@ class ModelSpec:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     rope_theta: float = 10000.0
+    rope_stretch: RotaryStretch | None = None
     gated: bool | None = None
     head_width: int = 0
     position_rows: int | None = None

@@ -60,7 +60,9 @@ class Catalogue:
         return self.headers[shard]
 
     def add(self, shard: int, header: ShardHeader) -> None:
-        """Take in a header that somebody else has read and verified."""
+        """Take in a header that somebody else has read and verified, unless it is known."""
+        if shard in self.headers:
+            return
         self.headers[shard] = header
         for number, stored in enumerate(header.slices):
             self._by_name.setdefault(stored.slice.name, []).append((shard, number))

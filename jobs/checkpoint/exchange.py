@@ -56,6 +56,11 @@ class Traffic:
     read_bytes: int = 0
     received_bytes: int = 0
 
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            read_bytes=self.read_bytes + other.read_bytes, received_bytes=self.received_bytes + other.received_bytes
+        )
+
 
 def fill(source: ShardSource, catalogue: Catalogue, targets: Sequence[Target]) -> Traffic:
     """Fill the targets of this rank. Collective.

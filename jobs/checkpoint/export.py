@@ -1,4 +1,4 @@
-"""A checkpoint in the layout that Hugging Face's transformers loads: config.json and safetensors. Reads any plan's.
+"""A checkpoint in the layout that Hugging Face's transformers loads: config.json, safetensors, tokenizer. Any plan's.
 
 GPT-3 flavour becomes ``GPT2LMHeadModel`` (its q, k and v are one matrix, and its matrices are stored transposed), Llama
 flavour ``LlamaForCausalLM``. Weights are the fp32 masters, rounded when a narrower type is asked for. The folder
@@ -24,8 +24,11 @@ from jobs.checkpoint.errors import storage_error
 from jobs.checkpoint.layout import sync_dir
 from jobs.checkpoint.reader import Reader
 from jobs.hf.config import config_of
+from jobs.hf.folder import TOKENIZER
 from jobs.hf.names import Part, parts_of
+from jobs.hf.tokenizer import write_tokenizer
 from jobs.location import Location
+from jobs.spec import DataSpec
 from strategies.errors import ConfigError
 
 Array = npt.NDArray[Any]
@@ -60,6 +63,7 @@ def export(
     target: Path,
     *,
     dtype: Dtype = "fp32",
+    data: DataSpec | None = None,
     file_bytes: int = _FILE_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Exported:
@@ -69,6 +73,7 @@ def export(
         manifest: The manifest.
         target: The folder to make; must not exist.
         dtype: Type of the weights.
+        data: What was trained on: its tokenizer goes with the weights, if it is still there.
         file_bytes: Largest weight file; a single tensor may be larger.
         progress: Told (bytes done, bytes in all) after every tensor.
 
@@ -83,6 +88,10 @@ def export(
     with appearing(target) as folder:
         written = _write(reader, parts, folder, dtype, file_bytes, progress)
         config |= {"torch_dtype": _NAMES[dtype][1]}
+        if data is not None:
+            config |= {"bos_token_id": data.end_id, "eos_token_id": data.end_id}
+            if (tokenizer := Path(data.store) / TOKENIZER).is_file():
+                write_tokenizer(tokenizer, folder, data.end_id)
         _write_json(folder / "config.json", config)
     return Exported(path=target, files=written[0], tensors=len(parts), bytes=written[1])
 

@@ -7,10 +7,12 @@ told apart by the attributes that hold the state (deepspeed 0.19).
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,16 +32,28 @@ class Fragment:
     Attributes:
         slice: What it is in the global model, without vocabulary padding.
         save: [from, to) of the slice, in elements, that this rank saves; empty when another rank does.
-        master: Flat view of the fp32 master weights; its first ``slice.elements`` are the slice.
-        owner: The tensor under which the inner optimizer keeps the moments.
+        owner: The fp32 master that the inner optimizer updates, and under which it keeps the moments.
         offset: Where the slice begins in ``owner`` and in its moments, in elements.
     """
 
     slice: Slice
     save: tuple[int, int]
-    master: torch.Tensor
     owner: torch.Tensor
     offset: int
+
+
+class _Owned(Protocol):
+    @property
+    def owner(self) -> torch.Tensor: ...
+
+
+_Part = TypeVar("_Part", bound=_Owned)
+
+
+def of_owners(parts: Iterable[_Part], owners: Iterable[torch.Tensor]) -> list[_Part]:
+    """The parts that lie in one of the owners, in their order."""
+    wanted = {id(owner) for owner in owners}
+    return [part for part in parts if id(part.owner) in wanted]
 
 
 class OptimizerAccess(ABC):
@@ -71,21 +85,34 @@ class OptimizerAccess(ABC):
     def publish(self) -> None:
         """Make the weights from the masters. Collective."""
 
+    @property
+    def on_disks(self) -> bool:
+        """Whether state is in memory by turns only."""
+        return False
+
+    def resident(self, *, write: bool) -> Iterator[list[torch.Tensor]]:
+        """Owners by turns, whose masters and moments are in memory until the next turn: all at once, as a rule.
+
+        Where state lives on disks each owner has a turn of its own: read before it and, with ``write``, written back
+        after it. Ranks of one model part have the same turns.
+        """
+        yield self.owners()
+
     def whole(self, owner: torch.Tensor, kind: str) -> torch.Tensor | None:
-        """Flat view of the masters or of a moment of an owner; None before the first step, when a moment is zero."""
+        """Flat view of the masters or of a moment of a resident owner; None before the first step for a zero moment."""
         if kind == "master":
             return owner.detach().view(-1)
         state = self.inner.state.get(owner)
         return state[kind].view(-1) if state else None
 
-    def moment(self, fragment: Fragment, kind: str) -> torch.Tensor | None:
-        """Flat view of a moment of a fragment; None before the first step, when it is zero."""
+    def view(self, fragment: Fragment, kind: str) -> torch.Tensor | None:
+        """Likewise of a fragment, whose owner is resident."""
         whole = self.whole(fragment.owner, kind)
         return None if whole is None else whole.narrow(0, fragment.offset, fragment.slice.elements)
 
     def create_moments(self) -> None:
         """Make the zero moments that the first step would make, where there are none yet."""
-        for owner in self.owners():
+        for owner in itertools.chain.from_iterable(self.resident(write=True)):
             if not self.inner.state.get(owner):
                 zeros = {kind: torch.zeros_like(owner.detach()) for kind in MOMENTS}
                 self.inner.state[owner] = {"step": torch.tensor(0.0, dtype=torch.float32), **zeros}
@@ -145,7 +172,6 @@ class Unsharded(OptimizerAccess):
             yield Fragment(
                 slice=piece,
                 save=share if meta.primary else (0, 0),
-                master=master.detach().view(-1),
                 owner=master,
                 offset=0,
             )
@@ -222,10 +248,41 @@ class ZeroThree(OptimizerAccess):
         whole = self.outer.persistent_parameters
         if whole:
             whole[0].partition(whole)
-        for group in range(len(self.outer.fp32_partitioned_groups_flat)):
-            self.outer._reassign_or_swap_out_partitioned_parameters(group)
+        groups = {id(owner): group for group, owner in enumerate(self.owners())}
+        for owner in itertools.chain.from_iterable(self.resident(write=False)):
+            self.outer._reassign_or_swap_out_partitioned_parameters(groups[id(owner)])
         if whole:
             whole[0].all_gather(whole)
+
+    @property
+    def on_disks(self) -> bool:
+        """Whether DeepSpeed keeps a part of it there."""
+        return any(self._away())
+
+    def _away(self) -> list[bool]:
+        return [bool(self.outer._swappable_optimizer_subgroup(group)) for group in range(len(self.owners()))]
+
+    def resident(self, *, write: bool) -> Iterator[list[torch.Tensor]]:
+        """DeepSpeed keeps on disks what is not too small for that."""
+        owners, away = self.owners(), self._away()
+        at_home = [owner for owner, gone in zip(owners, away, strict=True) if not gone]
+        if at_home:
+            yield at_home
+        for owner in itertools.compress(owners, away):
+            with self._swapped_in(owner, write=write):
+                yield [owner]
+
+    @contextlib.contextmanager
+    def _swapped_in(self, owner: torch.Tensor, *, write: bool) -> Iterator[None]:
+        swapper = self.outer.optimizer_swapper
+        swapper.swap_in_optimizer_state(parameter=owner)
+        try:
+            yield
+            if write:
+                swapper.swap_out_optimizer_state(parameter=owner)  # also moments that are new
+        finally:
+            swapper.release_swap_buffers(parameter=owner)
+            owner.grad = None  # swapped in with the rest
 
 
 def _fragment(meta: ParamMeta, start: int, count: int, flat: torch.Tensor, offset: int) -> Fragment:
@@ -233,7 +290,6 @@ def _fragment(meta: ParamMeta, start: int, count: int, flat: torch.Tensor, offse
     return Fragment(
         slice=piece,
         save=(0, piece.elements if meta.primary else 0),
-        master=flat.detach().view(-1).narrow(0, offset, piece.elements),
         owner=flat,
         offset=offset,
     )

@@ -6,6 +6,7 @@ What can be asked is listed in :mod:`launcher.host.persist.service`.
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 from jobs import frames
@@ -29,13 +30,15 @@ class PersisterLink:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._turn = threading.Lock()  # a rank asks from two threads
         self._sock = frames.connect_unix(path)
 
     def ask(self, op: str, **fields: Any) -> tuple[Message, bytes, list[int]]:
         """Ask and wait for the answer, its payload and its descriptors."""
-        frames.send(self._sock, {"op": op, **fields})
-        answer, fds = frames.receive(self._sock)
-        data = frames.read(self._sock, answer["payload"])
+        with self._turn:
+            frames.send(self._sock, {"op": op, **fields})
+            answer, fds = frames.receive(self._sock)
+            data = frames.read(self._sock, answer["payload"])
         if "error" in answer:
             raise Refused(str(answer["error"]))
         return answer, data, fds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 
 from jobs.checkpoint.catalogue import Catalogue
 from jobs.checkpoint.exchange import Target, Traffic, fill
-from jobs.checkpoint.fragments import MOMENTS, Fragment, OptimizerAccess, access
+from jobs.checkpoint.fragments import Fragment, OptimizerAccess, access, of_owners
 from jobs.checkpoint.gang import agree, rank_and_world
 from jobs.checkpoint.manifest import Manifest
+from jobs.checkpoint.shardfile import KINDS
 from jobs.checkpoint.source import ShardSource, source_of
 from jobs.checkpoint.state import set_rng_state, set_trainer_state
 from jobs.hooks import Hooks, NoHooks
@@ -76,7 +77,8 @@ def restore(engine: Any, source: Source | Callable[[], Source], *, hooks: Hooks 
         with torch.no_grad():
             optimizer.create_moments()
             catalogue = Catalogue(shards, rank_and_world()[0])
-            traffic = fill(shards, catalogue, _targets(optimizer))
+            for fragments in _resident(optimizer):
+                traffic += fill(shards, catalogue, _targets(optimizer, fragments))
         set_trainer_state(optimizer, manifest.trainer)
         _restore_rank_state(shards, catalogue)
     except (StorageError, ResumeRefused) as caught:
@@ -89,20 +91,25 @@ def restore(engine: Any, source: Source | Callable[[], Source], *, hooks: Hooks 
     return RestoredState(step=manifest.step, extra=manifest.extra, manifest=manifest, traffic=traffic)
 
 
-def _targets(optimizer: OptimizerAccess) -> list[Target]:
-    """Where masters and moments of this rank are, which must exist."""
-    targets = []
-    for fragment in optimizer.fragments():
-        if fragment.slice.elements:
-            views = {"master": fragment.master} | {kind: _moment(optimizer, fragment, kind) for kind in MOMENTS}
-            targets.append(Target(slice=fragment.slice, views=views))
-    return targets
+def _resident(optimizer: OptimizerAccess) -> Iterator[list[Fragment]]:
+    """All that there is to fill, as it is in memory."""
+    fragments = [fragment for fragment in optimizer.fragments() if fragment.slice.elements]
+    for owners in optimizer.resident(write=True):
+        yield of_owners(fragments, owners)
 
 
-def _moment(optimizer: OptimizerAccess, fragment: Fragment, kind: str) -> torch.Tensor:
-    moment = optimizer.moment(fragment, kind)
-    assert moment is not None, "create_moments came first"
-    return moment
+def _targets(optimizer: OptimizerAccess, fragments: Iterable[Fragment]) -> list[Target]:
+    """Where masters and moments are, which must exist."""
+    return [
+        Target(slice=fragment.slice, views={kind: _view(optimizer, fragment, kind) for kind in KINDS})
+        for fragment in fragments
+    ]
+
+
+def _view(optimizer: OptimizerAccess, fragment: Fragment, kind: str) -> torch.Tensor:
+    view = optimizer.view(fragment, kind)
+    assert view is not None, "create_moments came first"
+    return view
 
 
 def _require_same_tensors(optimizer: OptimizerAccess, source: ShardSource) -> None:

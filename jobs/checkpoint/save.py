@@ -7,8 +7,9 @@ persister of the node otherwise (:mod:`jobs.checkpoint.saver`).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from jobs.checkpoint.fragments import Fragment, OptimizerAccess, access
+from jobs.checkpoint.copying import Copy, copy_all
+from jobs.checkpoint.fragments import Fragment, OptimizerAccess, access, of_owners
 from jobs.checkpoint.gang import agree, rank_and_world
 from jobs.checkpoint.image import Image
 from jobs.checkpoint.layout import Place, Token, place_of
@@ -109,7 +111,8 @@ def snapshot(engine: Any, step: int) -> Snapshot:
     optimizer = access(getattr(engine, "ds", engine))
     image = image_of_state(optimizer)
     buffer = np.empty(image.bytes, np.uint8)
-    copy_state(optimizer, image, buffer.view(np.float32))
+    for copies in copies_of(optimizer, image, buffer.view(np.float32)):
+        copy_all(copies)
     return Snapshot(
         step=step,
         pieces=tuple(image.pieces(buffer.data)),
@@ -124,14 +127,20 @@ def image_of_state(optimizer: OptimizerAccess) -> Image:
     return Image(slices=tuple(_piece(fragment) for fragment in _saved(optimizer)))
 
 
-def copy_state(optimizer: OptimizerAccess, image: Image, buffer: Array) -> None:
-    """Copy the state into a buffer of ``image.bytes``: all that a step has to stand still for."""
-    with torch.no_grad():
-        for run in _runs(optimizer, image):
-            for kind in KINDS:
-                at = KINDS.index(kind) * image.elements + run.at
-                source = optimizer.whole(run.owner, kind)
-                _copy(None if source is None else source[run.start : run.stop], buffer[at : at + run.stop - run.start])
+def copies_of(optimizer: OptimizerAccess, image: Image, buffer: Array) -> Iterator[list[Copy]]:
+    """What to copy into a buffer of ``image.bytes``, by the turns of :meth:`OptimizerAccess.resident`.
+
+    Where that is one turn it is valid until the optimizer changes the state.
+    """
+    runs = _runs(optimizer, image)
+    for owners in optimizer.resident(write=False):
+        copies = []
+        for run, (place, kind) in itertools.product(of_owners(runs, owners), enumerate(KINDS)):
+            at = place * image.elements + run.at
+            whole = optimizer.whole(run.owner, kind)  # a moment does not exist before the first step
+            source = None if whole is None else _checked(whole[run.start : run.stop])
+            copies.append(Copy(source, buffer[at : at + run.stop - run.start]))
+        yield copies
 
 
 @dataclass(slots=True)
@@ -171,15 +180,10 @@ def _piece(fragment: Fragment) -> Slice:
     return Slice(name=whole.name, shape=whole.shape, box=whole.box, start=whole.start + low, stop=whole.start + high)
 
 
-def _copy(view: torch.Tensor | None, out: Array) -> None:
-    if view is None:  # a moment before the first step
-        out.fill(0.0)
-    elif view.dtype != torch.float32:
+def _checked(view: torch.Tensor) -> torch.Tensor:
+    if view.dtype != torch.float32:
         raise PhalanxError(f"Optimizer state is {view.dtype}, and checkpoints hold float32.")
-    elif view.device.type == "cpu":
-        np.copyto(out, view.detach().numpy())  # one memcpy; torch's own copy is slower on one thread
-    else:
-        torch.from_numpy(out).copy_(view.detach())
+    return view.detach()
 
 
 def persist(

@@ -1,9 +1,9 @@
 """Who makes the checkpoints of a training loop: the persister of the node behind the rank, or the rank itself.
 
-Behind the rank there are two phases. A step stands still while its state is copied into shared memory; that copy is a
-generation of the memory tier, and where a checkpoint on disk is due, the persister writes it from there while training
-goes on. The next one due waits until the one before is committed, and a failure to write it is raised there, on every
-rank.
+Behind the rank there are two phases. The state is copied into shared memory, a large one beside the forward and
+backward of the next step (:mod:`jobs.checkpoint.copying`). That copy is a generation of the memory tier, and where a
+checkpoint on disk is due, the persister writes it from there while training goes on. The next one due waits until the
+one before is committed, and a failure to write it is raised there, on every rank.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from jobs.checkpoint.copying import Copier
 from jobs.checkpoint.fragments import access
 from jobs.checkpoint.gang import agree, gather, revive
 from jobs.checkpoint.image import Image
@@ -25,7 +26,7 @@ from jobs.checkpoint.layout import Place, Token
 from jobs.checkpoint.memory import StreamInfo, generation_of
 from jobs.checkpoint.persister import PersisterLink, unreachable
 from jobs.checkpoint.retention import tidied
-from jobs.checkpoint.save import copy_state, image_of_state, save
+from jobs.checkpoint.save import copies_of, image_of_state, save
 from jobs.checkpoint.state import rng_state, trainer_state
 from jobs.frames import FrameError, Message
 from jobs.hooks import Hooks
@@ -109,6 +110,7 @@ class BehindSaver:
         self, engine: Any, job: JobSpec, env: RankEnv, hooks: Hooks, reporter: Reporter, link: PersisterLink
     ) -> None:
         self._optimizer = access(getattr(engine, "ds", engine))
+        self._copier = Copier(self._optimizer)
         self._job = job
         self._env = env
         self._hooks = hooks
@@ -165,38 +167,56 @@ class BehindSaver:
 
     def keep(self, step: int, extra: Mapping[str, Any]) -> None:
         """See :class:`Saver`."""
+        self.land()
+        self._settle(wait=False)
         if self._in_memory and step % self._job.checkpoint.memory_every == 0:
             self._copy()
-            self._seal(step, extra, flush=False)
-        self._settle(wait=False)
+            record = self._record(extra)
+            self._copier.then(lambda: self._seal(step, record, flush=False))
 
     def save(self, step: int, extra: Mapping[str, Any], *, wait: bool) -> Location:
         """See :class:`Saver`."""
         begin = time.perf_counter()
+        self.land()
         self._copy()
+        record = self._record(extra)
         self._hooks.checkpoint_begin(step)
         self._agree_on_the_last()
         hold = self._hooks.holds_commit(step)
-        self._seal(step, extra, flush=True, hold=hold)
+        self._copier.then(lambda: self._seal(step, record, flush=True, hold=hold))
         self._pending = {"step": step, "stall_s": time.perf_counter() - begin}
         self._last = manifest = Place(self._root, step, self._token).manifest
         if hold:
+            self._copier.wait()
             self._ask("durable")
             self._hooks.checkpoint_shards_written(step)
             self._ask("release")
         if wait:
+            self._copier.wait()
             self._pending["since"] = begin
             self._agree_on_the_last()
         return manifest
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds for which an optimizer step, or :meth:`land`, waited for the newest copy."""
+        return self._copier.waited_s
+
+    def land(self) -> None:
+        """Wait for the copy before. A step has done so, unless fp16 left it out."""
+        self._copier.wait()
+        if self._pending is not None:
+            self._pending.setdefault("waited_s", self._copier.waited_s)
 
     def _copy(self) -> None:
         answer, _, fds = self._ask("begin")
         number, size = answer["buffer"], answer["bytes"]
         for fd in fds:
             self._buffers[number] = _mapped(fd, size)
-        copy_state(self._optimizer, self._image, self._buffers[number])
+        self._copier.start(copies_of(self._optimizer, self._image, self._buffers[number]))
 
-    def _seal(self, step: int, extra: Mapping[str, Any], *, flush: bool, hold: bool = False) -> None:
+    def _record(self, extra: Mapping[str, Any]) -> dict[str, Any]:
+        """What goes beside the tensors, as it is now."""
         trainer = trainer_state(self._optimizer)
         record: dict[str, Any] = {"trainer": to_json(trainer), "time": time.time()}
         rank_state = {"rng": rng_state()}
@@ -204,6 +224,9 @@ class BehindSaver:
             self._rank_state = record["rank_state"] = rank_state
         if self._env.rank == 0:
             record["extra"] = dict(extra)
+        return record
+
+    def _seal(self, step: int, record: Mapping[str, Any], *, flush: bool, hold: bool = False) -> None:
         base = str(self._base or "") if flush else ""
         answer = self._ask("seal", step=step, record=record, flush=flush, hold=hold, base=base)[0]
         if answer["broken"] != self._warned:
@@ -233,7 +256,8 @@ class BehindSaver:
         if "error" in done:
             raise revive(done["error"])
         warn(done.pop("warning", ""))
-        stall_s = time.perf_counter() - pending["since"] if "since" in pending else pending["stall_s"]
+        stalled_s = pending["stall_s"] + pending.get("waited_s", 0.0)
+        stall_s = time.perf_counter() - pending["since"] if "since" in pending else stalled_s
         self._reporter.send("checkpoint", stall_s=stall_s, **done)
         self._pending = None
 

@@ -29,7 +29,7 @@ from jobs.data.shards import (
     read_source,
 )
 from jobs.data.store import TOKENIZER, file_digest, token_width
-from jobs.data.surveying import Surveyed, named, survey_sources, wanted
+from jobs.data.surveying import Surveyed, formed, misformed, named, survey_sources, wanted
 from jobs.data.work import Processes, Request, Runner, answers, texts
 from jobs.spec import DataSpec, SourceSpec
 from strategies.codec import from_json, to_json
@@ -38,7 +38,27 @@ from strategies.errors import ConfigError, StorageError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["named", "prepare_mixture"]
+__all__ = ["flaws", "named", "prepare_mixture"]
+
+
+def flaws(data: DataSpec, vocab: int, *, most_bytes: float, form: bool = True) -> list[str]:
+    """All that is wrong with a mixture and its tokenizer, where it is not going to be prepared. Writes nothing.
+
+    Args:
+        data: The mixture.
+        vocab: Tokens of the model; 0 if that is not known.
+        most_bytes: Of more text than so much, only what can be told without reading it.
+        form: Say, too, what is wrong with the list of sources itself.
+
+    Raises:
+        ConfigError: A library is missing.
+    """
+    bpe.library_version()
+    sources = named(data)
+    problems = misformed(sources) if form else []
+    survey_sources([one for one in sources if formed(one)], Processes(), problems, silent, most_bytes=most_bytes)
+    _given(data.tokenizer, vocab, problems)
+    return problems
 
 
 def prepare_mixture(
@@ -72,7 +92,7 @@ def prepare_mixture(
     bpe.check_vocab(vocab)
     library = bpe.library_version()
     runner = runner or Processes()
-    problems: list[str] = []
+    problems = misformed(named(data))
     found = survey_sources(named(data), runner, problems, progress)
     given = _given(data.tokenizer, vocab, problems)
     _refuse(problems)
@@ -136,7 +156,7 @@ def _given(path: str, vocab: int, problems: list[str]) -> Tokenizer | None:
         problems.append(f"data.tokenizer: {error.what}")
         return None
     size = bpe.vocabulary(tokenizer)
-    if size > vocab:
+    if size > vocab > 0:
         problems.append(
             f"data.tokenizer: {path} has {size} tokens, model.vocab={vocab} is too small for it. "
             f"Set model.vocab to {size} or more."

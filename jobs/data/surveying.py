@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,6 +48,14 @@ def wanted(source: SourceSpec) -> bool:
     return (source.weight or 0) > 0 or (source.epochs or 0) > 0
 
 
+def misformed(sources: Sequence[SourceSpec]) -> list[str]:
+    """What is wrong with a list of sources before any file is looked at."""
+    return [
+        f"{sources[number].name}: {key}: {message}. {hint}"
+        for number, key, message, hint in form_problems(sources, KINDS)
+    ]
+
+
 def named(data: DataSpec) -> tuple[SourceSpec, ...]:
     """The sources of any kind of data, each with a name; other kinds than ``mixture`` have one."""
     if data.kind != "mixture":
@@ -55,8 +64,18 @@ def named(data: DataSpec) -> tuple[SourceSpec, ...]:
     return tuple(replace(source, name=source.name or default_name(source)) for source in data.sources)
 
 
+def formed(source: SourceSpec) -> bool:
+    """Whether it says of what kind it is, and where."""
+    return source.kind in KINDS and bool(source.path or source.kind == "stdlib")
+
+
 def survey_sources(
-    sources: Sequence[SourceSpec], runner: Runner, problems: list[str], progress: Progress
+    sources: Sequence[SourceSpec],
+    runner: Runner,
+    problems: list[str],
+    progress: Progress,
+    *,
+    most_bytes: float = math.inf,
 ) -> list[Surveyed]:
     """Read every source once, as it will be read.
 
@@ -65,20 +84,19 @@ def survey_sources(
         runner: Where the work is done.
         problems: All that is wrong is added here.
         progress: Told how far it is (``reading``).
+        most_bytes: More than so much is not read.
     """
-    problems += [
-        f"{sources[number].name}: {key}: {message}. {hint}"
-        for number, key, message, hint in form_problems(sources, KINDS)
-    ]
     work: list[list[Unit]] = []
     lost: set[str] = set()
     for source in sources:
         try:
-            work.append(units(source) if source.kind in KINDS and (source.path or source.kind == "stdlib") else [])
+            work.append(units(source) if formed(source) else [])
         except (ConfigError, StorageError) as error:
             problems.append(f"{source.name}: {error.what}")
             work.append([])
             lost.add(source.name)
+    if sum(unit.size for some in work for unit in some) > most_bytes:
+        return []
     requests: list[Request] = [{"verb": "survey", "unit": to_json(unit)} for some in work for unit in some]
     told = answers(runner, requests, [unit.size for some in work for unit in some], "reading", progress)
     found, at = [], 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import deepspeed
@@ -19,6 +20,7 @@ from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch import nn
 
+from jobs import disks
 from jobs.distributed import Grid
 from jobs.engine import experts
 from jobs.engine.process import silence
@@ -28,15 +30,9 @@ from jobs.parallel.meta import ParamMeta
 from jobs.parallel.router_log import RouterLog
 from jobs.spec import JobSpec
 from strategies.errors import ConfigError, PlanInfeasible, Violation
+from strategies.model_state import DTYPE_BYTES
 from strategies.plan import ParallelPlan
 from strategies.topology import Topology
-
-
-def refuse_packing(job: JobSpec) -> None:
-    """Likewise: which document a token is of is known to ranks that have whole sequences, in the order of 1F1B."""
-    if job.data.packing and (job.plan.sp > 1 or job.plan.schedule != "1f1b"):
-        message = f"documents cannot be kept apart with sp={job.plan.sp}, schedule={job.plan.schedule}"
-        raise PlanInfeasible([Violation(rule="packing", message=message, hint="data.packing=false")])
 
 
 def refuse_modelled_only(plan: ParallelPlan) -> None:
@@ -66,7 +62,6 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
     def __init__(self, job: JobSpec, log: RouterLog | None) -> None:
         self._job = job
         self._log = log
-        self.documents = documents_of(job)
         super().__init__(layers=[], topology=_topology(job.plan))
         self.loss_fn = LossFunction(job.model, self.grid)
 
@@ -75,6 +70,7 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
 
     def _cut(self, grid: Grid) -> None:
         self.grid = grid
+        self.documents = documents_of(self._job, grid)
         recipe = _recipe(self._job, grid, self.documents, self._log)
         self._layer_specs = [_pipe_layer(spec) for spec in layer_specs(recipe)]
         self._num_layers = len(self._layer_specs)
@@ -83,12 +79,26 @@ class _Stages(PipelineModule):  # type: ignore[misc]  # deepspeed has no types
 
     def forward(self, inputs: Any) -> Any:
         if self.documents is not None:
-            self.documents.begin()
+            self.documents.begin(getattr(self, "active_phase", 0))
         return super().forward(inputs)
 
     def _synchronize_tied_weights(self) -> None:
         with torch.no_grad():  # DeepSpeed writes into the parameters under autograd's eyes
             super()._synchronize_tied_weights()
+
+    def get_tied_weights_and_groups(self) -> list[tuple[Any, Any]]:
+        """What DeepSpeed sums the ``grad`` of, over the stages that hold a copy of a tied weight.
+
+        Its ZeRO-1 collects fp32 gradients of 16-bit weights (fp16, and bf16 with an offloaded optimizer) in
+        ``grad_accum`` and leaves ``grad`` empty, which DeepSpeed takes for "there is none": each copy would be trained
+        by its own stage's gradient alone, and a restore, which fills all copies from one, would change the model.
+        """
+        pairs = super().get_tied_weights_and_groups()
+        sums = [getattr(weight, "grad_accum", None) for weight, _ in pairs]
+        return [
+            (weight if summed is None else SimpleNamespace(grad=summed), group)
+            for (weight, group), summed in zip(pairs, sums, strict=True)
+        ]
 
 
 class _FoldedStages(_Stages, DualPipeVModule):  # type: ignore[misc]  # deepspeed has no types
@@ -155,7 +165,7 @@ def _unpipelined(job: JobSpec, log: RouterLog | None) -> Assembled:
     mpu = PipelineParallelGrid(_topology(plan))
     grid = _grid_of(mpu, plan)
     loss = LossFunction(job.model, grid)
-    ds = _initialize(job, Decoder(_recipe(job, grid, documents_of(job), log), loss), mpu=mpu)
+    ds = _initialize(job, Decoder(_recipe(job, grid, documents_of(job, grid), log), loss), mpu=mpu)
     return Assembled(ds=ds, grid=grid, loss=loss, router_log=log)
 
 
@@ -175,6 +185,9 @@ def _initialize(job: JobSpec, module: nn.Module, *, mpu: Any) -> Any:
     if job.plan.ep > 1:
         experts.declare(module)
     config = json.loads(json.dumps(dict(job.deepspeed)))  # DeepSpeed writes into it
+    ranks = Topology(job.plan).data_size
+    shares = [-(-parameter.numel() // ranks) for parameter in parameters]
+    disks.require_locked(disks.fit_buffers(config, shares, DTYPE_BYTES[job.train.precision]))
     ds, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config, mpu=mpu)
     if isinstance(ds.optimizer, FP16_UnfusedOptimizer):
         _undo_empty_step(ds.optimizer)
@@ -190,9 +203,9 @@ def _undo_empty_step(optimizer: Any) -> None:
             master.data.copy_(weight.data)
 
 
-def documents_of(job: JobSpec) -> Documents | None:
+def documents_of(job: JobSpec, grid: Grid) -> Documents | None:
     """What keeps documents apart, if that is asked for."""
-    return Documents(job.data.end_id) if job.data.packing else None
+    return Documents(job.data.end_id, grid.seq_group) if job.data.packing else None
 
 
 def _recipe(job: JobSpec, grid: Grid, documents: Documents | None, log: RouterLog | None) -> Recipe:

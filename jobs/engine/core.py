@@ -14,8 +14,8 @@ import torch.distributed as dist
 from deepspeed.runtime.utils import clip_grad_norm_
 from torch import nn
 
-from jobs import distributed
-from jobs.engine import assembly, process
+from jobs import disks, distributed
+from jobs.engine import assembly, async_io, process
 from jobs.engine.norm import ExpertNorm
 from jobs.models.packing import Documents
 from jobs.own_time import OwnTime
@@ -61,6 +61,7 @@ class Engine:
         self.ds = ds = parts.ds
         self.grid = parts.grid
         self.plan = job.plan
+        self._job = job
         self.own_time = own_time
         self.router_log = parts.router_log
         self._loss = parts.loss
@@ -78,10 +79,14 @@ class Engine:
         """Join the gang and build this rank's engine with the initial weights of the job. Collective.
 
         Raises:
+            ConfigError: State is to be kept on disks, and DeepSpeed's op for that is not compiled on this node.
             PlanInfeasible: The plan uses an axis or a schedule that is modelled only.
+            StorageError: It cannot be kept there.
         """
         assembly.refuse_modelled_only(job.plan)
-        assembly.refuse_packing(job)
+        if disks.on_disks(job.plan):
+            async_io.load()
+            job = disks.placed(job, env)
         own_time = process.join(env, deterministic=job.train.deterministic)
         return cls(assembly.assemble(job), job, own_time)
 
@@ -184,6 +189,7 @@ class Engine:
     def close(self) -> None:
         """Leave the gang. The engine is of no use afterwards."""
         distributed.shutdown()
+        disks.clear(self._job)
 
     def _train_pipelined(self, batches: Sequence[MicroBatch]) -> float:
         return float(self.ds.train_batch(self._micro_batches(batches)))

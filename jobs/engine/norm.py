@@ -56,10 +56,21 @@ class ExpertNorm:
         optimizer = self._ds.optimizer
         total = torch.zeros((), device=self._ds.device)
         for group in range(len(optimizer.bit16_groups)):
-            gradients = (g for g in optimizer.averaged_gradients[group] if not getattr(g, "_zero_padding", False))
-            total += _squares(zip(optimizer.params_in_partition[group], gradients, strict=False), total)
+            total += _squares(self._part(group), total)
         norm = self._over_stages(all_reduce(total, self._grid.data_group)).sqrt()
-        return torch.where(norm.isfinite(), norm, torch.full_like(norm, math.inf))
+        return torch.where(norm.isfinite(), norm, torch.full_like(norm, math.inf)).to(optimizer.device)
+
+    def _part(self, group: int) -> Pairs:
+        """This replica's part of the sums of a group of parameters."""
+        optimizer = self._ds.optimizer
+        parameters = optimizer.params_in_partition[group]
+        if not optimizer.cpu_offload:
+            gradients = (g for g in optimizer.averaged_gradients[group] if not getattr(g, "_zero_padding", False))
+            return zip(parameters, gradients, strict=False)
+        flat = optimizer.single_partition_of_fp32_groups[group].grad
+        places = (optimizer.grad_position[optimizer.get_param_id(parameter)] for parameter in parameters)
+        gradients = (flat.narrow(0, start, count) for _, _, start, count in places)
+        return zip(parameters, gradients, strict=True)
 
     def _of_gradients(self, for_clipping: bool = False) -> Any:
         """``BF16_Optimizer``: every replica has whole sums. What is returned is summed over stages and shards."""

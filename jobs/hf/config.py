@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.hf.names import require_layout
+from strategies.codec import to_json
 from strategies.errors import did_you_mean
 from strategies.specs import ModelSpec
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM", "gpt2": "GPT2LMHeadModel"}
+_STRETCH = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of ours, in order
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 
@@ -83,6 +85,9 @@ def _llama_config(model: ModelSpec) -> dict[str, Any]:
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
+    if model.rope_stretch is not None:
+        names = zip(_STRETCH, to_json(model.rope_stretch).values(), strict=True)
+        common["rope_scaling"] = {"rope_type": "llama3", **dict(names)}
     if model.moe is None:
         own: dict[str, Any] = {"intermediate_size": model.ffn, "attention_bias": False, "mlp_bias": False}
         return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"} | common | own
@@ -162,15 +167,35 @@ class _Look:
         if not holds(value):
             self.refuse(key, f"{value!r} is not implemented: {why}")
 
-    def rotary_base(self) -> float:
-        """Base of the rotary frequencies: ``rope_theta``, or in ``rope_parameters`` as transformers 5 writes it."""
+    def rotary(self) -> dict[str, Any]:
+        """How positions turn: said by itself, or in ``rope_parameters`` as transformers 5 writes it."""
         rope = self._document.get("rope_parameters") or self._document.get("rope_scaling") or {}
         if not isinstance(rope, Mapping):
             self.refuse("rope_parameters", f"expected a mapping, found {rope!r}")
-            return 10000.0
+            rope = {}
+        return {"rope_theta": self._rotary_base(rope), "rope_stretch": self._stretch(rope)}
+
+    def _stretch(self, rope: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Frequencies that slow down (Llama 3.1); None for plain ones."""
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            self.refuse("rope scaling", f"{kind!r} is not implemented: positions turn at the plain frequencies only")
+        if kind == "default":
+            return None
+        if kind != "llama3":
+            self.refuse("rope scaling", f"{kind!r} is not implemented", "Known: default, llama3.")
+            return None
+        found = [rope.get(name) for name in _STRETCH]
+        numbers = [one for one in found if isinstance(one, int | float) and not isinstance(one, bool) and one > 0]
+        if len(numbers) < len(found):
+            told = ", ".join(f"{name} {value!r}" for name, value in zip(_STRETCH, found, strict=True))
+            self.refuse("rope scaling", f"expected numbers above 0, found {told}")
+            return None
+        factor, low, high, original = numbers
+        if factor < 1 or high <= low:
+            self.refuse("rope scaling", f"expected a factor from 1 and low below high, found {factor}, {low}, {high}")
+            return None
+        return {"factor": float(factor), "low": float(low), "high": float(high), "original": int(original)}
+
+    def _rotary_base(self, rope: Mapping[str, Any]) -> float:
         if rope.get("partial_rotary_factor", self._document.get("partial_rotary_factor", 1.0)) != 1.0:
             self.refuse("partial_rotary_factor", "is not implemented: the whole head turns")
         theta = rope.get("rope_theta", self._document.get("rope_theta", 10000.0))
@@ -234,6 +259,6 @@ def _rotary(look: _Look, *, eps: float) -> dict[str, Any]:
         "tied": look.flag("tie_word_embeddings", False),
         "norm_eps": look.number("rms_norm_eps", eps),
         "init_std": look.number("initializer_range", 0.02),
-        "rope_theta": look.rotary_base(),
+        **look.rotary(),
         "head_width": 0 if width * heads == hidden else width,
     }

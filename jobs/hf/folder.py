@@ -17,7 +17,7 @@ from typing import Any
 from jobs.hf.config import Flaw, read_config
 from jobs.hf.names import Part, Shape, parts_of
 from strategies.errors import ConfigError, StorageError, did_you_mean
-from strategies.specs import ModelSpec, MoeSpec
+from strategies.specs import ModelSpec, MoeSpec, RotaryStretch
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 WIDTHS = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}
@@ -86,8 +86,9 @@ def model_of(path: Path) -> ModelSpec:
 
 
 def _spec(values: Mapping[str, Any]) -> ModelSpec:
-    moe = values.get("moe")
-    return ModelSpec(**dict(values) | {"moe": MoeSpec(**moe) if moe else None})
+    moe, stretch = values.get("moe"), values.get("rope_stretch")
+    parts = {"moe": MoeSpec(**moe) if moe else None, "rope_stretch": RotaryStretch(**stretch) if stretch else None}
+    return ModelSpec(**dict(values) | parts)
 
 
 def open_folder(path: Path, model: ModelSpec) -> Folder:
@@ -194,7 +195,7 @@ def file_digest(path: Path) -> str:
 def _other_model(own: ModelSpec, model: ModelSpec) -> list[Flaw]:
     """Fields in which the folder's model is not the one asked for; where positions turn, sequences may be longer."""
     fields = ["flavour", "layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "tied", "norm_eps", "head_dim", "moe"]
-    fields += [] if model.flavour == "llama" else ["learned_positions"]
+    fields += ["rope_stretch"] if model.flavour == "llama" else ["learned_positions"]
     if own.moe is not None and model.moe is not None:
         fields[fields.index("moe")] = "top_k"
     different = [name for name in fields if _value(own, name) != _value(model, name)]
@@ -207,6 +208,8 @@ def _other_model(own: ModelSpec, model: ModelSpec) -> list[Flaw]:
 def _value(model: ModelSpec, name: str) -> Any:
     if name == "top_k":
         return None if model.moe is None else (model.moe.experts, model.moe.top_k, model.moe.ffn)
+    if name == "moe":
+        return "none" if model.moe is None else f"{model.moe.experts} experts"
     return getattr(model, name)
 
 

@@ -24,12 +24,14 @@ class Sampling:
         top_k: Only among so many most likely ones; 0: among all.
         top_p: Only among the most likely ones that have this probability together.
         seed: Seed of the draws.
+        end: The token that ends a text; None for none.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    end: int | None = None
 
 
 def draw(logits: torch.Tensor, how: Sampling, prompt: str, position: int) -> int:
@@ -66,13 +68,13 @@ def generate(
     how: Sampling,
     done: Callable[[], None] = lambda: None,
 ) -> list[tuple[list[int], float]]:
-    """Continue every prompt by ``count`` tokens. Collective; equal on all ranks of a replica.
+    """Continue every prompt by ``count`` tokens, or until its text ends. Collective; equal on all ranks of a replica.
 
     Args:
         forward: The model.
         prompts: Tokens of each prompt, at least one.
         keys: What fixes the draws of each prompt.
-        count: Tokens to add; the model sees the last ``seq`` ones at a time.
+        count: Most tokens to add; the model sees the last ``seq`` ones at a time.
         how: How to choose them.
         done: Called after every token.
 
@@ -80,8 +82,10 @@ def generate(
         Of each prompt its tokens with the new ones, and the negative log-likelihood of those.
     """
     rows = [list(prompt) for prompt in prompts]
-    losses = [0.0] * len(rows)
+    losses, ended = [0.0] * len(rows), [False] * len(rows)
     for _ in range(count):
+        if all(ended) and forward.grid.ep == 1:  # replicas that share experts go through the model together
+            break
         windows = [row[-forward.model.seq :] for row in rows]
         tokens = torch.zeros((len(rows), max(map(len, windows))), dtype=torch.int64)
         for row, window in enumerate(windows):
@@ -90,8 +94,10 @@ def generate(
         chosen = None if logits is None else _choose(logits, rows, keys, how)
         shared = forward.share(chosen, torch.empty((len(rows), 2), dtype=torch.float64)).cpu()
         for index, (token, loss) in enumerate(shared.tolist()):
-            rows[index].append(int(token))
-            losses[index] += loss
+            if not ended[index]:
+                rows[index].append(int(token))
+                losses[index] += loss
+                ended[index] = int(token) == how.end
         done()
     return list(zip(rows, losses, strict=True))
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.checkpoint.layout import sync_dir, write_durably
-from jobs.data.store import TOKENIZER
 from jobs.data.tokenizer import END_OF_TEXT_ID
 from jobs.hf.folder import CONFIG
 from jobs.inference.questions import Question, read_prompts, read_questions, read_texts
 from jobs.spec import InferenceSpec, WeightsSpec
+from jobs.weights import data_of, tokenizer_of
 from strategies.codec import from_json, to_json
 from strategies.errors import ConfigError, StorageError
 from strategies.specs import ModelSpec
@@ -71,6 +71,8 @@ class Encoder:
             self.tokenizer: Tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise StorageError(f"The tokenizer {path} cannot be read.", why=str(error)) from error
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()  # whatever its file says: every token of a text counts
 
     def __call__(self, text: str) -> list[int]:
         """Tokens of a text, as it stands within a document."""
@@ -88,14 +90,14 @@ def prepare(spec: InferenceSpec, weights: WeightsSpec, model: ModelSpec, cache: 
         stop: Whether prompts are wanted, not texts and questions.
 
     Returns:
-        ``spec`` with ``tokenizer``, ``start``, ``rows``, ``digest`` and ``count`` filled.
+        ``spec`` with ``tokenizer``, ``start``, ``end``, ``rows``, ``digest`` and ``count`` filled.
 
     Raises:
         ConfigError: A file has bad lines, or the tokenizer does not fit the model.
         StorageError: A file cannot be read or written.
     """
     path = Path(spec.tokenizer) if spec.tokenizer else _tokenizer_of(weights)
-    start = _start_of(weights, model)
+    start, end = _ends_of(weights, model)
     encode = Encoder(path, start)
     size = encode.tokenizer.get_vocab_size()
     if size > model.vocab:
@@ -108,7 +110,7 @@ def prepare(spec: InferenceSpec, weights: WeightsSpec, model: ModelSpec, cache: 
     digest = hashlib.sha256(data).hexdigest()
     file = cache.absolute() / f"rows-{digest[:32]}.jsonl"
     _keep(file, data)
-    return replace(spec, tokenizer=str(path), start=start, rows=str(file), digest=digest, count=len(found))
+    return replace(spec, tokenizer=str(path), start=start, end=end, rows=str(file), digest=digest, count=len(found))
 
 
 def read_rows(spec: InferenceSpec) -> list[Row]:
@@ -172,35 +174,22 @@ def _tokenizer_of(weights: WeightsSpec) -> Path:
     Raises:
         ConfigError: There is none.
     """
-    if weights.kind == "hf":
-        path = Path(weights.path) / TOKENIZER
-    else:
-        path = Path(_data_of(weights).get("store", "")) / TOKENIZER
-    if not path.is_file():
+    path = tokenizer_of(weights)
+    if path is None:
         raise ConfigError(f"There is no tokenizer beside {weights.path}.", hint="Name one: job.tokenizer=FILE.")
     return path
 
 
-def _run_of(weights: WeightsSpec) -> Path | None:
-    """The run directory that a manifest lies in: <run>/checkpoints/<step>/<token>.manifest.json."""
-    run = Path(weights.path).parent.parent.parent
-    return run if (run / "request.json").is_file() else None
-
-
-def _data_of(weights: WeightsSpec) -> dict[str, Any]:
-    """What a run was trained on, as its request says; empty where a checkpoint is apart from its run."""
-    run = _run_of(weights)
-    found: dict[str, Any] = json.loads((run / "request.json").read_text())["job"]["data"] if run else {}
-    return found
-
-
-def _start_of(weights: WeightsSpec, model: ModelSpec) -> int | None:
-    """The token that begins a document: the one that ends another in a run; a folder's config.json may name one."""
+def _ends_of(weights: WeightsSpec, model: ModelSpec) -> tuple[int | None, int | None]:
+    """The tokens that begin and end a document: one for both in a run; a folder's config.json may name them."""
     if weights.kind == "checkpoint":
-        return int(_data_of(weights).get("end_id", END_OF_TEXT_ID))
+        end = int(data_of(weights).get("end_id", END_OF_TEXT_ID))
+        return end, end
     config: Any = json.loads((Path(weights.path) / CONFIG).read_text())
-    start = config.get("bos_token_id")
-    return start if isinstance(start, int) and 0 <= start < model.vocab else None
+    first, last = (config.get(name) for name in ("bos_token_id", "eos_token_id"))
+    last = last[0] if isinstance(last, list) and last else last  # of several the first is that of documents
+    begins, ends = (one if isinstance(one, int) and 0 <= one < model.vocab else None for one in (first, last))
+    return begins, ends
 
 
 def _keep(file: Path, data: bytes) -> None:

@@ -31,7 +31,7 @@ from jobs.parallel.vocabulary import (
     vocab_parallel_cross_entropy,
 )
 from strategies.plan import Recompute
-from strategies.specs import ModelSpec, MoeSpec
+from strategies.specs import ModelSpec, MoeSpec, RotaryStretch
 
 __all__ = ["IGNORE", "Decoder", "LayerSpec", "LossFunction", "Recipe", "layer_specs", "stage_bounds"]
 
@@ -131,23 +131,37 @@ class Norm(nn.Module):
         return (wide * scale).to(x.dtype) * weight
 
 
-def rotate(x: torch.Tensor, theta: float, positions: torch.Tensor | None = None) -> torch.Tensor:
+def rotate(
+    x: torch.Tensor,
+    theta: float,
+    positions: torch.Tensor | None = None,
+    stretch: RotaryStretch | None = None,
+) -> torch.Tensor:
     """Rotary positions: pairs (i, i + d/2) of each head turn by ``position / theta^(2i/d)``.
 
     Args:
         x: ``[b, heads, s, d]``; position 0 comes first.
         theta: Base of the frequencies.
         positions: Other positions, ``[b, s]``.
+        stretch: Which frequencies slow down.
     """
     length, width = x.shape[-2:]
     half = torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width
+    frequencies = theta**-half if stretch is None else stretched(theta**-half, stretch)
     if positions is None:
-        angle = torch.outer(torch.arange(length, device=x.device, dtype=torch.float32), theta**-half)
+        angle = torch.outer(torch.arange(length, device=x.device, dtype=torch.float32), frequencies)
     else:
-        angle = positions[:, None, :, None].float() * theta**-half
+        angle = positions[:, None, :, None].float() * frequencies
     cos, sin = angle.cos(), angle.sin()
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def stretched(frequencies: torch.Tensor, how: RotaryStretch) -> torch.Tensor:
+    """Rotary frequencies for longer sequences: slow ones slow down, fast ones stay."""
+    turns = how.original * frequencies / (2 * math.pi)
+    fast = ((turns - how.low) / (how.high - how.low)).clamp(0, 1)
+    return frequencies * (fast + (1 - fast) / how.factor)
 
 
 class Attention(nn.Module):
@@ -182,7 +196,7 @@ class Attention(nn.Module):
     def _mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout | None) -> torch.Tensor:
         if self._model.flavour == "llama":
             positions = layout.positions if layout is not None else None
-            q, k = (rotate(x, self._model.rope_theta, positions) for x in (q, k))
+            q, k = (rotate(x, self._model.rope_theta, positions, self._model.rope_stretch) for x in (q, k))
         shared = q.shape[1] // k.shape[1]
         if shared > 1:
             k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))

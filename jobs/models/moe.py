@@ -82,6 +82,7 @@ class MixtureOfExperts(nn.Module):
         self.experts = nn.ModuleList(Expert(recipe, f"{name}.experts.{number}") for number in mine)
         self.shared = shared
         self._layer = layer
+        self._length = recipe.model.seq
         self._moe = moe
         self._grid = grid
         self._log = recipe.router_log
@@ -91,9 +92,9 @@ class MixtureOfExperts(nn.Module):
         return out if self.shared is None else out + self.shared(x)
 
     def _routed(self, x: torch.Tensor) -> torch.Tensor:
-        """What the chosen experts make of whole sequences."""
-        logits = self.router(x)
-        choice = choose(logits, self._moe)
+        """What the chosen experts make of sequences that are whole on all tensor-parallel ranks."""
+        logits, ranks = self.router(x), self._grid.sequence
+        choice = choose(logits, self._moe, self._length, ranks)
         kept = None if choice.kept is None else choice.kept.flatten(0, 1)
         way = Dispatch(choice.experts.flatten(0, 1), kept, self._moe.experts, self._grid)
         rows = way.send(copy_to_ranks(x, self._grid.model_group).flatten(0, 1))
@@ -106,7 +107,7 @@ class MixtureOfExperts(nn.Module):
             return out
         with torch.no_grad():
             seen = self._see(choice.experts, choice.kept)
-        return self._log.watch(out, balance_loss(choice), z_loss(logits), seen)
+        return self._log.watch(out, balance_loss(choice, ranks), z_loss(logits, ranks), seen)
 
     def _through(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         # Experts that no token visits compute, too: on nothing. Their gradient is zero then, under every plan.
@@ -116,5 +117,6 @@ class MixtureOfExperts(nn.Module):
         load = visits(experts, self._moe.experts, kept)
         share = self._moe.experts // self._grid.ep
         here = load[:, self._grid.expert * share : (self._grid.expert + 1) * share].sum(dim=1)
-        wanted = experts.shape[1] * experts.shape[2]
-        return Seen(layer=self._layer, load=load, dropped=wanted - load.sum(dim=1), crossed=load.sum(dim=1) - here)
+        wanted, taken = experts.shape[1] * experts.shape[2], load.sum(dim=1)
+        part = 1 / self._grid.sp
+        return Seen(layer=self._layer, part=part, load=load, dropped=wanted - taken, crossed=taken - here)

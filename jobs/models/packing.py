@@ -2,7 +2,8 @@
 
 Which tokens belong together is seen from the tokens alone, and every stage of a pipeline needs it, not only the first.
 So every stage is given the tokens of its replica before a step, and takes them micro-batch by micro-batch, in the order
-in which forward passes come. Between stages nothing more than the activations travels.
+in which forward passes come. Between stages nothing more than the activations travels. Ranks that each have a part of a
+sequence put its tokens together first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+
+from jobs.parallel.region import gather_sequence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,24 +49,30 @@ class Documents:
 
     Args:
         end_id: The token that ends a document.
+        group: The ranks that have the other parts of the same sequences, in order; None where each has the whole.
     """
 
-    def __init__(self, end_id: int) -> None:
+    def __init__(self, end_id: int, group: dist.ProcessGroup | None = None) -> None:
         self._end_id = end_id
-        self._waiting: deque[torch.Tensor] = deque()
+        self._group = group
+        self._waiting: tuple[deque[torch.Tensor], ...] = ()
         self._layout: Layout | None = None
 
     def load(self, batches: Iterable[torch.Tensor], device: torch.device) -> None:
-        """The tokens of the micro-batches to come, in order."""
-        self._waiting = deque(tokens.to(device) for tokens in batches)
+        """The tokens of the micro-batches to come, in order. Collective among the ranks that share them."""
+        whole = [self._whole(tokens.to(device)) for tokens in batches]
+        self._waiting = (deque(whole), deque(whole))  # under DualPipeV each passes through this rank twice
 
-    def begin(self) -> None:
-        """The forward pass of the next micro-batch begins."""
-        self.show(self._waiting.popleft())
+    def begin(self, phase: int = 0) -> None:
+        """The forward pass of the next micro-batch begins: on the way down (0) or up again (1) through the stages."""
+        self._layout = layout_of(self._waiting[phase].popleft(), self._end_id)
 
     def show(self, tokens: torch.Tensor) -> None:
-        """The forward pass of a micro-batch of these tokens begins."""
-        self._layout = layout_of(tokens, self._end_id)
+        """The forward pass of a micro-batch of these tokens begins. Collective among the ranks that share them."""
+        self._layout = layout_of(self._whole(tokens), self._end_id)
+
+    def _whole(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens if self._group is None else gather_sequence(tokens, self._group)
 
     @property
     def layout(self) -> Layout:

@@ -1,10 +1,11 @@
-"""Which experts a token visits, and what keeps them evenly loaded. Pure functions of the router's outputs.
+"""Which experts a token visits, and what keeps them evenly loaded: functions of the router's outputs.
 
 Everything is computed **per sequence**: the capacity of an expert counts the tokens of one sequence, and the auxiliary
 losses are one number per sequence (the sequence-wise balance loss of DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 So neither depends on the micro-batch, the number of replicas or on what else happens to be in the batch, and every plan
 trains the same model. The mean over the sequences of the global batch weighs like the token loss: each sequence once,
-rows of padding not at all.
+rows of padding not at all. Where ranks each have a part of a sequence, they count together, and the part of a loss that
+each has is what its own tokens add to it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from jobs.parallel.ulysses import SequenceRanks
 from strategies.specs import MoeSpec
 
 
@@ -34,20 +36,28 @@ class Choice(NamedTuple):
     kept: torch.Tensor | None
 
 
-def choose(logits: torch.Tensor, moe: MoeSpec) -> Choice:
-    """Route tokens.
+ALONE = SequenceRanks()
+
+
+def choose(logits: torch.Tensor, moe: MoeSpec, length: int = 0, ranks: SequenceRanks = ALONE) -> Choice:
+    """Route tokens. Collective among ``ranks`` where experts have little room.
 
     Args:
         logits: ``[b, s, experts]``, fp32.
         moe: What to do with them.
+        length: Tokens of a whole sequence, for which experts have room; 0: these are whole. A row that only begins one,
+            or that is padded to the length of another, is routed as it is alone.
+        ranks: Those that have the other tokens of the same sequences.
     """
     scores = logits.softmax(dim=-1) if moe.routing == "softmax" else logits.sigmoid()
     weights, experts = scores.topk(moe.top_k, dim=-1)
     if moe.normalize and moe.top_k > 1:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     shares = scores if moe.routing == "softmax" else scores / scores.sum(dim=-1, keepdim=True)
-    room = capacity(moe, logits.shape[1])
-    return Choice(experts, weights, shares, None if room is None else within(experts, moe.experts, room))
+    room = capacity(moe, length or logits.shape[1] * ranks.size)
+    if room is None:
+        return Choice(experts, weights, shares, None)
+    return Choice(experts, weights, shares, within(experts, moe.experts, room, ranks))
 
 
 def capacity(moe: MoeSpec, tokens: int) -> int | None:
@@ -57,13 +67,13 @@ def capacity(moe: MoeSpec, tokens: int) -> int | None:
     return max(1, math.ceil(moe.capacity_factor * moe.top_k * tokens / moe.experts))
 
 
-def within(experts: torch.Tensor, count: int, room: int) -> torch.Tensor:
+def within(experts: torch.Tensor, count: int, room: int, ranks: SequenceRanks = ALONE) -> torch.Tensor:
     """Whom each of ``count`` experts takes when it has ``room`` tokens per sequence: ``[b, s, k]``, true if taken.
 
     The first ones in the sequence, so that no token's fate depends on tokens after it.
     """
     choices = experts.flatten(1)
-    order = F.one_hot(choices, count).cumsum(dim=1)
+    order = F.one_hot(choices, count).cumsum(dim=1) + ranks.before(visits(experts, count)).unsqueeze(1)
     place = order.gather(-1, choices.unsqueeze(-1)).view_as(experts)  # from 1, in the order of arrival
     return place <= room
 
@@ -76,17 +86,21 @@ def visits(experts: torch.Tensor, count: int, kept: torch.Tensor | None = None) 
     return chosen.sum(dim=1)
 
 
-def balance_loss(choice: Choice) -> torch.Tensor:
+def balance_loss(choice: Choice, ranks: SequenceRanks = ALONE) -> torch.Tensor:
     """``[b]``: experts x sum over experts of (share of the visits) x (mean score); 1 when the load is even.
 
-    Dropped visits count: what was wanted is what the router shall learn from.
+    Dropped visits count: what was wanted is what the router shall learn from. Of this rank's tokens it is their part of
+    that, with the visits of all; collective among ``ranks``.
     """
     count = choice.shares.shape[-1]
-    wanted = visits(choice.experts, count).to(choice.shares.dtype)
-    share = wanted / (choice.experts.shape[1] * choice.experts.shape[2])
-    return count * (share * choice.shares.mean(dim=1)).sum(dim=-1)
+    wanted = ranks.total(visits(choice.experts, count)).to(choice.shares.dtype)
+    share = wanted / (choice.experts.shape[1] * choice.experts.shape[2] * ranks.size)
+    return count * (share * choice.shares.mean(dim=1)).sum(dim=-1) / ranks.size
 
 
-def z_loss(logits: torch.Tensor) -> torch.Tensor:
-    """``[b]``: mean over tokens of the squared log of the sum of exponentials (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    return logits.logsumexp(dim=-1).square().mean(dim=1)
+def z_loss(logits: torch.Tensor, ranks: SequenceRanks = ALONE) -> torch.Tensor:
+    """``[b]``: mean over tokens of the squared log of the sum of exponentials (ST-MoE, arXiv 2202.08906, eq. 5).
+
+    Of this rank's tokens it is their part of that.
+    """
+    return logits.logsumexp(dim=-1).square().mean(dim=1) / ranks.size

@@ -23,12 +23,14 @@ class Seen(NamedTuple):
 
     Attributes:
         layer: Which of the model's blocks it belongs to.
+        part: Which part of each sequence this rank has: 1 but for ranks that share sequences.
         load: ``[b, experts]`` tokens that visited each expert.
         dropped: ``[b]`` visits for which there was no room.
         crossed: ``[b]`` visits to experts of another rank.
     """
 
     layer: int
+    part: float
     load: torch.Tensor
     dropped: torch.Tensor
     crossed: torch.Tensor
@@ -85,7 +87,7 @@ class RouterLog:
 
     def note(self, seen: Seen, balance: torch.Tensor, z: torch.Tensor, real: torch.Tensor) -> None:
         """Count sequences that are ``real``."""
-        columns = (seen.dropped, seen.crossed, balance, z, torch.ones_like(balance))
+        columns = (seen.dropped, seen.crossed, balance, z, torch.full_like(balance, seen.part))
         rows = torch.cat([seen.load.double(), torch.stack([column.double() for column in columns], dim=1)], dim=1)
         self._table = self._table.to(rows.device)
         self._table[seen.layer] += (rows * real.double().unsqueeze(-1)).sum(dim=0)

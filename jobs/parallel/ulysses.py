@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from jobs.parallel.collectives import all_reduce
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceRanks:
@@ -55,6 +57,18 @@ class SequenceRanks:
     def to_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """``[b, heads / size, s, d] -> [b, heads, s / size, d]``: the way back."""
         return x if self.group is None else _apply(_ToTokens, x, self.group).flatten(1, 2)
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks; not differentiable."""
+        return x if self.group is None else all_reduce(x.clone(), self.group)
+
+    def before(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks that have earlier tokens; not differentiable."""
+        if self.group is None:
+            return torch.zeros_like(x)
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.stack(parts)[: dist.get_rank(self.group)].sum(dim=0)
 
 
 def _apply(function: type[torch.autograd.Function], x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -99,7 +99,7 @@ class Generation:
 
 def sampling(spec: InferenceSpec, seed: int) -> Sampling:
     """How a job chooses tokens."""
-    return Sampling(temperature=spec.temperature, top_k=spec.top_k, top_p=spec.top_p, seed=seed)
+    return Sampling(temperature=spec.temperature, top_k=spec.top_k, top_p=spec.top_p, seed=seed, end=spec.end)
 
 
 def run(*, job: JobSpec, env: RankEnv, reporter: Reporter, hooks: Hooks, counter: Counter) -> None:
@@ -166,20 +166,28 @@ class _Loop:
     def step(self, step: int) -> float:
         """One batch: each replica takes its share, rank 0 gets all results. Returns seconds."""
         begin = time.perf_counter()
-        size, plan, grid = self._job.batch.global_batch, self._job.plan, self._forward.grid
+        size = self._job.batch.global_batch
         numbers = range((step - 1) * size, min(step * size, len(self._rows)))
-        mine, found = list(numbers)[grid.data :: plan.dp], []
-        for start in range(0, len(mine), plan.micro_batch):
-            share = mine[start : start + plan.micro_batch]
-            done = self._task.work([self._rows[number] for number in share])
-            if done is not None and grid.model == 0:
-                found += [{"row": number, **one} for number, one in zip(share, done, strict=True)]
+        found = self._found_in(numbers)
         for one in (one for part in gather(found) for one in part):
             self._keep(one)
         seconds = time.perf_counter() - begin
         if self._metrics is not None:
             self._metrics.append(self._line(step, numbers, seconds))
         return seconds
+
+    def _found_in(self, numbers: range) -> list[Result]:
+        """Results of this replica's share of some rows, on the rank that tells them."""
+        plan, grid, found = self._job.plan, self._forward.grid, list[Result]()
+        mine = numbers[grid.data :: plan.dp]
+        # Replicas that share experts go through the model together: who has no rows left takes one of another's along.
+        most = -(-len(numbers) // plan.dp) if plan.ep > 1 else len(mine)
+        for start in range(0, most, plan.micro_batch):
+            share = mine[start : start + plan.micro_batch]
+            done = self._task.work([self._rows[number] for number in share or numbers[:1]])
+            if share and done is not None and grid.model == 0:
+                found += [{"row": number, **one} for number, one in zip(share, done, strict=True)]
+        return found
 
     def _keep(self, result: Result) -> None:
         self._found[result["row"]] = {key: value for key, value in result.items() if key != "row"}

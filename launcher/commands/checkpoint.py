@@ -109,8 +109,9 @@ def export_(
 ) -> None:
     """Write a checkpoint of RUN for others.
 
-    hf: config.json and safetensors, which transformers loads. universal: DeepSpeed's universal checkpoint with both
-    Adam moments, which an engine with {"checkpoint": {"load_universal": true}} loads at any degree of parallelism.
+    hf: config.json, safetensors and tokenizer, which transformers loads. universal: DeepSpeed's universal checkpoint
+    with both Adam moments, which an engine with {"checkpoint": {"load_universal": true}} loads at any degree of
+    parallelism.
 
     Whatever plan wrote it: no conversion, no cluster, no GPU. The folder appears whole or not at all.
     """
@@ -132,8 +133,12 @@ def export_(
 def _export(store: RunStore, one: Checkpoint, kind: str, target: Path, dtype: Any) -> Exported:
     if kind == "hf":
         from jobs.checkpoint.export import export
+        from jobs.hf.folder import TOKENIZER
 
-        return export(one.path, target, dtype=dtype, progress=_Progress())
+        data = store.request().job.data
+        if data.store and not (Path(data.store) / TOKENIZER).is_file():
+            say(f"without a tokenizer: {data.store} is gone")
+        return export(one.path, target, dtype=dtype, data=data if data.store else None, progress=_Progress())
     from jobs.checkpoint.universal import export_universal
     from strategies.deepspeed_config import learning_rate
 

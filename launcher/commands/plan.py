@@ -73,9 +73,9 @@ def command(ctx: click.Context, /, overrides: tuple[str, ...], **options: Any) -
 
         require_place(options["report"])
     from launcher import build
-    from launcher.config import compose
+    from launcher.examination import examined
 
-    config = compose(overrides)
+    config = examined(overrides, data=False)
     if options["rehearse"]:
         _rehearse(config, as_json=options["as_json"])
         return
@@ -270,6 +270,7 @@ def plan_document(
         searched: The search that the plan came from.
     """
     from launcher.build import outline_deepspeed
+    from launcher.data_checks import sources_outline
     from strategies import memory
     from strategies.codec import to_json
 
@@ -295,6 +296,7 @@ def plan_document(
         "memory": [{"stage": i, **kinds} for i, kinds in enumerate(stages)] if stages is not None else None,
         "precision": config.train.precision,
         "batch": to_json(sketch.batch),
+        "sources": sources_outline(config),
         "cluster": to_json(sketch.cluster),
         "estimate": estimate,
         "search": searched,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from launcher.request import LaunchRequest
     from launcher.schema import Config
     from launcher.ship import Shipment
+    from strategies.specs import ClusterSpec
 
 SCHEMA_VERSION = 1
 
@@ -62,13 +63,13 @@ def _submit(
 ) -> int:
     """Everything; returns the exit code."""
     from launcher import build, launch
-    from launcher.config import compose
+    from launcher.examination import examined
     from launcher.finish import finish
     from launcher.follow import screen
     from launcher.preparation import prepare_data
     from strategies.errors import ConfigError
 
-    config = compose(overrides)
+    config = examined(overrides)
     toy = _miniature(config) if rehearse else None
     config = toy.config if toy else config
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
@@ -79,9 +80,10 @@ def _submit(
             f"--detach needs cluster=existing: a cluster={config.cluster.kind} run is controlled by this command.",
             hint="Use cluster=existing cluster.address=IP:PORT, or leave --detach out.",
         )
-    request = build.build_request(config, overrides, launch.measured(config, ray))
+    request = _request(config, overrides, launch.measured(config, ray))
     shipment = launch.project(config)
     launch.check_place(Path(request.run_dir))
+    launch.check_disks(request)
     with interruptible(), launch.closing(screen()) as shown:
         if toy:
             _announce(toy, request, shown)
@@ -94,6 +96,17 @@ def _submit(
         outcome = launch.run(store, shown, detach=detach, ray=ray)
     folder = _typed_folder(config.run.dir)
     return finish(store, config, outcome, as_json=as_json, folder=folder, rehearsal=toy)
+
+
+def _request(config: Config, overrides: tuple[str, ...], cluster: ClusterSpec | None) -> LaunchRequest:
+    """What will be sent; where the plan is refused, what is wrong with the data is told with it."""
+    from launcher import build, examination
+    from strategies.errors import PlanInfeasible
+
+    try:
+        return build.build_request(config, overrides, cluster)
+    except PlanInfeasible as broken:
+        raise examination.with_data(broken, config) from None
 
 
 def _miniature(config: Config) -> Toy:

@@ -31,7 +31,7 @@ M100 = ModelSpec(
 
 
 @pytest.mark.full
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("zero_stage", [1, 0])
 def test_stall_at_100_m_parameters(zero_stage: int, tmp_path: Path) -> None:
     """One rank: fp32 master and two moments, 2,048 tokens a step. ZeRO-1 keeps them flat, ZeRO-0 one by one."""
@@ -40,22 +40,26 @@ def test_stall_at_100_m_parameters(zero_stage: int, tmp_path: Path) -> None:
     node = Node(tmp_path)
     try:
         with WarmPool(large_copies(os.environ)) as pool:  # as an agent starts its pool
-            arguments = {"job": to_json(job), "persister": node.path, "steps": 1, "tries": 9}
+            arguments = {"job": to_json(job), "persister": node.path, "steps": 3, "tries": 9}
             (took,) = pool.run(
                 "tests.support.stall_ranks:stalls",
                 world_size=1,
                 arguments=arguments,
-                timeout_s=500,
+                timeout_s=800,
                 run_dir=str(tmp_path),
             )
     finally:
         node.close()
-    gib = took["bytes"] / 1e9
-    bare = f"bare memcpy {took['memcpy_s']:.3f} s ({gib / took['memcpy_s']:.1f} GB/s)"
-    print(f"\nZeRO-{zero_stage}, {gib:.2f} GB: {bare}")
-    print(f"memory copy {took['copy_s']:.3f} s: {took['copy_s'] / took['memcpy_s']:.2f} x memcpy")
-    print(f"  {took['copy_s'] / took['step_s']:.2%} of a step of {took['step_s']:.2f} s (wanted: 3.5 %)")
-    ratio = took["disk_s"] / took["disk_memcpy_s"]
-    print(f"stall of a disk checkpoint {took['disk_s']:.3f} s: {ratio:.2f} x (wanted: 1.3)")
-    print(f"DeepSpeed's save_checkpoint {took['deepspeed_s']:.2f} s: {took['deepspeed_s'] / took['disk_s']:.0f} x ours")
+    memcpy_s, step_s = took["memcpy_s"], took["step_s"]
+    print(f"\nZeRO-{zero_stage}, {took['bytes'] / 1e9:.2f} GB: bare memcpy {memcpy_s:.3f} s")
+    print(f"the copy itself {took['copy_s']:.3f} s: {took['copy_s'] / memcpy_s:.2f} x memcpy")
+    print(f"stall of a copy to memory {took['kept_s']:.4f} s: {took['kept_s'] / step_s:.2%} of a step (must: <= 3.5 %)")
+    print(f"  a step beside one {took['beside_s']:.2f} s, alone {step_s:.2f} s")
+    print(
+        f"stall of a disk checkpoint {took['saved_s']:.4f} s: {took['saved_s'] / memcpy_s:.3f} x memcpy (must: <= 1.3)"
+    )
+    disk_s = took["saved_s"]
+    print(f"stall of a disk checkpoint {disk_s:.4f} s: {disk_s / memcpy_s:.3f} x memcpy (must: <= 1.3)")
+    times = took["deepspeed_s"] / disk_s
+    print(f"DeepSpeed's save_checkpoint {took['deepspeed_s']:.2f} s: {times:.0f} x ours (must: >= 20)")
     assert took["bytes"] == pytest.approx(100e6 * 12, rel=0.02)

@@ -24,6 +24,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from jobs.disks import BUILD, is_compiled
 from strategies import capabilities, capability_table
 from strategies.capabilities import AXES, Key, Outcome
 from strategies.codec import from_json, to_json
@@ -39,6 +40,8 @@ GPT = ModelSpec(
 LLAMA = ModelSpec(
     name="probe", flavour="llama", layers=4, hidden=32, heads=8, kv_heads=4, ffn=64, vocab=64, seq=16, tied=False
 )
+# Only what is 1 MB or more per rank leaves memory; here that are the two large matrices of a block, and all state.
+WIDE = replace(GPT, layers=1, hidden=256, ffn=8192)
 EXPERTS = MoeSpec(experts=4, top_k=2, ffn=64)
 BATCH = 8  # sequences per step: two stages of DualPipeV need 4 micro-batches of each replica
 STEPS = 2
@@ -59,6 +62,8 @@ OFFLOADS: dict[int, tuple[str, ...]] = {
     3: ("optimizer", "optimizer+params", "optimizer@nvme", "optimizer+params@nvme"),
 }
 """By ZeRO stage; DeepSpeed's other stages have no such switch (NVMe) or ignore it (parameters)."""
+
+DISKS = "@nvme"
 
 DEEPSPEED_SAYS = frozenset({"zero_with_pipeline", "mixed_precision_needs_zero"})
 """Rules that tell what DeepSpeed refuses: it is asked all the same, and has the word."""
@@ -100,7 +105,8 @@ def _degrees() -> Iterator[Key]:
 
 def model_of(key: Key) -> ModelSpec:
     """States are probed with the GPT-3 flavour, activations with Llama's."""
-    model = GPT if key == key.rows[0] else LLAMA
+    plain = WIDE if DISKS in key.offload else GPT
+    model = plain if key == key.rows[0] else LLAMA
     return replace(model, moe=EXPERTS) if key.ep else model
 
 
@@ -225,6 +231,24 @@ def write(table: Mapping[Key, Outcome]) -> None:
     path.write_text(f'{before}TABLE = """\n{capabilities.format_table(table)}"""  # noqa: E501\n')
 
 
+def choose(arguments: argparse.Namespace, seen: Mapping[Key, Outcome], wanted: Sequence[Key]) -> list[Key]:
+    """What to try now, the plain ones first."""
+    part, _, parts = arguments.share.partition("/")
+    left = [key for key in wanted if re.search(arguments.only, name_of(key))] if arguments.only else wanted
+    left = [key for key in left if arguments.only or key not in seen]
+    if not is_compiled():
+        print(f"state on disks is left out: {BUILD} first", file=sys.stderr)
+        left = [key for key in left if DISKS not in key.offload or unbuilt(key)]
+    plain_first = sorted(left, key=lambda key: key.ep + key.sp + key.cp + key.sequence_parallel)
+    return plain_first[int(part) - 1 :: int(parts)]
+
+
+def name_of(key: Key) -> str:
+    """A combination as the table has it: ZeRO stage, precision, gradients, offload, schedule | recompute | degrees."""
+    line = capabilities.format_table({key: Outcome(runs=False)})
+    return line.rpartition("|")[0].strip()
+
+
 def main() -> int:
     """Probe everything; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -232,15 +256,14 @@ def main() -> int:
     parser.add_argument("--state", type=Path, default=STATE, help="where what has been seen is kept")
     parser.add_argument("--jobs", type=int, default=2, help="gangs at a time")
     parser.add_argument("--partly", action="store_true", help="write what has been seen, also if combinations are left")
+    parser.add_argument("--only", default="", help="regular expression: try again rows like it, keep the others")
     parser.add_argument("--share", default="1/1", help="K/N: only every N-th combination, from the K-th on")
     parser.add_argument(
         "--limit-s", type=float, default=float("inf"), help="stop after so many seconds, to go on later"
     )
     arguments = parser.parse_args()
     state, wanted, begin = State(arguments.state), list(combinations()), time.monotonic()
-    part, _, parts = arguments.share.partition("/")
-    plain_first = sorted(wanted, key=lambda key: key.ep + key.sp + key.cp + key.sequence_parallel)
-    left = [key for key in plain_first if key not in state.table][int(part) - 1 :: int(parts)]
+    left = choose(arguments, state.table, wanted)
     done = 0
 
     def seen(key: Key, found: Outcome) -> None:
@@ -249,12 +272,17 @@ def main() -> int:
         done += 1
         rest_s = (time.monotonic() - begin) / done * (len(left) - done)
         words = f"{found.engine} {found.optimizer}" if found.runs else found.reason
-        print(f"{done}/{len(left)}, {rest_s:.0f} s left: {key.degrees} {key[3:]}: {words}",
-              file=sys.stderr, flush=True)  # fmt: skip
+        print(f"{done}/{len(left)}, {rest_s:.0f} s left: {name_of(key)}: {words}", file=sys.stderr, flush=True)
 
     probe_all(left, seen, jobs=arguments.jobs, limit_s=arguments.limit_s)
-    table = {key: state.table[key] for key in wanted if key in state.table}
-    if len(table) < len(wanted):
+    known = capabilities.parse_table(capability_table.TABLE) if arguments.only else state.table
+    return finish(arguments, known | {key: state.table[key] for key in left if key in state.table}, wanted)
+
+
+def finish(arguments: argparse.Namespace, seen: Mapping[Key, Outcome], wanted: Sequence[Key]) -> int:
+    """Write or print the table; returns the exit code, 1 when combinations are left."""
+    table = {key: seen[key] for key in wanted if key in seen}
+    if len(table) < len(wanted) and not arguments.only:
         print(f"{len(wanted) - len(table)} of {len(wanted)} combinations are left: run this again", file=sys.stderr)
         if not arguments.partly:
             return 1

@@ -61,6 +61,7 @@ def check_bit_identical(pool: WarmPool, tmp_path: Path, job: dict[str, Any], wor
     assert {row["digest"] for row in first} == {weights_digest(path)}
     for before, after in zip(first, second, strict=True):
         assert before["unchanged"]
+        assert before["beside"] == {"waited": True, "equal": True, "changed": True}
         assert after["step"] == 3
         assert after["extra"] == {"sample_index": 12, "why": "test"}
         assert before["results"] == after["results"]
@@ -118,6 +119,22 @@ def test_training_goes_on_bit_identically(
 
 OFFLOADED = [
     pytest.param({"dp": 2, "zero_stage": 3, "offload": "optimizer+params"}, "bf16", id="dp2-zero3-params"),
+    pytest.param({"pp": 2, "zero_stage": 1, "offload": "optimizer"}, "bf16", id="pp2-zero1"),
+    pytest.param(
+        {"tp": 2, "pp": 2, "dp": 2, "zero_stage": 1, "offload": "optimizer"},
+        "bf16",
+        marks=pytest.mark.full,
+        id="tp2-pp2-dp2-zero1",
+    ),
+    pytest.param(
+        {"pp": 2, "zero_stage": 1, "offload": "optimizer", "schedule": "dualpipev"},
+        "bf16",
+        marks=pytest.mark.full,
+        id="pp2-dualpipev",
+    ),
+    pytest.param(
+        {"pp": 2, "dp": 2, "zero_stage": 1, "offload": "optimizer"}, "fp32", marks=pytest.mark.full, id="pp2-dp2-fp32"
+    ),
     pytest.param({"dp": 2, "zero_stage": 1, "offload": "optimizer"}, "fp32", marks=pytest.mark.full, id="dp2-zero1"),
     pytest.param({"dp": 2, "zero_stage": 2, "offload": "optimizer"}, "bf16", marks=pytest.mark.full, id="dp2-zero2"),
     pytest.param(

@@ -23,6 +23,11 @@ PLANS: dict[str, dict[str, Any]] = {
     "pp4-recompute": {"pp": 4, "zero_stage": 1, "recompute": "full"},
     "tp2-pp2-dp2": {"tp": 2, "pp": 2, "dp": 2, "zero_stage": 1},
     "dp2-zero3-selective": {"dp": 2, "zero_stage": 3, "recompute": "selective"},
+    "sp2": {"sp": 2, "zero_stage": 2},
+    "sp2-pp2-recompute": {"sp": 2, "pp": 2, "zero_stage": 1, "recompute": "full"},
+    "sp2-tp2-split": {"sp": 2, "tp": 2, "sequence_parallel": True, "zero_stage": 1},
+    "pp2-dualpipev": {"pp": 2, "zero_stage": 1, "schedule": "dualpipev"},
+    "pp2-dualpipev-recompute": {"pp": 2, "zero_stage": 0, "schedule": "dualpipev", "recompute": "full"},
 }
 
 
@@ -75,6 +80,11 @@ full = pytest.mark.full
         pytest.param("gpt", "dp2-zero3-selective", marks=full),
         pytest.param("llama", "pp2", marks=full),
         ("llama", "tp2-pp2-dp2"),
+        ("gpt", "sp2-pp2-recompute"),
+        pytest.param("gpt", "sp2-tp2-split", marks=full),
+        pytest.param("llama", "sp2", marks=full),
+        ("llama", "pp2-dualpipev"),
+        pytest.param("gpt", "pp2-dualpipev-recompute", marks=full),
     ],
 )
 def test_packed_documents_train_the_same_under_every_plan(
@@ -100,6 +110,7 @@ EVALUATED = {
     "pp2-zero0": {"pp": 2, "zero_stage": 0, "micro_batch": 4},
     "dp2-zero3": {"dp": 2, "zero_stage": 3},
     "dp3-zero2": {"dp": 3, "zero_stage": 2, "micro_batch": 1},
+    "sp2-dualpipev": {"sp": 2, "pp": 2, "zero_stage": 1, "schedule": "dualpipev"},
 }
 
 
@@ -110,11 +121,12 @@ EVALUATED = {
         ("dp2-zero3", "fp32"),
         *(pytest.param(name, "fp32", marks=full) for name in ("1", "pp2-zero0", "dp3-zero2")),
         pytest.param("tp2-pp2-dp2", "bf16", marks=full),
+        pytest.param("sp2-dualpipev", "fp32", marks=full),
     ],
 )
 def test_evaluation_leaves_no_trace(pool: WarmPool, plan: str, precision: str) -> None:
     """Losses, norms and final weights are those of a training without evaluation, bit by bit."""
-    packing = plan == "tp2-pp2-dp2"
+    packing = plan in ("tp2-pp2-dp2", "sp2-dualpipev")
     without, within = (
         run(pool, MODEL, EVALUATED[plan], every=every, packing=packing, precision=precision) for every in (0, 2)
     )

@@ -58,6 +58,10 @@ PLANS: dict[str, dict[str, Any]] = {
     "ep2-tp2-pp2": {"dp": 2, "ep": 2, "tp": 2, "pp": 2, "zero_stage": 1},
     "ep2-tp2-split": {"dp": 2, "ep": 2, "tp": 2, "zero_stage": 1, "sequence_parallel": True},
     "ep2-pp2-dualpipev": {"dp": 2, "ep": 2, "pp": 2, "zero_stage": 1, "schedule": "dualpipev"},
+    "sp2-ep2": {"sp": 2, "ep": 2, "zero_stage": 1},
+    "sp2-dp2-ep4": {"sp": 2, "dp": 2, "ep": 4, "zero_stage": 2},
+    "sp2-tp2-split": {"sp": 2, "tp": 2, "zero_stage": 1, "sequence_parallel": True},
+    "sp2-pp2-ep2-recompute": {"sp": 2, "pp": 2, "ep": 2, "zero_stage": 1, "recompute": "full"},
     "dp3": {"dp": 3, "zero_stage": 1},  # 9 rows for 8 sequences: one is padding
     "dp3-tp2": {"dp": 3, "tp": 2, "zero_stage": 2},
     "dp2-zero3": {"dp": 2, "zero_stage": 3},
@@ -138,13 +142,14 @@ def test_parity_of_every_plan(pool: WarmPool, reference: Callable[[ModelSpec], R
 @pytest.mark.full
 def test_capacity_does_not_depend_on_the_plan(pool: WarmPool) -> None:
     tight = dataclasses.replace(SOFTMAX, moe=dataclasses.replace(EXPERTS, capacity_factor=1.0))
-    alone, spread = (train(pool, tight, PLANS[plan]) for plan in ("1", "ep2-tp2-zero1"))
-    found = differences(curve(spread), curve(alone))
-    assert found["loss"] < TOLERANCE, found
-    assert found["grad_norm"] < TOLERANCE, found
-    for one, other in zip(alone[0]["moe"], spread[0]["moe"], strict=True):
-        assert one["dropped"] == other["dropped"] > 0
-        assert one["load"] == other["load"]
+    alone, *others = (train(pool, tight, PLANS[plan]) for plan in ("1", "ep2-tp2-zero1", "sp2-dp2-ep4"))
+    for spread in others:
+        found = differences(curve(spread), curve(alone))
+        assert found["loss"] < TOLERANCE, found
+        assert found["grad_norm"] < TOLERANCE, found
+        for one, other in zip(alone[0]["moe"], spread[0]["moe"], strict=True):
+            assert one["dropped"] == other["dropped"] > 0
+            assert one["load"] == other["load"]
 
 
 @pytest.mark.full

@@ -36,8 +36,17 @@ def pool() -> Iterator[WarmPool]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with a tokenizer, texts, questions and prompts beside it."""
-    root = tmp_path_factory.mktemp("model")
-    hf_models.make(root / "hf", "llama", vocab_size=301, num_key_value_heads=4)
+    return _folder(tmp_path_factory.mktemp("model"), "llama")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a random Mixtral."""
+    return _folder(tmp_path_factory.mktemp("experts"), "mixtral")
+
+
+def _folder(root: Path, kind: str) -> Path:
+    hf_models.make(root / "hf", kind, vocab_size=301, num_key_value_heads=4)
     hf_models.tokenizer(root / "hf" / "tokenizer.json", 300)
     (root / "text.jsonl").write_text(
         "".join(json.dumps({"text": f"x = {i} + {i * i}\n" * i}) + "\n" for i in range(1, 7))
@@ -90,6 +99,20 @@ def test_four_ranks_find_what_one_finds_and_goes_on_after_a_fault(pool: WarmPool
     assert one["text"] == pytest.approx(one["text"] | _by_transformers(folder, job))
 
 
+def test_replicas_that_share_experts_find_what_one_rank_finds(pool: WarmPool, experts: Path, tmp_path: Path) -> None:
+    """Also where one of them has no rows left."""
+    lines = (json.dumps({"text": f"x = {i} + 1\n" * i}) for i in range(1, 5))
+    (tmp_path / "four.jsonl").write_text("\n".join(lines))
+    asked = {"text": str(tmp_path / "four.jsonl")}
+    one = run(pool, job_of(experts, "evaluate", {}, **asked), tmp_path / "one")
+    job = job_of(experts, "evaluate", {"dp": 2, "ep": 2}, **asked)
+    assert job.inference is not None
+    assert job.inference.count % BATCH == 1, "the last batch has rows for one of the two only"
+    two = run(pool, job, tmp_path / "two")
+    assert two["text"]["loss"] == pytest.approx(one["text"]["loss"], rel=1e-6)
+    assert two["choices"] == one["choices"]
+
+
 def _by_transformers(folder: Path, job: JobSpec) -> dict[str, float]:
     """Loss and perplexity of the texts as transformers' own model has them."""
     model = hf_models.load(folder / "hf")
@@ -114,7 +137,16 @@ def test_the_same_text_under_any_plan(
     texts = [[text["prompt"], text["tokens"]] for text in one["texts"]]
     assert len(texts) == 4
     assert [[text["prompt"], text["tokens"]] for text in other["texts"]] == texts
-    assert all(len(tokens) == 20 for _, tokens in texts)
+    assert max(len(tokens) for _, tokens in texts) == 20
+
+
+@pytest.mark.full
+def test_the_same_text_with_experts_spread(pool: WarmPool, experts: Path, tmp_path: Path) -> None:
+    one, other = (
+        run(pool, job_of(experts, "generate", degrees, tokens=20, **SAMPLED), tmp_path / str(len(degrees)))
+        for degrees in ({}, {"dp": 2, "ep": 2, "tp": 2})
+    )
+    assert [text["tokens"] for text in other["texts"]] == [text["tokens"] for text in one["texts"]]
 
 
 @pytest.mark.full

@@ -67,4 +67,4 @@ def test_mistakes_are_told_before_anything_is_written(tmp_path: Path) -> None:
         "train.eval_every: there is nothing to validate with",
     ):
         assert told in done.err
-    assert not list((tmp_path / "runs").rglob("*")) if (tmp_path / "runs").exists() else True
+    assert not (tmp_path / "runs").exists()

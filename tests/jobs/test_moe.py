@@ -231,6 +231,16 @@ def test_no_token_sees_the_future(name: str) -> None:
     assert not torch.allclose(before[:, 7:], after[:, 7:])
 
 
+def test_what_a_row_is_padded_with_takes_no_room_from_it() -> None:
+    """Else a text would be judged by the longest one that it happens to be evaluated with."""
+    net, row = decoder(MODELS["tight"]), tokens_of(MODELS["tight"], rows=1)
+    short = row[:, :5]
+    padded = torch.cat([short, torch.zeros(1, 6, dtype=torch.int64)], dim=1)
+    with torch.no_grad():
+        assert torch.allclose(net(padded)[:, :5], net(short), atol=1e-6)
+        assert torch.allclose(net(row)[:, :5], net(short), atol=1e-6)
+
+
 @pytest.mark.parametrize("recompute", ["full", "selective"])
 def test_recomputation_changes_nothing_and_counts_once(recompute: Recompute) -> None:
     model = variant(balance_weight=0.1, z_weight=0.01)

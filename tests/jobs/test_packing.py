@@ -67,8 +67,9 @@ def test_recomputation_changes_nothing_even_when_another_micro_batch_has_begun(r
 
 
 def test_stages_take_the_micro_batches_in_order() -> None:
-    documents = Documents(END)
-    documents.load([ROW, ROW.flip(1)], torch.device("cpu"))
-    for row in (ROW, ROW.flip(1)):
-        documents.begin()
-        assert torch.equal(documents.layout.positions, layout_of(row, END).positions)
+    """Under DualPipeV twice, on the way down and up again, and the first need not wait for the second."""
+    documents, rows = Documents(END), (ROW, ROW.flip(1))
+    documents.load(rows, torch.device("cpu"))
+    for phase, number in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        documents.begin(phase)
+        assert torch.equal(documents.layout.positions, layout_of(rows[number], END).positions)

@@ -28,10 +28,12 @@ def test_the_base_is_scaled_by_the_width_of_a_head() -> None:
     [
         (["model=gpt_tiny", "model.rope_scaling=4"], "learned positions, which reach no further than model.seq"),
         (["model=llama_tiny", "model.rope_scaling=0.5"], "rope_scaling"),
+        (["model=gpt_tiny", "model.rope_stretch={factor: 8}"], "flavour gpt3 has no rotary positions"),
+        (["model=llama_tiny", "model.rope_stretch={factor: 8, low: 4}"], "rope_stretch.high: 4 is not above low, 4"),
     ],
 )
 def test_what_cannot_be_scaled_is_refused(words: list[str], told: str) -> None:
-    with pytest.raises(ConfigError, match="rope_scaling") as caught:
+    with pytest.raises(ConfigError, match="rope_s") as caught:
         compose(words)
     assert told in str(caught.value)
 

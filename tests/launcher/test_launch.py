@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import pytest
 
+from jobs import disks
 from jobs.spec import CheckpointSpec
 from launcher import backends, build, finish, launch, supervise
 from launcher.config import compose, recompose
@@ -24,6 +25,7 @@ from launcher.proof import unproven
 from launcher.run import EventKind, RunState
 from launcher.store import RunStore
 from strategies.errors import ClusterError, ConfigError, PhalanxError, StorageError
+from tests.support.direct_io import require_direct_io
 from tests.support.fakes import tiny_request
 from tests.support.runs import T0, configuration, failed_run, make_run, recovered_run
 
@@ -45,6 +47,28 @@ def test_run_directory_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match="exists"):
         launch.create(request, config, None)
     assert (store.paths.root / "user" / "train.py").exists()
+
+
+def test_disks_of_this_machine_are_looked_at_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ops"))
+    monkeypatch.setattr(disks, "comes_with_deepspeed", lambda: False)
+    request = tiny_request(tmp_path)
+    launch.check_disks(request)
+    plan = replace(request.job.plan, pp=1, offload="optimizer", offload_path=str(tmp_path / "nvme"))
+    request = replace(request, job=replace(request.job, plan=plan))
+    with pytest.raises(ConfigError, match="async_io"):
+        launch.check_disks(request)
+    launch.check_disks(replace(request, cluster=replace(request.cluster, kind="existing")))
+    disks.op_folder().mkdir(parents=True)
+    disks.seal(disks.op_folder()).touch()
+    with pytest.raises(StorageError, match="nvme"):
+        launch.check_disks(request)
+    (tmp_path / "nvme").mkdir()
+    require_direct_io(tmp_path)
+    launch.check_disks(request)
+    assert not list((tmp_path / "nvme").iterdir())
 
 
 def test_nothing_is_left_of_a_run_that_could_not_be_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from launcher.account import CLASSES, INCIDENT_CLASSES, ORPHANED, Account
 from launcher.ledger import Book, account, ledger
+from launcher.render import ledger_table
 from launcher.run import EventKind, RunEvent, fold
 
 Line = dict[str, Any]
@@ -50,6 +51,15 @@ METRICS = [
     {"attempt": 2, "step": 3, "time": 17.25},
     {"attempt": 2, "step": 4, "time": 18.25},
 ]
+
+
+def test_waiting_for_samples_is_a_part_of_the_steps_that_count() -> None:
+    lines = [line | {"data_s": 0.01 * number} for number, line in enumerate(METRICS, start=1)]
+    books = account(STORY, lines, now=99.0)
+    assert books.data_s == pytest.approx(0.01 + 0.02 + 0.03 + 0.05), "a step that is done again counts once"
+    assert books.data_share == pytest.approx(0.11 / 4)
+    assert account(STORY, METRICS, now=99.0).data_share == 0.0, "a script tells nothing of it"
+    assert "2.75 % of it reading samples" in ledger_table(books.seconds, books.data_share)
 
 
 def test_story() -> None:

@@ -11,9 +11,10 @@ import pytest
 
 from launcher import build
 from launcher.config import compose
-from launcher.data_checks import data_spec, unprepared
+from launcher.data_checks import data_spec, sources_outline, unprepared
 from launcher.follow import Screen
 from launcher.preparation import mixture_text, prepare_data
+from launcher.render_plan import sources_line
 from launcher.resume_diff import compare
 from strategies.errors import ConfigError
 
@@ -32,6 +33,17 @@ def test_sources_are_typed_and_their_paths_absolute(tmp_path: Path) -> None:
     assert [source.path for source in spec.sources] == [str(tmp_path / "a.jsonl"), str(tmp_path / "wiki")]
     assert (spec.sources[1].name, spec.sources[1].epochs, spec.sources[1].field) == ("w", 3.4, "body")
     assert spec.tokenizer == str(tmp_path / "t.json")
+
+
+def test_a_plan_tells_what_a_mixture_is_made_of() -> None:
+    given = "data.sources=[{path: crawl, weight: 60}, {path: books.parquet, weight: 20}, {path: wiki, epochs: 3.4}]"
+    shown = sources_outline(compose(["data=mixture", given]))
+    assert shown is not None
+    assert sources_line(shown) == (
+        "3 sources: crawl 75.00 %, books 25.00 %, wiki 3.4 epochs (% of what the epochs leave)"
+    )
+    assert sources_line(shown[:1]) == "1 source: crawl 75.00 %"
+    assert sources_outline(compose(["data=stdlib"])) is None
 
 
 def test_every_mistake_at_once() -> None:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from jobs.weights import find, tokenizer_of
 from launcher import build
 from launcher.config import compose, recompose, to_yaml
+from launcher.store import RunStore
 from strategies.errors import ConfigError
 from tests.support import hf_models
+from tests.support.checkpoints import write_model_checkpoint
+from tests.support.fakes import tiny_request
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models") / "tiny-llama"
     hf_models.make(root, "llama")
+    hf_models.tokenizer(root / "tokenizer.json", 300)
     return root
 
 
@@ -59,6 +65,36 @@ def test_weights_become_part_of_the_request(folder: Path, tmp_path: Path) -> Non
     request = build.build_request(config, words)
     assert request.job.initial is not None
     assert (request.job.initial.kind, request.job.initial.path) == ("hf", str(folder))
+
+
+def test_training_reads_text_as_the_weights_that_it_begins_with(folder: Path, tmp_path: Path) -> None:
+    """With a tokenizer trained here every token would have another number than the weights know."""
+    words = [f"model.from_hf={folder}", f"train.init_from={folder}"]
+    assert compose(words).data.tokenizer == str(folder / "tokenizer.json")
+    assert compose([*words, "data.tokenizer=mine.json"]).data.tokenizer == "mine.json"
+    assert compose([words[0]]).data.tokenizer is None, "weights drawn from the seed know no tokens"
+    bare = tmp_path / "bare"
+    hf_models.make(bare, "llama")
+    told = refused(f"model.from_hf={bare}", f"train.init_from={bare}")
+    assert f"data.tokenizer: missing: there is no tokenizer.json in {bare}" in told
+    assert "data.tokenizer=FILE" in told
+
+
+def test_a_second_stage_reads_text_as_the_first(tmp_path: Path) -> None:
+    request = tiny_request(tmp_path)
+    store = tmp_path / "store"
+    data = replace(request.job.data, store=str(store))
+    run = RunStore.create(replace(request, job=replace(request.job, data=data)))
+    write_model_checkpoint(run.paths.checkpoint_dir, request.job.model)
+    weights = find(str(run.paths.root))
+    assert tokenizer_of(weights) is None, "its corpus gives the same one again"
+    store.mkdir()
+    (store / "tokenizer.json").write_text("{}")
+    assert tokenizer_of(weights) == store / "tokenizer.json"
+    assert tokenizer_of(find(weights.path)) == store / "tokenizer.json", "a manifest lies in its run"
+    run.paths.checkpoint_dir.rename(tmp_path / "elsewhere")
+    run.paths.pointer.write_text(str(tmp_path / "elsewhere"))
+    assert tokenizer_of(find(str(run.paths.root))) == store / "tokenizer.json", "or apart from it"
 
 
 def test_weights_of_another_model_are_refused_with_all_other_problems(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 from itertools import product
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from jobs.disks import is_compiled
 from strategies.capabilities import AXES, Key, Outcome, format_table, key_of, outcome, parse_table, runnable
 from strategies.capability_table import TABLE
 from strategies.plan import Recompute, Schedule
 from strategies.rules import check
 from strategies.specs import BatchSpec
-from tests.e2e.probe_capabilities import BATCH, State, combinations, model_of, plan_of, probe_all, unbuilt
+from tests.e2e import probe_capabilities
+from tests.e2e.probe_capabilities import BATCH, DISKS, State, combinations, model_of, plan_of, probe_all, unbuilt
 from tests.strategies.support import TINY, plan
 
 
@@ -68,7 +71,7 @@ def test_rules_and_table_agree_on_every_probed_combination() -> None:
         broken = check(model=model, plan=the_plan, batch=batch, cluster=None, precision=key.precision, modelled=True)
         if found.reason.startswith("phalanx: "):
             assert unbuilt(key), key
-        elif "@nvme" not in key.offload:  # whether there are disks is the machine's business
+        else:
             assert (not broken) == found.runs, (key, broken)
 
 
@@ -93,6 +96,20 @@ def test_the_probe_goes_on_where_it_was_and_starts_anew_for_another_deepspeed(tm
     first, *rest = path.read_text().splitlines()
     path.write_text("\n".join([first.replace('"deepspeed": "', '"deepspeed": "9'), *rest]) + "\n")
     assert State(path).table == {}
+
+
+def test_some_rows_can_be_tried_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = list(combinations())
+    state = dict.fromkeys(wanted, Outcome(runs=True, engine="E", optimizer="O"))
+    monkeypatch.setattr(probe_capabilities, "is_compiled", lambda: True)
+    assert probe_capabilities.choose(argparse.Namespace(only="", share="1/1"), state, wanted) == []
+    asked = argparse.Namespace(only=r"optimizer@nvme 1f1b \| none \| T\.{4}", share="1/1")
+    found = probe_capabilities.choose(asked, state, wanted)
+    assert {(key.tp, key.sp, key.zero_stage, key.offload) for key in found} == {(True, False, 3, "optimizer@nvme")}
+    assert {key.precision for key in found} == {"fp32", "bf16", "fp16"}
+    monkeypatch.setattr(probe_capabilities, "is_compiled", lambda: False)
+    assert probe_capabilities.choose(asked, state, wanted) == []
+    assert "python -m jobs.engine first" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(300)
@@ -122,5 +139,6 @@ def test_the_table_is_what_the_probe_sees() -> None:
 
 
 def can_try(key: Key) -> bool:
-    """Our engine builds it, and this machine has the arithmetic."""
-    return not unbuilt(key) and (key.precision != "fp16" or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported()))
+    """Our engine builds it, and this machine has the arithmetic, and the op for disks."""
+    arithmetic = key.precision != "fp16" or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return not unbuilt(key) and arithmetic and (DISKS not in key.offload or is_compiled())

@@ -51,8 +51,10 @@ def test_state_beside_the_device() -> None:
     assert not [key for key in zero(zero_stage=3) if key.startswith("offload")]
     assert zero(zero_stage=1, offload="optimizer")["offload_optimizer"]["device"] == "cpu"
     both = zero(zero_stage=3, offload="optimizer+params", offload_path="/disks")
-    for kind in ("offload_optimizer", "offload_param"):
-        assert both[kind] == {"device": "nvme", "nvme_path": "/disks", "pin_memory": False}
+    disks = {"device": "nvme", "nvme_path": "/disks", "pin_memory": False}
+    assert both["offload_optimizer"] == disks
+    assert both["offload_param"] == disks | {"max_in_cpu": 0}, "none of them stays in memory"
+    assert both["sub_group_size"] <= 1e8, "four fp32 buffers of this size do"
 
 
 def test_clipping_is_always_written_out() -> None:

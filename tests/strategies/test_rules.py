@@ -14,7 +14,7 @@ from strategies.capabilities import MODELLED_ONLY, runnable
 from strategies.cases import Case, divisors, legal_tp, nearest
 from strategies.errors import PlanInfeasible, Violation
 from strategies.hardware import Hardware
-from strategies.plan import ParallelPlan
+from strategies.plan import Offload, ParallelPlan
 from strategies.rules import RULES, check, require
 from strategies.specs import BatchSpec, ClusterSpec, LatentAttention, ModelSpec, MoeSpec
 from tests.strategies.support import BATCH, FOUR_BY_TWO, LLAMA_TINY, TINY, plan, random_model
@@ -324,6 +324,9 @@ def test_everything_that_is_wrong_with_experts_is_told_at_once() -> None:
 def test_experts_run_under_every_degree(zero_stage: int) -> None:
     for tp, ep in product((1, 2), (1, 2, 4)):
         assert _check(plan(model=MOE, tp=tp, dp=4, ep=ep, zero_stage=zero_stage), model=MOE) == ()
+        offloaded = plan(model=MOE, tp=tp, dp=4, ep=ep, zero_stage=zero_stage, offload="optimizer")
+        assert zero_stage == 0 or _check(offloaded, model=MOE) == ()
+    assert _check(plan(model=MOE, dp=2, sp=2, ep=4, zero_stage=zero_stage), model=MOE) == ()
     if zero_stage < 2:
         assert _check(plan(model=MOE, tp=2, pp=2, dp=4, ep=2, zero_stage=zero_stage), model=MOE) == ()
 
@@ -332,8 +335,7 @@ def test_experts_run_under_every_degree(zero_stage: int) -> None:
     ("degrees", "message", "hint"),
     [
         ({"zero_stage": 3}, "zero_stage 3 with ep 2 is modelled only", "strategy.zero_stage=2, or strategy.ep=1"),
-        ({"zero_stage": 1, "offload": "optimizer"}, "offload optimizer with ep 2", "strategy.offload=none"),
-        ({"sp": 2, "ep": 4}, "experts with sp 2, cp 1 are modelled only", "strategy.sp=1"),
+        ({"cp": 2, "ep": 4}, "cp 2: context parallelism is modelled only", "strategy.cp=1"),
     ],
 )
 def test_what_does_not_run_with_experts(degrees: dict[str, Any], message: str, hint: str) -> None:
@@ -342,7 +344,7 @@ def test_what_does_not_run_with_experts(degrees: dict[str, Any], message: str, h
     assert violation.rule == "combination_runs"
     assert message in violation.message
     assert hint in violation.hint
-    assert _check(replace(the_plan, ep=1, sp=1, zero_stage=1, offload="none"), model=MOE) == ()
+    assert _check(replace(the_plan, ep=1, cp=1, zero_stage=1), model=MOE) == ()
 
 
 def test_experts_in_16_bit_need_zero() -> None:
@@ -541,6 +543,29 @@ def test_what_deepspeed_cannot_move_is_refused(degrees: dict[str, Any], rule: st
     violation = _only(_check(plan(dp=2, **degrees), modelled=True))
     assert (violation.rule, violation.hint) == (rule, hint)
     assert _check(plan(dp=2, **degrees), modelled=True, engine=False) == ()
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {"zero_stage": 1},
+        {"zero_stage": 2},
+        {"zero_stage": 3},
+        {"zero_stage": 1, "pp": 2},
+        {"zero_stage": 1, "tp": 2, "pp": 2},
+        {"zero_stage": 1, "pp": 2, "schedule": "dualpipev"},
+    ],
+)
+def test_the_optimizer_may_live_in_host_memory(degrees: dict[str, Any]) -> None:
+    for precision in ("fp32", "bf16"):
+        assert runnable(plan(precision=precision, dp=2, offload="optimizer", **degrees), precision, TINY) is None
+
+
+@pytest.mark.parametrize("offload", ["optimizer", "optimizer+params"])
+def test_state_may_live_on_disks_with_zero_three(offload: Offload) -> None:
+    for tp in (1, 2):
+        the_plan = plan(precision="bf16", tp=tp, dp=2, zero_stage=3, offload=offload, offload_path="/disks")
+        assert runnable(the_plan, "bf16", TINY) is None
 
 
 def test_a_combination_outside_of_the_table_is_not_runnable() -> None:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import resource
+import threading
+from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
 
+from jobs.checkpoint.copying import Array, Copier, Copy, copy_all
 from jobs.checkpoint.errors import CorruptCheckpoint
-from jobs.checkpoint.fragments import access
+from jobs.checkpoint.fragments import OptimizerAccess, access
 from jobs.checkpoint.gang import gang_weights_digest
+from jobs.checkpoint.image import Image
 from jobs.checkpoint.restore import restore
-from jobs.checkpoint.save import Saved, save
+from jobs.checkpoint.save import Saved, copies_of, image_of_state, save
 from jobs.engine import Engine
 from jobs.paths import RunPaths
 from jobs.spec import JobSpec, RankEnv
@@ -29,10 +36,14 @@ def fingerprint(engine: Engine) -> dict[str, str]:
     """
     optimizer = access(engine.ds)
     prints = {}
-    for index, owner in enumerate(optimizer.owners()):
+    indices = {id(owner): index for index, owner in enumerate(optimizer.owners())}
+    for owner in itertools.chain.from_iterable(optimizer.resident(write=False)):
+        index = indices[id(owner)]
         prints[f"master {index}"] = _hash(_live_master(engine, index, owner))
         state = optimizer.inner.state.get(owner, {})
         prints |= {f"{kind} {index}": _hash(torch.as_tensor(value)) for kind, value in state.items()}
+    if engine.plan.offload_path:  # partitions may be on disks
+        return prints | {f"weight {meta.name}": _hash(values) for meta, values in engine.weights()}
     for name, parameter in engine.named_parameters():
         prints[f"weight {name}"] = _hash(_live(engine, parameter))
     return prints
@@ -72,7 +83,7 @@ def _train(engine: Engine, job: JobSpec, first: int, last: int) -> list[list[str
 
 
 def save_then_train(env: RankEnv, job: dict[str, Any], steps: int, more: int) -> dict[str, Any]:
-    """Train ``steps``, save, train ``more``."""
+    """Train ``steps``, save, train ``more``; the state is copied beside the first of those, as slowly as can be."""
     spec = from_json(JobSpec, job)
     engine = Engine.build(spec, env)
     _train(engine, spec, 1, steps)
@@ -88,11 +99,12 @@ def save_then_train(env: RankEnv, job: dict[str, Any], steps: int, more: int) ->
     unchanged = before == fingerprint(engine)
     at_save = gang_weights_digest(saved.path)
     noise = torch.rand(4).tolist()
-    results = _train(engine, spec, steps + 1, steps + more)
+    results, beside = _train_beside_a_copy(engine, spec, steps + 1, steps + more)
     out = {
         "path": str(saved.path),
         "bytes": saved.bytes,
         "unchanged": unchanged,
+        "beside": beside,
         "digest": at_save,
         "noise": noise,
         "results": results,
@@ -100,6 +112,38 @@ def save_then_train(env: RankEnv, job: dict[str, Any], steps: int, more: int) ->
     }
     engine.close()
     return out
+
+
+def _train_beside_a_copy(engine: Engine, job: JobSpec, first: int, last: int) -> tuple[list[list[str]], dict[str, Any]]:
+    """Train while the state of before is copied. The copy begins when forward and backward have ended."""
+    optimizer = access(engine.ds)
+    image = image_of_state(optimizer)
+    before, copied, after = (np.empty(image.bytes // 4, np.float32) for _ in range(3))
+    _copy_now(optimizer, image, before)
+    reached = threading.Event()
+    hook = optimizer.inner.register_step_pre_hook(lambda *_: reached.set())  # comes before the copier's own
+
+    def late(copies: Sequence[Copy]) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            assert reached.wait(60)
+        copy_all(copies)
+
+    with patch("jobs.checkpoint.copying.copy_all", late):
+        copier = Copier(optimizer, beside_bytes=0)
+        copier.start(copies_of(optimizer, image, copied))
+        results = _train(engine, job, first, last)
+    hook.remove()
+    _copy_now(optimizer, image, after)
+    return results, {
+        "waited": optimizer.on_disks or copier.waited_s > 0,
+        "equal": bool(np.array_equal(before, copied)),
+        "changed": not image.bytes or not np.array_equal(before, after),
+    }
+
+
+def _copy_now(optimizer: OptimizerAccess, image: Image, buffer: Array) -> None:
+    for copies in copies_of(optimizer, image, buffer):
+        copy_all(copies)
 
 
 def restore_then_train(env: RankEnv, job: dict[str, Any], manifest: str, more: int) -> dict[str, Any]:

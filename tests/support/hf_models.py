@@ -94,7 +94,7 @@ def load(folder: Path) -> Any:
 
 
 def tokenizer(path: Path, vocab: int) -> None:
-    """A byte-level tokenizer of at most ``vocab`` tokens, the first of which begins a document."""
+    """A byte-level tokenizer of at most ``vocab`` tokens, the first of which begins and ends a document."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE())
@@ -102,7 +102,7 @@ def tokenizer(path: Path, vocab: int) -> None:
     made.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
     )
     made.train_from_iterator(["def f(x):\n    return x + 1\n" * 50, "x = 3 + 4\n" * 50], trainer)
     made.save(str(path))

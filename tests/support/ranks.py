@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from jobs.checkpoint.fragments import access
+from jobs.checkpoint.fragments import access, of_owners
 from jobs.distributed import Grid
 from jobs.engine import Engine, MicroBatch
 from jobs.initial import initialise
@@ -64,10 +64,14 @@ def train_from(env: RankEnv, job: dict[str, Any], steps: int) -> dict[str, Any]:
     assert spec.initial is not None
     source = open_weights(spec.initial, spec.model)
     exact = True
-    for fragment in access(engine.ds).fragments():
-        values = np.empty(fragment.slice.elements, dtype=np.float32)
-        source.read_slice(fragment.slice, values)
-        exact &= torch.equal(fragment.master[: len(values)].cpu(), torch.from_numpy(values))
+    optimizer = access(engine.ds)
+    for owners in optimizer.resident(write=False):
+        for fragment in of_owners(optimizer.fragments(), owners):
+            values = np.empty(fragment.slice.elements, dtype=np.float32)
+            source.read_slice(fragment.slice, values)
+            master = optimizer.view(fragment, "master")
+            assert master is not None
+            exact &= torch.equal(master.cpu(), torch.from_numpy(values))
     initial = dump(engine)
     results = [engine.train_step(step, batches(spec, step, engine.grid)) for step in range(1, steps + 1)]
     engine.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import statistics
 import time
@@ -41,44 +42,56 @@ def _pairs(size: int, times: int, act: Callable[[], Any]) -> tuple[float, float]
 
 
 def stalls(env: RankEnv, job: dict[str, Any], persister: str, steps: int, tries: int) -> dict[str, float]:
-    """Train, copy every step, save to disk, then let DeepSpeed save."""
+    """Copy and save between steps, as training does it, and then let DeepSpeed save.
+
+    A stall is the time until the saver lets go, and what the next update then waits for the copy.
+    """
     os.environ[PERSISTER] = persister
     torch.set_num_threads(int(os.environ.get("STALL_THREADS", "1")))
     spec = from_json(JobSpec, job)
     engine = Engine.build(spec, env)
     saver = BehindSaver(engine, spec, env, NoHooks(), Reporter(-1), PersisterLink(persister))
     saver.open()
-    begin = time.perf_counter()
-    for step in range(1, steps + 1):
-        engine.train_step(step, batches(spec, step, engine.grid))
-    step_s = (time.perf_counter() - begin) / steps
-    at = iter(range(steps + 1, 10**6))
-    for _ in range(4):  # every buffer once
+    at = itertools.count(1)
+
+    def train() -> float:
+        step = next(at)
+        return _seconds(lambda: engine.train_step(step, batches(spec, step, engine.grid)))
+
+    def keep() -> None:
         saver.keep(next(at), {})
+        saver.land()
+
+    train()
+    for _ in range(4):  # every buffer once
+        keep()
     size = saver.image_bytes
-    memcpy_s, copy_s = _pairs(size, tries, lambda: saver.keep(next(at), {}))
-
-    def to_disk() -> None:
-        saver.save(next(at), {}, wait=False)
-
+    memcpy_s, copy_s = _pairs(size, tries, keep)
+    alone, beside, kept, saved = [], [], [], []
+    for _ in range(steps):
+        alone.append(train())
+        begun_s = _seconds(lambda: saver.keep(next(at), {}))
+        beside.append(train())
+        kept.append(begun_s + saver.waited_s)
     paths = RunPaths(env.run_dir).checkpoint_dir
-    memcpys, disks = [], []
-    for number in range(1, 4):
-        memcpy, disk = _pairs(size, 1, to_disk)
-        memcpys.append(memcpy)
-        disks.append(disk)
-        while len(list(paths.glob("*/*.manifest.json"))) < number:  # as training would go on
+    for number in range(1, steps + 1):
+        begun_s = _seconds(lambda: saver.save(next(at), {}, wait=False))
+        train()
+        saved.append(begun_s + saver.waited_s)
+        while len(list(paths.glob("*/*.manifest.json"))) < number:  # as more training would go on
             time.sleep(0.05)
-    begin = time.perf_counter()
-    engine.ds.save_checkpoint(str(Path(env.run_dir) / "deepspeed"), tag="x")
-    deepspeed_s = time.perf_counter() - begin
+    folder = str(Path(env.run_dir) / "deepspeed")
+    tags = iter(map(str, range(steps)))
+    theirs = [_seconds(lambda: engine.ds.save_checkpoint(folder, tag=next(tags))) for _ in range(steps)]
     engine.close()
+    median = statistics.median
     return {
         "bytes": float(size),
-        "step_s": step_s,
         "memcpy_s": memcpy_s,
-        "disk_memcpy_s": statistics.median(memcpys),
         "copy_s": copy_s,
-        "disk_s": statistics.median(disks),
-        "deepspeed_s": deepspeed_s,
+        "step_s": median(alone),
+        "beside_s": median(beside),
+        "kept_s": median(kept),
+        "saved_s": median(saved),
+        "deepspeed_s": median(theirs),
     }

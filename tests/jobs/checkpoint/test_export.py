@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from jobs.checkpoint.export import export
 from jobs.sample import load
+from jobs.spec import DataSpec
 from strategies.errors import ConfigError
-from strategies.specs import MoeSpec
+from strategies.specs import MoeSpec, RotaryStretch
+from tests.support import hf_models
 from tests.support.checkpoints import flip_bit, write_model_checkpoint
 from tests.support.jobspecs import GPT, LLAMA, make_job
 
@@ -22,6 +25,7 @@ MODELS = {
     "gpt": GPT,
     "gpt-untied": dataclasses.replace(GPT, tied=False, norm_eps=1e-3),
     "llama": dataclasses.replace(LLAMA, rope_theta=500.0),
+    "llama-3.1": dataclasses.replace(LLAMA, rope_stretch=RotaryStretch(factor=4.0, original=16)),
     "llama-tied": dataclasses.replace(LLAMA, tied=True),
     "mixtral": dataclasses.replace(LLAMA, moe=MoeSpec(experts=4, top_k=2, ffn=96)),
 }
@@ -51,6 +55,26 @@ def test_transformers_gives_the_same_logits(tmp_path: Path, name: str) -> None:
         logits = other(tokens).logits
     assert ours.std() > 0.1
     assert torch.allclose(ours, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_tokenizer_goes_with_the_weights(tmp_path: Path) -> None:
+    manifest, store = write_model_checkpoint(tmp_path / "checkpoints", LLAMA), tmp_path / "store"
+    store.mkdir()
+    hf_models.tokenizer(store / "tokenizer.json", 300)
+    done = export(manifest, tmp_path / "hf", data=DataSpec(kind="text", store=str(store), end_id=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import AutoTokenizer
+
+        theirs = AutoTokenizer.from_pretrained(done.path)
+    ours = Tokenizer.from_file(str(store / "tokenizer.json"))
+    text = "def f(x):\n    return x + 1"
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text, add_special_tokens=False).ids
+    assert (theirs.eos_token_id, theirs.eos_token) == (0, "<|endoftext|>")
+    assert json.loads((done.path / "config.json").read_text())["eos_token_id"] == 0
+    gone = export(manifest, tmp_path / "bare", data=DataSpec(kind="text", store=str(tmp_path / "gone"), end_id=5))
+    assert not (gone.path / "tokenizer.json").exists()
+    assert json.loads((gone.path / "config.json").read_text())["eos_token_id"] == 5
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])

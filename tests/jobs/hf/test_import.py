@@ -19,11 +19,21 @@ from jobs.weights import check, digested, find, open_weights, verify
 from strategies.errors import ConfigError, NotFound, StorageError
 from strategies.specs import ModelSpec
 from tests.support import hf_models
+from tests.support.jobspecs import LLAMA
 
+STRETCHED: dict[str, Any] = {  # one frequency in part, the slower ones wholly
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied-sharded": ("llama", {"tie_word_embeddings": True, "shard": "20KB"}),
     "llama-bf16": ("llama", {"dtype": torch.bfloat16}),
+    "llama-3.1": ("llama", {"rope_parameters": STRETCHED}),
     "gpt2": ("gpt2", {}),
     "gpt2-untied-fp16-sharded": ("gpt2", {"tie_word_embeddings": False, "shard": "20KB", "dtype": torch.float16}),
     "gpt2-inner": ("gpt2", {"n_inner": 56}),
@@ -172,6 +182,12 @@ def test_old_rope_scaling_and_gpt2_variants_are_refused(tmp_path: Path) -> None:
     hf_models.make(tmp_path / "llama", "llama")
     change_config(tmp_path / "llama", rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0})
     assert "'linear' is not implemented" in refusal(tmp_path / "llama")
+    change_config(tmp_path / "llama", rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": True})
+    assert "expected numbers above 0, found factor 8.0, low_freq_factor True" in refusal(tmp_path / "llama")
+    change_config(tmp_path / "llama", rope_scaling=STRETCHED | {"high_freq_factor": 1.0})
+    assert "low below high" in refusal(tmp_path / "llama")
+    change_config(tmp_path / "llama", rope_scaling=STRETCHED)
+    assert "rope_stretch RotaryStretch" in refusal(tmp_path / "llama", LLAMA)
 
 
 def test_an_unknown_architecture_gets_a_suggestion(tmp_path: Path) -> None:

@@ -75,3 +75,19 @@ def test_a_text_longer_than_the_sequence_slides_on(tmp_path: Path) -> None:
     forward = Forward(model, open_weights(find(str(tmp_path / "hf")), model))
     ((tokens, _),) = generate(forward, [[1, 2, 3]], ["a"], count=20, how=Sampling())
     assert len(tokens) == 23
+
+
+def test_a_text_ends_with_the_token_that_ends_texts(tmp_path: Path) -> None:
+    hf_models.make(tmp_path / "hf", "llama")
+    model = model_of(tmp_path / "hf")
+    forward = Forward(model, open_weights(find(str(tmp_path / "hf")), model))
+    prompts, keys = [[5, 9, 2], [7]], ["a", "b"]
+    whole = generate(forward, prompts, keys, count=12, how=Sampling(temperature=1.0))
+    end = whole[0][0][6]
+    found = generate(forward, prompts, keys, count=12, how=Sampling(temperature=1.0, end=end))
+    for prompt, (tokens, loss), (longer, more) in zip(prompts, found, whole, strict=True):
+        added = longer[len(prompt) :]
+        cut = added.index(end) + 1 if end in added else len(added)
+        assert tokens == longer[: len(prompt) + cut]
+        assert loss == pytest.approx(more) if cut == len(added) else loss < more
+    assert len(found[0][0]) <= 7

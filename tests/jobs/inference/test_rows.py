@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from jobs.hf.folder import model_of
 from jobs.inference.questions import read_prompts, read_questions, read_texts
@@ -51,6 +52,16 @@ def test_every_token_of_a_text_is_scored_exactly_once(folder: Path, tmp_path: Pa
     assert all(len(row.tokens) <= 49 for row in pieces)
     assert sum(row.bytes for row in found) == len(text) + 1
     assert all(a.tokens[-1] == b.tokens[0] for a, b in itertools.pairwise(pieces))  # context of one token
+
+
+def test_a_tokenizer_that_would_cut_or_pad_does_neither(folder: Path, tmp_path: Path) -> None:
+    plain = Encoder(folder / "tokenizer.json", None)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = "return x + 1\n" * 9
+    assert Encoder(tmp_path / "tokenizer.json", None)(text) == plain(text)
 
 
 def test_choices_stand_behind_solved_examples(folder: Path, tmp_path: Path) -> None:

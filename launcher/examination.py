@@ -1,0 +1,103 @@
+"""All that is wrong with a run, told at once: its values, its plan and its data. Nothing is written.
+
+Each of these is judged by a module of its own. Here they are asked in one go, so that whoever has mended one mistake
+does not meet the next only then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher import build
+from launcher.config import Draft, compose, draft
+from launcher.data_checks import data_spec
+from launcher.schema import Config
+from strategies.errors import ConfigError, PhalanxError, PlanInfeasible, Violation
+
+MOST_BYTES = 256 << 20
+"""Text that is read only to tell what else is wrong; of more, what its files say from outside is told."""
+
+
+def examined(overrides: Sequence[str], *, data: bool = True) -> Config:
+    """The configuration that these overrides describe, if nothing is wrong with its values.
+
+    Args:
+        overrides: Words in Hydra's grammar.
+        data: Where something is wrong, look at the data, too.
+
+    Raises:
+        ConfigError: Something is wrong with them; what is wrong with plan and data is told with it.
+    """
+    found = draft(overrides)
+    if not found.problems and found.config is not None:
+        return found.config
+    more = _beside(found, data=data)
+    if not more:
+        return compose(overrides)  # raises the problems of the values alone
+    raise _everything([*map(str, found.problems), *more])
+
+
+def with_data(broken: PlanInfeasible, config: Config) -> PhalanxError:
+    """A plan that is refused, with what is wrong with the data of its run.
+
+    Args:
+        broken: Why it is refused.
+        config: Settled, and nothing is wrong with its values.
+    """
+    data = _of_data(config, vocab=config.model.vocab)
+    return _everything([*(str(one) for one in broken.violations or [broken.what]), *data]) if data else broken
+
+
+def _everything(lines: Sequence[str]) -> ConfigError:
+    told = "\n".join(f"  - {line}" for line in lines)
+    return ConfigError(f"The run has {len(lines)} problems:\n{told}", hint="Nothing was written.")
+
+
+def _beside(found: Draft, *, data: bool) -> list[str]:
+    """What is wrong with the plan and the data of a run with whose values something is wrong already."""
+    if found.config is None:
+        return []
+    lines = [str(one) for one in _of_plan(found.config)] if found.model_known else []
+    if data:
+        settled = build.settle(found.config, name="run", cwd=Path.cwd())
+        told = any(one.key.startswith(("data.sources", "data.path")) for one in found.problems)
+        lines += _of_data(settled, vocab=settled.model.vocab if found.model_known else 0, formed=told)
+    return lines
+
+
+def _of_plan(config: Config) -> tuple[Violation, ...]:
+    if config.strategy.auto:
+        return ()  # it is yet to be found
+    try:
+        return build.outline(config).violations
+    except PhalanxError:  # the size of the cluster is not known, or is among what is wrong with the values
+        return ()
+
+
+def _of_data(config: Config, *, vocab: int, formed: bool = False) -> list[str]:
+    """What is wrong with the data.
+
+    Args:
+        config: Settled.
+        vocab: Tokens of the model; 0 if that is not known.
+        formed: What is wrong with the form of the sources is told already.
+    """
+    if config.job.kind != "pretrain":
+        return []
+    spec = data_spec(config)
+    if not spec.mixed:
+        return _of_path(config)
+    from jobs.data.blend import flaws
+
+    try:
+        return flaws(spec, vocab, most_bytes=MOST_BYTES, form=not formed)
+    except PhalanxError as error:  # a library is missing, or a disk is bad
+        return [error.what]
+
+
+def _of_path(config: Config) -> list[str]:
+    path = config.data.path
+    if config.data.kind != "text" or not path or Path(path).exists():
+        return []
+    return [f"data.path: there is no such file or folder: {path}"]

@@ -1,0 +1,97 @@
+"""Whatever is wrong with a run is told at once: values, weights, plan and data; nothing is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.cli import main
+from tests.support import hf_models
+
+SOURCES = "data.sources=[{path: good.jsonl, weight: 1}, {path: empty.jsonl, weight: 2}, {path: gone, weight: 1}]"
+PLAN = ("model.moe.top_k=99", "strategy.ep=3", "model.seq=30", "strategy.sp=4")
+SIZE = ("train.global_batch=16", "cluster=process")
+RAMP = "train.ramp={start: 9, increment: 4, samples: 64}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps({"text": f"{n} is a number"}) + "\n" for n in range(200)))
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    hf_models.tokenizer(tmp_path / "tokenizer.json", 300)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(*words: str, verb: str = "submit") -> int:
+    """Exit code of a command that writes nothing."""
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        main([verb, *words])
+    assert sorted(Path().rglob("*")) == before
+    return int(ended.value.code or 0)
+
+
+def test_values_plan_and_data_come_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = folder / "hf"
+    hf_models.make(hf, "llama")
+    (hf / "model.safetensors").write_bytes(b"\0" * 9)
+    data = ("data=mixture", SOURCES, "data.tokenizer=tokenizer.json", "model.vocab=257", "train.eval_every=2")
+    code = refused("model=moe_tiny", f"train.init_from={hf}", *PLAN, RAMP, *data, *SIZE)
+    said = capsys.readouterr().err
+    assert code == 2
+    for part in (
+        "train.eval_every: there is nothing to validate with",
+        "train.init_from: ",
+        "it holds another model: flavour llama in the folder, gpt3 here",
+        "model.safetensors cannot be used",
+        "experts_consistent: the model has top_k 99 of 8 experts; nearest legal model.moe.top_k: 8",
+        "experts_divisible_by_ep: experts 8 is not divisible by ep 3",
+        "sequence_divisible: sequences of 30 tokens are not divisible by sp 4; nearest legal sp: 3 or 5",
+        "ramp_whole: train.ramp.increment 4 does not lead from 9 to 16 in whole steps; nearest legal increment: 1 or 7",
+        "empty: has weight 2, but no documents",
+        "gone: there is no such file or folder",
+        "data.tokenizer: ",
+        "model.vocab=257 is too small for it. Set model.vocab to ",
+    ):
+        assert part in said, said
+    assert said.startswith("error: The run has ")
+    lines = [line for line in said.splitlines() if line.startswith("  - ")]
+    assert len(lines) == len({*lines}) == int(said.split()[4])
+
+
+def test_a_plan_that_is_refused_brings_what_is_wrong_with_the_data(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("model=moe_tiny", "strategy.ep=3", "cluster=process")
+    assert refused(*words, "data=mixture", SOURCES) == 2
+    said = capsys.readouterr().err
+    assert "experts_divisible_by_ep" in said
+    assert "gone: there is no such file or folder" in said
+    assert refused(*words, "data=text", "data.path=good.jsonl") == 3, "a plan alone is refused as such"
+    assert "gone" not in capsys.readouterr().err
+
+
+def test_planning_tells_values_and_rules_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused("model=moe_tiny", "strategy.ep=3", "train.eval_every=1", "cluster=process", verb="plan") == 2
+    said = capsys.readouterr().err
+    assert "train.eval_every" in said
+    assert "experts_divisible_by_ep" in said
+
+
+def test_a_model_that_cannot_be_read_has_no_plan_to_judge(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "hf").mkdir()
+    code = refused("model.from_hf=hf", "strategy.tp=3", "data=mixture", SOURCES, "cluster=process")
+    said = capsys.readouterr().err
+    assert code == 2
+    assert "model.from_hf: hf: config.json is missing" in said
+    assert "by_tp" not in said, "of the model that stands there by default nobody asked"
+    assert "gone: there is no such file or folder" in said
+
+
+def test_data_that_are_refused_leave_no_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused("model=moe_tiny", "data=mixture", SOURCES, "cluster=process", "strategy.dp=1") == 2
+    assert "The data have 2 problems" in capsys.readouterr().err
+    assert not (folder / "runs").exists()

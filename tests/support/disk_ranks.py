@@ -1,0 +1,49 @@
+"""What ranks of the tests of state on disks run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from jobs.checkpoint.fragments import access
+from jobs.engine import Engine, async_io
+from jobs.spec import JobSpec, RankEnv
+from strategies.codec import from_json
+from strategies.errors import PhalanxError
+from tests.support.ranks import batches
+
+
+def where_state_lives(env: RankEnv, job: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Train, then look: bytes of state in files of this rank by kind, elements of masters and weights in memory."""
+    spec = from_json(JobSpec, job)
+    engine = Engine.build(spec, env)
+    results = [engine.train_step(step, batches(spec, step, engine.grid)) for step in range(1, steps + 1)]
+    root = Path(spec.plan.offload_path)
+    mine = [path for path in root.rglob("*.swp") if f"-rank{env.rank:05d}" in str(path)]
+    sizes = {kind: sum(path.stat().st_size for path in mine if kind in path.name) for kind in ("exp_avg-", "param")}
+    away = [p for _, p in engine.named_parameters() if p.ds_tensor.status.name == "NOT_AVAILABLE"]  # type: ignore[attr-defined]
+    masters = sum(owner.numel() for owner in access(engine.ds).owners())
+    engine.close()
+    return {
+        "losses": [result.loss.hex() for result in results],
+        "norms": [result.grad_norm.hex() for result in results],
+        "bytes": sum(path.stat().st_size for path in mine),
+        "moment_bytes": sizes["exp_avg-"],
+        "parameter_bytes": sizes["param"],
+        "parameters_away": len(away),
+        "masters": masters,
+        "left": [str(path) for path in root.rglob("*") if f"rank{env.rank:05d}" in str(path)],
+    }
+
+
+def refusals(env: RankEnv, folder: str) -> dict[str, str]:
+    """What a node without the op, and without what it takes to compile it, says; ``folder`` is empty."""
+    os.environ |= {"TORCH_EXTENSIONS_DIR": folder, "CC": "false"}
+    said = {}
+    for name, act in (("load", async_io.load), ("build", async_io.build)):
+        try:
+            act()
+        except PhalanxError as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    return said
