@@ -77,11 +77,12 @@ def _points(monkeypatch: pytest.MonkeyPatch) -> None:
     """The newest checkpoint is the newest that was reported."""
     from launcher import progress
 
-    def point(paths: Any, **ignored: Any) -> progress.ResumePoint:
+    def on_disk(paths: Any, **ignored: Any) -> progress.OnDisk:
         steps = [int(e.data["step"]) for e in RunStore(paths.root).events() if e.kind is EventKind.CHECKPOINT_COMMITTED]
-        return progress.ResumePoint(path=f"step-{max(steps)}", step=max(steps)) if steps else progress.ResumePoint()
+        newest = progress.ResumePoint(path=f"step-{max(steps)}", step=max(steps)) if steps else progress.ResumePoint()
+        return progress.OnDisk(point=newest)
 
-    monkeypatch.setattr(progress, "resume_point", point)
+    monkeypatch.setattr(progress, "on_disk", on_disk)
 
 
 def test_waits_first_and_then_goes_on_with_one_node(tmp_path: Path) -> None:
