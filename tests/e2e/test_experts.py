@@ -104,6 +104,13 @@ def train(
     return pool.run("tests.support.ranks:train", world_size=job.plan.world_size, arguments=arguments, timeout_s=240)
 
 
+def without_noise(found: Curve) -> Curve:
+    """Without the biases of keys: their gradient is zero but for rounding (see test_parity.py). Adam makes more of that
+    than any other difference is, where weights are as large as these."""
+    quiet = {name: np.zeros_like(value) for name, value in found.weights.items() if name.endswith(".attn.k.bias")}
+    return dataclasses.replace(found, weights=found.weights | quiet)
+
+
 def check_parity(
     pool: WarmPool, reference: Callable[[ModelSpec], Run], model: ModelSpec, degrees: dict[str, Any]
 ) -> None:
@@ -112,7 +119,7 @@ def check_parity(
     stats = ranks[0]["moe"]
     assert all(rank["moe"] == stats for rank in ranks), "ranks disagree about the routing"
     assert (wanted.curve.grad_norm > RECIPE["clip"]).all(), "clipping must bite in every step"
-    found = differences(curve(ranks), wanted.curve)
+    found = differences(without_noise(curve(ranks)), without_noise(wanted.curve))
     assert found["loss"] < TOLERANCE, found
     assert found["grad_norm"] < TOLERANCE, found
     assert found["weights"] < WEIGHT_TOLERANCE, found
