@@ -192,7 +192,7 @@ class ObjectStorage:
             ) from error
         if s3:
             bounds = {"connect_timeout": _CONNECT_S, "read_timeout": _ANSWER_S, "retries": {"total_max_attempts": 1}}
-            self._fs: Any = _bounded(kind)(use_listings_cache=False, config_kwargs=bounds)
+            self._fs: Any = bounded(kind)(use_listings_cache=False, config_kwargs=bounds)
             self._fs.retries = _TRIES
         else:
             self._fs = kind(use_listings_cache=False)
@@ -289,7 +289,7 @@ class ObjectStorage:
 
 
 @functools.cache
-def _bounded(kind: type[Any]) -> type[Any]:
+def bounded(kind: type[Any]) -> type[Any]:
     """The S3 client, each call of which ends: it has no clock of its own while it waits to be told to send a body, or
     while nobody reads what it sends."""
     from fsspec.asyn import sync_wrapper
