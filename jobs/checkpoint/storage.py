@@ -13,8 +13,10 @@ fsspec; credentials come from the environment and are never handled here. No tor
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
+import functools
 import os
 import secrets
 import shutil
@@ -32,6 +34,7 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _CONNECT_S = 5.0
 _ANSWER_S = 20.0  # a store that says nothing for so long will not
 _TRIES = 3
+_SLOWEST_BYTES_S = 1e6  # a store that takes less is as good as silent
 _CONFLICT_TRIES = 4
 _ONE_PUT_BYTES = 64 << 20
 _PART_BYTES = 16 << 20
@@ -189,7 +192,7 @@ class ObjectStorage:
             ) from error
         if s3:
             bounds = {"connect_timeout": _CONNECT_S, "read_timeout": _ANSWER_S, "retries": {"total_max_attempts": 1}}
-            self._fs: Any = kind(use_listings_cache=False, config_kwargs=bounds)
+            self._fs: Any = bounded(kind)(use_listings_cache=False, config_kwargs=bounds)
             self._fs.retries = _TRIES
         else:
             self._fs = kind(use_listings_cache=False)
@@ -283,6 +286,20 @@ class ObjectStorage:
 
     def settle(self, *folders: Location) -> None:
         """See :class:`Storage`; what a store has accepted is durable."""
+
+
+@functools.cache
+def bounded(kind: type[Any]) -> type[Any]:
+    """The S3 client, each call of which ends: it has no clock of its own while it waits to be told to send a body, or
+    while nobody reads what it sends."""
+    from fsspec.asyn import sync_wrapper
+
+    async def call(self: Any, method: str, *arguments: Any, **options: Any) -> Any:
+        body = options.get("Body")
+        limit_s = _TRIES * _ANSWER_S + (len(body) if isinstance(body, bytes) else 0) / _SLOWEST_BYTES_S
+        return await asyncio.wait_for(kind._call_s3(self, method, *arguments, **options), limit_s)
+
+    return type(kind.__name__, (kind,), {"_call_s3": call, "call_s3": sync_wrapper(call)})
 
 
 @contextlib.contextmanager

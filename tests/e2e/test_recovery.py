@@ -305,8 +305,8 @@ def test_of_twenty_hangs_every_culprit_is_named(folder: Path) -> None:
     kinds = ("rank_stop", "rank_spin", "rank_deadlock")
     ranks = [(number + number // 4) % 4 for number in range(20)]
     faults = [f"{kinds[number % 3]}@rank={rank},step={8 * (number + 1)}" for number, rank in enumerate(ranks)]
-    words = ("train.steps=168", "checkpoint.every=24", "recovery.exclude_after=null", "recovery.max_restarts=20")
-    words = (*words, "recovery.budgets.hang=20", f"faults={json.dumps(faults)}")
+    budgets = ("recovery.exclude_after=null", "recovery.max_restarts=20", "recovery.budgets.hang=20")
+    words = ("train.steps=168", "checkpoint.every=24", *budgets, f"faults={json.dumps(faults)}")
     done = cli.end(cli.start(*cli.tiny(folder, "twenty", *words), cwd=folder), timeout_s=1100)
     assert done.code == 0, done.err
     run = cli.store(folder, "twenty")

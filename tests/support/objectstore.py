@@ -95,8 +95,11 @@ def client() -> Any:
     """A client of its own, as another program would have one; forgets those that know another server."""
     import fsspec
 
+    from jobs.checkpoint.storage import bounded
+
     kind = fsspec.get_filesystem_class("s3")
-    kind.clear_instance_cache()
+    for known in (kind, bounded(kind)):
+        known.clear_instance_cache()
     return kind(use_listings_cache=False, skip_instance_cache=True)
 
 
