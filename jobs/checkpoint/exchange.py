@@ -90,9 +90,11 @@ def _all_at_home(source: ShardSource, catalogue: Catalogue, targets: Sequence[Ta
     error: Exception | None = None
     home = False
     try:
-        for shard in range(rank, len(source.manifest.shards), world):
+        own = range(rank, len(source.manifest.shards), world)
+        for shard in own:
             catalogue.read(shard)
-        home = all(catalogue.covers(target.slice) for target in targets)
+        # Knowing others' headers, from an earlier turn of state on disks, is not having their shards.
+        home = catalogue.headers.keys() <= set(own) and all(catalogue.covers(target.slice) for target in targets)
     except StorageError as caught:
         error = caught
     return all(agree(error, home))
