@@ -27,6 +27,8 @@ if rank == "0":
 if "wait" in sys.argv:
     time.sleep(120)
 if "fail" in sys.argv and rank == "1" and attempt == "1":
+    while not (folder / "COMMIT").exists():  # of rank 0, which is ended as soon as this one has failed
+        time.sleep(0.05)
     sys.exit(7)
 """
 
