@@ -206,11 +206,12 @@ def apply(run: Run, event: RunEvent) -> Run:
     """One step of the fold.
 
     Raises:
-        IllegalEvent: The event's state change is not in :data:`ALLOWED`.
+        IllegalEvent: The event's state change is not in :data:`ALLOWED`, or the run is submitted a second time.
     """
     target = _TO.get(event.kind)
     if target is not None:
-        if target not in ALLOWED[run.state]:
+        again = event.kind is EventKind.RUN_SUBMITTED and run.submitted
+        if again or target not in ALLOWED[run.state]:
             raise IllegalEvent(f"event {event.seq} '{event.kind}' is not allowed in state '{run.state.value}'")
         run = replace(run, state=target)
     run = replace(run, epoch=max(run.epoch, event.epoch))
