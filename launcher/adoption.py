@@ -44,7 +44,7 @@ def begin(controller: Controller, *, resume: Mapping[str, Any] | None = None, ad
         for seen in heard:
             controller.observe(seen)
         return
-    heard += _clear(controller, welcomes)
+    heard += _clear(controller, welcomes, asked=unfinished)
     controller.record(EventKind.CONTROLLER_STARTED, **identity(), adopted=False)
     if resume is not None:
         last = last_metric_step(controller, attempt.number) if attempt is not None and unfinished else 0
@@ -154,8 +154,11 @@ def _adopt(controller: Controller, welcomes: Welcomes, resume: Mapping[str, Any]
     controller.enter(Phase.RUN)
 
 
-def _clear(controller: Controller, welcomes: Welcomes) -> list[Observation]:
-    """End what is left of attempts that will not be adopted; returns what was heard meanwhile, but for that end."""
+def _clear(controller: Controller, welcomes: Welcomes, *, asked: bool) -> list[Observation]:
+    """End what is left of attempts that will not be adopted; returns what was heard meanwhile, but for that end.
+
+    Where it is ``asked`` for, agents are given the time to tell what they remember.
+    """
     left = {node: int(data["attempt"]) for node, data in welcomes.items() if _has_live_ranks(data)}
     numbers, heard = set(left.values()), list[Observation]()
     for number in numbers:
@@ -167,7 +170,7 @@ def _clear(controller: Controller, welcomes: Welcomes) -> list[Observation]:
             if seen.kind in ("killed", "agent_lost"):
                 left.pop(seen.node, None)
     deadline = controller.clock.monotonic() + REPLAY_S
-    while welcomes and (news := _listen(controller)) and controller.clock.monotonic() < deadline:
+    while asked and welcomes and (news := _listen(controller)) and controller.clock.monotonic() < deadline:
         heard += news
     return [seen for seen in heard if not (numbers and seen.kind == "exit" and seen.data.get("requested"))]
 
