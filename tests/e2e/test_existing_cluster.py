@@ -293,6 +293,7 @@ def wait_adopted(store: RunStore, times: int) -> None:
     wait(adopted, 60.0, store)
 
 
+@pytest.mark.full
 def test_a_killed_or_interrupted_controller_is_restarted_and_adopts_the_gang(
     cluster: netns.RayCluster, tmp_path: Path
 ) -> None:

@@ -74,6 +74,7 @@ def test_verbs_on_a_full_disk(folder: Path, disk: Path) -> None:
     assert done.code == 0, done.err
 
 
+@pytest.mark.full
 def test_a_disk_that_fills_while_the_run_trains(folder: Path, disk: Path) -> None:
     """It ends failed with the reason; resumed after space was freed, it has the very weights of a quiet run."""
     quiet = cli.phalanx(*cli.tiny(folder, "quiet", "train.steps=60"), cwd=folder)

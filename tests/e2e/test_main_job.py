@@ -55,6 +55,7 @@ def submit(folder: Path, name: str, *words: str) -> tuple[str, ...]:
     return ("submit", *cli.TINY, *cli.TP2_PP2, *fixed, *words)
 
 
+@pytest.mark.full
 def test_a_killed_ray_node_changes_nothing(folder: Path, undisturbed: RunStore) -> None:
     words = submit(
         folder, "embedded", *EMBEDDED, 'faults=["node_kill@node=1,step=8"]', "experiment.require_faults=true"
@@ -199,6 +200,7 @@ def on_cluster(cluster: netns.RayCluster, folder: Path) -> dict[str, str]:
     return {"RAY_AUTH_TOKEN": cluster.token, "RAY_AUTH_MODE": "token", "HOME": str(folder)}
 
 
+@pytest.mark.full
 @needs_namespaces
 def test_the_same_on_somebody_elses_cluster(cluster: netns.RayCluster, folder: Path, undisturbed: RunStore) -> None:
     """The controller runs there, our code is shipped, a node that is not ours to restart dies, and nothing differs."""
@@ -267,6 +269,7 @@ def test_a_head_that_comes_back_with_its_store_has_cost_nothing(
     assert EventKind.FAILURE_DETECTED not in {event.kind for event in run.events()}
 
 
+@pytest.mark.full
 @needs_namespaces
 def test_a_node_that_loses_its_power_on_somebody_elses_cluster(
     cluster: netns.RayCluster, folder: Path, undisturbed: RunStore

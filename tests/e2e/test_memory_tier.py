@@ -67,6 +67,7 @@ def persisters(store: RunStore) -> list[int]:
     return [pid for pid, command in cli.processes_of(store.paths.root) if "launcher.host.persist" in command]
 
 
+@pytest.mark.full
 def test_without_persisters_the_disk_is_what_is_left(folder: Path) -> None:
     """Killed on every node, and what they held with them: the run says so and goes on from the disk."""
     words = cli.tiny(folder, "forgetful", "train.steps=40")

@@ -15,6 +15,7 @@ from tests.support import cli
 pytestmark = pytest.mark.timeout(240)
 
 
+@pytest.mark.full
 def test_an_orphan_on_the_embedded_cluster_is_cancelled(tmp_path: Path) -> None:
     where = (f"run.dir={tmp_path / 'runs'}", "run.name=orphan", "data=text", cli.corpus(tmp_path))
     shape = ("cluster=local", "cluster.nodes=1", "cluster.slots_per_node=2", "cluster.spares=0", "strategy.tp=2")

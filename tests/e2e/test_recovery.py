@@ -128,6 +128,7 @@ def test_same_traceback_at_the_same_step_stops(folder: Path, undisturbed: RunSto
     cli.assert_nothing_left(folder / "runs" / "deterministic")
 
 
+@pytest.mark.full
 def test_budget_then_resume_renews_it(folder: Path, undisturbed: RunStore) -> None:
     faults = ["rank_kill@rank=0,step=5", "rank_kill@rank=1,step=6"]
     words = cli.tiny(folder, "budget", f"faults={json.dumps(faults)}", "recovery.max_restarts=1")
@@ -231,6 +232,7 @@ def test_orphan_is_cancelled(folder: Path) -> None:
     cli.assert_nothing_left(run.paths.root)
 
 
+@pytest.mark.full
 def test_orphan_without_anybody_ends_its_lease(folder: Path) -> None:
     """The gang goes on without a controller to its very end, and then frees what it holds."""
     process, run = started(folder, "lease", 3)

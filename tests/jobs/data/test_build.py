@@ -308,6 +308,7 @@ def test_importing_the_package_needs_no_libraries() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.full
 def test_the_standard_library(tmp_path: Path) -> None:
     data = prepare(DataSpec(kind="stdlib"), tmp_path, 2048, seq=128)
     meta = read_meta(Path(data.store))
