@@ -165,12 +165,13 @@ def _clear(controller: Controller, welcomes: Welcomes, *, asked: bool) -> list[O
         controller.gang.kill(number, grace_s=0.0)
     deadline = controller.clock.monotonic() + STOP_PATIENCE_S
     while left and controller.clock.monotonic() < deadline:
-        heard += _listen(controller)
-        for seen in heard:
+        news = _listen(controller)
+        heard += news
+        for seen in news:
             if seen.kind in ("killed", "agent_lost"):
                 left.pop(seen.node, None)
     deadline = controller.clock.monotonic() + REPLAY_S
-    while asked and welcomes and (news := _listen(controller)) and controller.clock.monotonic() < deadline:
+    while asked and welcomes and controller.clock.monotonic() < deadline and (news := _listen(controller)):
         heard += news
     return [seen for seen in heard if not (numbers and seen.kind == "exit" and seen.data.get("requested"))]
 

@@ -87,7 +87,7 @@ def compose(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: Anything is wrong with it; all problems at once.
     """
-    return _sound(draft(overrides))
+    return sound(draft(overrides))
 
 
 def draft(overrides: Sequence[str]) -> Draft:
@@ -131,7 +131,7 @@ def recompose(stored: Path, overrides: Sequence[str]) -> Config:
         fresh, _ = _compose_groups(given)
         for one in picked:
             tree[one.key] = fresh[one.key]
-    return _sound(_finish(tree, given, lambda key: str(stored), fresh=False))
+    return sound(_finish(tree, given, lambda key: str(stored), fresh=False))
 
 
 def to_yaml(config: Config) -> str:
@@ -338,7 +338,8 @@ def _finish(tree: DictConfig, given: list[Given], file_of: Callable[[str], str],
     return Draft(config=cast("Config | None", config), problems=located, model_known=known)
 
 
-def _sound(drafted: Draft) -> Config:
+def sound(drafted: Draft) -> Config:
+    """The configuration, if nothing is wrong with it; raises ConfigError with all that is."""
     _raise(drafted.problems)
     assert drafted.config is not None, "nothing is wrong with it"
     return drafted.config

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher import build
-from launcher.config import Draft, compose, draft
+from launcher.config import Draft, draft, sound
 from launcher.data_checks import data_spec
 from launcher.schema import Config
 from strategies.errors import ConfigError, PhalanxError, PlanInfeasible, Violation
@@ -30,11 +30,9 @@ def examined(overrides: Sequence[str], *, data: bool = True) -> Config:
         ConfigError: Something is wrong with them; what is wrong with plan and data is told with it.
     """
     found = draft(overrides)
-    if not found.problems and found.config is not None:
-        return found.config
-    more = _beside(found, data=data)
+    more = _beside(found, data=data) if found.problems else []
     if not more:
-        return compose(overrides)  # raises the problems of the values alone
+        return sound(found)
     raise _everything([*map(str, found.problems), *more])
 
 

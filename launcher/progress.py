@@ -73,7 +73,7 @@ def missing(point: ResumePoint, *, script: bool) -> str:
     if script or point.memory is not None or not point.path:
         return ""
     with contextlib.suppress(StorageError):  # whether it can be read is for those to say who have to
-        return "; ".join(checkpoint.absent(point.path)[:1])
+        return next(iter(checkpoint.absent(point.path)), "")
     return ""
 
 

@@ -37,6 +37,9 @@ class Copier:
     Args:
         optimizer: Whose state is copied.
         beside_bytes: Smaller copies are made at once.
+
+    Attributes:
+        waited_s: Seconds that training stood still for the newest copy after :meth:`start` had returned.
     """
 
     def __init__(self, optimizer: OptimizerAccess, *, beside_bytes: int = BESIDE_BYTES) -> None:
@@ -44,7 +47,7 @@ class Copier:
         self._beside_bytes = beside_bytes
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-copy")
         self._running: Future[None] | None = None
-        self._waited_s = 0.0
+        self.waited_s = 0.0
         optimizer.inner.register_step_pre_hook(lambda *_: self.wait())
 
     def start(self, turns: Iterable[Sequence[Copy]]) -> None:
@@ -52,7 +55,7 @@ class Copier:
 
         A small state has been copied when this returns, and so has one on disks, which is in memory by turns only.
         """
-        self._waited_s = 0.0
+        self.waited_s = 0.0
         for copies in turns:
             small = sum(copy.target.nbytes for copy in copies) < self._beside_bytes
             if small or self._optimizer.on_disks:
@@ -77,12 +80,7 @@ class Copier:
         if running is not None:
             begin = time.perf_counter()
             running.result()
-            self._waited_s = time.perf_counter() - begin
-
-    @property
-    def waited_s(self) -> float:
-        """Seconds that training stood still for the newest copy after :meth:`start` had returned."""
-        return self._waited_s
+            self.waited_s = time.perf_counter() - begin
 
 
 def _after(running: Future[None], act: Callable[[], None]) -> None:

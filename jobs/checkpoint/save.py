@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,7 @@ def snapshot(engine: Any, step: int) -> Snapshot:
     optimizer = access(getattr(engine, "ds", engine))
     image = image_of_state(optimizer)
     buffer = np.empty(image.bytes, np.uint8)
-    for copies in copies_of(optimizer, image, buffer.view(np.float32)):
+    for copies in copies_of(optimizer, runs_of(optimizer, image), image, buffer.view(np.float32)):
         copy_all(copies)
     return Snapshot(
         step=step,
@@ -127,24 +127,30 @@ def image_of_state(optimizer: OptimizerAccess) -> Image:
     return Image(slices=tuple(_piece(fragment) for fragment in _saved(optimizer)))
 
 
-def copies_of(optimizer: OptimizerAccess, image: Image, buffer: Array) -> Iterator[list[Copy]]:
+def copies_of(optimizer: OptimizerAccess, runs: Sequence[Run], image: Image, buffer: Array) -> Iterator[list[Copy]]:
     """What to copy into a buffer of ``image.bytes``, by the turns of :meth:`OptimizerAccess.resident`.
 
     Where that is one turn it is valid until the optimizer changes the state.
+
+    Raises:
+        PhalanxError: The optimizer keeps its state elsewhere by now.
     """
-    runs = _runs(optimizer, image)
+    left = len(runs)
     for owners in optimizer.resident(write=False):
-        copies = []
-        for run, (place, kind) in itertools.product(of_owners(runs, owners), enumerate(KINDS)):
+        here = of_owners(runs, owners)
+        copies, left = [], left - len(here)
+        for run, (place, kind) in itertools.product(here, enumerate(KINDS)):
             at = place * image.elements + run.at
             whole = optimizer.whole(run.owner, kind)  # a moment does not exist before the first step
             source = None if whole is None else _checked(whole[run.start : run.stop])
             copies.append(Copy(source, buffer[at : at + run.stop - run.start]))
         yield copies
+    if left:
+        raise PhalanxError(f"The optimizer has replaced {left} of {len(runs)} parts of its state since training began.")
 
 
 @dataclass(slots=True)
-class _Run:
+class Run:
     """Elements [start, stop) of an owner that go to ``at`` in every kind."""
 
     owner: torch.Tensor
@@ -153,9 +159,12 @@ class _Run:
     at: int
 
 
-def _runs(optimizer: OptimizerAccess, image: Image) -> list[_Run]:
-    """What is copied, neighbours at once: one large copy goes past the cache, many of a few MB take twice as long."""
-    runs: list[_Run] = []
+def runs_of(optimizer: OptimizerAccess, image: Image) -> list[Run]:
+    """What is copied, neighbours at once: one large copy goes past the cache, many of a few MB take twice as long.
+
+    The same as long as the engine lives.
+    """
+    runs: list[Run] = []
     for fragment, at in zip(_saved(optimizer), image.starts, strict=True):
         start, stop = (fragment.offset + end for end in fragment.save)
         last = runs[-1] if runs else None
@@ -167,7 +176,7 @@ def _runs(optimizer: OptimizerAccess, image: Image) -> list[_Run]:
         ):
             last.stop = stop
         else:
-            runs.append(_Run(fragment.owner, start, stop, at))
+            runs.append(Run(fragment.owner, start, stop, at))
     return runs
 
 

@@ -26,7 +26,7 @@ from jobs.checkpoint.layout import Place, Token
 from jobs.checkpoint.memory import StreamInfo, generation_of
 from jobs.checkpoint.persister import PersisterLink, unreachable
 from jobs.checkpoint.retention import tidied
-from jobs.checkpoint.save import copies_of, image_of_state, save
+from jobs.checkpoint.save import Run, copies_of, image_of_state, runs_of, save
 from jobs.checkpoint.state import rng_state, trainer_state
 from jobs.frames import FrameError, Message
 from jobs.hooks import Hooks
@@ -119,6 +119,7 @@ class BehindSaver:
         self._token = Token(env.epoch, env.attempt)
         self._root = RunPaths(env.run_dir).checkpoints
         self._image = Image(slices=())
+        self._runs: list[Run] = []
         self._buffers: dict[int, npt.NDArray[np.float32]] = {}
         self._pending: dict[str, Any] | None = None  # the checkpoint that is being written: step, stall_s
         self._in_memory = False
@@ -136,6 +137,7 @@ class BehindSaver:
         """See :class:`Saver`."""
         env, job = self._env, self._job
         self._image = image_of_state(self._optimizer)
+        self._runs = runs_of(self._optimizer, self._image)
         address = self._ask("hello")[0]["address"]
         first = {one.name: one.shape for one in self._image.slices if not one.start and not any(b[0] for b in one.box)}
         told = gather([address, first])
@@ -213,7 +215,7 @@ class BehindSaver:
         number, size = answer["buffer"], answer["bytes"]
         for fd in fds:
             self._buffers[number] = _mapped(fd, size)
-        self._copier.start(copies_of(self._optimizer, self._image, self._buffers[number]))
+        self._copier.start(copies_of(self._optimizer, self._runs, self._image, self._buffers[number]))
 
     def _record(self, extra: Mapping[str, Any]) -> dict[str, Any]:
         """What goes beside the tensors, as it is now."""

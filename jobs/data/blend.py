@@ -53,7 +53,7 @@ def flaws(data: DataSpec, vocab: int, *, most_bytes: float, form: bool = True) -
     Raises:
         ConfigError: A library is missing.
     """
-    bpe.library_version()
+    bpe.tokenizers_version()
     sources = named(data)
     problems = misformed(sources) if form else []
     survey_sources([one for one in sources if formed(one)], Processes(), problems, silent, most_bytes=most_bytes)
@@ -90,7 +90,7 @@ def prepare_mixture(
         StorageError: Something cannot be read or written.
     """
     bpe.check_vocab(vocab)
-    library = bpe.library_version()
+    library = bpe.tokenizers_version()
     runner = runner or Processes()
     problems = misformed(named(data))
     found = survey_sources(named(data), runner, problems, progress)

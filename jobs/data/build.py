@@ -69,7 +69,7 @@ def prepare(data: DataSpec, root: Path, vocab: int, progress: Progress = silent,
         StorageError: The corpus cannot be read, or the store cannot be written.
     """
     bpe.check_vocab(vocab)
-    library = bpe.library_version()
+    library = bpe.tokenizers_version()
     corpus = scan(data, lambda fraction: progress("reading", fraction))
     folder = root.absolute() / _key(corpus, vocab, library)
     try:

@@ -21,7 +21,7 @@ MAX_VOCAB = 1 << 31
 TRAINING_BYTES = 4 << 20
 
 
-def library_version() -> str:
+def tokenizers_version() -> str:
     """Version of the ``tokenizers`` library.
 
     Raises:

@@ -41,12 +41,13 @@ def step_option(function: Any) -> Any:
 @run_argument
 def ls(as_json: bool, folder: str | None, words: tuple[str, ...]) -> None:
     """List the committed checkpoints of RUN, newest first, and manifests that cannot be used."""
-    from jobs.checkpoint import damaged, list_checkpoints
+    from jobs.checkpoint import survey
     from launcher.render_checkpoint import checkpoints_text
 
     store = _store(words, folder)
-    rows = [_row(one) for one in list_checkpoints(store.paths.checkpoints)]
-    broken = [{"path": str(path), "reason": reason} for path, reason in damaged(store.paths.checkpoints)]
+    found, damaged = survey(store.paths.checkpoints)
+    rows = [_row(one) for one in found]
+    broken = [{"path": str(path), "reason": reason} for path, reason in damaged]
     document = {"schema_version": SCHEMA_VERSION, "run": store.name, "checkpoints": rows, "damaged": broken}
     if as_json:
         print_json(document)

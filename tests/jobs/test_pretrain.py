@@ -55,7 +55,8 @@ def restored_from(job: JobSpec) -> RestoredState:
 
 def test_the_same_run_is_welcome_under_another_name_and_plan(job: JobSpec) -> None:
     renamed = dataclasses.replace(job, model=dataclasses.replace(job.model, name="other"), run_id="other")
-    refuse_another_run(restored_from(job), renamed)
+    assert renamed != job
+    refuse_another_run(restored_from(job), renamed)  # raises nothing
 
 
 def test_another_run_is_refused_with_every_difference(job: JobSpec) -> None:

@@ -63,6 +63,7 @@ def test_a_disk_that_is_full_does_not_hold_up_a_recovery(tmp_path: Path) -> None
     store = make_run(tmp_path)
     store.paths.attempts.write_text("not a folder")
     rank_errors.keep(store.paths, 1, [failure(0, "x")])
+    assert rank_errors.read(store.paths, 1) == []
 
 
 def test_a_node_that_starts_ranks_afresh_is_said_once() -> None:

@@ -20,7 +20,7 @@ from jobs.checkpoint.fragments import OptimizerAccess, access
 from jobs.checkpoint.gang import gang_weights_digest
 from jobs.checkpoint.image import Image
 from jobs.checkpoint.restore import restore
-from jobs.checkpoint.save import Saved, copies_of, image_of_state, save
+from jobs.checkpoint.save import Saved, copies_of, image_of_state, runs_of, save
 from jobs.engine import Engine
 from jobs.paths import RunPaths
 from jobs.spec import JobSpec, RankEnv
@@ -130,7 +130,7 @@ def _train_beside_a_copy(engine: Engine, job: JobSpec, first: int, last: int) ->
 
     with patch("jobs.checkpoint.copying.copy_all", late):
         copier = Copier(optimizer, beside_bytes=0)
-        copier.start(copies_of(optimizer, image, copied))
+        copier.start(copies_of(optimizer, runs_of(optimizer, image), image, copied))
         results = _train(engine, job, first, last)
     hook.remove()
     _copy_now(optimizer, image, after)
@@ -142,7 +142,7 @@ def _train_beside_a_copy(engine: Engine, job: JobSpec, first: int, last: int) ->
 
 
 def _copy_now(optimizer: OptimizerAccess, image: Image, buffer: Array) -> None:
-    for copies in copies_of(optimizer, image, buffer):
+    for copies in copies_of(optimizer, runs_of(optimizer, image), image, buffer):
         copy_all(copies)
 
 
