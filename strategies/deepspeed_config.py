@@ -65,6 +65,7 @@ def deepspeed_config(
                 "weight_decay": weight_decay,
                 "adam_w_mode": True,
                 "torch_adam": True,  # torch's own AdamW: no compiled op, the same on every accelerator
+                "fused": True,  # one pass over the state instead of a dozen
             },
         },
         "scheduler": {"type": "WarmupCosineLR", "params": _cosine(lr, min_lr, warmup_steps, steps)},

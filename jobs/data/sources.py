@@ -15,7 +15,7 @@ from jobs.spec import SourceSpec
 from strategies.errors import ConfigError, StorageError
 
 KINDS = ("auto", "text", "jsonl", "parquet", "arrow", "stdlib")
-UNIT_BYTES = 8 << 20  # small enough that little is lost by a kill and all workers end together
+UNIT_BYTES = 2 << 20  # so small that a kill costs little and that all workers end together, on small corpora, too
 MAX_UNITS = 4096  # of a source: more shards than that are too many files
 _EXTENSIONS = {
     "jsonl": (".jsonl", ".ndjson", ".json"),
