@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +15,12 @@ from launcher.ray_client import is_dashboard
 from launcher.render import count, plural, table
 from launcher.request import LaunchRequest
 from launcher.schema import Config
+from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from jobs.data.work import Runner
+
+_NOTICED = 0.01  # so much may a run be longer or shorter than the epochs of its sources ask for
 
 
 def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> LaunchRequest:
@@ -46,6 +50,8 @@ def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> Laun
     runner = _runner(config, screen)
     data = prepare_mixture(spec, root, model.vocab, progress, seq=model.seq, samples=samples, runner=runner)
     screen.say(mixture_text(data, samples, model.seq))
+    if request.job.train.eval_every:
+        _require_validation(data, model.seq)
     return replace(request, job=replace(request.job, data=data))
 
 
@@ -80,6 +86,24 @@ def _runner(config: Config, screen: Screen) -> Runner:
     return Processes(config.data.workers or 0)
 
 
+def _require_validation(data: DataSpec, seq: int) -> None:
+    """Raise ConfigError where validation is asked for and there is not one sequence of it."""
+    from jobs.data.samples import Mixture
+    from jobs.data.shards import SIDES, VALID, read_source
+
+    if Mixture(data, seq, VALID).count:
+        return
+    metas = [read_source(Path(source.store)) for source in data.sources]
+    every = sum(meta.documents(side) for meta in metas for side in SIDES)
+    kept = plural(sum(meta.documents(VALID) for meta in metas), "document")
+    raise ConfigError(
+        "train.eval_every: there is nothing to validate with.",
+        why=f"data.validation={data.validation:g} keeps {kept} of {every} from training, of no source as much as a "
+        f"sequence (model.seq={seq} needs {seq + 1} tokens).",
+        hint="Raise data.validation, or leave train.eval_every out.",
+    )
+
+
 def mixture_text(data: DataSpec, samples: int, seq: int) -> str:
     """What a mixture is made of, and how many times each source is seen in a run of ``samples`` sequences."""
     from jobs.data.mixture import SHARES
@@ -101,4 +125,23 @@ def mixture_text(data: DataSpec, samples: int, seq: int) -> str:
     left_out = " and ".join(plural(number, word) for number, word in left if number)
     head = f"data: {plural(len(rows), 'source')}, {count(samples * seq)} tokens in the run"
     head += f", {left_out} left out" if left_out else ""
-    return f"{head}\n{table(('SOURCE', 'DOCUMENTS', 'TOKENS', 'WEIGHT', 'EPOCHS'), rows, right=range(1, 5))}"
+    shown = table(("SOURCE", "DOCUMENTS", "TOKENS", "WEIGHT", "EPOCHS"), rows, right=range(1, 5))
+    return "\n".join([head, shown, *_notes(data, samples, seq)])
+
+
+def _notes(data: DataSpec, samples: int, seq: int) -> Iterator[str]:
+    """What the table does not show: how much there is to validate with, and epochs that the run does not have."""
+    from jobs.data.samples import Mixture
+    from jobs.data.shards import VALID
+
+    if data.validation:
+        held = Mixture(data, seq, VALID)
+        none = [one.name for one, windows in zip(data.sources, held.windows, strict=True) if one.share and not windows]
+        without = f", none of them of {', '.join(none)}" if none and held.count else ""
+        yield f"to validate with: {plural(held.count, 'sequence')}{without}"
+    asked = sum((one.epochs or 0) * ((one.tokens - 1) // seq) for one in data.sources)
+    if not any(one.weight for one in data.sources) and abs(samples / asked - 1) > _NOTICED:
+        yield (
+            f"No source has a weight, so the epochs are proportions: they ask for {asked:,.0f} sequences, the run has "
+            f"{samples:,}. A run of that length, or a weight for a source, has them as they are."
+        )

@@ -71,15 +71,16 @@ def prepare(data: DataSpec, root: Path, vocab: int, progress: Progress = silent,
     bpe.check_vocab(vocab)
     library = bpe.tokenizers_version()
     corpus = scan(data, lambda fraction: progress("reading", fraction))
+    most = 3 * corpus.size + len(corpus.documents)  # a token is a byte at least, and a bad byte becomes three
+    if most < seq + 1:
+        raise too_short(corpus.where, f"at most {most}", seq)
     folder = root.absolute() / _key(corpus, vocab, library)
-    try:
-        meta = read_meta(folder)
-    except StorageError:
+    if not _whole(folder, progress):
         with _storage_errors(root):
             _build(corpus, vocab, library, folder, progress)
-        meta = read_meta(folder)
+    meta = read_meta(folder)
     if seq and meta.count < seq + 1:
-        raise too_short(meta, seq)
+        raise too_short(meta.corpus, str(meta.count), seq, most=meta.count - 1)
     progress("ready", 1.0)
     return dataclasses.replace(data, store=str(folder), digest=meta.digest, vocab=meta.vocab)
 
@@ -89,12 +90,22 @@ def _key(corpus: Corpus, vocab: int, library: str) -> str:
     return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:32]
 
 
+def _whole(folder: Path, progress: Progress = silent) -> bool:
+    """Whether a store is there, byte by byte as it was made. Reads all of it, which is less than its corpus."""
+    try:
+        meta = read_meta(folder)
+        progress("checking", 0.0)
+        return (file_digest(folder / TOKENS), file_digest(folder / TOKENIZER)) == (meta.digest, meta.tokenizer_digest)
+    except (OSError, StorageError):
+        return False
+
+
 def _build(corpus: Corpus, vocab: int, library: str, folder: Path, progress: Progress) -> None:
+    progress("training the tokenizer", 0.0)
+    tokenizer = bpe.train(corpus, vocab)  # before anything is written: it may be refused
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder.parent)
     with _aside(folder.parent) as aside:
-        progress("training the tokenizer", 0.0)
-        tokenizer = bpe.train(corpus, vocab)
         (aside / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
         count = _tokenize(corpus, tokenizer, aside / TOKENS, token_width(vocab), progress)
         meta = StoreMeta(
@@ -191,9 +202,8 @@ def _publish(aside: Path, folder: Path) -> None:
     try:
         os.rename(aside, folder)
     except OSError:
-        with contextlib.suppress(StorageError):
-            read_meta(folder)
-            return  # the other's store is whole, and the same
+        if _whole(folder):
+            return  # the other's store is the same
         ruin = Path(tempfile.mkdtemp(prefix=_FRESH, dir=folder.parent))
         os.rename(folder, ruin / folder.name)
         os.rename(aside, folder)

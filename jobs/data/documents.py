@@ -6,17 +6,19 @@ import gzip
 import importlib
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from jobs.data.corpus import PIECE_BYTES, character_start
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, StorageError
 
 HEAD_BYTES = 1 << 16  # of a document, which decide whether it is trained on
 COMPRESSED = (".gz", ".zst")
 SHOWN = 3
+_DAMAGE = (OSError, EOFError, ValueError, NotImplementedError, zlib.error)  # Arrow's are among them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,13 +85,17 @@ def read_part(kind: str, name: str, part: Part, found: Findings) -> Iterator[Pie
         found: Told what was left out.
 
     Raises:
-        OSError: The file cannot be read.
+        StorageError: The file cannot be read, or is damaged; it is named.
     """
-    if kind == "text":
-        yield from _text(part, found)
-        return
-    texts = _json_lines(part, name, found) if kind == "jsonl" else _rows(kind, part, name, found)
-    for text in texts:
+    try:
+        yield from _text(part, found) if kind == "text" else _records(kind, name, part, found)
+    except _DAMAGE as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        raise StorageError(f"{part.path}: cannot be read, or not to its end ({reason.splitlines()[0]})") from error
+
+
+def _records(kind: str, name: str, part: Part, found: Findings) -> Iterator[Piece]:
+    for text in _json_lines(part, name, found) if kind == "jsonl" else _rows(kind, part, name, found):
         if text and not text.isspace():
             yield Piece(text, text[:HEAD_BYTES].encode("utf-8", "replace")[:HEAD_BYTES], True)
         else:
@@ -151,6 +157,9 @@ def _json_lines(part: Part, name: str, found: Findings) -> Iterator[str]:
             except ValueError as error:
                 found.complain(found.lines, f"is not JSON ({str(error).partition(':')[0]})")
                 continue
+            except RecursionError:
+                found.complain(found.lines, "is nested too deeply")
+                continue
             text = _field(record, name, found, found.lines)
             if text is not None:
                 yield text
@@ -167,8 +176,19 @@ def _field(record: Any, name: str, found: Findings, place: int) -> str | None:
     elif not isinstance(record[name], str):
         found.complain(place, f"has no text in {name!r} but {type(record[name]).__name__}")
     else:
-        return str(record[name])
+        return _characters(record[name])
     return None
+
+
+def _characters(text: str) -> str:
+    """Text with U+FFFD for every half of a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _text(part: Part, found: Findings) -> Iterator[Piece]:

@@ -76,12 +76,15 @@ class Interleaving:
         return found
 
     def until_repeated(self, windows: Sequence[int]) -> int:
-        """How many samples there are before a source has used up its windows, a few less at most."""
+        """How many samples there are before a source would need a window a second time: not one fewer, not one more."""
         total = sum(self.weights)
-        return max(
-            0,
-            min((number - 2) * total // weight for number, weight in zip(windows, self.weights, strict=True) if weight),
-        )
+        used = [(number, weight) for number, weight in zip(windows, self.weights, strict=True) if weight]
+        low, high = 0, min((number + 2) * total // weight for number, weight in used) + 1
+        while high - low > 1:  # counts never fall, and none is further than 1.5 from its weight: it is in between
+            middle = (low + high) // 2
+            fits = all(count <= number for count, number in zip(self.counts(middle), windows, strict=True))
+            low, high = (middle, high) if fits else (low, middle)
+        return low
 
 
 def form_problems(sources: Sequence[SourceSpec], kinds: Sequence[str]) -> list[tuple[int, str, str, str]]:

@@ -80,8 +80,7 @@ class Mixture:
             source.share if windows > 0 else 0 for source, windows in zip(data.sources, self.windows, strict=True)
         ]
         self._turns = Interleaving(weights) if any(weights) else None
-        reach = self._turns.until_repeated(self.windows) if self._turns else 0
-        self.count = reach or (1 if self._turns else 0)
+        self.count = self._turns.until_repeated(self.windows) if self._turns else 0
 
     def locate(self, seed: int, index: int) -> tuple[int, int, int]:
         """Source, epoch of the source (from 0) and window of sample ``index``."""

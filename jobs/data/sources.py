@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,19 +89,43 @@ def _files(source: SourceSpec) -> tuple[str, list[Path]]:
     if source.kind in ("auto", "arrow") and (dataset := _dataset(root)):
         return "arrow", [dataset / name for name in _shards(dataset)]
     paths = walk(root)
-    kind = source.kind
-    if kind == "auto":
-        kind = next((one for one in _EXTENSIONS if any(_kind_of(path) == one for path in paths)), "text")
+    kind = _kind_of_all(root, paths) if source.kind == "auto" else source.kind
     chosen = [path for path in paths if kind == "text" or _kind_of(path) == kind]
     if not chosen:
         raise ConfigError(f"{root}: holds no files of kind {kind} ({len(paths)} files were found)")
     return kind, chosen
 
 
-def _kind_of(path: Path) -> str:
+def _kind_of_all(root: Path, paths: Sequence[Path]) -> str:
+    """The kind of all files of a folder; nothing of it is left out unasked.
+
+    Raises:
+        ConfigError: They are of more than one kind.
+    """
+    kinds = Counter(_kind_of(path) for path in paths)
+    if kinds.keys() == {"text", "jsonl"} and all(
+        _plain(path).endswith(".json") for path in paths if _kind_of(path) == "jsonl"
+    ):
+        return "text"  # beside text such a file is most likely none of JSON lines
+    if len(kinds) > 1:
+        told = ", ".join(f"{kinds[kind]} {kind}" for kind in sorted(kinds))
+        raise ConfigError(
+            f"{root}: holds files of more than one kind ({told}). Say which is meant, kind: "
+            f"{' or '.join(sorted(kinds))}, or give each a source and a folder of its own"
+        )
+    return next(iter(kinds), "text")
+
+
+def _plain(path: Path) -> str:
+    """The name of a file without what says how it is compressed."""
     name = path.name
     for ending in COMPRESSED:
         name = name.removesuffix(ending)
+    return name
+
+
+def _kind_of(path: Path) -> str:
+    name = _plain(path)
     return next((kind for kind, endings in _EXTENSIONS.items() if name.endswith(endings)), "text")
 
 

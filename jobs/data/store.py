@@ -120,7 +120,7 @@ class TokenStore:
                 f"the run was made with {data.digest[:12]} of vocabulary {data.vocab}",
             )
         if meta.count < seq + 1:
-            raise too_short(meta, seq)
+            raise too_short(meta.corpus, str(meta.count), seq, most=meta.count - 1)
         self.meta = meta
         self.seq = seq
         self.windows = (meta.count - 1) // seq
@@ -169,10 +169,17 @@ class TokenStore:
         return str(self.tokenizer().decode(tokens))
 
 
-def too_short(meta: StoreMeta, seq: int) -> ConfigError:
-    """The error for a corpus that does not fill one sequence."""
+def too_short(corpus: str, tokens: str, seq: int, most: int = 0) -> ConfigError:
+    """The error for a corpus that does not fill one sequence.
+
+    Args:
+        corpus: Which.
+        tokens: How many it has, in words.
+        seq: Tokens per sequence.
+        most: The longest sequence that it does fill; 0 if that is not known.
+    """
     return ConfigError(
-        f"The corpus {meta.corpus} is shorter than one sequence.",
-        why=f"It has {meta.count} tokens; model.seq={seq} needs {seq + 1}.",
-        hint=f"Use a larger corpus, or set model.seq to {max(1, meta.count - 1)} or less.",
+        f"The corpus {corpus} is shorter than one sequence.",
+        why=f"It has {tokens} tokens; model.seq={seq} needs {seq + 1}.",
+        hint=f"Use a larger corpus, or set model.seq to {most} or less." if most > 0 else "Use a larger corpus.",
     )

@@ -128,8 +128,17 @@ def _summary(source: SourceSpec, work: Sequence[Unit], parts: Sequence[tuple[Par
 
 
 def _problems(seen: Surveyed, parts: Sequence[tuple[Part, dict[str, Any]]]) -> list[str]:
-    """What is wrong with a source: no documents, or records that cannot be used, how many and where the first are."""
+    """What is wrong with a source: damaged files, no documents, or records that cannot be used, with the first."""
     source, bad = seen.source, sum(told["bad"] for _, told in parts)
+    damaged = list(dict.fromkeys(told["damage"] for _, told in parts if told["damage"]))
+    found = [f"{source.name}: {one}" for one in damaged[:_SHOWN]]
+    if len(damaged) > _SHOWN:
+        found.append(f"{source.name}: {len(damaged) - _SHOWN} more files cannot be read")
+    return found + _of_records(seen, parts, bad) if bad or not found else found
+
+
+def _of_records(seen: Surveyed, parts: Sequence[tuple[Part, dict[str, Any]]], bad: int) -> list[str]:
+    source = seen.source
     if not bad:
         if seen.documents or not wanted(source):
             return []

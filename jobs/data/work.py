@@ -72,12 +72,15 @@ def _perform(request: Request) -> Answer:
 def survey(unit: Unit, part: Part) -> Answer:
     """Read a part as it will be read: its digest, how much is in it, and what is wrong with it."""
     digest, documents, text_bytes = hashlib.sha256(), 0, 0
-    found = Findings()
-    for piece in read_part(unit.kind, unit.field, part, found):
-        data = piece.text.encode("utf-8", "replace")
-        digest.update(f"{len(data)}:{piece.last:d}:".encode() + data)
-        text_bytes += len(data)
-        documents += piece.last
+    found, damage = Findings(), ""
+    try:
+        for piece in read_part(unit.kind, unit.field, part, found):
+            data = piece.text.encode()
+            digest.update(f"{len(data)}:{piece.last:d}:".encode() + data)
+            text_bytes += len(data)
+            documents += piece.last
+    except StorageError as error:  # told with all else that is wrong, so that no file has to wait for another
+        damage = error.what
     return {
         "digest": digest.hexdigest(),
         "documents": documents,
@@ -87,6 +90,7 @@ def survey(unit: Unit, part: Part) -> Answer:
         "bad": found.bad,
         "problems": found.problems,
         "binary": found.binary,
+        "damage": damage,
     }
 
 

@@ -73,7 +73,7 @@ def test_preparing_again_reads_the_cache_and_tells_its_progress(corpus: Path, tm
     stamp = (Path(first.store) / "tokens.bin").stat().st_mtime_ns
     told.clear()
     assert prepare(text(corpus), tmp_path / "stores", 300, lambda phase, part: told.append((phase, part))) == first
-    assert {phase for phase, _ in told} == {"reading", "ready"}
+    assert {phase for phase, _ in told} == {"reading", "checking", "ready"}
     assert (Path(first.store) / "tokens.bin").stat().st_mtime_ns == stamp
     assert sorted(path.name for path in (tmp_path / "stores").iterdir()) == [Path(first.store).name]
     assert sorted(path.name for path in Path(first.store).iterdir()) == ["meta.json", "tokenizer.json", "tokens.bin"]
@@ -178,13 +178,16 @@ def test_a_vocabulary_that_the_corpus_cannot_give(corpus: Path, tmp_path: Path) 
     with pytest.raises(ConfigError, match="more than the corpus can give") as caught:
         prepare(text(corpus), tmp_path / "stores", 50_000)
     possible = int(caught.value.hint.split()[3])
-    assert list((tmp_path / "stores").iterdir()) == []
+    assert not (tmp_path / "stores").exists(), "nothing was written"
     assert prepare(text(corpus), tmp_path / "stores", possible).vocab == possible
 
 
 def test_a_corpus_shorter_than_one_sequence(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="shorter than one sequence") as caught:
+    with pytest.raises(ConfigError, match=r"shorter than one sequence(.|\n)*It has at most \d+ tokens"):
         prepare(text(corpus), tmp_path / "stores", 300, seq=10**6)
+    assert not (tmp_path / "stores").exists(), "what its length excludes is told before anything is written"
+    with pytest.raises(ConfigError, match="shorter than one sequence") as caught:
+        prepare(text(corpus), tmp_path / "stores", 300, seq=20_000)
     possible = int(caught.value.hint.split()[-3])
     data = prepare(text(corpus), tmp_path / "stores", 300, seq=possible)
     assert TokenStore(data, possible).windows == 1
@@ -216,6 +219,18 @@ def test_ranks_refuse_another_store(corpus: Path, tmp_path: Path) -> None:
     for other in others:
         with pytest.raises(StorageError, match="cannot be used"):
             TokenStore(dataclasses.replace(data, **other), 8)
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "tokenizer.json"])
+def test_a_flipped_byte_is_found_by_the_next_submit(corpus: Path, tmp_path: Path, name: str) -> None:
+    """Its size is right, so that only reading it can tell."""
+    data = prepare(text(corpus), tmp_path / "stores", 300)
+    path = Path(data.store) / name
+    good = path.read_bytes()
+    path.write_bytes(good[:99] + bytes([good[99] ^ 1]) + good[100:])
+    assert prepare(text(corpus), tmp_path / "stores", 300) == data
+    assert path.read_bytes() == good
+    assert [path.name for path in (tmp_path / "stores").iterdir()] == [Path(data.store).name]
 
 
 @pytest.mark.parametrize("damage", ["short", "gone", "meta", "version"])

@@ -65,11 +65,13 @@ def test_sources_take_turns() -> None:
 
 
 def test_how_far_validation_reaches_without_repeating() -> None:
-    order = Interleaving((3, 1))
-    reach = order.until_repeated((30, 30))
-    assert 30 <= reach < 40
-    assert all(count <= 30 for count in order.counts(reach))
-    assert order.until_repeated((30, 1)) == 0
+    for weights in WEIGHTS:
+        for windows in ([30] * len(weights), [1000, *([2] * (len(weights) - 1))], [1] * len(weights)):
+            order, reach = Interleaving(weights), 0
+            while all(count <= number for count, number in zip(order.counts(reach + 1), windows, strict=True)):
+                reach += 1
+            assert order.until_repeated(windows) == reach >= 1, (weights, windows)
+    assert Interleaving((99, 1)).until_repeated((1000, 2)) == 250
 
 
 def source(**fields: object) -> SourceSpec:
