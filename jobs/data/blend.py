@@ -1,8 +1,10 @@
 """Prepare a mixture: look at every source, tokenize each into shards that outlive a kill, and give each its share.
 
-Everything is looked at before anything is written, and all that is wrong is told at once. The store of a source is a
-folder named by what it depends on (its text, the tokenizer, the part for validation), so that other weights need no
-new tokens, and a submit that was killed goes on with the shards that are missing.
+Everything is looked at before anything is written, and all that is wrong is told at once; only what nobody knows before
+the text is tokenized comes later. The store of a source is a folder named by what it depends on (its text, the
+tokenizer, the part for validation), so that other weights need no new tokens, and a submit that was killed goes on with
+the shards that are missing. Shards that are found are read and compared with their digests; a restart or a resume of a
+run looks at their sizes only, because it must be fast.
 """
 
 from __future__ import annotations
@@ -16,23 +18,22 @@ from typing import TYPE_CHECKING
 
 from jobs.data import tokenizer as bpe
 from jobs.data.build import Progress, silent
-from jobs.data.mixture import SHARES, shares
+from jobs.data.fitting import excluded, settled
+from jobs.data.making import Place, Recipe, make_shards
 from jobs.data.shards import (
     FORMAT_VERSION,
     TRAIN,
     Shard,
     SourceMeta,
     close_store,
-    digest_of,
     open_store,
     read_shard,
     read_source,
 )
-from jobs.data.store import TOKENIZER, file_digest, token_width
-from jobs.data.surveying import Surveyed, formed, misformed, named, survey_sources, wanted
-from jobs.data.work import Processes, Request, Runner, answers, texts
+from jobs.data.store import TOKENIZER, file_digest
+from jobs.data.surveying import Surveyed, formed, misformed, named, survey_sources
+from jobs.data.work import Processes, Request, Runner, texts
 from jobs.spec import DataSpec, SourceSpec
-from strategies.codec import from_json, to_json
 from strategies.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -40,14 +41,17 @@ if TYPE_CHECKING:
 
 __all__ = ["flaws", "named", "prepare_mixture"]
 
+_PROOF = "digest"  # beside a tokenizer: the SHA-256 of its file
 
-def flaws(data: DataSpec, vocab: int, *, most_bytes: float, form: bool = True) -> list[str]:
+
+def flaws(data: DataSpec, vocab: int, *, most_bytes: float, seq: int = 0, form: bool = True) -> list[str]:
     """All that is wrong with a mixture and its tokenizer, where it is not going to be prepared. Writes nothing.
 
     Args:
         data: The mixture.
         vocab: Tokens of the model; 0 if that is not known.
         most_bytes: Of more text than so much, only what can be told without reading it.
+        seq: Tokens per sequence; 0 if that is not known.
         form: Say, too, what is wrong with the list of sources itself.
 
     Raises:
@@ -56,9 +60,10 @@ def flaws(data: DataSpec, vocab: int, *, most_bytes: float, form: bool = True) -
     bpe.tokenizers_version()
     sources = named(data)
     problems = misformed(sources) if form else []
-    survey_sources([one for one in sources if formed(one)], Processes(), problems, silent, most_bytes=most_bytes)
+    some = [one for one in sources if formed(one)]
+    found = survey_sources(some, Processes(), problems, silent, most_bytes=most_bytes)
     _given(data.tokenizer, vocab, problems)
-    return problems
+    return problems + excluded(found, seq, bytewise=not data.tokenizer)
 
 
 def prepare_mixture(
@@ -89,13 +94,12 @@ def prepare_mixture(
         ConfigError: Everything that is wrong with the sources and the tokenizer.
         StorageError: Something cannot be read or written.
     """
-    bpe.check_vocab(vocab)
     library = bpe.tokenizers_version()
     runner = runner or Processes()
     problems = misformed(named(data))
     found = survey_sources(named(data), runner, problems, progress)
     given = _given(data.tokenizer, vocab, problems)
-    _refuse(problems)
+    _refuse(problems + excluded(found, seq, samples, bytewise=given is None, validation=data.validation))
     try:
         tokenizer, folder = _tokenizer(given, found, root.absolute(), vocab, library, progress)
         metas = _tokenize(data, found, tokenizer, folder, runner, progress)
@@ -105,7 +109,7 @@ def prepare_mixture(
             why=f"{error.strerror or error}.",
             hint="Free some space or check the permissions, then submit again: shards that are finished are kept.",
         ) from error
-    parts = _shares(found, metas, seq, samples)
+    parts = settled(found, [meta for _, meta in metas], seq, samples)
     sources = tuple(
         replace(
             one.source,
@@ -147,8 +151,10 @@ def _refuse(problems: Sequence[str]) -> None:
 
 
 def _given(path: str, vocab: int, problems: list[str]) -> Tokenizer | None:
-    """The tokenizer that is given, checked; None for one to train."""
+    """The tokenizer that is given, checked; None for one to train, which can have ``vocab`` tokens."""
     if not path:
+        if flaw := bpe.vocab_flaw(vocab) if vocab else "":
+            problems.append(flaw)
         return None
     try:
         tokenizer = bpe.read_tokenizer(Path(path))
@@ -173,8 +179,8 @@ def _tokenizer(
     if given is None:
         parts = [FORMAT_VERSION, bpe.TRAINING_BYTES, library, vocab, *(one.digest for one in found)]
         key = _key("tokenizer", *parts)
-        with contextlib.suppress(ConfigError):
-            if (root / key / TOKENIZER).exists():
+        with contextlib.suppress(OSError):
+            if file_digest(root / key / TOKENIZER) == (root / key / _PROOF).read_text(encoding="utf-8"):
                 return bpe.read_tokenizer(root / key / TOKENIZER), root / key
         progress("training the tokenizer", 0.0)
         size = sum(one.text_bytes for one in found)
@@ -186,6 +192,7 @@ def _tokenizer(
     aside = folder / f".{TOKENIZER}"
     aside.write_text(given.to_str(), encoding="utf-8")
     aside.replace(folder / TOKENIZER)
+    (folder / _PROOF).write_text(file_digest(folder / TOKENIZER), encoding="utf-8")
     return given, folder
 
 
@@ -214,52 +221,27 @@ def _key(word: str, *parts: object) -> str:
 def _tokenize(
     data: DataSpec, found: Sequence[Surveyed], tokenizer: Tokenizer, folder: Path, runner: Runner, progress: Progress
 ) -> list[tuple[Path, SourceMeta]]:
-    """Every source's store: what is missing of it is made."""
-    vocab, end_id = bpe.vocabulary(tokenizer), bpe.end_token(tokenizer)
-    assert end_id is not None
-    width, digest = token_width(vocab), file_digest(folder / TOKENIZER)
-    stores = [
-        folder.parent / _key("source", FORMAT_VERSION, digest, end_id, one.digest, len(one.units), data.validation)
-        for one in found
-    ]
+    """Every source's store: what is missing of it, or damaged, is made."""
+    recipe = Recipe.of(tokenizer, folder / TOKENIZER, data.validation)
+    stores = [folder.parent / _key("source", *recipe.key(one)) for one in found]
     whole = [_whole(store) for store in stores]
-    requests, sizes = [], []
+    requests: list[Request] = []
+    sizes: list[int] = []
+    known: dict[Place, Shard] = {}
     for one, store, meta in zip(found, stores, whole, strict=True):
         if meta is None:
-            open_store(store, width)
-            for number, unit in enumerate(one.units):
-                sizes.append(unit.size)
-                requests.append(
-                    {
-                        "verb": "tokenize",
-                        "unit": to_json(unit),
-                        "folder": str(store),
-                        "number": number,
-                        "tokenizer": str(folder / TOKENIZER),
-                        "end_id": end_id,
-                        "width": width,
-                        "validation": data.validation,
-                    }
-                )
-    made = _make(requests, sizes, runner, progress)
+            open_store(store, recipe.width)
+        for number, unit in enumerate(one.units):
+            shard = read_shard(store, number) if meta is None else meta.shards[number]
+            if shard is not None:
+                known[str(store), number] = shard
+            sizes.append(unit.size)
+            requests.append(recipe.request(unit, store, number))
+    made = make_shards(requests, sizes, known, runner, progress)
     for one, store, meta in zip(found, stores, whole, strict=True):
-        if meta is None:
-            some = tuple(made[str(store), number] for number in range(len(one.units)))
-            close_store(
-                store,
-                SourceMeta(
-                    digest=digest_of(some, tokenizer=digest, end_id=end_id, width=width),
-                    width=width,
-                    vocab=vocab,
-                    end_id=end_id,
-                    tokenizer_digest=digest,
-                    source=one.source.path or one.source.kind,
-                    text_bytes=one.text_bytes,
-                    empty=one.empty,
-                    skipped=one.skipped,
-                    shards=some,
-                ),
-            )
+        shards = tuple(made[str(store), number] for number in range(len(one.units)))
+        if meta is None or meta.shards != shards:
+            close_store(store, recipe.meta(one, shards))
     return [(store, read_source(store)) for store in stores]
 
 
@@ -268,48 +250,3 @@ def _whole(store: Path) -> SourceMeta | None:
         return read_source(store)
     except StorageError:
         return None
-
-
-def _make(
-    requests: Sequence[Request], sizes: Sequence[int], runner: Runner, progress: Progress
-) -> dict[tuple[str, int], Shard]:
-    """Every shard that is asked for: those that are there, and the others made."""
-    made: dict[tuple[str, int], Shard] = {}
-    missing: list[tuple[Request, int]] = []
-    for request, size in zip(requests, sizes, strict=True):
-        shard = read_shard(Path(request["folder"]), request["number"])
-        if shard is None:
-            missing.append((request, size))
-        else:
-            made[request["folder"], request["number"]] = shard
-    todo, total = sum(size for _, size in missing), max(1, sum(sizes))
-
-    def tell(phase: str, part: float) -> None:
-        progress(phase, 1 - (1 - part) * todo / total)
-
-    told = answers(runner, [one for one, _ in missing], [size for _, size in missing], "tokenizing", tell)
-    for (request, _), answer in zip(missing, told, strict=True):
-        made[request["folder"], request["number"]] = from_json(Shard, answer["shard"])
-    return made
-
-
-def _shares(found: Sequence[Surveyed], metas: Sequence[tuple[Path, SourceMeta]], seq: int, samples: int) -> list[int]:
-    """Parts of all samples, by the sources' windows.
-
-    Raises:
-        ConfigError: A source is shorter than one sequence, or the epochs cannot be had.
-    """
-    windows = [max(0, (meta.tokens(TRAIN) - 1) // seq) for _, meta in metas]
-    problems = [
-        f"{one.source.name}: is shorter than one sequence: it has {meta.tokens(TRAIN)} tokens to train on, "
-        f"model.seq={seq} needs {seq + 1}"
-        for one, (_, meta), number in zip(found, metas, windows, strict=True)
-        if not number and wanted(one.source)
-    ]
-    parts, problem = shares([one.source for one in found], windows, samples) if not problems else ([], "")
-    if problem:
-        problems.append(f"data.sources: {problem}")
-    if problems:
-        raise ConfigError("The data do not fit the run:\n" + "\n".join(f"  - {one}" for one in problems))
-    assert sum(parts) == SHARES
-    return parts

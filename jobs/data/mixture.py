@@ -138,18 +138,23 @@ def shares(sources: Sequence[SourceSpec], windows: Sequence[int], samples: int) 
     asked, total = sum(wanted), sum(weights)
     if not total:
         return _whole([one / asked for one in wanted]), ""
-    if asked >= samples:
-        told = ", ".join(
-            f"{source.name} {source.epochs:g} x {number}"
-            for source, number in zip(sources, windows, strict=True)
-            if source.epochs
-        )
-        return (
-            [],
-            f"the epochs ask for {asked:.0f} samples ({told}), the run has {samples}: nothing is left for weights",
-        )
+    if problem := beyond(sources, windows, samples):
+        return [], problem
     rest = (samples - asked) / samples
     return _whole([one / samples + rest * weight / total for one, weight in zip(wanted, weights, strict=True)]), ""
+
+
+def beyond(sources: Sequence[SourceSpec], windows: Sequence[int], samples: int) -> str:
+    """What is wrong with epochs that leave nothing of a run of ``samples`` samples for weights; "" for nothing."""
+    asked = sum((source.epochs or 0.0) * number for source, number in zip(sources, windows, strict=True))
+    if asked < samples or not any(source.weight for source in sources):
+        return ""
+    told = ", ".join(
+        f"{source.name} {source.epochs:g} x {number}"
+        for source, number in zip(sources, windows, strict=True)
+        if source.epochs
+    )
+    return f"the epochs ask for {asked:.0f} samples ({told}), the run has {samples}: nothing is left for weights"
 
 
 def _whole(parts: Sequence[float]) -> list[int]:

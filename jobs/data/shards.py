@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.checkpoint.layout import sync_dir
 from jobs.data.documents import Findings, Piece, read_part
 from jobs.data.sources import Unit
+from jobs.data.store import file_digest
 from strategies.codec import from_json, to_json
 from strategies.errors import ConfigError, StorageError
 
@@ -127,6 +128,14 @@ def read_shard(folder: Path, number: int) -> Shard | None:
     except (OSError, ValueError, ConfigError):
         return None
     return shard if sizes == [shard.train.count * width, shard.valid.count * width] else None
+
+
+def is_whole(shard: Shard, folder: Path, number: int) -> bool:
+    """Whether the files of a shard are byte by byte what was made; reads them."""
+    try:
+        return all(file_digest(file_of(folder, number, side)) == getattr(shard, side).digest for side in SIDES)
+    except OSError:
+        return False
 
 
 def side_of(head: bytes, validation: float) -> str:

@@ -39,12 +39,17 @@ def tokenizers_version() -> str:
 
 def check_vocab(vocab: int) -> None:
     """Raise ConfigError when no byte-level tokenizer has ``vocab`` tokens."""
-    if not MIN_VOCAB <= vocab <= MAX_VOCAB:
+    if what := vocab_flaw(vocab):
         raise ConfigError(
-            f"model.vocab={vocab} is outside {MIN_VOCAB}..{MAX_VOCAB}.",
+            what,
             why="A byte-level tokenizer has 256 bytes and one end-of-document token, before any merge.",
             hint=f"Set model.vocab to {MIN_VOCAB} or more.",
         )
+
+
+def vocab_flaw(vocab: int) -> str:
+    """The same in a line; "" where one has."""
+    return "" if MIN_VOCAB <= vocab <= MAX_VOCAB else f"model.vocab={vocab} is outside {MIN_VOCAB}..{MAX_VOCAB}."
 
 
 def train(corpus: Corpus, vocab: int) -> Tokenizer:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jobs.data.documents import Findings, Part, Piece, read_part
-from jobs.data.shards import make_shard
+from jobs.data.shards import Shard, is_whole, make_shard
 from jobs.data.sources import Unit
 from strategies.codec import from_json, to_json
 from strategies.errors import PhalanxError, StorageError
@@ -43,7 +43,7 @@ class Runner(Protocol):
 
 
 def perform(request: Request) -> Answer:
-    """Do what is asked for: ``survey`` or ``tokenize`` a unit. An error is an answer with ``error``.
+    """Do what is asked for: ``survey`` or ``tokenize`` a unit, ``check`` a shard. An error is an answer with ``error``.
 
     ``worker`` in the answer is the id of the process.
     """
@@ -52,6 +52,9 @@ def perform(request: Request) -> Answer:
 
 def _perform(request: Request) -> Answer:
     try:
+        if request["verb"] == "check":
+            good = is_whole(from_json(Shard, request["shard"]), Path(request["folder"]), request["number"])
+            return {"shard": request["shard"] if good else None}
         unit = from_json(Unit, request["unit"])
         if request["verb"] == "survey":
             return {"parts": [survey(unit, part) for part in unit.parts]}

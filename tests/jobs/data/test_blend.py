@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.data import open_samples, prepare_mixture
@@ -149,11 +152,55 @@ def test_other_weights_need_no_new_tokens(sources: tuple[SourceSpec, ...], tmp_p
     first, runner = prepared(mixture(sources), tmp_path / "stores"), Inline()
     changed = [dataclasses.replace(sources[0], weight=1), *sources[1:]]
     second = prepared(mixture(changed), tmp_path / "stores", runner)
-    assert runner.verbs == {"survey": 3}
+    assert runner.verbs == {"survey": 3, "check": 3}
     assert second.digest != first.digest
     assert [one.store for one in second.sources] == [one.store for one in first.sources]
     write(tmp_path / "books.jsonl", documents("tome", 200), "body")
     assert prepared(mixture(sources), tmp_path / "stores", runner).digest != first.digest
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_flipped_byte_is_found_by_the_next_submit(
+    sources: tuple[SourceSpec, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    """Its size is right, so that only reading it can tell; of all shards just this one is made anew."""
+    monkeypatch.setattr("jobs.data.sources.UNIT_BYTES", 4000)
+    first, runner, phases = prepared(mixture(sources), tmp_path / "stores"), Inline(), []
+    path = Path(first.sources[0].store, "00001.train.bin")
+    good = path.read_bytes()
+    path.write_bytes(good[:99] + bytes([good[99] ^ 1]) + good[100:])
+    if not finished:  # as a kill leaves it
+        Path(first.sources[0].store, "meta.json").unlink()
+    second = prepare_mixture(
+        mixture(sources),
+        tmp_path / "stores",
+        300,
+        lambda phase, part: phases.append((phase, part)),
+        seq=SEQ,
+        samples=4000,
+        runner=runner,
+    )
+    assert second == first
+    assert path.read_bytes() == good
+    assert runner.verbs["tokenize"] == 1
+    assert runner.verbs["check"] == sum(len(read_source(Path(one.store)).shards) for one in first.sources) > 5
+    assert list(dict.fromkeys(phase for phase, _ in phases)) == [
+        "reading",
+        "checking",
+        "making 1 damaged shard anew",
+        "ready",
+    ]
+    assert all(0 <= part <= 1 for _, part in phases)
+
+
+def test_a_tokenizer_that_was_changed_is_trained_again(sources: tuple[SourceSpec, ...], tmp_path: Path) -> None:
+    first = prepared(mixture(sources), tmp_path / "stores")
+    path = Path(first.store, "tokenizer.json")
+    good = path.read_text()
+    path.write_text(good.replace('"type"', ' "type"', 1))
+    read_tokenizer(path)
+    assert prepared(mixture(sources), tmp_path / "stores") == first
+    assert path.read_text() == good
 
 
 def test_the_same_text_gives_the_same_digest_elsewhere(sources: tuple[SourceSpec, ...], tmp_path: Path) -> None:
@@ -230,14 +277,67 @@ def test_a_tokenizer_that_is_given(sources: tuple[SourceSpec, ...], tmp_path: Pa
     assert end_token(tokenizer) == data.end_id
 
 
+def test_damaged_files_are_told_with_all_else(tmp_path: Path) -> None:
+    whole = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in documents("x", 2000)).encode())
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "flipped.jsonl.gz").write_bytes(whole[:-8] + bytes(4) + whole[-4:])
+    (tmp_path / "plain.jsonl.gz").write_bytes(gzip.decompress(whole))
+    (tmp_path / "cut.jsonl.zst").write_bytes(pa.compress(gzip.decompress(whole), "zstd", asbytes=True)[:500])
+    pq.write_table(pa.table({"text": documents("x", 2000)}), tmp_path / "bad.parquet")
+    table = bytearray((tmp_path / "bad.parquet").read_bytes())
+    table[100:3000] = bytes(2900)
+    (tmp_path / "bad.parquet").write_bytes(table)
+    (tmp_path / "deep.jsonl").write_text('{"text": ' + "[" * 100_000 + "\n")
+    names = ("cut.jsonl.gz", "flipped.jsonl.gz", "plain.jsonl.gz", "cut.jsonl.zst", "bad.parquet", "deep.jsonl", "gone")
+    with pytest.raises(ConfigError) as caught:
+        prepared(
+            mixture([SourceSpec(path=str(tmp_path / one), name=f"s{one}", weight=1) for one in names]),
+            tmp_path / "stores",
+        )
+    said = str(caught.value)
+    for words in (
+        "The data have 7 problems",
+        *(f"  - s{one}: {tmp_path / one}: cannot be read, or not to its end (" for one in names[:5]),
+        "deep.jsonl:1: is nested too deeply",
+        "gone: there is no such file or folder",
+    ):
+        assert words in said, said
+    assert not (tmp_path / "stores").exists()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_half_a_surrogate_pair_is_text(tmp_path: Path, given: bool, sources: tuple[SourceSpec, ...]) -> None:
+    """JSON can escape it, UTF-8 cannot hold it, crawls have it."""
+    with (tmp_path / "books.jsonl").open("a") as file:
+        file.write('{"body": "bad \\ud83d half, good \\ud83d\\ude00 whole"}\n')
+    path = Path(prepared(mixture(sources[:1]), tmp_path / "given").store, "tokenizer.json") if given else ""
+    data = prepared(mixture(sources, tokenizer=str(path)), tmp_path / "stores")
+    assert _texts(data, data.sources[1], "train")[-1] == "bad \ufffd half, good \U0001f600 whole"
+
+
+def test_what_the_text_alone_excludes_is_told_before_anything_is_written(
+    sources: tuple[SourceSpec, ...], tmp_path: Path
+) -> None:
+    short = SourceSpec(path=str(write(tmp_path / "short.jsonl", ["xyz"])), weight=1)
+    with pytest.raises(ConfigError) as caught:
+        prepare_mixture(mixture([*sources, short]), tmp_path / "stores", 100, seq=SEQ, samples=4000, runner=Inline())
+    said = str(caught.value)
+    assert "The data have 2 problems" in said
+    assert "model.vocab=100 is outside 257" in said
+    assert "short: is shorter than one sequence: it has at most 4 tokens to train on, model.seq=16 needs 17" in said
+    with pytest.raises(ConfigError, match=r"epochs ask for 24 samples \(wiki 3.4 x 7\), the run has 10: .*, at least"):
+        prepared(mixture(sources), tmp_path / "stores", samples=10)
+    assert not (tmp_path / "stores").exists()
+
+
 def test_a_source_that_is_too_short(tmp_path: Path) -> None:
     data = mixture(
         [
             SourceSpec(path=str(write(tmp_path / "a.jsonl", documents("word", 100))), weight=1),
-            SourceSpec(path=str(write(tmp_path / "b.jsonl", ["x"])), weight=1),
+            SourceSpec(path=str(write(tmp_path / "b.jsonl", ["word word word word"])), weight=1),
         ]
     )
-    with pytest.raises(ConfigError, match="b: is shorter than one sequence: it has 2 tokens to train on"):
+    with pytest.raises(ConfigError, match=r"b: is shorter than one sequence: it has \d tokens to train on"):
         prepared(data, tmp_path / "stores")
 
 

@@ -149,3 +149,25 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             units(SourceSpec(path=str(tmp_path / path), field=field))
         assert words in caught.value.what
+
+
+def test_nothing_of_a_folder_is_left_out_unasked(tmp_path: Path) -> None:
+    """Of a folder with files of several kinds phalanx does not choose one."""
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("some text")
+    (tmp_path / "metadata.json").write_text("{}")
+    (unit,) = units(SourceSpec(path=str(tmp_path)))
+    assert (unit.kind, len(unit.parts)) == ("text", 4), "JSON beside text is a text as well"
+    (tmp_path / "a.jsonl").write_bytes(lines())
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines()))
+    write_table(tmp_path / "c.parquet", "parquet")
+    with pytest.raises(ConfigError) as caught:
+        units(SourceSpec(path=str(tmp_path)))
+    assert "more than one kind (3 jsonl, 1 parquet, 3 text)" in caught.value.what
+    assert "kind: jsonl or parquet or text" in caught.value.what
+    (unit,) = units(SourceSpec(path=str(tmp_path), kind="parquet"))
+    assert [Path(part.path).name for part in unit.parts] == ["c.parquet"]
+    for path in (*tmp_path.glob("*.txt"), *tmp_path.glob("*.parquet"), *tmp_path.glob("*.jsonl*")):
+        path.unlink()
+    (unit,) = units(SourceSpec(path=str(tmp_path)))
+    assert unit.kind == "jsonl", "some call their JSON lines so"
