@@ -1,9 +1,10 @@
-"""What a configuration says of its data, and what is wrong with that before any file is looked at. Pure."""
+"""What a configuration says of its data, and what is wrong with that before any file is looked at."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from jobs.data.mixture import form_problems
@@ -61,6 +62,15 @@ def sources_outline(config: Config) -> list[dict[str, Any]] | None:
         }
         for one in sources
     ]
+
+
+def absent(config: Config) -> list[str]:
+    """Paths of the data that are not on this machine; they may be where the run is submitted."""
+    data = config.data
+    if config.job.kind != "pretrain":
+        return []
+    paths = [data.path if data.kind == "text" else None, *(one.path for one in data.sources), data.tokenizer]
+    return [path for path in paths if path and not Path(path).expanduser().exists()]
 
 
 def data_problems(config: Config) -> Iterator[Problem]:

@@ -14,10 +14,12 @@ class SourceConfig:
         path: File or folder; every node sees it under this path where the work is spread over a cluster.
         name: What it is called; null means the last part of ``path``.
         kind: ``text`` (a file is a document), ``jsonl`` (also ``.gz`` and ``.zst``), ``parquet``, ``arrow`` (a Hugging
-            Face dataset as ``save_to_disk`` leaves it), ``stdlib``; ``auto`` goes by the names of the files.
+            Face dataset as ``save_to_disk`` leaves it), ``stdlib``; of a folder ``text`` is every file, the others are
+            the files of that kind. ``auto`` goes by the names of the files, which have to be of one kind.
         field: Field of a record that holds the text.
         weight: Share of the run's tokens, in proportion to the weights of the others.
-        epochs: Instead of a weight: how many times its tokens are seen in the whole run.
+        epochs: Instead of a weight: how many times its tokens are seen in the whole run. If no source has a weight,
+            nothing can fill or give way to make that exact: the epochs are proportions then, and the run says so.
     """
 
     path: str | None = None

@@ -33,7 +33,7 @@ def examined(overrides: Sequence[str], *, data: bool = True) -> Config:
     more = _beside(found, data=data) if found.problems else []
     if not more:
         return sound(found)
-    raise _everything([*map(str, found.problems), *more])
+    raise everything([*map(str, found.problems), *more])
 
 
 def with_data(broken: PlanInfeasible, config: Config) -> PhalanxError:
@@ -44,10 +44,11 @@ def with_data(broken: PlanInfeasible, config: Config) -> PhalanxError:
         config: Settled, and nothing is wrong with its values.
     """
     data = _of_data(config, vocab=config.model.vocab)
-    return _everything([*(str(one) for one in broken.violations or [broken.what]), *data]) if data else broken
+    return everything([*(str(one) for one in broken.violations or [broken.what]), *data]) if data else broken
 
 
-def _everything(lines: Sequence[str]) -> ConfigError:
+def everything(lines: Sequence[str]) -> ConfigError:
+    """All that is wrong as one error."""
     told = "\n".join(f"  - {line}" for line in lines)
     return ConfigError(f"The run has {len(lines)} problems:\n{told}", hint="Nothing was written.")
 
@@ -85,17 +86,27 @@ def _of_data(config: Config, *, vocab: int, formed: bool = False) -> list[str]:
         return []
     spec = data_spec(config)
     if not spec.mixed:
-        return _of_path(config)
+        return of_text(config, vocab=vocab)
     from jobs.data.blend import flaws
 
     try:
-        return flaws(spec, vocab, most_bytes=MOST_BYTES, form=not formed)
+        seq = config.model.seq if vocab else 0
+        return flaws(spec, vocab, most_bytes=MOST_BYTES, seq=seq, form=not formed)
     except PhalanxError as error:  # a library is missing, or a disk is bad
         return [error.what]
 
 
-def _of_path(config: Config) -> list[str]:
+def of_text(config: Config, *, vocab: int) -> list[str]:
+    """What is wrong with data that are no mixture, before they are read.
+
+    Args:
+        config: Settled.
+        vocab: Tokens of the model; 0 if that is not known.
+    """
+    from jobs.data.tokenizer import vocab_flaw
+
+    found = [flaw] if (flaw := vocab_flaw(vocab) if vocab else "") else []
     path = config.data.path
-    if config.data.kind != "text" or not path or Path(path).exists():
-        return []
-    return [f"data.path: there is no such file or folder: {path}"]
+    if config.data.kind == "text" and path and not Path(path).exists():
+        found.append(f"data.path: there is no such file or folder: {path}")
+    return found

@@ -62,7 +62,9 @@ def _last_word(document: Mapping[str, Any], cluster: ClusterSpec) -> str:
     more = f"\nAll about it: phalanx plan {_chosen(document)}" if document.get("search") else ""
     if not document["violations"]:
         needed = " and cluster.address=IP:PORT" if cluster.kind == "existing" and not cluster.address else ""
-        return f"This plan can run. phalanx submit with the same overrides{needed} starts it.{more}"
+        absent = document.get("absent_data")
+        where = f"Its data are not on this machine: {', '.join(absent)}. Where they are, " if absent else ""
+        return f"This plan can run. {where}phalanx submit with the same overrides{needed} starts it.{more}"
     one = document["violations"][0]
     hint = f" ({one['hint']})" if one["hint"] else ""
     return f"This plan can be modelled only; submit would refuse it: {one['message']}{hint}.{more}"
@@ -119,8 +121,9 @@ def sources_line(sources: Sequence[Mapping[str, Any]]) -> str:
         f"{one['epochs']:g} epochs" if one["share"] is None else f"{100 * one['share']:.2f} %" for one in sources
     ]
     told = [f"{one['name']} {amount}" for one, amount in zip(sources, amounts, strict=True)]
-    both = {one["share"] is None for one in sources} == {True, False}
-    return f"{plural(len(sources), 'source')}: {', '.join(told)}" + (" (% of what the epochs leave)" if both else "")
+    kinds = {one["share"] is None for one in sources}
+    note = {(True,): " (proportions, since none has a weight)", (False, True): " (% of what the epochs leave)"}
+    return f"{plural(len(sources), 'source')}: {', '.join(told)}" + note.get(tuple(sorted(kinds)), "")
 
 
 def ramp_line(batch: BatchSpec, plan: ParallelPlan) -> str:

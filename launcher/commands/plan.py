@@ -270,7 +270,7 @@ def plan_document(
         searched: The search that the plan came from.
     """
     from launcher.build import outline_deepspeed
-    from launcher.data_checks import sources_outline
+    from launcher.data_checks import absent, sources_outline
     from strategies import memory
     from strategies.codec import to_json
 
@@ -297,6 +297,7 @@ def plan_document(
         "precision": config.train.precision,
         "batch": to_json(sketch.batch),
         "sources": sources_outline(config),
+        "absent_data": absent(config),
         "cluster": to_json(sketch.cluster),
         "estimate": estimate,
         "search": searched,

@@ -95,3 +95,27 @@ def test_data_that_are_refused_leave_no_folder(folder: Path, capsys: pytest.Capt
     assert refused("model=moe_tiny", "data=mixture", SOURCES, "cluster=process", "strategy.dp=1") == 2
     assert "The data have 2 problems" in capsys.readouterr().err
     assert not (folder / "runs").exists()
+
+
+def test_a_plan_says_which_data_are_not_here(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They may be where the run is submitted, so that the plan can run all the same."""
+    words = ("data=mixture", SOURCES, "data.tokenizer=nowhere.json", "cluster=process")
+    assert refused(*words, verb="plan") == 0
+    said = capsys.readouterr().out
+    assert "Its data are not on this machine: gone, nowhere.json. Where they are, phalanx submit" in said
+    assert refused("cluster=process", verb="plan") == 0
+    assert "This plan can run. phalanx submit with the same overrides starts it." in capsys.readouterr().out
+
+
+def test_a_vocabulary_that_no_tokenizer_has_comes_with_the_rest(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused("model.vocab=100", "data=mixture", SOURCES, "cluster=process", "strategy.dp=1") == 2
+    said = capsys.readouterr().err
+    assert "The data have 3 problems" in said
+    assert "model.vocab=100 is outside 257" in said
+    words = ("model.vocab=100", "data=text", "data.path=gone", "train.eval_every=1", "cluster=process")
+    assert refused(*words) == 2
+    said = capsys.readouterr().err
+    assert "The run has 3 problems" in said
+    assert "model.vocab=100 is outside 257" in said

@@ -43,6 +43,7 @@ def test_a_plan_tells_what_a_mixture_is_made_of() -> None:
         "3 sources: crawl 75.00 %, books 25.00 %, wiki 3.4 epochs (% of what the epochs leave)"
     )
     assert sources_line(shown[:1]) == "1 source: crawl 75.00 %"
+    assert sources_line(shown[2:]) == "1 source: wiki 3.4 epochs (proportions, since none has a weight)"
     assert sources_outline(compose(["data=stdlib"])) is None
 
 
@@ -60,6 +61,49 @@ def test_every_mistake_at_once() -> None:
     assert "data.kind=stdlib has none" in problem(SOURCES)
     assert "unknown key 'wieght'" in problem("data=mixture", "data.sources=[{path: a, wieght: 1}]")
     assert "expected at most 0.5" in problem("data.validation=0.7")
+
+
+def small(tmp_path: Path, *words: str, sources: str = "{path: %s/a.jsonl, weight: 1}") -> str:
+    """What people are told of a prepared mixture of 900 short documents."""
+    lines = (json.dumps({"text": f"a {n} and {n * n}"}) for n in range(900))
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    given = f"data.sources=[{sources % tmp_path}]"
+    words = ("data=mixture", given, "model.vocab=300", "model.seq=16", "cluster=process", "data.workers=1", *words)
+    config = build.settle(compose(words), name="run", cwd=tmp_path)
+    shown = io.StringIO()
+    prepare_data(config, build.build_request(config, words), Screen(shown))
+    return shown.getvalue()
+
+
+def test_validation_that_is_asked_for_and_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        small(tmp_path, "data.validation=0.0001", "train.eval_every=1")
+    assert "there is nothing to validate with" in caught.value.what
+    assert "data.validation=0.0001 keeps 0 documents of 900 from training" in caught.value.why
+    said = small(tmp_path, "data.validation=0.1", "train.eval_every=1")
+    assert 40 < int(said.partition("to validate with: ")[2].split()[0]) < 100
+    assert "to validate with: 0 sequences" in small(tmp_path, "data.validation=0.0001")
+
+
+def test_epochs_that_are_only_proportions_are_told(tmp_path: Path) -> None:
+    only = "{path: %s/a.jsonl, epochs: 3.4}"
+    said = small(tmp_path, "train.steps=2", "train.global_batch=8", sources=only)
+    assert "the epochs are proportions: they ask for 1,822 sequences" in said
+    assert "the run has 16." in said
+    asked = int(said.partition("they ask for ")[2].split()[0].replace(",", ""))
+    said = small(tmp_path, f"train.steps={round(asked / 8)}", "train.global_batch=8", sources=only)
+    assert "proportions" not in said
+    assert said.splitlines()[-1].split()[-1] == "3.40"
+
+
+def test_text_and_vocabulary_are_told_together(tmp_path: Path) -> None:
+    words = ["data=text", f"data.path={tmp_path}/gone", "model.vocab=100", "cluster=process"]
+    config = build.settle(compose(words), name="run", cwd=tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        prepare_data(config, build.build_request(config, words), Screen(io.StringIO()))
+    assert "The run has 2 problems" in caught.value.what
+    assert "model.vocab=100 is outside 257" in caught.value.what
+    assert "there is no such file or folder" in caught.value.what
 
 
 def test_a_small_mixture_is_prepared_and_told(tmp_path: Path) -> None:
