@@ -53,7 +53,7 @@ def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> Laun
     data = prepare_mixture(spec, root, model.vocab, progress, seq=model.seq, samples=samples, runner=runner)
     screen.say(mixture_text(data, samples, model.seq))
     if request.job.train.eval_every:
-        _require_validation(data, model.seq)
+        require_validation(data, model.seq)
     return replace(request, job=replace(request.job, data=data))
 
 
@@ -88,7 +88,7 @@ def _runner(config: Config, screen: Screen) -> Runner:
     return Processes(config.data.workers or 0)
 
 
-def _require_validation(data: DataSpec, seq: int) -> None:
+def require_validation(data: DataSpec, seq: int) -> None:
     """Raise ConfigError where validation is asked for and there is not one sequence of it."""
     from jobs.data.samples import Mixture
     from jobs.data.shards import SIDES, VALID, read_source

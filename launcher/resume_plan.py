@@ -15,7 +15,7 @@ from launcher.data_checks import unprepared
 from launcher.describe import plan_line
 from launcher.follow import Screen
 from launcher.lock import controlled
-from launcher.preparation import prepare_data
+from launcher.preparation import prepare_data, require_validation
 from launcher.request import LaunchRequest
 from launcher.resume_diff import Change, compare
 from launcher.run import Run, RunState
@@ -159,7 +159,12 @@ def _live_steps(store: RunStore, run: Run) -> int | None:
 
 
 def _with_data(config: Config, before: LaunchRequest, after: LaunchRequest) -> LaunchRequest:
-    """The prepared data: those of the run as long as nothing about them changes and they are still there."""
+    """The prepared data: those of the run as long as nothing about them changes and they are still there.
+
+    Raises:
+        ConfigError: There is nothing to validate with, which is asked for only now; or the data are refused.
+        StorageError: They cannot be read.
+    """
     old, new = before.job, after.job
     if old.inference is not None and new.inference is not None:  # its rows, and how many batches they make
         made = {name: getattr(old.inference, name) for name in ("tokenizer", "start", "end", "rows", "digest", "count")}
@@ -168,6 +173,8 @@ def _with_data(config: Config, before: LaunchRequest, after: LaunchRequest) -> L
     same = new.kind == old.kind and unprepared(new.data) == unprepared(old.data)
     there = all(Path(store).is_dir() for store in (old.data.store, *(one.store for one in old.data.sources)))
     if same and new.model.vocab == old.model.vocab and (new.kind == "script" or there):
+        if new.train.eval_every and not old.train.eval_every:
+            require_validation(old.data, new.model.seq)
         return replace(after, job=replace(new, data=old.data))
     if new.model != old.model or new.kind != old.kind:
         return replace(after, job=replace(new, data=old.data))  # refused anyway: do not tokenize for it

@@ -15,7 +15,9 @@ from launcher.data_checks import data_spec, sources_outline, unprepared
 from launcher.follow import Screen
 from launcher.preparation import mixture_text, prepare_data
 from launcher.render_plan import sources_line
+from launcher.request import LaunchRequest
 from launcher.resume_diff import compare
+from launcher.resume_plan import _with_data
 from strategies.errors import ConfigError
 
 SOURCES = "data.sources=[{path: a.jsonl, weight: 3}, {path: wiki, name: w, epochs: 3.4, field: body}]"
@@ -65,14 +67,18 @@ def test_every_mistake_at_once() -> None:
 
 def small(tmp_path: Path, *words: str, sources: str = "{path: %s/a.jsonl, weight: 1}") -> str:
     """What people are told of a prepared mixture of 900 short documents."""
+    return small_request(tmp_path, *words, sources=sources)[1]
+
+
+def small_request(tmp_path: Path, *words: str, sources: str) -> tuple[LaunchRequest, str]:
     lines = (json.dumps({"text": f"a {n} and {n * n}"}) for n in range(900))
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     given = f"data.sources=[{sources % tmp_path}]"
     words = ("data=mixture", given, "model.vocab=300", "model.seq=16", "cluster=process", "data.workers=1", *words)
     config = build.settle(compose(words), name="run", cwd=tmp_path)
     shown = io.StringIO()
-    prepare_data(config, build.build_request(config, words), Screen(shown))
-    return shown.getvalue()
+    request = prepare_data(config, build.build_request(config, words), Screen(shown))
+    return request, shown.getvalue()
 
 
 def test_validation_that_is_asked_for_and_not_there_is_refused(tmp_path: Path) -> None:
@@ -82,7 +88,12 @@ def test_validation_that_is_asked_for_and_not_there_is_refused(tmp_path: Path) -
     assert "data.validation=0.0001 keeps 0 documents of 900 from training" in caught.value.why
     said = small(tmp_path, "data.validation=0.1", "train.eval_every=1")
     assert 40 < int(said.partition("to validate with: ")[2].split()[0]) < 100
-    assert "to validate with: 0 sequences" in small(tmp_path, "data.validation=0.0001")
+    one = "{path: %s/a.jsonl, weight: 1}"
+    before, said = small_request(tmp_path, "data.validation=0.0001", sources=one)
+    assert "to validate with: 0 sequences" in said
+    job = replace(before.job, train=replace(before.job.train, eval_every=1))
+    with pytest.raises(ConfigError, match="nothing to validate with"):  # a resume that asks for it only now
+        _with_data(compose(["cluster=process"]), before, replace(before, job=job))
 
 
 def test_epochs_that_are_only_proportions_are_told(tmp_path: Path) -> None:
