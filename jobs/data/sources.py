@@ -141,7 +141,10 @@ def _dataset(root: Path) -> Path | None:
 
 def _shards(dataset: Path) -> list[str]:
     state = _read(dataset / "state.json")
-    return [str(one["filename"]) for one in state.get("_data_files", [])]
+    try:
+        return [str(one["filename"]) for one in state["_data_files"]]
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{dataset / 'state.json'}: does not name the files of a dataset (_data_files)") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -156,14 +156,23 @@ def test_a_mixture_is_tokenized_on_the_nodes(cluster: netns.RayCluster, tmp_path
             name: prepare_mixture(data, tmp_path / name, 300, seq=16, samples=10, runner=runner)
             for name, runner in runners.items()
         }
+        damaged = Path(made["there"].sources[0].store, "00001.train.bin")
+        good = damaged.read_bytes()
+        damaged.write_bytes(bytes(9) + good[9:])
+        again = prepare_mixture(data, tmp_path / "there", 300, seq=16, samples=10, runner=runners["there"])
+        assert (again, damaged.read_bytes()) == (made["there"], good), "read on the nodes, and made anew"
     assert made["there"].digest == made["here"].digest
     assert len(Watched.nodes) >= 2, "the work is spread"
     gone = dataclasses.replace(data, sources=(SourceSpec(path=str(tmp_path / "gone"), weight=1),))
     with pytest.raises(ConfigError, match="there is no such file"):
         prepare_mixture(gone, tmp_path / "x", 300, seq=16, samples=10, runner=runners["there"])
     unit = {"kind": "jsonl", "field": "text", "parts": [{"path": str(tmp_path / "gone.jsonl")}], "size": 1}
+    ((_, answer),) = runners["there"]([{"verb": "survey", "unit": unit}])
+    assert "gone.jsonl: cannot be read" in answer["parts"][0]["damage"], "a file is told with all else that is wrong"
+    shard = {"folder": str(tmp_path), "number": 0, "end_id": 0, "width": 2, "validation": 0.0}
+    tokenizer = f"{made['here'].store}/tokenizer.json"
     with pytest.raises(StorageError, match=r"gone\.jsonl"):
-        list(runners["there"]([{"verb": "survey", "unit": unit}]))
+        list(runners["there"]([{"verb": "tokenize", "unit": unit, "tokenizer": tokenizer} | shard]))
 
 
 @pytest.mark.parametrize("given", [WRONG, ""], ids=["wrong", "none"])

@@ -139,12 +139,15 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_text("no table")
     (tmp_path / "splits").mkdir()
     (tmp_path / "splits" / "dataset_dict.json").write_text('{"splits": ["test", "dev"]}')
+    dataset(tmp_path / "odd")
+    (tmp_path / "odd" / "state.json").write_text('{"_data_files": [1]}')
     for path, field, words in [
         ("gone", "text", "there is no such file or folder"),
         ("empty", "text", "holds no files of kind text (0 files were found)"),
         ("a.parquet", "body", "has no field 'body' (its fields: id, text)"),
         ("b.parquet", "text", "is not parquet"),
         ("splits", "text", "has no split 'train'; give the folder of one of test, dev"),
+        ("odd", "text", "state.json: does not name the files of a dataset"),
     ]:
         with pytest.raises(ConfigError) as caught:
             units(SourceSpec(path=str(tmp_path / path), field=field))
