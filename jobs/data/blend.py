@@ -62,8 +62,8 @@ def flaws(data: DataSpec, vocab: int, *, most_bytes: float, seq: int = 0, form: 
     problems = misformed(sources) if form else []
     some = [one for one in sources if formed(one)]
     found = survey_sources(some, Processes(), problems, silent, most_bytes=most_bytes)
-    _given(data.tokenizer, vocab, problems)
-    return problems + excluded(found, seq, bytewise=not data.tokenizer)
+    given = _given(data.tokenizer, vocab, problems)
+    return problems + excluded(found, seq, given)
 
 
 def prepare_mixture(
@@ -99,7 +99,7 @@ def prepare_mixture(
     problems = misformed(named(data))
     found = survey_sources(named(data), runner, problems, progress)
     given = _given(data.tokenizer, vocab, problems)
-    _refuse(problems + excluded(found, seq, samples, bytewise=given is None, validation=data.validation))
+    _refuse(problems + excluded(found, seq, given, samples=samples, validation=data.validation))
     try:
         tokenizer, folder = _tokenizer(given, found, root.absolute(), vocab, library, progress)
         metas = _tokenize(data, found, tokenizer, folder, runner, progress)

@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from jobs.data.mixture import SHARES, beyond, shares
 from jobs.data.shards import TRAIN, SourceMeta
 from jobs.data.surveying import Surveyed, wanted
+from jobs.data.tokenizer import bytewise
 from strategies.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 def excluded(
-    found: Sequence[Surveyed], seq: int, samples: int = 0, *, bytewise: bool = True, validation: float = 0.0
+    found: Sequence[Surveyed], seq: int, tokenizer: Tokenizer | None, *, samples: int = 0, validation: float = 0.0
 ) -> list[str]:
     """What is certain before a token is made, which may take hours.
 
     Args:
         found: The sources.
         seq: Tokens per sequence.
+        tokenizer: The one that is given; None for one that is trained on the text.
         samples: Sequences of the whole run; 0 if that is not known.
-        bytewise: A token is at least a byte of text, as with every tokenizer that is trained here.
         validation: Part of the documents that is kept from training.
     """
     problems = []
-    for one in found:
-        most = one.text_bytes + one.documents  # with the end of each document
-        if bytewise and one.documents and wanted(one.source) and most < seq + 1:
-            problems.append(_short(one, f"at most {most}", seq))
+    if tokenizer is None or bytewise(tokenizer):
+        for one in found:
+            most = one.text_bytes + one.documents  # with the end of each document
+            if one.documents and wanted(one.source) and most < seq + 1:
+                problems.append(_short(one, f"at most {most}", seq))
     if samples and not problems and not validation:
-        least = [max(0, ((1 + bytewise) * one.documents - 1) // seq) for one in found]
-        if problem := beyond([one.source for one in found], least, samples):
+        least = 2 if tokenizer is None else 1  # the end of a document, and something before it
+        windows = [max(0, (least * one.documents - 1) // seq) for one in found]
+        if problem := beyond([one.source for one in found], windows, samples):
             problems.append(f"data.sources: {problem}, at least")
     return problems
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,6 +122,14 @@ def vocabulary(tokenizer: Tokenizer) -> int:
 def end_token(tokenizer: Tokenizer) -> int | None:
     """The token that ends a document; None if it has none of the usual ones."""
     return next((number for name in ENDS if (number := tokenizer.token_to_id(name)) is not None), None)
+
+
+def bytewise(tokenizer: Tokenizer) -> bool:
+    """Whether no text gives more tokens than it has bytes: those of GPT-2 and Llama 3, not those with a prefix."""
+    state = json.loads(tokenizer.to_str())
+    steps = state["pre_tokenizer"] or {}
+    last = steps.get("pretokenizers", [steps])[-1]
+    return state["normalizer"] is None and last.get("type") == "ByteLevel" and not last["add_prefix_space"]
 
 
 def training_text(corpus: Corpus) -> Iterator[str]:

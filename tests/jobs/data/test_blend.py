@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import pre_tokenizers
 
 from jobs.data import open_samples, prepare_mixture
 from jobs.data.samples import Mixture
@@ -275,6 +276,15 @@ def test_a_tokenizer_that_is_given(sources: tuple[SourceSpec, ...], tmp_path: Pa
         )
     assert f"{path} has 300 tokens, model.vocab=257 is too small for it. Set model.vocab to 300" in str(caught.value)
     assert end_token(tokenizer) == data.end_id
+    short = SourceSpec(path=str(write(tmp_path / "short.jsonl", ["xyz"])), weight=1)
+    for prefix, words in (
+        (False, "The data have a problem:.*short.*at most 4 tokens"),
+        (True, "fit.*short: .*has . tok"),
+    ):
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)  # which makes more of them
+        tokenizer.save(str(path))
+        with pytest.raises(ConfigError, match=f"(?s){words}"):
+            prepared(mixture([*sources, short], tokenizer=str(path)), tmp_path / "stores")
 
 
 def test_damaged_files_are_told_with_all_else(tmp_path: Path) -> None:
