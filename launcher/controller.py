@@ -202,10 +202,15 @@ class Controller:
             self.store.write_ranks(self.state.attempt, self.state.rank_table())
         if note.kind is EventKind.TRAINING_STARTED:
             self.first_step_by = None
-            if not self.state.script:  # a script reports no steps
-                self.hangs.begin(self.state.plan, self.clock.monotonic())
-                self.departure.stragglers.begin(self.state.plan)
+            self.watch_training(self.state)
         self.record(note.kind, **note.data)
+
+    def watch_training(self, state: GangState) -> None:
+        """Look for hangs and stragglers from now on; a script reports no steps."""
+        if not state.script:
+            told_s = float(progress.last_metric(self.store.paths).get("seconds", 0.0))
+            self.hangs.begin(state.plan, self.clock.monotonic(), told_s=told_s)
+            self.departure.stragglers.begin(state.plan)
 
     # --- gathering nodes and starting ranks -----------------------------------------------------------------------
 
