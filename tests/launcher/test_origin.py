@@ -218,7 +218,7 @@ def hold(stage: Stage, monkeypatch: pytest.MonkeyPatch, *, step: int, attempt: i
     parts = [
         Holding(step=step, epoch=1, attempt=attempt, rank=rank, world=4, bytes=4, own=True).told() for rank in range(4)
     ]
-    address = {"host": "127.0.0.1", "port": 1}
+    address = {"host": "127.0.0.1", "port": 1, "incarnation": "i"}
 
     def ask_holdings(number: int) -> set[str]:
         stage.gang.say("holdings", "a", id=number, held=parts, address=address)

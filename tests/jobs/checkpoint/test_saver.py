@@ -17,7 +17,7 @@ from jobs.report import Reporter
 from jobs.spec import RankEnv
 from tests.support.jobspecs import make_job
 
-HERE, THERE = {"host": "127.0.0.1", "port": 1}, {"host": "127.0.0.1", "port": 2}
+HERE, THERE = ({"host": "127.0.0.1", "port": port, "incarnation": "i"} for port in (1, 2))
 
 
 class Link:
