@@ -15,7 +15,7 @@ from tests.support.fakes import FakeGang
 from tests.support.stage import Stage
 
 WISH = {"overrides": [], "changes": [], "id": "w"}
-ENDS = {
+ENDS: dict[EventKind, dict[str, Any]] = {
     EventKind.RUN_SUCCEEDED: {"step": 20},
     EventKind.RUN_FAILED: {"reason": "all restarts are used"},
     EventKind.RUN_CANCELLED: {"reason": "cancelled on request"},
