@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from jobs.checkpoint.saver import BehindSaver
 from jobs.checkpoint.slices import whole
 from jobs.hooks import NoHooks
 from jobs.report import Reporter
-from jobs.spec import RankEnv
+from jobs.spec import CheckpointSpec, RankEnv
 from tests.support.jobspecs import make_job
 
 HERE, THERE = ({"host": "127.0.0.1", "port": port, "incarnation": "i"} for port in (1, 2))
@@ -59,7 +60,8 @@ def opened(monkeypatch: pytest.MonkeyPatch, rank: int, refused: dict[int, str]) 
         attempt=1,
         resume_from="",
     )
-    made = BehindSaver(None, make_job(), env, NoHooks(), Reporter(-1), cast(PersisterLink, link))
+    job = dataclasses.replace(make_job(), checkpoint=CheckpointSpec(every=5, memory_every=1))
+    made = BehindSaver(None, job, env, NoHooks(), Reporter(-1), cast(PersisterLink, link))
     made.open()
     return made, link
 
