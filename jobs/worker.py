@@ -17,9 +17,9 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeGuard
 
-from jobs.checkpoint.errors import CorruptCheckpoint
+from jobs.checkpoint.errors import AbsentFile, CorruptCheckpoint
 from jobs.faults import FaultInjector
 from jobs.numerics import BlowUp
 from jobs.report import Reporter
@@ -97,7 +97,7 @@ def _set_signals() -> None:
 
 def _fail(error: Exception, reporter: Reporter, step: int) -> NoReturn:
     code = exit_code(error)
-    if isinstance(error, CorruptCheckpoint):
+    if damaged(error):
         reporter.send("rejected", path=error.path, reason=error.reason)
     if isinstance(error, BlowUp):
         reporter.send("blow_up", step=error.step, why=error.why, samples=error.samples)
@@ -115,9 +115,14 @@ def _fail(error: Exception, reporter: Reporter, step: int) -> NoReturn:
     os._exit(code)
 
 
+def damaged(error: Exception) -> TypeGuard[CorruptCheckpoint]:
+    """Whether a checkpoint is proved to be damaged. A file that is not here may be there for others."""
+    return isinstance(error, CorruptCheckpoint) and not isinstance(error, AbsentFile)
+
+
 def exit_code(error: Exception) -> int:
     """Exit code of a rank that ends with ``error``."""
-    if isinstance(error, CorruptCheckpoint):
+    if damaged(error):
         return CORRUPT_EXIT_CODE
     if isinstance(error, BlowUp):
         return BLOW_UP_EXIT_CODE

@@ -34,18 +34,40 @@ def begin(controller: Controller, *, resume: Mapping[str, Any] | None = None, ad
         adopt: A live gang may be taken over as it is (false when the request was changed).
     """
     welcomes, heard = _meet_agents(controller)
-    if controller.run.state.terminal and resume is None:
+    if _over(controller.run, resume):
         controller.leave()  # its predecessor fell between recording the end and giving everything back
         return
-    attempt = controller.run.attempt
-    unfinished = attempt is not None and attempt.ended is None
-    if unfinished and adopt and _adoptable(controller, welcomes):
-        _adopt(controller, welcomes, resume or {})
+    adopts = adopt and _adoptable(controller, welcomes)
+    if not adopts:
+        heard += _clear(controller, welcomes, asked=_unfinished(controller.run))
+    wish = {"id": resume["id"]} if adopts and resume and "id" in resume else {}
+    held = controller.run.attempt.number if adopts and controller.run.attempt else 0
+    controller.record(EventKind.CONTROLLER_STARTED, attempt=held, **identity(), adopted=adopts, **wish)
+    if _over(controller.run, resume):  # from here on nothing of a predecessor counts; until then it may have ended it
+        controller.leave()
+    elif adopts and _adoptable(controller, welcomes):
+        _adopt(controller, welcomes)
         for seen in heard:
             controller.observe(seen)
-        return
-    heard += _clear(controller, welcomes, asked=unfinished)
-    controller.record(EventKind.CONTROLLER_STARTED, **identity(), adopted=False)
+    else:
+        heard += _clear(controller, welcomes, asked=True) if adopts else []
+        _go_on(controller, welcomes, heard, resume)
+
+
+def _over(run: Run, resume: Mapping[str, Any] | None) -> bool:
+    """Nothing is left to do: the run has ended, and nobody wants it to go on, or nobody can."""
+    return run.state is RunState.SUCCEEDED or (run.state.terminal and resume is None)
+
+
+def _unfinished(run: Run) -> bool:
+    return run.attempt is not None and run.attempt.ended is None
+
+
+def _go_on(
+    controller: Controller, welcomes: Welcomes, heard: Sequence[Observation], resume: Mapping[str, Any] | None
+) -> None:
+    """Nothing lives that could be adopted."""
+    attempt, unfinished = controller.run.attempt, _unfinished(controller.run)
     if resume is not None:
         last = last_metric_step(controller, attempt.number) if attempt is not None and unfinished else 0
         controller.record(EventKind.RESUME_REQUESTED, request=controller.request.digest, last_step=last, **resume)
@@ -80,7 +102,9 @@ def _meet_agents(controller: Controller) -> tuple[dict[str, Mapping[str, Any]], 
 def _adoptable(controller: Controller, welcomes: Welcomes) -> bool:
     """Every node of the newest attempt answers and still holds it, and nobody has begun to stop it."""
     attempt = controller.run.attempt
-    if attempt is None or controller.run.state not in (RunState.STARTING, RunState.RUNNING):
+    if attempt is None or attempt.ended is not None:
+        return False
+    if controller.run.state not in (RunState.STARTING, RunState.RUNNING):
         return False
     paths = controller.store.paths
     if not paths.ranks(attempt.number).exists():
@@ -115,7 +139,7 @@ def _remember_orders(controller: Controller, state: GangState, welcomes: Welcome
         state.leaving = "move" if excluded else "grow"
 
 
-def _adopt(controller: Controller, welcomes: Welcomes, resume: Mapping[str, Any]) -> None:
+def _adopt(controller: Controller, welcomes: Welcomes) -> None:
     """Take over the live attempt. Its agents replay what they have seen, so nothing is missed."""
     attempt = controller.run.attempt
     assert attempt is not None
@@ -140,13 +164,10 @@ def _adopt(controller: Controller, welcomes: Welcomes, resume: Mapping[str, Any]
         training=controller.run.state is RunState.RUNNING,
     )
     _remember_orders(controller, controller.state, welcomes)
-    if controller.state.training and not controller.state.script:
-        controller.hangs.begin(plan, controller.clock.monotonic())
-        controller.departure.stragglers.begin(plan)
-    if not controller.state.training:
+    if controller.state.training:
+        controller.watch_training(controller.state)
+    else:
         controller.first_step_by = controller.clock.monotonic() + controller.request.recovery.start_timeout_s
-    wish = {"id": resume["id"]} if "id" in resume else {}
-    controller.record(EventKind.CONTROLLER_STARTED, **identity(), adopted=True, **wish)
     since = controller.state.last_step - max(controller.run.committed_step, attempt.first_step - 1)
     words = f"all {len(attempt.nodes)} nodes answer and hold attempt {attempt.number} at step "
     words += f"{controller.state.last_step}: taking it over loses 0 steps, a restart {max(0, since)}"

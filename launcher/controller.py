@@ -202,10 +202,15 @@ class Controller:
             self.store.write_ranks(self.state.attempt, self.state.rank_table())
         if note.kind is EventKind.TRAINING_STARTED:
             self.first_step_by = None
-            if not self.state.script:  # a script reports no steps
-                self.hangs.begin(self.state.plan, self.clock.monotonic())
-                self.departure.stragglers.begin(self.state.plan)
+            self.watch_training(self.state)
         self.record(note.kind, **note.data)
+
+    def watch_training(self, state: GangState) -> None:
+        """Look for hangs and stragglers from now on; a script reports no steps."""
+        if not state.script:
+            told_s = float(progress.last_metric(self.store.paths).get("seconds", 0.0))
+            self.hangs.begin(state.plan, self.clock.monotonic(), told_s=told_s)
+            self.departure.stragglers.begin(state.plan)
 
     # --- gathering nodes and starting ranks -----------------------------------------------------------------------
 
@@ -236,7 +241,11 @@ class Controller:
     def _start(self, plan: ParallelPlan, nodes: Mapping[str, AgentAddress]) -> None:
         wanted, paths = self.request.job, self.store.paths
         job, script = wanted.under(plan).skipping(self.run.skips), wanted.kind == "script"
-        point = origin.find(paths, job, self.memory, run=lambda: self.run, reject=self._reject)
+        try:
+            point = origin.find(self.store, job, self.memory, self.run, reject=self._pass_over)
+        except origin.NothingLeft as nothing:
+            self.decide(Decision(action=Action.GIVE_UP, reason=str(nothing)))
+            return
         self.state = form(self.run, plan, nodes, self.request.cluster, point=point, script=script)
         if self.start_reason in ("restart", "move"):
             self.decide(swapped(self.run, self.state))
@@ -346,7 +355,7 @@ class Controller:
         """The attempt is over: name the cause, decide, and do what was decided."""
         self.log.record_faults(attempt=self._number)
         if failure.kind is FailureKind.CORRUPT_CHECKPOINT:
-            self._reject(failure.path, failure.detail)
+            self.record(EventKind.CHECKPOINT_REJECTED, path=failure.path, reason=failure.detail)
         self.record(EventKind.GANG_STOPPED, **failure.verdict)
         excluded = exclusion.after_failure(self.run, self.request.recovery)
         if excluded is not None:
@@ -359,8 +368,8 @@ class Controller:
         if self.phase is not Phase.END:
             self.enter(Phase.BACKOFF if decision.delay_s > 0 else Phase.GATHER)
 
-    def _reject(self, path: str, reason: str) -> None:
-        self.record(EventKind.CHECKPOINT_REJECTED, path=path, reason=reason)
+    def _pass_over(self, path: str, reason: str) -> None:
+        self.record(EventKind.CHECKPOINT_REJECTED, path=path, reason=reason, absent=True)
 
     def _back_off(self) -> None:
         if self.clock.monotonic() >= self._until:

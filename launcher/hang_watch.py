@@ -1,27 +1,31 @@
-"""When has a gang stopped making progress? Learns how long steps take, asks where ranks stand, names the culprit."""
+"""When has a gang stopped making progress? Learns how long steps take, asks where ranks stand, names the culprit.
+
+A step may take three times as long as the 99th percentile of those of its size, and :data:`MARGIN_S`. For a size of the
+batch that was not seen yet, :mod:`launcher.pace` says what it may take. The first steps of an attempt have the patience
+of the start, or what earlier ones of the plan took and :data:`EARLY_MARGIN_S` for what is new on a node.
+"""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from launcher.hang import Standing, culprit
 from launcher.observation import Observation
+from launcher.pace import Pace, Past
 from launcher.recovery import Failure, FailureKind
 from strategies.plan import ParallelPlan
+from strategies.shrink import work
 from strategies.topology import Topology
 
 FACTOR = 3.0  # a hang is a step that takes so many times the 99th percentile ...
 MARGIN_S = 5.0  # ... and so much longer
 TURN_S = 0.25  # it is judged so much before that is over: a controller looks five times a second
 ASK_S = 1.25  # and so much before it ranks are asked where they stand, so that their answers are there
-LEARNED_STEPS = 5  # so many steps must have been seen; before, the first steps of earlier attempts say how long ...
-EARLY_MARGIN_S = 30.0  # ... with a margin for what is new on a node, and without such the patience of the start holds
+EARLY_MARGIN_S = 30.0  # for the first steps of an attempt
 ANSWERS_S = 3.0  # ranks that have not said by then where they stand will not
-_REMEMBERED = 1000
 
 
 class StepClock:
@@ -30,21 +34,24 @@ class StepClock:
     Args:
         world_size: Number of ranks.
         start: When the first step began (monotonic seconds).
+        first: The work of the first step (:mod:`launcher.pace`).
     """
 
-    def __init__(self, world_size: int, start: float) -> None:
+    def __init__(self, world_size: int, start: float, first: float = 0.0) -> None:
         self._world = world_size
         self._last = self._since = start
-        self._gaps: deque[float] = deque(maxlen=_REMEMBERED)
         self._reached: Counter[int] = Counter()
         self._next: dict[int, str] = {}
+        self._ahead: dict[int, float] = {}  # the work of steps that are not complete
+        self._work = first
         self.steps: dict[int, int] = {}
-        self.early_s: tuple[float, ...] = ()
-        """How long each of the first steps took."""
-        self._p99: float | None = None
+        self.pace = Pace()
 
-    def note(self, rank: int, step: int, doing: str, now: float) -> None:
-        """A rank has completed ``step`` and goes on with ``doing``: ``step``, ``evaluate``, ``save`` or ``finish``."""
+    def note(self, rank: int, step: int, doing: str, now: float, ahead: float = 0.0) -> None:
+        """A rank has completed ``step`` and goes on with ``doing``: ``step``, ``evaluate``, ``save`` or ``finish``.
+
+        ``ahead`` is the work of the step after it.
+        """
         before = self._next.get(rank)
         beside = (before == "save" and doing == "step") or (before == "evaluate" and doing != "evaluate")
         self._last, self._next[rank] = now, doing
@@ -54,11 +61,12 @@ class StepClock:
             return
         self.steps[rank] = step
         self._reached[step] += 1
+        if ahead:
+            self._ahead[step + 1] = ahead
         if self._reached[step] == self._world:
             del self._reached[step]
-            self._gaps.append(now - self._since)
-            self.early_s = (*self.early_s, now - self._since)[:LEARNED_STEPS]
-            self._since, self._p99 = now, None
+            self.pace.note(self._work, now - self._since)
+            self._since, self._work = now, self._ahead.pop(step + 1, 0.0)
 
     @property
     def busy(self) -> str:
@@ -66,19 +74,14 @@ class StepClock:
         doings = set(self._next.values())
         return next((word for word in ("save", "finish", "evaluate") if word in doings), "")
 
+    @property
+    def work(self) -> float:
+        """Of the step that is under way."""
+        return self._work
+
     def limit_s(self, first_s: float) -> float:
         """How long nothing may happen before it is asked why; ``first_s`` while too few steps were seen."""
-        if len(self._gaps) < LEARNED_STEPS:
-            return first_s
-        if self._p99 is None:
-            ordered = sorted(self._gaps)
-            self._p99 = ordered[math.ceil(0.99 * len(ordered)) - 1]
-        return FACTOR * self._p99 + MARGIN_S
-
-    @property
-    def typical_s(self) -> float:
-        """Median time of a step; 0 while too few were seen."""
-        return statistics.median(self._gaps) if len(self._gaps) >= LEARNED_STEPS else 0.0
+        return FACTOR * self.pace.most_s(self._work) + MARGIN_S if self.pace.learned else first_s
 
     def silent_s(self, now: float) -> float:
         """Seconds since anything was heard."""
@@ -96,15 +99,19 @@ class HangWatch:
     """Watches one attempt after the other.
 
     Args:
-        first_s: Patience with the first steps of a plan; later attempts have such as theirs took before.
+        first_s: Patience with the first steps of a plan, if nothing speaks for more; later attempts have such as theirs
+            took before.
         save_s: Patience with a checkpoint.
     """
 
     def __init__(self, *, first_s: float, save_s: float) -> None:
         self._topology: Topology | None = None
         self._start_s = first_s
-        self._early_s: dict[ParallelPlan, float] = {}  # the longest of the first steps of earlier attempts
+        self._past: dict[ParallelPlan, Past] = {}
+        self._told_s = 0.0
         self._plan: ParallelPlan | None = None
+        self._micro_batches = 0  # of the first step of the attempt that begins
+        self._works: dict[int, float] = {}
         self._save_s = save_s
         self._clock: StepClock | None = None
         self._asked: float | None = None
@@ -115,36 +122,53 @@ class HangWatch:
     @property
     def step_s(self) -> float:
         """Seconds of a step, the median so far; 0 while too few were seen."""
-        return self._clock.typical_s if self._clock else 0.0
+        return self._clock.pace.typical_s if self._clock else 0.0
 
-    def begin(self, plan: ParallelPlan, now: float) -> None:
-        """The first step of an attempt begins; its plan names the coordinates of a culprit."""
+    def begin(self, plan: ParallelPlan, now: float, *, told_s: float = 0.0) -> None:
+        """The first step of an attempt begins.
+
+        Args:
+            plan: Its plan, which names the coordinates of a culprit.
+            now: Monotonic seconds.
+            told_s: How long the newest step took that the run has on record, whoever watched it; 0 for none.
+        """
         self.end()
-        self._plan, self._topology = plan, Topology(plan)
-        self._clock = StepClock(plan.world_size, now)
+        self._plan, self._topology, self._told_s, self._works = plan, Topology(plan), told_s, {}
+        self._clock = StepClock(plan.world_size, now, self._work_of(self._micro_batches))
+        self._micro_batches = 0
         self._asked, self._excused, self._answers, self._nodes = None, -math.inf, {}, {}
 
     def end(self) -> None:
         """The attempt ends."""
-        early_s = self._clock.early_s if self._clock else ()
-        if self._plan is not None and len(early_s) == LEARNED_STEPS:
-            self._early_s[self._plan] = max(*early_s, self._early_s.get(self._plan, 0.0))
+        if self._clock is not None and self._plan is not None:
+            self._past.setdefault(self._plan, Past()).learn(self._clock.pace)
         self._clock = None
 
-    @property
-    def _first_s(self) -> float:
+    def _work_of(self, micro_batches: int) -> float:
+        if micro_batches and micro_batches not in self._works and self._plan is not None:
+            self._works[micro_batches] = work(self._plan, micro_batches)
+        return self._works.get(micro_batches, 0.0)
+
+    def _first_s(self, clock: StepClock) -> float:
         """Patience while too few steps of the attempt were seen."""
-        known_s = self._early_s.get(self._plan) if self._plan else None
-        return self._start_s if known_s is None else min(self._start_s, FACTOR * known_s + EARLY_MARGIN_S)
+        here_s, past = clock.pace.most_s(clock.work), self._past.get(self._plan) if self._plan else None
+        if past is not None and past.learned:
+            most_s = max(here_s, past.most_s(clock.work))
+            return max(FACTOR * most_s + MARGIN_S, min(self._start_s, FACTOR * most_s + EARLY_MARGIN_S))
+        elsewhere = (one.most_s(clock.work) for one in self._past.values())
+        return max(self._start_s, FACTOR * max(here_s, self._told_s, *elsewhere) + MARGIN_S)
 
     def note(self, seen: Observation, now: float) -> None:
         """Take in what an agent says."""
+        data = seen.data
+        if seen.kind == "report" and data.get("kind") == "training":
+            self._micro_batches = int(data.get("micro_batches", 0))
         if self._clock is None:
             return
-        data = seen.data
         if seen.kind == "report" and data.get("kind") == "step":
             self._nodes[int(data["rank"])] = seen.node
-            self._clock.note(int(data["rank"]), int(data["step"]), str(data.get("next", "step")), now)
+            ahead = self._work_of(int(data.get("micro_batches", 0)))
+            self._clock.note(int(data["rank"]), int(data["step"]), str(data.get("next", "step")), now, ahead)
             self._asked = None  # it goes on
         elif seen.kind == "stack":
             self._nodes[int(data["rank"])] = seen.node
@@ -155,7 +179,7 @@ class HangWatch:
         clock = self._clock
         if clock is None:
             return None
-        silent_s, limit_s = clock.silent_s(now), clock.limit_s(self._first_s)
+        silent_s, limit_s = clock.silent_s(now), clock.limit_s(self._first_s(clock))
         if self._asked is None:
             if min(silent_s, now - self._excused) > limit_s - ASK_S:
                 self._asked, self._answers = now, {}

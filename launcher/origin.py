@@ -1,40 +1,119 @@
-"""Where the next attempt begins: in memory, on disk, or at the start. What cannot be used is put on record first."""
+"""Where the next attempt begins: in memory, on disk, or at the start. What cannot be used is put on record first.
+
+A run that has committed a checkpoint never begins again at step 1 by itself. Where none of its checkpoints can be used
+it ends with the reason, and nothing is put on record against them: what was not there may be there again when a person
+resumes it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
+from jobs.checkpoint.layout import Token
+from jobs.checkpoint.memory import generation_of
 from jobs.paths import RunPaths
 from jobs.spec import JobSpec
 from launcher import progress
+from launcher.ending import in_a_line
 from launcher.memory_tier import MemoryTier
-from launcher.progress import ResumePoint
-from launcher.run import Run
+from launcher.progress import OnDisk, ResumePoint
+from launcher.run import EventKind, Run
+from launcher.store import RunStore
+from strategies.errors import ResumeRefused, StorageError
+
+_TOLD = 3  # so many checkpoints say what is wrong with them
+
+
+class NothingLeft(Exception):
+    """There was a checkpoint, and none can be used; the message is one sentence for the log."""
 
 
 def find(
-    paths: RunPaths, job: JobSpec, memory: MemoryTier, *, run: Callable[[], Run], reject: Callable[[str, str], None]
+    store: RunStore, job: JobSpec, memory: MemoryTier, run: Run, *, reject: Callable[[str, str], None]
 ) -> ResumePoint:
     """The newest state that can be had, as far as that can be seen without reading all of it.
 
     Args:
-        paths: The run's files.
+        store: The run.
         job: What the attempt will do.
         memory: What the nodes hold.
-        run: The run as its log tells it now.
+        run: The run as its log tells it.
         reject: Puts on record that a checkpoint, named by its path, is not used, and why.
+
+    Raises:
+        NothingLeft: Beginning at step 1 would throw away what was committed.
+        StorageError: The checkpoints cannot be looked at.
+    """
+    marked = job.kind != "pretrain"  # what is done lies in folders with a mark, not in manifests
+
+    def better(disk: OnDisk) -> ResumePoint:
+        return memory.better(disk if disk.fence else replace(disk, fence=_committer(store, run)), run, job)
+
+    point, passed = newest(store.paths, rejected=run.rejected, script=marked, better=better)
+    why = "" if marked or point.memory is not None else _obstacle(store, run, point, passed)
+    if why:
+        step = promised(run)
+        what = f"step {step} was committed, and no checkpoint can be used" if step else "no checkpoint can be used"
+        raise NothingLeft(f"{what}: {why}. When they are back, phalanx resume {store.name} goes on from the newest")
+    for path, reason in passed.items():
+        reject(path, reason)
+    return point
+
+
+def newest(
+    paths: RunPaths,
+    *,
+    rejected: frozenset[str],
+    script: bool,
+    better: Callable[[OnDisk], ResumePoint] = lambda disk: disk.point,
+) -> tuple[ResumePoint, dict[str, str]]:
+    """The newest checkpoint that is whole at a quick look, and those that are passed over for it, with the reason.
+
+    Args:
+        paths: The run's files.
+        rejected: Checkpoints that are not looked at.
+        script: What is done lies in folders with a mark.
+        better: What to go on from instead of what is on disk.
 
     Raises:
         StorageError: The checkpoints cannot be looked at.
     """
-    marked = job.kind != "pretrain"  # what is done lies in folders with a mark, not in manifests
+    passed: dict[str, str] = {}
     while True:
-        disk = progress.on_disk(paths, script=marked, rejected=run().rejected)
-        for path, reason in disk.damaged:
-            if path not in run().rejected:
-                reject(path, reason)
-        point = memory.better(disk, run(), job)
-        flaw = progress.missing(point, script=marked)
+        disk = progress.on_disk(paths, script=script, rejected=rejected | passed.keys())
+        passed |= {path: reason for path, reason in disk.damaged if path not in rejected}
+        point = better(disk)
+        flaw = progress.missing(point, script=script)
         if not flaw:
-            return point
-        reject(point.path, flaw)
+            return point, passed
+        passed[point.path] = flaw
+
+
+def promised(run: Run) -> int:
+    """The newest step of which a checkpoint on disk is known to have been: committed, or gone on from; 0 for none."""
+    used = [one.first_step - 1 for one in run.attempts if one.resume_from and generation_of(one.resume_from) is None]
+    return max(run.committed_step, *used, 0)
+
+
+def _committer(store: RunStore, run: Run) -> Token | None:
+    """The newest gang that has committed anything, as the log knows it where no checkpoint tells."""
+    last = max((e.attempt for e in store.events() if e.kind is EventKind.CHECKPOINT_COMMITTED), default=0)
+    return next((Token(one.epoch, one.number) for one in run.attempts if one.number == last), None)
+
+
+def damaged_before(run: Run) -> list[str]:
+    """Checkpoints on disk that ranks have read and found damaged, for people."""
+    return [f"{path}: found damaged before" for path in sorted(run.found_damaged) if generation_of(path) is None]
+
+
+def _obstacle(store: RunStore, run: Run, point: ResumePoint, passed: Mapping[str, str]) -> str:
+    """Why the run must not go on from there; "" if it may."""
+    try:
+        store.require_checkpoints()
+    except (ResumeRefused, StorageError) as error:
+        return in_a_line(error)
+    if point.path or not promised(run):
+        return ""
+    told = [f"{path}: {reason}" for path, reason in passed.items()]
+    return "; ".join([*told, *damaged_before(run)][:_TOLD]) or f"there is none in {store.paths.checkpoints}"

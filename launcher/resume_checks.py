@@ -8,8 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from jobs.checkpoint import read_manifest, survey
+from jobs.checkpoint import read_manifest
 from jobs.checkpoint.identity import differences
+from launcher import origin
 from launcher.request import LaunchRequest
 from launcher.run import Run
 from launcher.store import RunStore
@@ -44,11 +45,11 @@ def check(store: RunStore, run: Run, request: LaunchRequest, *, clock: Callable[
         return []
     store.require_checkpoints()
     root = store.paths.checkpoints
-    found, damaged = survey(root)
-    whole = [one for one in found if str(one.path) not in run.rejected]
-    broken = [f"{path}: {reason}" for path, reason in damaged]
-    problems = differences(read_manifest(whole[0].path), request.job) if whole else []
-    last = max([event.time for event in store.events()] + [one.time for one in whole], default=0.0)
+    point, passed = origin.newest(store.paths, rejected=run.found_damaged, script=False)
+    broken = [f"{path}: {reason}" for path, reason in passed.items()]
+    manifest = read_manifest(point.path) if point.path else None
+    problems = differences(manifest, request.job) if manifest else []
+    last = max([event.time for event in store.events()] + ([manifest.time] if manifest else []), default=0.0)
     ahead = last - clock()
     if ahead > SKEW_S:
         problems.append(f"the clock here is {ahead:.0f} s behind the one that wrote the run's newest record")
@@ -58,10 +59,10 @@ def check(store: RunStore, run: Run, request: LaunchRequest, *, clock: Callable[
             why="; ".join(problems),
             hint="Bring the run's own checkpoints back and set the clock, or phalanx submit a new run.",
         )
-    if run.committed_step and not whole:
+    if not manifest and (step := origin.promised(run)):
         raise StorageError(
-            f"'{store.name}' has committed step {run.committed_step}, and no checkpoint of it can be used.",
-            why="; ".join(broken) or f"there is none in {root}",
+            f"'{store.name}' has committed step {step}, and no checkpoint of it can be used.",
+            why="; ".join([*broken, *origin.damaged_before(run)]) or f"there is none in {root}",
             hint="Bring one back, or phalanx submit a new run: this one would begin again at step 1.",
         )
     return broken

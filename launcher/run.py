@@ -50,7 +50,7 @@ class EventKind(enum.StrEnum):
     RANKS_SPAWNED = "ranks_spawned"  # pids: number of ranks
     TRAINING_STARTED = "training_started"  # step, restored_s (slowest rank) and restored_bytes, as far as reported
     CHECKPOINT_COMMITTED = "checkpoint_committed"  # step, path, bytes, written_bytes, stall_s
-    CHECKPOINT_REJECTED = "checkpoint_rejected"  # path, reason
+    CHECKPOINT_REJECTED = "checkpoint_rejected"  # path, reason, absent: it was looked at, not read
     FAULT_FIRED = "fault_fired"  # fault, and the record that the injector left
     FAILURE_DETECTED = "failure_detected"  # failure, last_step, failed_at
     # cause, failure, node, rank (after all evidence is in; failure is "" if it left on purpose), signature, last_step
@@ -161,7 +161,8 @@ class Run:
     failures: tuple[Fall, ...] = ()  # since the last person's submit or resume
     excluded: Mapping[str, float] = field(default_factory=dict)  # node -> until when (UTC seconds)
     signatures: tuple[str, ...] = ()  # of failures since the last person's submit or resume
-    rejected: frozenset[str] = frozenset()
+    rejected: frozenset[str] = frozenset()  # checkpoints that are not used any more
+    absent: frozenset[str] = frozenset()  # those of them whose files were not there: a person's resume looks again
     faults: tuple[str, ...] = ()
     skips: tuple[Skip, ...] = ()  # decided after blow-ups; for ever, whoever resumes the run
     request: str = ""
@@ -171,6 +172,11 @@ class Run:
     def attempt(self) -> Attempt | None:
         """The newest attempt."""
         return self.attempts[-1] if self.attempts else None
+
+    @property
+    def found_damaged(self) -> frozenset[str]:
+        """Checkpoints that a person's resume does not use either."""
+        return self.rejected - self.absent
 
 
 class IllegalEvent(RuntimeError):
@@ -257,6 +263,8 @@ def _resume_requested(run: Run, event: RunEvent) -> Run:
         signatures=(),
         failures=(),
         excluded={},
+        rejected=run.found_damaged,
+        absent=frozenset(),
         request=str(event.data.get("request", run.request)),
     )
 
@@ -289,13 +297,12 @@ def _planned(run: Run, event: RunEvent) -> Run:
 
 def _committed(run: Run, event: RunEvent) -> Run:
     step = int(event.data["step"])
-    newer = step > run.committed_step
     return replace(
         run,
         committed_step=max(step, run.committed_step),
         best_step=max(step, run.best_step),
         step=max(step, run.step),
-        idle_restarts=0 if newer else run.idle_restarts,
+        idle_restarts=0 if step > run.committed_step else run.idle_restarts,
     )
 
 
@@ -342,7 +349,8 @@ def _decided(run: Run, event: RunEvent) -> Run:
 
 
 def _rejected(run: Run, event: RunEvent) -> Run:
-    return replace(run, rejected=run.rejected | {str(event.data["path"])})
+    path = {str(event.data["path"])}
+    return replace(run, rejected=run.rejected | path, absent=run.absent | (path if event.data.get("absent") else set()))
 
 
 def _fault(run: Run, event: RunEvent) -> Run:
@@ -350,19 +358,13 @@ def _fault(run: Run, event: RunEvent) -> Run:
 
 
 def _ended(run: Run, event: RunEvent) -> Run:
-    words = {
-        EventKind.RUN_SUCCEEDED: "succeeded",
-        EventKind.RUN_FAILED: "failed",
-        EventKind.RUN_CANCELLED: "cancelled",
-    }
     reason = str(event.data.get("reason", ""))
-    step = int(event.data.get("step", run.step))
-    run = _close_attempt(run, event, reason or words[event.kind])
+    run = _close_attempt(run, event, reason or event.kind.removeprefix("run_"))
     return replace(
         run,
         ended=event.time,
         reason=reason,
-        step=max(run.step, step),
+        step=max(run.step, int(event.data.get("step", 0))),
         weights_digest=event.data.get("weights_digest", run.weights_digest),
     )
 

@@ -82,7 +82,12 @@ def _shaped(
 
 def step_work(plan: ParallelPlan) -> float:
     """What the busiest rank has to do in a step, in sequences through the whole model; bubbles count."""
-    return plan.micro_batch * (plan.grad_accum + plan.pp - 1) / (plan.tp * plan.pp * plan.sp * plan.cp)
+    return work(plan, plan.grad_accum)
+
+
+def work(plan: ParallelPlan, micro_batches: int) -> float:
+    """The same of a step that takes so many micro-batches, as those of a batch that still grows do."""
+    return plan.micro_batch * (micro_batches + plan.pp - 1) / (plan.tp * plan.pp * plan.sp * plan.cp)
 
 
 def throughput(plan: ParallelPlan, wanted: ParallelPlan) -> float:

@@ -28,6 +28,18 @@ class CorruptCheckpoint(StorageError):
         self.reason = reason
 
 
+class AbsentFile(CorruptCheckpoint):
+    """A file of a committed checkpoint is not where it should be. Perhaps its file system is not: nothing is proved."""
+
+    def __init__(self, path: str | Location, reason: str) -> None:
+        super().__init__(path, reason)
+        self.what = f"A file of the checkpoint {path} is not there."
+        self.hint = (
+            "Check that its file system is mounted on every node, then resume the run. A checkpoint that has lost a "
+            "file for good is damaged: it is passed over, an older one is used."
+        )
+
+
 class CheckpointConflict(StorageError):
     """Another writer has committed, or holds a higher token: this writer has been fenced."""
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from jobs.checkpoint.digest import combine_digests, partial_digest
-from jobs.checkpoint.errors import CheckpointConflict, CorruptCheckpoint
+from jobs.checkpoint.errors import AbsentFile, CheckpointConflict, CorruptCheckpoint
 from jobs.checkpoint.manifest import read_manifest
 from jobs.location import Location
 from strategies.errors import PhalanxError, ResumeRefused, StorageError
@@ -85,7 +85,8 @@ def _describe(error: Exception | None) -> dict[str, str] | None:
     if error is None:
         return None
     if isinstance(error, CorruptCheckpoint):
-        return {"kind": "corrupt", "path": error.path, "why": error.reason}
+        kind = "absent" if isinstance(error, AbsentFile) else "corrupt"
+        return {"kind": kind, "path": error.path, "why": error.reason}
     kind = next((name for name, cls in _KINDS.items() if isinstance(error, cls)), "other")
     if isinstance(error, PhalanxError):
         return {"kind": kind, "what": error.what, "why": error.why, "hint": error.hint}
@@ -95,8 +96,9 @@ def _describe(error: Exception | None) -> dict[str, str] | None:
 def revive(description: dict[str, str], where: str = "") -> PhalanxError:
     """The error that another process has described."""
     kind = description["kind"]
-    if kind == "corrupt":
-        return CorruptCheckpoint(description["path"], where + description["why"])
+    if kind in ("absent", "corrupt"):
+        told = AbsentFile if kind == "absent" else CorruptCheckpoint
+        return told(description["path"], where + description["why"])
     cls = _KINDS.get(kind, PhalanxError)
     return cls(where + description["what"], why=description["why"], hint=description["hint"])
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.checkpoint.errors import CheckpointConflict, CorruptCheckpoint, storage_error
+from jobs.checkpoint.errors import AbsentFile, CheckpointConflict, CorruptCheckpoint, storage_error
 from jobs.checkpoint.layout import Place, Token, manifests, place_of, writers
 from jobs.checkpoint.shardfile import KINDS, DamagedShard, block_count, read_block, read_header
 from jobs.checkpoint.storage import storage_of
@@ -233,7 +233,8 @@ def read_manifest(path: str | Location) -> Manifest:
     """Read a manifest and check that it is whole.
 
     Raises:
-        CorruptCheckpoint: It is missing, damaged, of another version, or does not belong where it lies.
+        AbsentFile: It does not exist.
+        CorruptCheckpoint: It is damaged, of another version, or does not belong where it lies.
         StorageError: It cannot be read.
     """
     path = locate(path)
@@ -245,7 +246,7 @@ def read_manifest(path: str | Location) -> Manifest:
         manifest = from_json(Manifest, document, where="manifest")
         place = place_of(path)
     except FileNotFoundError:
-        raise CorruptCheckpoint(path, "the manifest does not exist") from None
+        raise AbsentFile(path, "the manifest does not exist") from None
     except OSError as error:
         raise storage_error("read the checkpoint manifest", path, error) from error
     except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:

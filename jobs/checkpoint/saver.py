@@ -138,12 +138,15 @@ class BehindSaver:
         env, job = self._env, self._job
         self._image = image_of_state(self._optimizer)
         self._runs = runs_of(self._optimizer, self._image)
-        address = self._ask("hello")[0]["address"]
+        wanted = job.checkpoint.memory_every > 0
+        hello, _, _ = self._ask("hello", share=self._image.bytes * env.local_world_size if wanted else 0)
         first = {one.name: one.shape for one in self._image.slices if not one.start and not any(b[0] for b in one.box)}
-        told = gather([address, first])
+        told = gather([hello["address"], first, hello["refused"]])
+        refused = {rank: why for rank, (_, _, why) in enumerate(told) if why}
+        self._in_memory = wanted and not refused
         about: dict[str, Any] = {}
         if env.rank == 0:
-            tensors = {name: shape for _, some in told for name, shape in some.items()}
+            tensors = {name: shape for _, some, _ in told for name, shape in some.items()}
             about = {"run_id": job.run_id, "plan": job.plan, "model": job.model, "tensors": tensors}
         info = StreamInfo(
             epoch=env.epoch,
@@ -154,18 +157,16 @@ class BehindSaver:
             about=about,
             skips=tuple((skip.step, skip.samples) for skip in job.skips),
         )
-        restored = generation_of(env.resume_from)
-        opened, _, _ = self._ask(
+        self._ask(
             "open",
             info=to_json(info),
-            peers=[where for where, _ in told],
-            in_memory=job.checkpoint.memory_every > 0,
+            peers=[where for where, _, _ in told],
+            in_memory=self._in_memory,
             keep=job.checkpoint.keep,
-            restored=restored,
+            restored=generation_of(env.resume_from),
         )
-        self._in_memory = job.checkpoint.memory_every > 0 and not opened["refused"]
-        if opened["refused"]:
-            print(f"warning: {opened['refused']}", flush=True)
+        if env.rank == 0:
+            warn(without_memory(refused))
 
     def keep(self, step: int, extra: Mapping[str, Any]) -> None:
         """See :class:`Saver`."""
@@ -274,6 +275,17 @@ def warn(text: str) -> None:
     """Tell people, if there is something to tell."""
     if text:
         print(f"warning: {text}", flush=True)
+
+
+def without_memory(refused: Mapping[int, str]) -> str:
+    """What people should know when nodes have no room for generations; empty when all have.
+
+    A generation that lacks the part of one rank restores nobody, so then nobody keeps any.
+    """
+    if not refused:
+        return ""
+    rank, why = min(refused.items())
+    return f"no step can be restored from memory, on no node: that of rank {rank} has no room ({why})"
 
 
 def restored_from(env: RankEnv) -> Location | None:

@@ -32,6 +32,10 @@ class DamagedShard(Exception):
     """A shard is not what its digest promises; the message names the file and the difference."""
 
 
+class MissingShard(DamagedShard):
+    """There is no such file; perhaps its file system is not mounted."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slice:
     """A piece of a global tensor: the elements [start, stop), in row-major order, of a box of it.
@@ -169,7 +173,8 @@ def read_header(path: Location, *, size: int, digest: str) -> ShardHeader:
         digest: Digest that its header must have.
 
     Raises:
-        DamagedShard: It is missing, or does not match.
+        MissingShard: It is not there.
+        DamagedShard: It does not match.
         OSError: It cannot be read.
     """
     storage = storage_of(path)
@@ -184,7 +189,7 @@ def read_header(path: Location, *, size: int, digest: str) -> ShardHeader:
             raise DamagedShard(f"{path}: the header claims {length} bytes")
         text = text[:length] if len(text) >= length else text + storage.read(path, len(start), 8 + length)
     except FileNotFoundError:
-        raise DamagedShard(f"{path} is missing") from None
+        raise MissingShard(f"{path} is missing") from None
     if hashlib.sha256(prefix + text).hexdigest() != digest:
         raise DamagedShard(f"{path}: the header does not match its digest")
     return _decode_header(path, json.loads(text), data_start=8 + length)

@@ -6,10 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from jobs.checkpoint.errors import CorruptCheckpoint, storage_error
+from jobs.checkpoint.errors import AbsentFile, CorruptCheckpoint, storage_error
 from jobs.checkpoint.layout import place_of
 from jobs.checkpoint.manifest import Manifest, ShardRecord, read_manifest
-from jobs.checkpoint.shardfile import DamagedShard, ShardHeader, StoredSlice, read_block, read_header
+from jobs.checkpoint.shardfile import (
+    DamagedShard,
+    MissingShard,
+    ShardHeader,
+    StoredSlice,
+    read_block,
+    read_header,
+)
 from jobs.location import Location, Url, locate
 
 
@@ -70,6 +77,8 @@ class DiskSource:
     def _header(self, path: Location, size: int, digest: str) -> ShardHeader:
         try:
             return read_header(path, size=size, digest=digest)
+        except MissingShard as error:
+            raise AbsentFile(self.path, str(error)) from error
         except DamagedShard as error:
             raise CorruptCheckpoint(self.path, str(error)) from error
         except OSError as error:

@@ -113,7 +113,7 @@ class Pretrain:
         self._saver.open()
         steps = self._job.train.steps
         if done < steps:
-            self._reporter.send("training", step=done + 1)
+            self._reporter.send("training", step=done + 1, micro_batches=self._micro_batches(done + 1))
         elif generation_of(self._env.resume_from):
             manifest = self._save(done, wait=True)  # all was done, but not on disk
         for step in range(done + 1, steps + 1):
@@ -171,7 +171,8 @@ class Pretrain:
         if not evaluates:
             self._note(line)
         doing = "evaluate" if evaluates else then
-        self._reporter.send("step", step=step, next=doing, own_s=round(own_s, 6), seconds=round(seconds, 6))
+        times = {"own_s": round(own_s, 6), "seconds": round(seconds, 6)}
+        self._reporter.send("step", step=step, next=doing, **times, micro_batches=self._micro_batches(step + 1))
         if evaluates:
             self._note(line | {"eval": self._evaluate(step)})
             self._reporter.send("step", step=step, next=then)
@@ -214,11 +215,14 @@ class Pretrain:
 
     def _batches(self, step: int) -> list[MicroBatch]:
         """This replica's micro-batches; ranks that look at no data get empty ones of the right shape."""
-        plan, count = self._job.plan, self._schedule.micro_batches(step, self._job.plan)
+        plan, count = self._job.plan, self._micro_batches(step)
         if not self._engine.needs_data:
             return [self._micro_batch((None,) * plan.micro_batch)] * count
         replica = self._engine.grid.data
         return [self._micro_batch(self._schedule.rows(step, replica, micro, plan)) for micro in range(count)]
+
+    def _micro_batches(self, step: int) -> int:
+        return self._schedule.micro_batches(step, self._job.plan)
 
     def _micro_batch(self, rows: tuple[int | None, ...], source: Samples | Validation | None = None) -> MicroBatch:
         held, source = self._engine.grid.tokens(self._job.batch.seq), source or self._store

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -114,6 +114,113 @@ def test_ten_thousand_quiet_steps_raise_no_alarm() -> None:
         seconds = draw.lognormvariate(0.0, 0.15)
         assert seconds < clock.limit_s(300)
         now = train(clock, now, seconds, step, world=1)
+
+
+# --- a batch that grows -------------------------------------------------------------------------------------------
+
+
+class Gang:
+    """Ranks whose steps take a fixed time and as long again for every micro-batch."""
+
+    def __init__(self, watch: HangWatch, plan: ParallelPlan = PLAN, *, each_s: float) -> None:
+        self.watch, self.plan, self.each_s = watch, plan, each_s
+        self.now, self.step, self.attempt = 100.0, 0, 0
+
+    def seconds(self, micro_batches: int) -> float:
+        return 0.5 + self.each_s * (micro_batches + self.plan.pp - 1)
+
+    def begin(self, micro_batches: int, *, told_s: float = 0.0) -> None:
+        self.attempt += 1
+        say(self.watch, "report", 0, self.now, kind="training", step=self.step + 1, micro_batches=micro_batches)
+        self.watch.begin(self.plan, self.now, told_s=told_s)
+
+    def train(self, sizes: Sequence[int], then: int) -> None:
+        """Steps of so many micro-batches, the first is under way; nobody asks where anybody stands meanwhile."""
+        for size, ahead in zip(sizes, [*sizes[1:], then], strict=True):
+            asked = AskedGang()
+            end = self.now + self.seconds(size)
+            for moment in (self.now, (self.now + end) / 2, end):
+                assert self.watch.look(asked, self.attempt, 4, now=moment, wall=moment) is None
+            assert asked.asked == [], f"step {self.step + 1} of {size} micro-batches is not over yet"
+            self.now, self.step = end, self.step + 1
+            for rank in range(self.plan.world_size):
+                say(self.watch, "report", rank, end, kind="step", step=self.step, next="step", micro_batches=ahead)
+
+    def patience_s(self) -> float:
+        """How long the step under way may take until it is asked after."""
+        asked, waited = AskedGang(), 0.0
+        while not asked.asked:
+            waited += 0.1
+            self.watch.look(asked, self.attempt, 4, now=self.now + waited, wall=0.0)
+        return waited + ASK_S
+
+
+RAMP = [size for size in (1, 2, 4, 8, 16, 32, 64) for _ in range(30)]
+
+
+@pytest.mark.parametrize("each_s", [0.01, 0.6])
+@pytest.mark.parametrize("jump", [4, 40, 400])
+def test_a_larger_batch_is_no_hang(jump: int, each_s: float) -> None:
+    gang = Gang(HangWatch(first_s=60, save_s=900), each_s=each_s)
+    gang.begin(1)
+    gang.train([1] * 20, then=jump)
+    gang.train([jump] * 20, then=jump)
+    assert gang.patience_s() == pytest.approx(FACTOR * gang.seconds(jump) + MARGIN_S, abs=0.2)
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 50], [1, 3, 9, 27, 81, 243], list(range(1, 80))])
+def test_sizes_that_last_for_a_step_or_two(sizes: list[int]) -> None:
+    """Also among the first steps of all, and with steps that are longer than the patience of the start."""
+    gang = Gang(HangWatch(first_s=60, save_s=900), each_s=1.0)
+    gang.begin(sizes[0])
+    gang.train(sizes, then=sizes[-1])
+    gang.train([sizes[-1]] * 10, then=sizes[-1])
+
+
+@pytest.mark.parametrize("at", range(0, len(RAMP), 23))
+def test_no_restart_forgets_how_far_the_batch_has_grown(at: int) -> None:
+    """Each attempt falls in its first step, so none of them could learn anew."""
+    gang = Gang(HangWatch(first_s=60, save_s=900), each_s=1.0)
+    gang.begin(RAMP[0])
+    gang.train(RAMP[: at + 1], then=RAMP[at])
+    for _ in range(3):
+        gang.watch.end()
+        gang.begin(RAMP[at])
+        gang.train([RAMP[at]], then=64)
+    gang.train([64] * 8, then=64)
+
+
+def test_after_a_restart_a_hang_of_a_long_step_is_still_found() -> None:
+    gang = Gang(HangWatch(first_s=300, save_s=900), each_s=1.0)
+    gang.begin(1)
+    gang.train(RAMP, then=64)
+    gang.watch.end()
+    gang.begin(64)
+    assert gang.patience_s() <= FACTOR * gang.seconds(64) + EARLY_MARGIN_S + 0.2
+
+
+def test_steps_of_a_smaller_plan_are_longer_than_the_patience_of_the_start() -> None:
+    gang = Gang(HangWatch(first_s=60, save_s=900), each_s=1.0)
+    gang.begin(20)
+    gang.train([20] * 10, then=20)
+    gang.watch.end()
+    half = ParallelPlan(tp=1, pp=2, zero_stage=1, stages=(1, 1), micro_batch=1, grad_accum=2)
+    smaller = Gang(gang.watch, half, each_s=2.0)
+    smaller.begin(60)
+    smaller.train([60] * 6, then=60)
+
+
+def test_a_controller_that_knows_nothing_goes_by_what_is_on_record() -> None:
+    gang = Gang(HangWatch(first_s=60, save_s=900), each_s=10.0)
+    gang.begin(9, told_s=gang.seconds(9))
+    gang.train([9] * 6, then=9)
+
+
+def test_a_gang_that_is_taken_over_tells_its_size_only_with_its_next_step() -> None:
+    gang = Gang(HangWatch(first_s=60, save_s=900), each_s=1.0)
+    gang.watch.begin(gang.plan, gang.now)
+    gang.attempt, gang.step = 1, 40
+    gang.train([8, 8, 8, 8, 8, 8, 40, 40], then=40)
 
 
 WRITE = stack("jobs/checkpoint/save.py:_write_part", "jobs/checkpoint/shardfile.py:write_shard")

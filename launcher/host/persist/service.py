@@ -1,6 +1,6 @@
 """What a rank asks of the persister of its node, one connection per rank.
 
-``hello``    where this persister listens for others
+``hello``    where this persister listens for others, and why it has no room for generations of the node's ``share``
 ``open``     begin a stream: ``info``, ``peers`` (every rank's persister), ``in_memory``, ``replica``, ``restored``,
              ``keep``
 ``begin``    a buffer to copy into; waits until the replica of the part before is confirmed
@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jobs import frames
-from jobs.checkpoint.image import image_of
 from jobs.checkpoint.layout import Token
 from jobs.checkpoint.memory import Address, Generation, StreamInfo
 from jobs.frames import FrameError, Message, Payload
@@ -103,7 +102,7 @@ class Desk:
     def serve(self, sock: socket.socket) -> None:
         """Answer until the rank is gone; what it had sealed goes its way without it."""
         handlers: dict[str, Callable[[Message], tuple[Message, Payload, list[int]]]] = {
-            "hello": lambda _: ({"address": to_json(self._own)}, b"", []),
+            "hello": self._hello,
             "open": self._open,
             "begin": self._begin,
             "seal": self._seal,
@@ -142,6 +141,10 @@ class Desk:
         if self._replicator is not None:
             self._replicator.end()
 
+    def _hello(self, message: Message) -> tuple[Message, Payload, list[int]]:
+        refused = no_room(int(message.get("share", 0)), memory_of_host())
+        return {"address": to_json(self._own), "refused": refused}, b"", []
+
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def _open(self, message: Message) -> tuple[Message, Payload, list[int]]:
@@ -149,8 +152,6 @@ class Desk:
         peers = [from_json(Address, one) for one in message["peers"]]
         self._directory.learn(info.token, peers)
         restored, in_memory = message["restored"], bool(message["in_memory"])
-        refused = no_room(image_of(info.image).bytes * peers.count(self._own), memory_of_host()) if in_memory else ""
-        in_memory = in_memory and not refused
         self._keep = int(message["keep"])
         self._stream = self._shelf.open(
             info,
@@ -161,7 +162,7 @@ class Desk:
         target = other_node(self._own, peers) if in_memory else None
         if target is not None:
             self._replicator = Replicator(self._shelf, self._directory.secret, target)
-        return {"refused": refused}, b"", []
+        return {}, b"", []
 
     def _begin(self, message: Message) -> tuple[Message, Payload, list[int]]:
         assert self._stream is not None
@@ -253,7 +254,7 @@ def no_room(share: int, host: int) -> str:
         return ""
     return (
         f"{GENERATIONS} copies of {share / 1e9:.2f} GB are more than {HOST_SHARE:.0%} of the {host / 1e9:.1f} GB of "
-        "this host: no generations are kept in memory (checkpoint.memory_every=0 says the same)"
+        "this host (checkpoint.memory_every=0 asks for none)"
     )
 
 

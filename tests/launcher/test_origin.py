@@ -1,0 +1,257 @@
+"""Where a gang begins when checkpoints are gone, cut short or damaged: never again at step 1 without a person."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.checkpoint.layout import place_of
+from jobs.checkpoint.memory import Holding
+from launcher import adoption, origin, progress
+from launcher.phase import Phase
+from launcher.run import EventKind, RunState
+from launcher.store import dump
+from tests.support.checkpoints import write_checkpoint
+from tests.support.stage import Stage
+
+STEPS = (5, 10)
+
+
+def trained(root: Path, **options: Any) -> tuple[Stage, list[Path]]:
+    """A gang that has committed the checkpoints of :data:`STEPS`."""
+    stage = Stage(root, **{"backoff_s": 0.0, "shrink_after_s": 0.0, **options})
+    stage.start()
+    found = [write_checkpoint(stage.store.paths.checkpoint_dir, step) for step in STEPS]
+    for step, path in zip(STEPS, found, strict=True):
+        stage.report("a", "checkpoint", 1, rank=0, step=step, path=str(path), bytes=1, stall_s=0.1)
+    stage.report("a", "step", 1, rank=0, step=12)
+    stage.turn()
+    return stage, found
+
+
+def rejections(stage: Stage) -> list[str]:
+    return [e.data["path"] for e in stage.store.events() if e.kind is EventKind.CHECKPOINT_REJECTED]
+
+
+def killed(stage: Stage, *nodes: str, attempt: int = 1) -> None:
+    for node in nodes:
+        stage.gang.say("killed", node, attempt=attempt)
+
+
+# --- how the gang ends --------------------------------------------------------------------------------------------
+
+
+def a_rank_falls(stage: Stage) -> None:
+    stage.gang.say("exit", "b", rank=3, attempt=1, code=None, signal=9)
+    killed(stage, "a", "b")
+    stage.turn(4)
+
+
+def a_node_is_lost(stage: Stage) -> None:
+    """The spare takes its place or, where there is none, the plan shrinks."""
+    stage.backend.alive.pop("b")
+    stage.gang.say("agent_lost", "b", why="silent")
+    killed(stage, "a")
+    stage.turn(4)
+
+
+def the_controller_falls_too(stage: Stage) -> None:
+    stage.lock.release()
+    stage.renew()
+    adoption.begin(stage.controller)
+    stage.turn(4)
+
+
+def a_node_goes_with_notice(stage: Stage) -> None:
+    stage.gang.say("notice", "b", reason="SIGTERM", within_s=25.0)
+    stage.turn()
+    for rank in range(4):
+        stage.gang.say("exit", "ab"[rank // 2], rank=rank, attempt=1, code=0, signal=None)
+    stage.turn()
+    killed(stage, "a", "b")
+    stage.turn(4)
+
+
+# --- what becomes of the checkpoints ------------------------------------------------------------------------------
+
+
+def the_mount_is_gone(folder: Path) -> None:
+    shutil.move(folder, folder.with_name("elsewhere"))
+    folder.mkdir()
+
+
+def the_mount_is_back(folder: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.move(folder.with_name("elsewhere"), folder)
+
+
+def shards_are_gone(folder: Path) -> None:
+    for shard in folder.rglob("shard-00001.safetensors"):
+        shutil.move(shard, shard.with_name("elsewhere"))
+
+
+def shards_are_back(folder: Path) -> None:
+    for shard in folder.rglob("elsewhere"):
+        shutil.move(shard, shard.with_name("shard-00001.safetensors"))
+
+
+ENDS: tuple[Callable[[Stage], None], ...] = (
+    a_rank_falls,
+    a_node_is_lost,
+    the_controller_falls_too,
+    a_node_goes_with_notice,
+)
+LOSSES = ((the_mount_is_gone, the_mount_is_back), (shards_are_gone, shards_are_back))
+
+
+@pytest.mark.parametrize("nodes", ["ab", "abc"])
+@pytest.mark.parametrize(("lose", "bring_back"), LOSSES)
+@pytest.mark.parametrize("end", ENDS)
+def test_it_ends_with_the_reason_and_a_resume_goes_on_from_the_newest(
+    end: Callable[[Stage], None],
+    lose: Callable[[Path], None],
+    bring_back: Callable[[Path], None],
+    nodes: str,
+    tmp_path: Path,
+) -> None:
+    stage, found = trained(tmp_path, nodes=tuple(nodes), spares=len(nodes) - 2)
+    folder = stage.store.paths.checkpoint_dir
+    lose(folder)
+    end(stage)
+    run = stage.store.run()
+    assert (run.state, len(run.attempts)) == (RunState.FAILED, 1)
+    assert run.reason.startswith("step 10 was committed, and no checkpoint can be used: ")
+    assert ("is missing" if lose is shards_are_gone else f"there is none in {folder}") in run.reason
+    assert f"phalanx resume {stage.store.name}" in run.reason
+    assert rejections(stage) == []
+    assert stage.backend.released == 1
+    bring_back(folder)
+    resumed(stage)
+    attempt = stage.store.run().attempts[-1]
+    assert (attempt.resume_from, attempt.first_step, attempt.reason) == (str(found[-1]), 11, "resume")
+
+
+def resumed(stage: Stage) -> None:
+    """A person resumes the run, on two nodes that are there again."""
+    stage.backend.alive = {"a": "a-1", "b": "b-1", "c": "c-1"}
+    stage.lock.release()
+    stage.renew()
+    adoption.begin(stage.controller, resume={"overrides": [], "changes": []})
+    stage.start()
+
+
+def test_what_is_known_to_have_been_is_enough(tmp_path: Path) -> None:
+    """The ranks died before they could report the commit, and the next attempt has gone on from it."""
+    stage = Stage(tmp_path, backoff_s=0.0)
+    write_checkpoint(stage.store.paths.checkpoint_dir, 5)
+    stage.start()
+    assert (stage.store.run().committed_step, origin.promised(stage.store.run())) == (0, 5)
+    the_mount_is_gone(stage.store.paths.checkpoint_dir)
+    a_rank_falls(stage)
+    assert "step 5 was committed" in stage.store.run().reason
+
+
+def test_before_the_first_checkpoint_it_begins_again(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, backoff_s=0.0)
+    stage.start()
+    stage.report("a", "step", 1, rank=0, step=3)
+    a_rank_falls(stage)
+    stage.start()
+    assert stage.store.run().attempts[-1].first_step == 1
+
+
+def test_what_lacks_a_file_is_passed_over_until_a_person_resumes(tmp_path: Path) -> None:
+    stage, (older, newer) = trained(tmp_path, max_restarts=1)
+    shard = place_of(newer).shard(0)
+    shutil.move(shard, tmp_path / "kept")
+    a_rank_falls(stage)
+    stage.start()
+    assert rejections(stage) == [str(newer)]
+    assert stage.store.run().attempts[-1].resume_from == str(older)
+    shutil.move(tmp_path / "kept", shard)
+    assert stage.store.run().rejected == {str(newer)}, "the run has gone on from another one"
+    stage.gang.say("exit", "b", rank=3, attempt=2, code=None, signal=9)
+    killed(stage, "a", "b", attempt=2)
+    stage.turn(4)
+    assert "all 1 restarts are used" in stage.store.run().reason
+    resumed(stage)
+    assert stage.store.run().attempts[-1].resume_from == str(newer)
+    assert stage.store.run().rejected == frozenset()
+
+
+def test_what_was_read_and_is_damaged_stays_so(tmp_path: Path) -> None:
+    stage, (older, newer) = trained(tmp_path, max_restarts=0)
+    stage.report("b", "rejected", 1, rank=3, path=str(newer), reason="block 0 does not match its digest")
+    killed(stage, "a", "b")
+    stage.turn(4)
+    assert stage.state() is RunState.FAILED
+    assert origin.newest(stage.store.paths, rejected=stage.store.run().found_damaged, script=False) == (
+        progress.ResumePoint(path=str(older), step=5),
+        {},
+    )
+    resumed(stage)
+    assert stage.store.run().attempts[-1].resume_from == str(older)
+    assert stage.store.run().rejected == {str(newer)}
+
+
+def test_the_checkpoints_of_another_run_are_not_gone_on_from(tmp_path: Path) -> None:
+    stage, _ = trained(tmp_path)
+    shared = tmp_path / "shared"
+    shutil.move(stage.store.paths.checkpoint_dir, shared)
+    stage.store.paths.pointer.write_text(f"{shared}\n")
+    (shared / "run.json").write_bytes(dump({"run": "run", "owner": "somebody else"}))
+    a_rank_falls(stage)
+    run = stage.store.run()
+    assert run.state is RunState.FAILED
+    assert "holds the checkpoints of another run" in run.reason
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def hold(stage: Stage, monkeypatch: pytest.MonkeyPatch, *, step: int, attempt: int) -> None:
+    """Node a holds every part of a generation."""
+    parts = [
+        Holding(step=step, epoch=1, attempt=attempt, rank=rank, world=4, bytes=4, own=True).told() for rank in range(4)
+    ]
+    address = {"host": "127.0.0.1", "port": 1, "incarnation": "i"}
+
+    def ask_holdings(number: int) -> set[str]:
+        stage.gang.say("holdings", "a", id=number, held=parts, address=address)
+        return {"a"}
+
+    monkeypatch.setattr(stage.gang, "ask_holdings", ask_holdings)
+
+
+def test_memory_needs_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, _ = trained(tmp_path)
+    the_mount_is_gone(stage.store.paths.checkpoint_dir)
+    hold(stage, monkeypatch, step=12, attempt=1)
+    a_rank_falls(stage)
+    attempt = stage.store.run().attempts[-1]
+    assert stage.controller.phase is Phase.RUN
+    assert (attempt.number, attempt.first_step) == (2, 13)
+    assert attempt.resume_from.startswith("memory:")
+
+
+def test_memory_of_a_gang_before_the_one_that_committed_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No checkpoint tells any more which gang is the newest that has committed, but the log does."""
+    stage = Stage(tmp_path, backoff_s=0.0)
+    stage.start()
+    a_rank_falls(stage)
+    stage.start()
+    path = write_checkpoint(stage.store.paths.checkpoint_dir, 10, (1, 2))
+    stage.report("a", "checkpoint", 2, rank=0, step=10, path=str(path), bytes=1, stall_s=0.1)
+    stage.turn()
+    the_mount_is_gone(stage.store.paths.checkpoint_dir)
+    hold(stage, monkeypatch, step=12, attempt=1)
+    stage.gang.say("exit", "b", rank=3, attempt=2, code=None, signal=9)
+    killed(stage, "a", "b", attempt=2)
+    stage.turn(4)
+    assert "step 10 was committed" in stage.store.run().reason
