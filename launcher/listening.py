@@ -9,7 +9,7 @@ MANY = 256
 PAUSE_S = 0.01
 
 
-class HandfulSelector(selectors.DefaultSelector):  # type: ignore[misc,valid-type]  # mypy: it differs by platform
+class HandfulSelector(selectors.DefaultSelector):
     """Looks at most every ``PAUSE_S`` where there are ``MANY`` connections, on which something is nearly always ready.
 
     So beats are heard by handfuls, and the turn that costs as much as a few of them is made for all. What is urgent

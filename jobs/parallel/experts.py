@@ -46,7 +46,7 @@ class Dispatch:
         self._receive = arriving.sum(dim=1).tolist()
         self._sizes: list[int] = arriving.sum(dim=0).tolist()
         if self._group is not None:
-            self._shares = _by_expert(arriving).split(self._sizes)
+            self._shares = torch.split(_by_expert(arriving), self._sizes)
         self._order = order[: sum(self._send)]
 
     def send(self, tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -184,12 +184,12 @@ class _AddUp(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(rows, weights, order)
         source, place = _with_zero(rows, place)
-        columns = zip(place.view_as(weights).unbind(1), weights.split(1, dim=1), strict=True)
+        columns = zip(place.view_as(weights).unbind(1), torch.split(weights, 1, dim=1), strict=True)
         places, weight = next(columns)
         out = source.index_select(0, places) * weight  # in fp32, as the weights are
         for places, weight in columns:
             out.addcmul_(source.index_select(0, places), weight)
-        return out.to(rows.dtype)
+        return cast(torch.Tensor, out.to(rows.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
