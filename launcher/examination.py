@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from jobs import weights
 from launcher import build
 from launcher.config import Draft, draft, sound
 from launcher.data_checks import data_spec
@@ -81,6 +82,8 @@ def _of_data(config: Config, *, vocab: int, formed: bool = False) -> list[str]:
         vocab: Tokens of the model; 0 if that is not known.
         formed: What is wrong with the form of the sources is told already.
     """
+    if config.job.infers:
+        return _of_questions(config, vocab)
     if config.job.kind != "pretrain":
         return []
     spec = data_spec(config)
@@ -99,3 +102,16 @@ def _of_path(config: Config) -> list[str]:
     if config.data.kind != "text" or not path or Path(path).exists():
         return []
     return [f"data.path: there is no such file or folder: {path}"]
+
+
+def _of_questions(config: Config, vocab: int) -> list[str]:
+    """What is wrong with the files and the tokenizer of a job that only computes."""
+    from jobs.inference.rows import flaws, told
+
+    asked = build.inference_spec(config)
+    assert asked is not None, "it only computes"
+    try:
+        source = weights.find(config.job.weights) if config.job.weights else None
+    except PhalanxError:  # told already
+        source = None
+    return told(flaws(asked, source, vocab, stop=config.job.kind == "generate"))
