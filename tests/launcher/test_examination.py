@@ -119,7 +119,7 @@ def test_an_evaluation_is_told_everything_before_its_weights_are_read(
     for words, more in (
         ((), "What is asked has 3 problems"),
         (("strategy.tp=3",), "heads_divisible_by_tp"),
-        (("train.steps=0", "strategy.tp=3"), "train.steps: "),
+        (("strategy.cp=2", "strategy.tp=3"), "strategy.cp: "),
     ):
         assert refused("job=evaluate", "job.weights=hf", *files, "cluster=process", *words) == 2
         said = capsys.readouterr().err

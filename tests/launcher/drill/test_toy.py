@@ -28,9 +28,9 @@ EXPERIMENTS = {
     "zero 3": ["model=llama_tiny", "cluster=process", "cluster.nodes=2", "strategy.dp=4", "strategy.zero_stage=3"],
     "three shares": ["model=moe_tiny", "model.moe.experts=6", "strategy.dp=3", "strategy.ep=3"],
     "three experts": ["model=moe_tiny", "model.moe.experts=3", "strategy.dp=6", "strategy.ep=3"],
-    "an odd rest": ["model=moe_tiny", "strategy.dp=6", "strategy.tp=2", "strategy.ep=2"],
+    "an odd rest": ["model=moe_tiny", "cluster.nodes=6", "strategy.dp=6", "strategy.tp=2", "strategy.ep=2"],
     "very many experts": ["model=moe_tiny", "model.moe.experts=27", "strategy.dp=3", "strategy.ep=3"],
-    "parts of sequences": ["model=gpt_tiny", "model.heads=8", "strategy.sp=4", "strategy.dp=2", "strategy.tp=2"],
+    "parts of sequences": ["model.heads=8", "cluster.nodes=8", "strategy.sp=4", "strategy.dp=2", "strategy.tp=2"],
     "experts over parts": ["model=moe_tiny", "strategy.sp=2", "strategy.tp=2", "strategy.ep=2"],
     "bf16": ["cluster=process", "cluster.nodes=2", "strategy.tp=2", "strategy.dp=2", "train.precision=bf16"],
 }
