@@ -113,9 +113,8 @@ WITH_EXPERTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "plan", [pytest.param(plan, marks=[] if plan.startswith("sp2-pp2") else full) for plan in WITH_EXPERTS]
-)
+@full
+@pytest.mark.parametrize("plan", WITH_EXPERTS)
 def test_the_room_that_documents_have_does_not_depend_on_the_plan(pool: WarmPool, plan: str) -> None:
     alone, spread = (run(pool, TIGHT, degrees, packing=True)[0] for degrees in ({}, WITH_EXPERTS[plan]))
     for key, tolerance in (("loss", 5e-6), ("grad_norm", 1e-5)):
