@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from jobs.hf.names import require_layout
 from strategies.codec import to_json
@@ -128,7 +128,7 @@ def read_config(document: Mapping[str, Any], name: str) -> tuple[dict[str, Any],
     return {"name": name} | values, look.flaws
 
 
-def _is_positive(value: Any) -> bool:
+def _is_positive(value: Any) -> TypeGuard[float]:
     """Whether it is a number above 0 that a float can hold; JSON as Python reads it knows NaN and Infinity."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
