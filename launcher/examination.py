@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from jobs import weights
 from launcher import build
 from launcher.config import Draft, draft, sound
 from launcher.data_checks import data_spec
@@ -82,6 +83,8 @@ def _of_data(config: Config, *, vocab: int, formed: bool = False) -> list[str]:
         vocab: Tokens of the model; 0 if that is not known.
         formed: What is wrong with the form of the sources is told already.
     """
+    if config.job.infers:
+        return _of_questions(config, vocab)
     if config.job.kind != "pretrain":
         return []
     spec = data_spec(config)
@@ -110,3 +113,16 @@ def of_text(config: Config, *, vocab: int) -> list[str]:
     if config.data.kind == "text" and path and not Path(path).exists():
         found.append(f"data.path: there is no such file or folder: {path}")
     return found
+
+
+def _of_questions(config: Config, vocab: int) -> list[str]:
+    """What is wrong with the files and the tokenizer of a job that only computes."""
+    from jobs.inference.rows import flaws, told
+
+    asked = build.inference_spec(config)
+    assert asked is not None, "it only computes"
+    try:
+        source = weights.find(config.job.weights) if config.job.weights else None
+    except PhalanxError:  # told already
+        source = None
+    return told(flaws(asked, source, vocab, stop=config.job.kind == "generate"))

@@ -32,6 +32,7 @@ def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> Laun
     """
     if request.job.kind == "script":
         return request
+    pretrained.check_asked(request)  # before all of the weights is read
     if request.job.initial is not None:
         screen.say(f"reading the weights: {request.job.initial.path}")
         request = pretrained.with_digests(request)

@@ -13,6 +13,7 @@ from typing import Any
 
 from jobs import weights
 from jobs.hf import folder as hf
+from jobs.spec import WeightsSpec
 from launcher import build
 from launcher.request import LaunchRequest
 from launcher.schema import Config
@@ -90,18 +91,19 @@ def _problems(config: Config) -> list[Problem]:
         if source.kind == "hf":
             _, flaws = hf.inspect(Path(source.path), model)
             found = [Problem(key=key, message=f"{source.path}: {flaw.message}", hint=flaw.hint) for flaw in flaws]
-            return found + _other_base(config, Path(source.path))
+            there = hf.look(Path(source.path))[0].get("rope_theta")
+            return found + _other_base(config, source, there)
         weights.check(source, model)
+        return _other_base(config, source, weights.model_of(source).rope_theta)
     except PhalanxError as error:
         return [_told(key, error)]
-    return []
 
 
 def _with_tokenizer(config: Config) -> tuple[Config, list[Problem]]:
     """The configuration with the tokenizer of the weights, unless another is named.
 
-    One that is trained here would give every token another number than the weights know. A run whose tokenizer is gone
-    is left to its corpus, which gives the same one again.
+    One that is trained here would give every token another number than the weights know. That goes for a run whose
+    tokenizer is gone, too: nobody can tell whether the text is still what it was trained on.
     """
     given = config.train.init_from
     if not given or config.job.kind != "pretrain" or config.data.tokenizer:
@@ -110,20 +112,33 @@ def _with_tokenizer(config: Config) -> tuple[Config, list[Problem]]:
     path = weights.tokenizer_of(source)
     if path is not None:
         return replace(config, data=replace(config.data, tokenizer=str(path.absolute()))), []
-    if source.kind != "hf" or not hf.is_folder(Path(source.path)):
+    if source.kind == "hf" and not hf.is_folder(Path(source.path)):
         return config, []
-    message = f"missing: there is no {hf.TOKENIZER} in {source.path}, and the weights know no other's tokens"
+    where = f"in {source.path}" if source.kind == "hf" else f"with the data of the run of {source.path}"
+    message = f"missing: there is no {hf.TOKENIZER} {where}, and the weights know no other's tokens"
     return config, [Problem(key="data.tokenizer", message=message, hint="data.tokenizer=FILE")]
 
 
-def _other_base(config: Config, folder: Path) -> list[Problem]:
-    """Another rotary base than the folder's is meant only where the scale says so (``model.rope_scaling``)."""
-    there = hf.look(folder)[0].get("rope_theta", config.model.rope_theta)
-    if there == config.model.rope_theta:
+def _other_base(config: Config, source: WeightsSpec, there: float | None) -> list[Problem]:
+    """Another rotary base than the weights' is meant only where the scale says so (``model.rope_scaling``).
+
+    Args:
+        config: Its model may have the base of the weights before scaling or, where they are scaled already, after it.
+        source: The weights.
+        there: Their base; None if they have none.
+    """
+    here = config.model.rope_theta
+    if there is None or config.model.flavour != "llama" or there in (here, build.model_spec(config).rope_theta):
         return []
-    message = f"{config.model.rope_theta:g}, the weights in {folder} were trained with {there:g}"
-    hint = f"model.rope_theta={there:g}, and model.rope_scaling=FACTOR for longer sequences."
+    message = f"{_exact(here)}, the weights in {source.path} were trained with {_exact(there)}"
+    hint = f"model.rope_theta={_exact(there)}, and model.rope_scaling=FACTOR for longer sequences."
     return [Problem(key="model.rope_theta", message=message, hint=hint)]
+
+
+def _exact(number: float) -> str:
+    """As short as it can be said without another number being meant."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
 
 def _told(key: str, error: PhalanxError) -> Problem:
@@ -165,6 +180,20 @@ def expanded(given: str) -> str:
     prefix = "hf:" if given.startswith("hf:") else ""
     rest = given.removeprefix("hf:")
     return given if "://" in rest else f"{prefix}{Path(rest).expanduser()}"
+
+
+def check_asked(request: LaunchRequest) -> None:
+    """Check what a job that only computes is asked: its files and its tokenizer, not the weights.
+
+    Raises:
+        ConfigError: Something is wrong; all of it is told.
+        StorageError: A file cannot be read.
+    """
+    job = request.job
+    if job.inference is not None and job.initial is not None:
+        from jobs.inference.rows import require
+
+        require(job.inference, job.initial, job.model, stop=job.kind == "generate")
 
 
 def with_rows(request: LaunchRequest, cache: Path) -> LaunchRequest:

@@ -30,6 +30,7 @@ class MoeSpec:
         normalize: The weights of the experts that a token visits sum to 1; with one expert they never do, because the
             router would then learn nothing from the loss.
         capacity_factor: Tokens of a sequence that an expert takes, over the average number; later ones are dropped.
+            Packed documents have that room each.
             0: it takes all.
         balance_weight: Weight of the load-balancing loss; 0 for none.
         z_weight: Weight of the router's z-loss; 0 for none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -86,7 +87,11 @@ def test_submit_as_a_dry_run(words: list[str], tmp_path: Path) -> None:
         question = json.dumps({"question": "1 + 1?", "choices": ["1", "2"], "answer": 1})
         (tmp_path / "questions.jsonl").write_text(f"{question}\n" * 6)
     if "train.init_from=runs/short" in words:
-        run = RunStore.create(tiny_request(tmp_path / "runs", name="short"))
+        request, store = tiny_request(tmp_path / "runs", name="short"), tmp_path / "runs" / ".data" / "first"
+        store.mkdir(parents=True)
+        hf_models.tokenizer(store / "tokenizer.json", 300)
+        data = dataclasses.replace(request.job.data, store=str(store))
+        run = RunStore.create(dataclasses.replace(request, job=dataclasses.replace(request.job, data=data)))
         model = model_spec(compose(["model=llama_tiny", "model.vocab=300", "model.seq=256"]))
         write_model_checkpoint(run.paths.checkpoint_dir, model)
     if "cluster=existing" in words:

@@ -6,9 +6,10 @@ models do not have and that would silently change every logit.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from jobs.hf.names import require_layout
 from strategies.codec import to_json
@@ -118,11 +119,18 @@ def read_config(document: Mapping[str, Any], name: str) -> tuple[dict[str, Any],
     look = _Look(document)
     values = reader(look)
     wanted, named = ARCHITECTURES[str(kind)], document.get("architectures") or []
-    if named and wanted not in named:
+    if not isinstance(named, list):
+        look.refuse("architectures", f"expected a list of names, found {named!r}", f'["{wanted}"]')
+    elif named and wanted not in named:
         look.refuse("architectures", f"{named} is not a language model", did_you_mean(str(named[0]), [wanted]))
     if document.get("quantization_config"):
         look.refuse("quantization_config", "quantized weights cannot be trained on", "Take the unquantized model.")
     return {"name": name} | values, look.flaws
+
+
+def _is_positive(value: Any) -> TypeGuard[float]:
+    """Whether it is a number above 0 that a float can hold; JSON as Python reads it knows NaN and Infinity."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 class _Look:
@@ -149,7 +157,7 @@ class _Look:
     def number(self, key: str, default: float) -> float:
         """A number above 0."""
         value = self._document.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        if not _is_positive(value):
             self.refuse(key, f"expected a number above 0, found {value!r}")
             return default
         return float(value)
@@ -184,7 +192,7 @@ class _Look:
             self.refuse("rope scaling", f"{kind!r} is not implemented", "Known: default, llama3.")
             return None
         found = [rope.get(name) for name in _STRETCH]
-        numbers = [one for one in found if isinstance(one, int | float) and not isinstance(one, bool) and one > 0]
+        numbers = [one for one in found if _is_positive(one)]
         if len(numbers) < len(found):
             told = ", ".join(f"{name} {value!r}" for name, value in zip(_STRETCH, found, strict=True))
             self.refuse("rope scaling", f"expected numbers above 0, found {told}")
@@ -199,7 +207,7 @@ class _Look:
         if rope.get("partial_rotary_factor", self._document.get("partial_rotary_factor", 1.0)) != 1.0:
             self.refuse("partial_rotary_factor", "is not implemented: the whole head turns")
         theta = rope.get("rope_theta", self._document.get("rope_theta", 10000.0))
-        if not isinstance(theta, int | float) or isinstance(theta, bool) or theta <= 0:
+        if not _is_positive(theta):
             self.refuse("rope_theta", f"expected a number above 0, found {theta!r}")
             return 10000.0
         return float(theta)

@@ -86,7 +86,7 @@ def read_prompts(place: str) -> list[str]:
     if path.suffix == ".jsonl":
         prompts = _lines(path, lambda value: _text(value, "prompt"))
     else:
-        prompts = [line for line in _read(path).splitlines() if line.strip()]
+        prompts = [line for _, line in _numbered(path)]
     if not prompts:
         raise ConfigError(f"There is no prompt in {place}.", hint="One per line, or jsonl with the key 'prompt'.")
     return prompts
@@ -131,7 +131,8 @@ def _lines(path: Path, decode: Callable[[Mapping[str, Any]], T]) -> list[T]:
 
 
 def _numbered(path: Path) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    # Not splitlines(): a string of JSON may hold characters that end a line elsewhere (U+0085, U+2028).
+    for number, line in enumerate(_read(path).split("\n"), start=1):
         if line.strip():
             yield number, line
 

@@ -10,19 +10,19 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.checkpoint.layout import sync_dir, write_durably
-from jobs.data.tokenizer import END_OF_TEXT_ID
+from jobs.data.tokenizer import END_OF_TEXT_ID, vocabulary
 from jobs.hf.folder import CONFIG
 from jobs.inference.questions import Question, read_prompts, read_questions, read_texts
 from jobs.spec import InferenceSpec, WeightsSpec
 from jobs.weights import data_of, tokenizer_of
 from strategies.codec import from_json, to_json
-from strategies.errors import ConfigError, StorageError
+from strategies.errors import ConfigError, PhalanxError, StorageError
 from strategies.specs import ModelSpec
 
 if TYPE_CHECKING:
@@ -79,6 +79,57 @@ class Encoder:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
 
+def flaws(spec: InferenceSpec, weights: WeightsSpec | None, vocab: int, *, stop: bool) -> dict[str, PhalanxError]:
+    """All that is wrong with what is asked, by the key of the section ``job``. Nothing of the weights is read.
+
+    Args:
+        spec: What is asked.
+        weights: The weights, beside which the tokenizer is looked for; None where they are not known.
+        vocab: Tokens of the model; 0 if that is not known.
+        stop: Whether prompts are wanted, not texts and questions.
+    """
+    looks: dict[str, Callable[[], object]] = {}
+    if weights is not None or spec.tokenizer:
+        looks["tokenizer"] = lambda: _check_tokenizer(_place_of(spec, weights), vocab)
+    if stop and spec.prompts:
+        looks["prompts"] = lambda: read_prompts(spec.prompts)
+    if not stop and spec.text:
+        looks["text"] = lambda: read_texts(spec.text)
+    if not stop and spec.choices:
+        looks["choices"] = lambda: read_questions(spec.choices, spec.shots)
+    found: dict[str, PhalanxError] = {}
+    for key, look in looks.items():
+        try:
+            look()
+        except PhalanxError as error:
+            found[key] = error
+    return found
+
+
+def told(found: Mapping[str, PhalanxError]) -> list[str]:
+    """Flaws for people, each under its key."""
+    lines = []
+    for key, error in found.items():
+        parts = [error.what, error.why and f"({error.why})", error.hint]
+        lines.append(f"job.{key}: {' '.join(part for part in parts if part)}".replace("\n", "\n    "))
+    return lines
+
+
+def require(spec: InferenceSpec, weights: WeightsSpec, model: ModelSpec, *, stop: bool) -> None:
+    """Refuse what is asked with all that is wrong with it, before anything is computed.
+
+    Raises:
+        ConfigError: A file has bad lines, or the tokenizer does not fit the model; or several things are wrong.
+        StorageError: A file cannot be read.
+    """
+    found = flaws(spec, weights, model.vocab, stop=stop)
+    if len(found) == 1:
+        raise next(iter(found.values()))
+    if found:
+        lines = "\n".join(f"  - {line}" for line in told(found))
+        raise ConfigError(f"What is asked has {len(found)} problems:\n{lines}", hint="Nothing was written.")
+
+
 def prepare(spec: InferenceSpec, weights: WeightsSpec, model: ModelSpec, cache: Path, *, stop: bool) -> InferenceSpec:
     """Make the rows of a job.
 
@@ -93,18 +144,13 @@ def prepare(spec: InferenceSpec, weights: WeightsSpec, model: ModelSpec, cache: 
         ``spec`` with ``tokenizer``, ``start``, ``end``, ``rows``, ``digest`` and ``count`` filled.
 
     Raises:
-        ConfigError: A file has bad lines, or the tokenizer does not fit the model.
+        ConfigError: A file has bad lines, or the tokenizer does not fit the model; all of it is told.
         StorageError: A file cannot be read or written.
     """
-    path = Path(spec.tokenizer) if spec.tokenizer else _tokenizer_of(weights)
+    require(spec, weights, model, stop=stop)
+    path = _place_of(spec, weights)
     start, end = _ends_of(weights, model)
     encode = Encoder(path, start)
-    size = encode.tokenizer.get_vocab_size()
-    if size > model.vocab:
-        raise ConfigError(
-            f"The tokenizer {path} has {size} tokens, the model '{model.name}' only {model.vocab}.",
-            hint="job.tokenizer=FILE names the one that belongs to the model.",
-        )
     found = list(_prompt_rows(spec, encode, model) if stop else _scored_rows(spec, encode, model))
     data = "".join(json.dumps(to_json(row), separators=(",", ":")) + "\n" for row in found).encode()
     digest = hashlib.sha256(data).hexdigest()
@@ -168,16 +214,34 @@ def _prompt_rows(spec: InferenceSpec, encode: Encoder, model: ModelSpec) -> Iter
         yield Row(tokens=tuple(tokens), begin=len(tokens), item=item, key=prompt)
 
 
-def _tokenizer_of(weights: WeightsSpec) -> Path:
-    """The tokenizer beside the weights.
+def _place_of(spec: InferenceSpec, weights: WeightsSpec | None) -> Path:
+    """The tokenizer that is named, or the one beside the weights.
 
     Raises:
         ConfigError: There is none.
     """
+    if spec.tokenizer:
+        return Path(spec.tokenizer)
+    assert weights is not None, "nobody named a tokenizer"
     path = tokenizer_of(weights)
     if path is None:
         raise ConfigError(f"There is no tokenizer beside {weights.path}.", hint="Name one: job.tokenizer=FILE.")
     return path
+
+
+def _check_tokenizer(path: Path, vocab: int) -> None:
+    """Check that a tokenizer can be read, and that each of its numbers is one of ``vocab`` tokens; 0: any is.
+
+    Raises:
+        ConfigError: The model has too few tokens.
+        StorageError: It cannot be read.
+    """
+    size = vocabulary(Encoder(path, None).tokenizer)
+    if vocab and size > vocab:
+        raise ConfigError(
+            f"The tokenizer {path} needs a vocabulary of {size} tokens, the model has only {vocab}.",
+            hint="job.tokenizer=FILE names the one that belongs to the model.",
+        )
 
 
 def _ends_of(weights: WeightsSpec, model: ModelSpec) -> tuple[int | None, int | None]:

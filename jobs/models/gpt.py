@@ -219,7 +219,8 @@ class FeedForward(nn.Module):
         self.down = RowParallelLinear(make, f"{name}.down", width, model.hidden, bias=bias, std=recipe.residual_std)
         self._region = make.grid.region
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, layout: Layout | None = None) -> torch.Tensor:
+        """``layout`` is there for experts, which have room by the document; here each token is on its own."""
         x = self._region.enter(x)
         if self.gate is None:
             return cast(torch.Tensor, self.down(F.gelu(self.up(x), approximate="tanh")))
@@ -256,7 +257,7 @@ class Block(nn.Module):
 
     def _block(self, x: torch.Tensor, layout: Layout | None) -> torch.Tensor:
         x = x + self.attn(self.attn_norm(x), layout)
-        return cast(torch.Tensor, x + self.mlp(self.mlp_norm(x)))
+        return cast(torch.Tensor, x + self.mlp(self.mlp_norm(x), layout))
 
 
 class FinalNorm(Norm):

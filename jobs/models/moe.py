@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from jobs.models.packing import Layout
 from jobs.models.routing import balance_loss, choose, visits, z_loss
 from jobs.parallel.collectives import copy_to_ranks, reduce_from_ranks
 from jobs.parallel.experts import Dispatch
@@ -86,14 +87,14 @@ class MixtureOfExperts(nn.Module):
         self._grid = grid
         self._log = recipe.router_log
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self._grid.region.part(self._routed(self._grid.region.whole(x)))
+    def forward(self, x: torch.Tensor, layout: Layout | None = None) -> torch.Tensor:
+        out = self._grid.region.part(self._routed(self._grid.region.whole(x), layout))
         return out if self.shared is None else out + self.shared(x)
 
-    def _routed(self, x: torch.Tensor) -> torch.Tensor:
+    def _routed(self, x: torch.Tensor, layout: Layout | None) -> torch.Tensor:
         """What the chosen experts make of sequences that are whole on all tensor-parallel ranks."""
         logits, ranks = self.router(x), self._grid.sequence
-        choice = choose(logits, self._moe, self._length, ranks)
+        choice = choose(logits, self._moe, self._length, ranks, layout)
         kept = None if choice.kept is None else choice.kept.flatten(0, 1)
         way = Dispatch(choice.experts.flatten(0, 1), kept, self._moe.experts, self._grid)
         rows = way.send(copy_to_ranks(x, self._grid.model_group).flatten(0, 1))

@@ -5,7 +5,8 @@ losses are one number per sequence (the sequence-wise balance loss of DeepSeek-V
 So neither depends on the micro-batch, the number of replicas or on what else happens to be in the batch, and every plan
 trains the same model. The mean over the sequences of the global batch weighs like the token loss: each sequence once,
 rows of padding not at all. Where ranks each have a part of a sequence, they count together, and the part of a loss that
-each has is what its own tokens add to it.
+each has is what its own tokens add to it. Of several documents in a sequence each has the room that it has alone, so
+that what becomes of its tokens does not depend on the others; the losses are still one number per sequence.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from jobs.models.packing import Layout
+from jobs.parallel.region import gather_sequence, own_part
 from jobs.parallel.ulysses import SequenceRanks
 from strategies.specs import MoeSpec
 
@@ -39,7 +42,9 @@ class Choice(NamedTuple):
 ALONE = SequenceRanks()
 
 
-def choose(logits: torch.Tensor, moe: MoeSpec, length: int = 0, ranks: SequenceRanks = ALONE) -> Choice:
+def choose(
+    logits: torch.Tensor, moe: MoeSpec, length: int = 0, ranks: SequenceRanks = ALONE, layout: Layout | None = None
+) -> Choice:
     """Route tokens. Collective among ``ranks`` where experts have little room.
 
     Args:
@@ -48,6 +53,7 @@ def choose(logits: torch.Tensor, moe: MoeSpec, length: int = 0, ranks: SequenceR
         length: Tokens of a whole sequence, for which experts have room; 0: these are whole. A row that only begins one,
             or that is padded to the length of another, is routed as it is alone.
         ranks: Those that have the other tokens of the same sequences.
+        layout: How documents lie in whole sequences, each of which is then routed as it is alone; None for one in each.
     """
     scores = logits.softmax(dim=-1) if moe.routing == "softmax" else logits.sigmoid()
     weights, experts = scores.topk(moe.top_k, dim=-1)
@@ -57,7 +63,7 @@ def choose(logits: torch.Tensor, moe: MoeSpec, length: int = 0, ranks: SequenceR
     room = capacity(moe, length or logits.shape[1] * ranks.size)
     if room is None:
         return Choice(experts, weights, shares, None)
-    return Choice(experts, weights, shares, within(experts, moe.experts, room, ranks))
+    return Choice(experts, weights, shares, within(experts, moe.experts, room, ranks, layout))
 
 
 def capacity(moe: MoeSpec, tokens: int) -> int | None:
@@ -67,15 +73,35 @@ def capacity(moe: MoeSpec, tokens: int) -> int | None:
     return max(1, math.ceil(moe.capacity_factor * moe.top_k * tokens / moe.experts))
 
 
-def within(experts: torch.Tensor, count: int, room: int, ranks: SequenceRanks = ALONE) -> torch.Tensor:
-    """Whom each of ``count`` experts takes when it has ``room`` tokens per sequence: ``[b, s, k]``, true if taken.
+def within(
+    experts: torch.Tensor, count: int, room: int, ranks: SequenceRanks = ALONE, layout: Layout | None = None
+) -> torch.Tensor:
+    """Whom each of ``count`` experts takes when it has ``room`` tokens per document: ``[b, s, k]``, true if taken.
 
-    The first ones in the sequence, so that no token's fate depends on tokens after it.
+    The first ones in the document, so that no token's fate depends on tokens after it, or on other documents.
     """
+    if layout is not None:
+        return _within_documents(experts, count, room, ranks, layout)
     choices = experts.flatten(1)
     order = F.one_hot(choices, count).cumsum(dim=1) + ranks.before(visits(experts, count)).unsqueeze(1)
     place = order.gather(-1, choices.unsqueeze(-1)).view_as(experts)  # from 1, in the order of arrival
     return place <= room
+
+
+def _within_documents(
+    experts: torch.Tensor, count: int, room: int, ranks: SequenceRanks, layout: Layout
+) -> torch.Tensor:
+    """The same where documents lie in a sequence: a document may begin on one rank and end on another."""
+    whole = experts if ranks.group is None else gather_sequence(experts, ranks.group)
+    choices, tries = whole.flatten(1), whole.shape[2]
+    arriving = F.one_hot(choices, count)
+    earlier = (arriving.cumsum(dim=1) - arriving).flatten(1)  # visits before each, to every expert
+    place = torch.arange(whole.shape[1], device=whole.device)
+    first = ((place - layout.positions) * tries).repeat_interleave(tries, dim=1)  # of the same document
+    own = torch.arange(choices.shape[1], device=whole.device)
+    before = earlier.gather(1, own * count + choices) - earlier.gather(1, first * count + choices)
+    kept = (before < room).view_as(whole)
+    return kept if ranks.group is None else own_part(kept, ranks.group)
 
 
 def visits(experts: torch.Tensor, count: int, kept: torch.Tensor | None = None) -> torch.Tensor:

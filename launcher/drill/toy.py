@@ -1,9 +1,9 @@
 """An experiment at toy width: the same kinds of parallelism, on as many ranks as a small machine can carry. Pure.
 
-Only sizes change: every degree above 1 stays above 1, and so do virtual stages, micro-batches, accumulation, uneven
-stages and a batch that grows; a model keeps its flavour, the ratio of its heads and of its feed-forward blocks, and
-its experts. What cannot run at all (:mod:`launcher.drill.concessions`) is replaced by what can, and the difference says
-so.
+Only sizes change: every degree above 1 stays above 1 (but see :func:`fit`), and so do virtual stages, micro-batches,
+accumulation, uneven stages and a batch that grows; a model keeps its flavour, the ratio of its heads and of its
+feed-forward blocks, and its experts. What cannot run at all (:mod:`launcher.drill.concessions`) is replaced by what
+can, and the difference says so.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _VOCAB, _SEQ = 300, 16
 _ROWS = 4
 _RAMP_STEPS = 12  # of the smallest size: six steps of that, three of twice as many, then the full batch
 _DEGREES = ("tp", "pp", "dp", "sp", "cp")
+_REPLICAS = ("dp", "sp", "cp")  # whose ranks share the experts
 
 _WHY = {
     **dict.fromkeys(("data.kind", "data.sources", "data.tokenizer", "data.validation"), "a small text of its own"),
@@ -103,7 +104,7 @@ def shrink(config: Config, setting: Setting = DRILL) -> Toy:
     sketch = build.outline(config)
     if sketch.broken:
         raise PlanInfeasible(sketch.broken, hint="phalanx plan with the same overrides shows the whole picture.")
-    degrees = fit({name: getattr(sketch.plan, name) for name in _DEGREES})
+    degrees = shareable(fit({name: getattr(sketch.plan, name) for name in _DEGREES}), sketch.plan.ep)
     reduced, reasons = runnable(_reduced(config, sketch.plan, degrees, setting))
     reasons |= {
         f"strategy.{name}": f"at most {MOST_RANKS} ranks"
@@ -143,12 +144,13 @@ def fit(degrees: Mapping[str, int], most: int = MOST_RANKS) -> dict[str, int]:
 
 def _reduced(config: Config, plan: ParallelPlan, degrees: Mapping[str, int], setting: Setting) -> Config:
     """The experiment with every size reduced; it may not run yet."""
+    model = _model(config.model, plan, degrees)
     changed = replace(
         config,
-        model=_model(config.model, plan, degrees),
+        model=model,
         data=DataConfig(kind="text", path=config.data.path, packing=config.data.packing),
         cluster=_cluster(config.cluster, math.prod(degrees.values()), setting),
-        strategy=_strategy(plan, degrees),
+        strategy=_strategy(plan, degrees, model.moe.experts if model.moe else 1),
         train=_train(config.train, plan, degrees),
         checkpoint=replace(config.checkpoint, every=EVERY, keep=max(3, config.checkpoint.keep), url=None),
         recovery=replace(config.recovery, min_nodes=None),
@@ -163,19 +165,37 @@ def _reduced(config: Config, plan: ParallelPlan, degrees: Mapping[str, int], set
 # ---- the plan ---------------------------------------------------------------------------------------------------
 
 
-def _strategy(plan: ParallelPlan, degrees: Mapping[str, int]) -> StrategyConfig:
+def _strategy(plan: ParallelPlan, degrees: Mapping[str, int], experts: int) -> StrategyConfig:
     keys = ("zero_stage", "schedule", "recompute", "grad_dtype", "offload", "flash", "sequence_parallel")
     kept: dict[str, Any] = {key: getattr(plan, key) for key in keys} | dict(degrees)
-    room = degrees["dp"] * degrees["sp"] * degrees["cp"]
-    ep = max(size for size in range(1, min(2, plan.ep, room) + 1) if room % size == 0)
     stages = _stages(plan, degrees["pp"])
     return StrategyConfig(
         **kept,
-        ep=ep,
+        ep=_shares(plan, degrees, experts),
         vpp=min(2, plan.vpp),
         micro_batch=min(2, plan.micro_batch),
         stages=stages if len({*stages}) > 1 else None,
     )
+
+
+def shareable(degrees: Mapping[str, int], ep: int) -> dict[str, int]:
+    """Degrees with a replica less where experts in up to ``ep`` shares, but more than one, would not go round."""
+    small = dict(degrees)
+    while ep > 1 and _room(small) > 1 and not any(_room(small) % size == 0 for size in range(2, ep + 1)):
+        small[max(_REPLICAS, key=lambda one: small[one])] -= 1
+    return small
+
+
+def _shares(plan: ParallelPlan, degrees: Mapping[str, int], experts: int) -> int:
+    """In how many shares the experts are: in few, but not in one where they are in several."""
+    if plan.ep == 1:
+        return 1
+    fitting = [size for size in range(2, plan.ep + 1) if _room(degrees) % size == 0]
+    return next((size for size in fitting if experts % size == 0), fitting[0])
+
+
+def _room(degrees: Mapping[str, int]) -> int:
+    return math.prod(degrees[name] for name in _REPLICAS)
 
 
 def _stages(plan: ParallelPlan, pp: int) -> tuple[int, ...]:
@@ -208,7 +228,7 @@ def _model(model: ModelConfig, plan: ParallelPlan, degrees: Mapping[str, int]) -
         head_width=None,
         position_rows=None,
         from_hf=None,
-        moe=_experts(model.moe, model, hidden, tp) if model.moe else None,
+        moe=_experts(model.moe, model, plan, hidden, degrees) if model.moe else None,
     )
 
 
@@ -217,9 +237,10 @@ def _scaled(inner: int, model: ModelConfig, hidden: int, tp: int) -> int:
     return max(1, round(inner / model.hidden * hidden / tp)) * tp
 
 
-def _experts(moe: MoeSpec, model: ModelConfig, hidden: int, tp: int) -> MoeSpec:
-    """As many experts per token, of fewer in all where there are very many."""
-    experts = moe.experts if moe.experts <= _MOST_EXPERTS else max(_MOST_EXPERTS, 2 * moe.top_k)
+def _experts(moe: MoeSpec, model: ModelConfig, plan: ParallelPlan, hidden: int, degrees: Mapping[str, int]) -> MoeSpec:
+    """As many experts per token, of fewer in all where there are very many, and so many that shares are equal."""
+    tp, experts = degrees["tp"], moe.experts if moe.experts <= _MOST_EXPERTS else max(_MOST_EXPERTS, 2 * moe.top_k)
+    experts += -experts % _shares(plan, degrees, experts)
     return replace(
         moe,
         experts=experts,

@@ -11,13 +11,19 @@ import pytest
 
 from jobs.spec import DataSpec
 from strategies.codec import to_json
-from strategies.specs import ModelSpec
+from strategies.specs import ModelSpec, MoeSpec
 from tests.support.gang import WarmPool
 from tests.support.jobspecs import GPT, LLAMA, make_job, make_plan
 
 STEPS, BATCH = 6, 8
 MODEL = dataclasses.replace(GPT, layers=4, hidden=32, ffn=128, vocab=29, seq=24)
 ROTARY = dataclasses.replace(LLAMA, layers=4, hidden=32, ffn=88, vocab=29, seq=24)
+TIGHT = dataclasses.replace(
+    MODEL,
+    ffn=64,
+    init_std=0.1,
+    moe=MoeSpec(experts=4, top_k=2, ffn=32, capacity_factor=0.5, balance_weight=0.02, z_weight=0.002),
+)
 PLANS: dict[str, dict[str, Any]] = {
     "pp2": {"pp": 2, "zero_stage": 1, "micro_batch": 2},
     "pp4-recompute": {"pp": 4, "zero_stage": 1, "recompute": "full"},
@@ -97,6 +103,23 @@ def test_packed_documents_train_the_same_under_every_plan(
         assert difference < tolerance, (key, difference)
     if PLANS[plan].get("pp", 1) > 1:
         assert all(rank["needs_data"] for rank in ranks), "every stage has to see where documents end"
+
+
+WITH_EXPERTS: dict[str, dict[str, Any]] = {
+    "sp2-pp2-ep2-recompute": {"sp": 2, "pp": 2, "ep": 2, "zero_stage": 1, "recompute": "full"},
+    "dp2-ep2-tp2-split": {"dp": 2, "ep": 2, "tp": 2, "sequence_parallel": True, "zero_stage": 1},
+    "sp2-tp2-split": PLANS["sp2-tp2-split"],
+    "dp2-ep2-pp2-dualpipev": {"dp": 2, "ep": 2, "pp": 2, "zero_stage": 1, "schedule": "dualpipev"},
+}
+
+
+@full
+@pytest.mark.parametrize("plan", WITH_EXPERTS)
+def test_the_room_that_documents_have_does_not_depend_on_the_plan(pool: WarmPool, plan: str) -> None:
+    alone, spread = (run(pool, TIGHT, degrees, packing=True)[0] for degrees in ({}, WITH_EXPERTS[plan]))
+    for key, tolerance in (("loss", 5e-6), ("grad_norm", 1e-5)):
+        difference = np.abs(numbers(spread[key]) / numbers(alone[key]) - 1).max()
+        assert difference < tolerance, (key, difference)
 
 
 def test_the_oracle_sees_whether_documents_are_packed(pool: WarmPool, packed: dict[str, Any]) -> None:

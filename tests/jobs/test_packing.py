@@ -10,13 +10,21 @@ import torch
 from jobs.distributed import Grid
 from jobs.models.gpt import Decoder, LossFunction, Recipe
 from jobs.models.packing import Documents, layout_of
+from jobs.models.routing import within
 from strategies.plan import Recompute
-from strategies.specs import ModelSpec
+from strategies.specs import ModelSpec, MoeSpec
 from tests.support.jobspecs import GPT, LLAMA
 
 END = 0
 TINY = dataclasses.replace(GPT, layers=2, hidden=32, ffn=96, vocab=61, seq=12)
-MODELS = {"gpt3": TINY, "llama": dataclasses.replace(LLAMA, layers=2, hidden=32, ffn=88, vocab=61, seq=12)}
+EXPERTS = MoeSpec(experts=4, top_k=2, ffn=24)
+TIGHT = dataclasses.replace(TINY, init_std=0.1, moe=dataclasses.replace(EXPERTS, capacity_factor=0.4))
+MODELS = {
+    "gpt3": TINY,
+    "llama": dataclasses.replace(LLAMA, layers=2, hidden=32, ffn=88, vocab=61, seq=12),
+    "experts": dataclasses.replace(TINY, init_std=0.1, moe=EXPERTS),
+    "tight": TIGHT,
+}
 ROW = torch.tensor([[3, 4, END, 5, 6, 7, END, END, 8, 9, 3, 4]])
 
 
@@ -53,11 +61,26 @@ def test_one_document_is_as_without_packing(name: str) -> None:
     )
 
 
+def test_experts_have_room_for_every_document_as_for_one_alone() -> None:
+    """Two documents of four tokens which all want the same expert, and room for three."""
+    experts = torch.zeros(1, 12, 2, dtype=torch.int64)
+    experts[..., 1] = 1
+    layout = layout_of(ROW, END)
+    alone = [within(experts[:, start:stop], 4, 3) for start, stop in ((0, 3), (3, 7), (7, 8), (8, 12))]
+    kept = within(experts, 4, 3, layout=layout)
+    assert torch.equal(kept, torch.cat(alone, dim=1))
+    assert kept[0, :, 0].tolist() == [True] * 6 + [False] + [True] * 4 + [False]
+    assert within(experts, 4, 3).sum() == 6, "of one document"
+
+
+@pytest.mark.parametrize("model", [TINY, TIGHT], ids=["dense", "experts"])
 @pytest.mark.parametrize("recompute", ["full", "selective"])
-def test_recomputation_changes_nothing_even_when_another_micro_batch_has_begun(recompute: Recompute) -> None:
+def test_recomputation_changes_nothing_even_when_another_micro_batch_has_begun(
+    model: ModelSpec, recompute: Recompute
+) -> None:
     other = ROW.flip(1)
     grads = []
-    for net in (decoder(TINY, packing=True), decoder(TINY, packing=True, recompute=recompute)):
+    for net in (decoder(model, packing=True), decoder(model, packing=True, recompute=recompute)):
         first = net(ROW, ROW)
         second = net(other, other)  # as in a pipeline: forward passes run ahead of backward passes
         torch.autograd.backward(first)

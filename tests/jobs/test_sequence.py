@@ -29,6 +29,11 @@ def test_attention_sees_the_whole_sequence(pool: WarmPool, kv_heads: int) -> Non
         assert all(found.values()), found
 
 
+def test_a_document_over_several_ranks_has_the_room_of_one(pool: WarmPool) -> None:
+    for found in pool.run("tests.support.parallel_bodies:room_of_documents", world_size=4):
+        assert all(found.values()), found
+
+
 def test_every_token_is_on_one_rank() -> None:
     parts = [Grid(seq=seq, sp=2, model=model, tp=2, split=True) for seq in range(2) for model in range(2)]
     assert [part.tokens(16) for part in parts] == [slice(0, 8), slice(0, 8), slice(8, 16), slice(8, 16)]

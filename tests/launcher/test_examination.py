@@ -119,3 +119,38 @@ def test_a_vocabulary_that_no_tokenizer_has_comes_with_the_rest(
     said = capsys.readouterr().err
     assert "The run has 3 problems" in said
     assert "model.vocab=100 is outside 257" in said
+
+
+def test_an_evaluation_is_told_everything_before_its_weights_are_read(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf_models.make(folder / "hf", "llama")
+    (folder / "bad.jsonl").write_text('{"question": "one?", "choices": ["a"], "answer": 0}\n{}\n')
+
+    def read(path: Path) -> str:
+        raise AssertionError(f"{path} is read")
+
+    monkeypatch.setattr("jobs.hf.folder.file_digest", read)
+    files = ("job.text=gone.txt", "job.choices=bad.jsonl", "job.tokenizer=tokenizer.json")
+    parts = [
+        "job.tokenizer: The tokenizer",
+        "needs a vocabulary of 2",
+        "the model has only 97",
+        "job.text: Cannot read",
+        "job.choices: ",
+        "      - line 2: 'question' is missing",
+    ]
+    for words, more in (
+        ((), "What is asked has 3 problems"),
+        (("strategy.tp=3",), "heads_divisible_by_tp"),
+        (("strategy.cp=2", "strategy.tp=3"), "strategy.cp: "),
+    ):
+        assert refused("job=evaluate", "job.weights=hf", *files, "cluster=process", *words) == 2
+        said = capsys.readouterr().err
+        assert all(part in said for part in [*parts, more]), said
+    assert refused("job=generate", "job.weights=hf", "job.prompts=gone.txt", "cluster=process", "strategy.cp=2") == 2
+    said = capsys.readouterr().err
+    assert all(part in said for part in ("strategy.cp", "job.prompts: Cannot read", "There is no tokenizer beside"))
+    assert refused("job=evaluate", "job.weights=gone", *files, "cluster=process") == 2
+    said = capsys.readouterr().err
+    assert all(part in said for part in ("There are no weights", "job.text: Cannot read", "job.choices: ")), said

@@ -52,3 +52,35 @@ def test_learned_positions_reach_no_further(tmp_path: Path) -> None:
     weights = find(str(write_model_checkpoint(tmp_path, GPT)))
     with pytest.raises(ConfigError, match=r"cannot be extended: keep model\.seq=32"):
         check(weights, dataclasses.replace(GPT, seq=128))
+
+
+SIZES = ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "tied", "norm_eps")
+
+
+def beginning(manifest: Path, theta: float | None = None, factor: int = 1) -> float:
+    """The rotary base of a run of :data:`LLAMA` that begins with a checkpoint."""
+    sizes = [f"model.{name}={getattr(LLAMA, name)}" for name in SIZES]
+    words = [f"train.init_from={manifest}", f"model.rope_scaling={factor}", "data.tokenizer=t.json"]
+    words += [f"model.rope_theta={theta!r}"] if theta else []
+    return model_spec(compose(["model=llama_tiny", *sizes, *words])).rope_theta
+
+
+def test_another_base_than_the_checkpoints_is_no_extension(tmp_path: Path) -> None:
+    manifest = write_model_checkpoint(tmp_path, dataclasses.replace(LLAMA, rope_theta=500000.0))
+    for factor in (1, 2):
+        with pytest.raises(ConfigError, match=r"model\.rope_theta: 10000, the weights in .* with 500000") as caught:
+            beginning(manifest, factor=factor)
+        assert caught.value.hint == "model.rope_theta=500000, and model.rope_scaling=FACTOR for longer sequences."
+    assert beginning(manifest, 500000.0) == 500000.0
+    assert beginning(manifest, 500000.0, 2) == scaled_base(500000.0, 2, LLAMA.head_dim)
+
+
+def test_the_base_of_a_stage_that_was_scaled_is_the_scaled_one(tmp_path: Path) -> None:
+    base = scaled_base(10000.0, 4, LLAMA.head_dim)
+    manifest = write_model_checkpoint(tmp_path, dataclasses.replace(LLAMA, rope_theta=base))
+    with pytest.raises(ConfigError, match=r"model\.rope_theta: 10000, the weights") as caught:
+        beginning(manifest)
+    told = float(str(caught.value.hint).split(",")[0].removeprefix("model.rope_theta="))
+    assert told == base, "said so exactly that it can be typed"
+    assert beginning(manifest, factor=4) == base, "the words of that stage mean its base"
+    assert beginning(manifest, told, 2) == scaled_base(base, 2, LLAMA.head_dim)

@@ -87,7 +87,10 @@ def test_a_second_stage_reads_text_as_the_first(tmp_path: Path) -> None:
     run = RunStore.create(replace(request, job=replace(request.job, data=data)))
     write_model_checkpoint(run.paths.checkpoint_dir, request.job.model)
     weights = find(str(run.paths.root))
-    assert tokenizer_of(weights) is None, "its corpus gives the same one again"
+    assert tokenizer_of(weights) is None
+    told = refused("train.init_from=" + str(run.paths.root))
+    assert f"data.tokenizer: missing: there is no tokenizer.json with the data of the run of {weights.path}" in told
+    assert "data.tokenizer" not in refused(f"train.init_from={run.paths.root}", "data.tokenizer=mine.json")
     store.mkdir()
     (store / "tokenizer.json").write_text("{}")
     assert tokenizer_of(weights) == store / "tokenizer.json"

@@ -12,6 +12,8 @@ from torch import nn
 
 from jobs.distributed import Grid, init_process_group, shutdown
 from jobs.models.init import ParameterFactory, cut, global_value
+from jobs.models.packing import layout_of
+from jobs.models.routing import within
 from jobs.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from jobs.parallel.meta import ParamMeta
 from jobs.parallel.vocabulary import VocabParallelEmbedding, project, vocab_parallel_cross_entropy
@@ -148,6 +150,23 @@ def sequence_ranks(env: RankEnv, kv_heads: int) -> dict[str, Any]:
         "output": torch.allclose(found, wanted[:, :, held], atol=1e-5),
         "grads": all(torch.allclose(cast(Any, a.grad), cast(Any, b.grad)[:, :, held], atol=1e-5) for a, b in grads),
     }
+    shutdown()
+    return out
+
+
+def room_of_documents(env: RankEnv) -> dict[str, Any]:
+    """Which visits experts have room for, where each rank has a part of the sequence, against the whole one."""
+    _join(env)
+    grid = Grid(seq=env.rank, sp=env.world_size, seq_group=dist.group.WORLD)
+    generator = torch.Generator().manual_seed(3)
+    experts = torch.rand(3, 24, 6, generator=generator).topk(2, dim=-1).indices
+    layout = layout_of(torch.randint(0, 9, (3, 24), generator=generator), 0)
+    held, out = grid.tokens(24), {}
+    for name, lies in (("packed", layout), ("plain", None)):
+        wanted = within(experts, 6, 2, layout=lies)
+        found = within(experts[:, held], 6, 2, grid.sequence, lies)
+        out[name] = torch.equal(found, wanted[:, held])
+        out[f"{name} is tight"] = bool(wanted.any()) and not wanted.all()
     shutdown()
     return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from jobs.checkpoint.slices import clip
 from jobs.forward import Forward
+from jobs.hf.config import read_config
 from jobs.hf.folder import model_of, open_folder
 from jobs.hf.names import parts_of
 from jobs.hf.weights import HfWeights
@@ -195,6 +197,31 @@ def test_an_unknown_architecture_gets_a_suggestion(tmp_path: Path) -> None:
     change_config(tmp_path / "hf", model_type="lama")
     assert "model_type 'lama' is not an architecture of phalanx" in refusal(tmp_path / "hf")
     assert "Did you mean 'llama'?" in refusal(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("value", [5, True, {"LlamaForCausalLM": 1}, ["LlamaModel"], [5]])
+def test_architectures_that_are_none_are_refused(value: Any) -> None:
+    values = {"model_type": "llama", **hf_models.LLAMA, "architectures": value}
+    found = [flaw for flaw in read_config(values, "tiny")[1] if "config.json: architectures: " in flaw.message]
+    assert len(found) == 1
+    assert "LlamaForCausalLM" in found[0].hint or value == [5]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [5, -1, 0.5, True, "x", [], ["x"], {}, {"a": 1}, float("nan"), float("inf"), pytest.param(10**400, id="huge")],
+)
+def test_no_value_of_a_config_is_an_internal_error(value: Any) -> None:
+    more = {
+        "llama": (hf_models.LLAMA, ["rms_norm_eps", "hidden_act", "rope_scaling", "sliding_window"]),
+        "mixtral": (hf_models.MIXTRAL, ["head_dim", "tie_word_embeddings", "initializer_range"]),
+        "gpt2": (hf_models.GPT2, ["n_inner", "activation_function", "quantization_config"]),
+    }
+    for kind, (sizes, keys) in more.items():
+        assert not read_config(sizes | {"model_type": kind}, "tiny")[1]
+        for key in ("model_type", "architectures", *sizes, *keys):
+            values, _ = read_config(sizes | {"model_type": kind, key: value}, "tiny")
+            assert all(math.isfinite(one) for one in values.values() if isinstance(one, float))
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:

@@ -129,10 +129,45 @@ def test_a_tokenizer_larger_than_the_model_is_refused(folder: Path, tmp_path: Pa
     hf_models.make(tmp_path / "small", "llama", vocab_size=97)
     model = model_of(tmp_path / "small")
     asked = InferenceSpec(prompt="x", tokenizer=str(folder / "tokenizer.json"))
-    with pytest.raises(ConfigError, match=r"has 2\d\d tokens, the model 'small' only 97"):
+    with pytest.raises(ConfigError, match=r"needs a vocabulary of 2\d\d tokens, the model has only 97"):
         prepare(asked, find(str(tmp_path / "small")), model, tmp_path, stop=True)
     with pytest.raises(ConfigError, match="There is no tokenizer beside"):
         prepare(InferenceSpec(prompt="x"), find(str(tmp_path / "small")), model, tmp_path, stop=True)
+
+
+def test_a_tokenizer_needs_room_for_its_largest_number(folder: Path, tmp_path: Path) -> None:
+    """Few tokens, but one of them beyond the embedding: under tensor parallelism that would be no error but zeros."""
+    document = json.loads((folder / "tokenizer.json").read_text())
+    token = {"id": 400, "content": "<|far|>", "single_word": False, "lstrip": False, "rstrip": False}
+    document["model"]["vocab"]["<|far|>"] = 400
+    document["added_tokens"].append(token | {"normalized": False, "special": True})
+    (tmp_path / "sparse.json").write_text(json.dumps(document))
+    asked = InferenceSpec(prompt="x", tokenizer=str(tmp_path / "sparse.json"))
+    with pytest.raises(ConfigError, match=r"sparse.json needs a vocabulary of 401 tokens, the model has only 320"):
+        prepare(asked, find(str(folder)), model_of(folder), tmp_path, stop=True)
+
+
+def test_everything_that_is_wrong_with_what_is_asked_is_told_at_once(folder: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "q.jsonl", {"question": "one?", "choices": ["a"], "answer": 0}, "not json")
+    asked = InferenceSpec(text=str(tmp_path / "gone.txt"), choices=file, tokenizer=str(tmp_path / "none.json"))
+    with pytest.raises(ConfigError) as caught:
+        prepare(asked, find(str(folder)), model_of(folder), tmp_path / "cache", stop=False)
+    said = str(caught.value)
+    for part in ("3 problems", "job.tokenizer: The tokenizer", "job.text: Cannot read", "job.choices: ", "2 bad lines"):
+        assert part in said, said
+    assert not (tmp_path / "cache").exists()
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    odd = "one\u2028two\u0085three\x0bfour"
+    question = {"question": odd, "choices": [odd, "b"], "answer": 0}
+    for name, value in (("t", {"text": odd}), ("p", {"prompt": odd}), ("q", question)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(value, ensure_ascii=False) + "\r\n", newline="")
+    (tmp_path / "p.txt").write_text(f"{odd}\r\nx\n", newline="")
+    assert read_texts(str(tmp_path / "t.jsonl")) == [odd]
+    assert read_prompts(str(tmp_path / "p.jsonl")) == [odd]
+    assert read_prompts(str(tmp_path / "p.txt")) == [odd, "x"]
+    assert read_questions(str(tmp_path / "q.jsonl"), 0)[0].choices[0] == odd
 
 
 def test_damaged_rows_are_noticed(folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from launcher import build
 from launcher.config import compose
-from launcher.drill.toy import MOST_RANKS, STEPS, Toy, fit, shrink
+from launcher.drill.toy import MOST_RANKS, STEPS, Toy, fit, shareable, shrink
 from launcher.schema import Config
 from strategies.errors import ConfigError, PlanInfeasible, Violation
 from strategies.plan import ParallelPlan
@@ -26,9 +26,15 @@ EXPERIMENTS = {
     "two ranks": ["cluster=process", "cluster.nodes=2", "cluster.slots_per_node=1", "strategy.pp=2"],
     "three stages": ["cluster=process", "cluster.nodes=3", "cluster.slots_per_node=1", "strategy.pp=3"],
     "zero 3": ["model=llama_tiny", "cluster=process", "cluster.nodes=2", "strategy.dp=4", "strategy.zero_stage=3"],
+    "three shares": ["model=moe_tiny", "model.moe.experts=6", "strategy.dp=3", "strategy.ep=3"],
+    "three experts": ["model=moe_tiny", "model.moe.experts=3", "strategy.dp=6", "strategy.ep=3"],
+    "an odd rest": ["model=moe_tiny", "cluster.nodes=6", "strategy.dp=6", "strategy.tp=2", "strategy.ep=2"],
+    "very many experts": ["model=moe_tiny", "model.moe.experts=27", "strategy.dp=3", "strategy.ep=3"],
+    "parts of sequences": ["model.heads=8", "cluster.nodes=8", "strategy.sp=4", "strategy.dp=2", "strategy.tp=2"],
+    "experts over parts": ["model=moe_tiny", "strategy.sp=2", "strategy.tp=2", "strategy.ep=2"],
     "bf16": ["cluster=process", "cluster.nodes=2", "strategy.tp=2", "strategy.dp=2", "train.precision=bf16"],
 }
-DEGREES = ("tp", "pp", "dp")
+DEGREES = ("tp", "pp", "dp", "ep", "sp", "cp")
 
 
 @cache
@@ -63,6 +69,31 @@ def test_what_fits_already_keeps_its_degrees() -> None:
     toy = of("three stages")[1]
     assert toy.plan.pp == 3
     assert not [change for change in toy.changes if change.key.startswith("strategy.")]
+
+
+@pytest.mark.parametrize(("name", "degrees", "experts"), [("three shares", (3, 3), 6), ("three experts", (6, 3), 3)])
+def test_experts_that_fit_already_keep_their_shares(name: str, degrees: tuple[int, int], experts: int) -> None:
+    toy = of(name)[1]
+    assert (toy.plan.dp, toy.plan.ep) == degrees
+    assert toy.config.model.moe is not None
+    assert toy.config.model.moe.experts == experts
+
+
+def test_experts_are_as_many_as_go_into_equal_shares() -> None:
+    toy = of("very many experts")[1]
+    assert toy.config.model.moe is not None
+    assert (toy.plan.dp, toy.plan.ep, toy.config.model.moe.experts) == (3, 3, 18)
+
+
+@pytest.mark.parametrize("dp", range(1, 40))
+@pytest.mark.parametrize("sp", [1, 2, 3, 6])
+def test_experts_in_shares_stay_in_shares(dp: int, sp: int) -> None:
+    for ep in (one for one in range(2, dp * sp + 1) if dp * sp % one == 0):
+        for tp in (1, 2, 8):
+            small = shareable(fit({"tp": tp, "pp": 1, "dp": dp, "sp": sp, "cp": 1}), ep)
+            room = small["dp"] * small["sp"] * small["cp"]
+            assert any(room % size == 0 for size in range(2, ep + 1))
+            assert all((small[name] > 1) == (was > 1) for name, was in (("tp", tp), ("dp", dp)))
 
 
 def test_what_can_only_be_planned_is_replaced_and_said_so() -> None:
