@@ -189,7 +189,7 @@ class _AddUp(torch.autograd.Function):
         out = source.index_select(0, places) * weight  # in fp32, as the weights are
         for places, weight in columns:
             out.addcmul_(source.index_select(0, places), weight)
-        return cast(torch.Tensor, out.to(rows.dtype))
+        return out.to(rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
