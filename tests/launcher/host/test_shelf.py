@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +40,30 @@ def put(held: Shelf, stream: Stream, step: int) -> None:
     held.seal(held.begin(stream), step, {})
 
 
+@contextmanager
+def collected(errors: list[FrameError]) -> Iterator[None]:
+    try:
+        yield
+    except FrameError as error:
+        errors.append(error)
+
+
 class Sender:
     """A connection that brings replicas, and the thread at its other end."""
 
     def __init__(self, guests: Guests, steps: Sequence[int]) -> None:
         self.sock, other = socket.socketpair()
-        self.failed: list[Exception] = []
+        self.failed: list[FrameError] = []
         self._guests = guests
         self._thread = threading.Thread(target=self._serve, args=(other, steps), daemon=True)
         self._thread.start()
 
     def _serve(self, sock: socket.socket, steps: Sequence[int]) -> None:
-        try:
+        with sock, collected(self.failed):
             self._guests.handle({"op": "stream", "info": to_json(info_of())}, sock)
             for step in steps:
                 question = {"op": "replica", "token": Token(1, 1), "rank": 0, "step": step, "record": {}}
                 self._guests.handle(question | {"payload": 12 * ELEMENTS}, sock)
-        except FrameError as error:
-            self.failed.append(error)
 
     def bring(self, step: int) -> None:
         data = bytes([step]) * (12 * ELEMENTS)
@@ -64,7 +71,9 @@ class Sender:
         frames.send(self.sock, {"checksum": checksum(data)})
 
     def join(self) -> None:
+        """Wait for the other end, and close this one."""
         self._thread.join(10)
+        self.sock.close()
         assert not self._thread.is_alive()
 
 
@@ -87,8 +96,8 @@ def test_a_dead_connection_writes_into_nothing_that_others_have(tmp_path: Path) 
     old.sock.close()
     old.join()
     assert len(old.failed) == 1
-    assert sorted(one.step for one in held.holdings()) == [5, 6]
-    for step in (5, 6):
+    assert sorted(one.step for one in held.holdings()) == [4, 5, 6]
+    for step in (4, 5, 6):
         part = held.find(Generation(step, Token(1, 1)), 0)
         assert part is not None
         assert set(bytes(part.buffer.view)) == {step}
