@@ -280,7 +280,7 @@ def test_a_node_that_did_not_take_a_replica_is_tried_again(monkeypatch: pytest.M
 
 
 @pytest.fixture
-def unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Persister, PeerServer, list[int]]:
+def unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Persister, PeerServer, list[int]]]:
     """A persister, a coordinator that answers at the ninth call only, and the steps that it is told of."""
     told: list[int] = []
 
@@ -301,7 +301,11 @@ def unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Persis
     monkeypatch.setattr(service, "PeerLink", call)
     for name in ("_PAUSE_S", "_MAX_PAUSE_S"):
         monkeypatch.setattr(main, name, 0.001)
-    return Persister(str(tmp_path), "127.0.0.1"), coordinator, told
+    persister = Persister(str(tmp_path), "127.0.0.1")
+    yield persister, coordinator, told
+    persister.server._listener.close()
+    for link in persister.directory._links.values():
+        link.close()
 
 
 def test_a_coordinator_that_is_away_for_long_is_told_in_the_end(
