@@ -25,6 +25,7 @@ from launcher.backend import AgentAddress
 from launcher.host import wire
 from launcher.host.events import AGENT_KINDS
 from launcher.host.wire import Message, Stream
+from launcher.listening import HandfulSelector
 from launcher.observation import Inbox, Observation
 from launcher.spawn_order import EnvOf, SpawnOrder
 from strategies.errors import ClusterError
@@ -91,7 +92,7 @@ class Gang:
         self._detect_s = detect_s
         self._listen_s = detect_s / wire.BEATS  # how often agents beat: longer gaps between two looks are our own
         self._beat_s = (lease_s or detect_s) / 6
-        self._selector = selector or selectors.DefaultSelector()
+        self._selector = selector or HandfulSelector()
         self._inbox = Inbox(wall)
         self._lost: set[str] = set()
         self._order: SpawnOrder | None = None

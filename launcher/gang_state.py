@@ -78,6 +78,7 @@ class GangState:
     leave_after: int = 0
     notices: dict[str, str] = field(default_factory=dict)
     _world: int = field(init=False)
+    _began: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self._world = sum(len(ranks) for ranks in self.placement.values())
@@ -173,7 +174,8 @@ class GangState:
         if not self.all_spawned:
             return []
         placed = Note(kind=EventKind.RANKS_SPAWNED, data={"ranks": self.world_size, "resume_from": self.resume_from})
-        return [placed, *(self._begin_training(self.first_step) if self.script else [])]
+        began = self.first_step if self.script else self._began
+        return [placed, *(self._begin_training(began) if began else [])]
 
     def _on_killed(self, seen: Observation) -> list[Note | Failure]:
         self.stopped.add(seen.node)
@@ -201,7 +203,9 @@ class GangState:
         if kind == "step":
             self.last_step = max(self.last_step, int(data["step"]))
         elif kind == "training" and rank == 0:
-            return self._begin_training(int(data["step"]))
+            self._began = int(data["step"])
+            # Where a node's word of its ranks is still on its way, that is told first: they do run.
+            return self._begin_training(self._began) if self.all_spawned else []
         elif kind == "checkpoint" and int(data["step"]) not in self.commits:
             self.commits.add(int(data["step"]))
             fields: dict[str, Any] = {

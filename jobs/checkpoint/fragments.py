@@ -115,7 +115,7 @@ class OptimizerAccess(ABC):
         for owner in itertools.chain.from_iterable(self.resident(write=True)):
             if not self.inner.state.get(owner):
                 zeros = {kind: torch.zeros_like(owner.detach()) for kind in MOMENTS}
-                self.inner.state[owner] = {"step": torch.tensor(0.0, dtype=torch.float32), **zeros}
+                self.inner.state[owner] = {"step": self._counter(owner, 0), **zeros}
         link = getattr(self.outer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()  # DeepSpeed's own pointers to the moments, taken once
@@ -135,10 +135,15 @@ class OptimizerAccess(ABC):
     @steps.setter
     def steps(self, count: int) -> None:
         for owner in self.owners():
-            self.inner.state[owner]["step"] = torch.tensor(float(count), dtype=torch.float32)
+            self.inner.state[owner]["step"] = self._counter(owner, count)
         for group in self.inner.param_groups:
             if "step" in group:  # fused optimizers count per group
                 group["step"] = count
+
+    def _counter(self, owner: torch.Tensor, count: int) -> torch.Tensor:
+        # The fused update reads it where the weights are, torch's others on the host.
+        device = owner.device if self.inner.defaults.get("fused") else torch.device("cpu")
+        return torch.tensor(float(count), dtype=torch.float32, device=device)
 
     def _parameters(self) -> Iterator[tuple[torch.nn.Parameter, ParamMeta]]:
         for name, parameter in self.ds.module.named_parameters():

@@ -6,7 +6,6 @@ width as a dense feed-forward block is. The router is on every rank and computes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -98,20 +97,16 @@ class MixtureOfExperts(nn.Module):
         kept = None if choice.kept is None else choice.kept.flatten(0, 1)
         way = Dispatch(choice.experts.flatten(0, 1), kept, self._moe.experts, self._grid)
         rows = way.send(copy_to_ranks(x, self._grid.model_group).flatten(0, 1))
-        made = way.collect(self._through(torch.split(rows, way.sizes)))
+        # Experts that no token visits compute, too: on nothing. Their gradient is zero then, under every plan.
+        made = [cast(torch.Tensor, expert(part)) for expert, part in zip(self.experts, rows, strict=True)]
         # Still parts of a sum over the shards; weights are whole on each, so their gradient is what comes in parts.
         weights = copy_to_ranks(choice.weights, self._grid.model_group).flatten(0, 1)
-        out = reduce_from_ranks((made * weights.unsqueeze(-1).to(made.dtype)).sum(dim=1), self._grid.model_group)
-        out = out.view_as(x)
+        out = reduce_from_ranks(way.collect(made, weights), self._grid.model_group).view_as(x)
         if self._log is None or not torch.is_grad_enabled():
             return out
         with torch.no_grad():
             seen = self._see(choice.experts, choice.kept)
         return self._log.watch(out, balance_loss(choice, ranks), z_loss(logits, ranks), seen)
-
-    def _through(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        # Experts that no token visits compute, too: on nothing. Their gradient is zero then, under every plan.
-        return torch.cat([cast(torch.Tensor, expert(part)) for expert, part in zip(self.experts, rows, strict=True)])
 
     def _see(self, experts: torch.Tensor, kept: torch.Tensor | None) -> Seen:
         load = visits(experts, self._moe.experts, kept)

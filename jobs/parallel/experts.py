@@ -6,6 +6,7 @@ up on the way but what one token gets from its own experts, so results do not de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -40,42 +41,44 @@ class Dispatch:
         if self._group is not None:
             arriving = torch.empty_like(self._sent)
             dist.all_to_all_single(arriving, self._sent, group=self._group)
-            self._by_expert, self._by_rank = _regroup(arriving)
         # One look at the numbers: where the experts are on a device, everything up to here has to be done first.
         self._send = self._sent.sum(dim=1).tolist()
         self._receive = arriving.sum(dim=1).tolist()
-        self.sizes: list[int] = arriving.sum(dim=0).tolist()
+        self._sizes: list[int] = arriving.sum(dim=0).tolist()
+        if self._group is not None:
+            self._shares = _by_expert(arriving).split(self._sizes)
         self._order = order[: sum(self._send)]
 
-    def send(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Bring ``[tokens, width]`` to the experts: all that this rank's experts get, those of the first one first.
-
-        How many each of them gets is in :attr:`sizes`.
-        """
+    def send(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """Bring ``[tokens, width]`` to the experts: what each of this rank's experts gets, ``[rows, width]``."""
         rows = _gather(tokens, self._order, self._place, self._choices)
         if self._group is None:
-            return rows
-        rows = trade(rows, self._send, self._receive, self._group)
-        return _permute(rows, self._by_expert, self._by_rank)
+            return list(torch.split(rows, self._sizes))
+        return _deal(trade(rows, self._send, self._receive, self._group), self._shares)
 
-    def collect(self, rows: torch.Tensor) -> torch.Tensor:
-        """Bring what the experts have made of the tokens back: ``[tokens, k, width]``, zero where one was not kept."""
-        if self._group is not None:
-            rows = _permute(rows, self._by_rank, self._by_expert)
-            rows = trade(rows, self._receive, self._send, self._group)
-        return _spread(rows, self._order, self._place, self._choices)
+    def collect(self, made: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+        """Bring back what the experts have made of the tokens, and add up what each token gets: ``[tokens, width]``.
+
+        Args:
+            made: ``[rows, width]`` of each of this rank's experts.
+            weights: ``[tokens, k]`` what the output of each is multiplied with, fp32.
+        """
+        if self._group is None:
+            rows = torch.cat(list(made))
+        else:
+            rows = trade(_merge(made, self._shares), self._receive, self._send, self._group)
+        return _add_up(rows, weights, self._order, self._place)
 
 
-def _regroup(arriving: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """From the order (rank, expert) to (expert, rank), and back.
+def _by_expert(arriving: torch.Tensor) -> torch.Tensor:
+    """Where the rows of the first expert lie among what arrived, in order (rank, expert); then those of the next.
 
     Args:
         arriving: ``[ranks, experts]`` how many rows there are of each.
     """
     ranks, experts = arriving.shape
     kinds = torch.arange(experts, device=arriving.device).repeat(ranks).repeat_interleave(arriving.flatten())
-    there = kinds.argsort(stable=True)
-    return there, torch.empty_like(there).scatter_(0, there, torch.arange(len(there), device=there.device))
+    return kinds.argsort(stable=True)
 
 
 class _Trade(torch.autograd.Function):
@@ -102,30 +105,54 @@ def trade(rows: torch.Tensor, send: list[int], receive: list[int], group: dist.P
     return cast(torch.Tensor, _Trade.apply(rows, send, receive, group))  # type: ignore[no-untyped-call]
 
 
-class _Permute(torch.autograd.Function):
+def _merged(parts: Sequence[torch.Tensor], shares: Sequence[torch.Tensor]) -> torch.Tensor:
+    out = parts[0].new_empty((sum(len(part) for part in parts), parts[0].shape[1]))
+    for part, places in zip(parts, shares, strict=True):
+        out.index_copy_(0, places, part)
+    return out
+
+
+class _Deal(torch.autograd.Function):
     """Without torch's own backward, which adds into zeros: here every row comes from exactly one."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(back)
-        return rows.index_select(0, there)
+    def forward(ctx: Any, rows: torch.Tensor, *shares: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(*shares)
+        return tuple(rows.index_select(0, places) for places in shares)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (back,) = ctx.saved_tensors
-        return grad.index_select(0, back), None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _merged(grads, ctx.saved_tensors), *(None for _ in grads)
 
 
-def _permute(rows: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-    return cast(torch.Tensor, _Permute.apply(rows, there, back))  # type: ignore[no-untyped-call]
+class _Merge(torch.autograd.Function):
+    """The reverse."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: torch.Tensor) -> torch.Tensor:
+        parts, shares = tensors[:count], tensors[count:]
+        ctx.save_for_backward(*shares)
+        return _merged(parts, shares)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        shares = ctx.saved_tensors
+        return None, *(grad.index_select(0, places) for places in shares), *(None for _ in shares)
 
 
-def _rows_at(rows: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """``rows[place]``; zero where a place lies behind the last row."""
+def _deal(rows: torch.Tensor, shares: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return list(_Deal.apply(rows, *shares))  # type: ignore[no-untyped-call]
+
+
+def _merge(parts: Sequence[torch.Tensor], shares: Sequence[torch.Tensor]) -> torch.Tensor:
+    return cast(torch.Tensor, _Merge.apply(len(parts), *parts, *shares))  # type: ignore[no-untyped-call]
+
+
+def _with_zero(rows: torch.Tensor, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``rows`` with one of zeros behind them, to which all of ``place`` point that lie behind the last."""
     if len(rows) == len(place):
-        return rows.index_select(0, place)
-    padded = torch.cat([rows, rows.new_zeros((1, rows.shape[1]))])
-    return padded.index_select(0, place.clamp(max=len(rows)))
+        return rows, place
+    return torch.cat([rows, rows.new_zeros((1, rows.shape[1]))]), place.clamp(max=len(rows))
 
 
 class _Gather(torch.autograd.Function):
@@ -140,26 +167,44 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (place,) = ctx.saved_tensors
-        return _rows_at(grad, place).view(-1, ctx.k, grad.shape[1]).sum(dim=1), None, None, None
+        rows, place = _with_zero(grad, place)
+        out, *others = (rows.index_select(0, places) for places in place.view(-1, ctx.k).unbind(1))
+        out = out.float()
+        for other in others:
+            out += other
+        return out.to(grad.dtype), None, None, None
 
 
-class _Spread(torch.autograd.Function):
-    """Rows in the order of their visits: ``[tokens, k, width]``, zero for visits that were not kept."""
+class _AddUp(torch.autograd.Function):
+    """Rows in the order of their visits, weighted: ``[tokens, width]``; a visit that was not kept adds nothing."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, place: torch.Tensor, k: int) -> torch.Tensor:
-        ctx.save_for_backward(order)
-        return _rows_at(rows, place).view(-1, k, rows.shape[1])
+    def forward(
+        ctx: Any, rows: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, place: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows, weights, order)
+        source, place = _with_zero(rows, place)
+        columns = zip(place.view_as(weights).unbind(1), weights.split(1, dim=1), strict=True)
+        places, weight = next(columns)
+        out = source.index_select(0, places) * weight  # in fp32, as the weights are
+        for places, weight in columns:
+            out.addcmul_(source.index_select(0, places), weight)
+        return out.to(rows.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (order,) = ctx.saved_tensors
-        return grad.flatten(0, 1).index_select(0, order), None, None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        rows, weights, order = ctx.saved_tensors
+        visits = grad.index_select(0, order // weights.shape[1])
+        # Of every visit its own number, so the order in which they are put does not matter.
+        share = (visits * rows).sum(dim=1, dtype=weights.dtype)
+        of_weights = torch.zeros_like(weights).view(-1).index_copy_(0, order, share)
+        of_rows = visits * weights.flatten().index_select(0, order).unsqueeze(1)
+        return of_rows.to(rows.dtype), of_weights.view_as(weights), None, None
 
 
 def _gather(tokens: torch.Tensor, order: torch.Tensor, place: torch.Tensor, k: int) -> torch.Tensor:
     return cast(torch.Tensor, _Gather.apply(tokens, order, place, k))  # type: ignore[no-untyped-call]
 
 
-def _spread(rows: torch.Tensor, order: torch.Tensor, place: torch.Tensor, k: int) -> torch.Tensor:
-    return cast(torch.Tensor, _Spread.apply(rows, order, place, k))  # type: ignore[no-untyped-call]
+def _add_up(rows: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    return cast(torch.Tensor, _AddUp.apply(rows, weights, order, place))  # type: ignore[no-untyped-call]

@@ -124,6 +124,6 @@ class _Watch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         balance, z = ctx.saved_tensors
-        real = grad.flatten(1).ne(0).any(dim=1).to(balance.dtype)
+        real = grad.flatten(1).abs().amax(dim=1).ne(0).to(balance.dtype)
         ctx.log.note(ctx.seen, balance, z, real)
         return grad, *ctx.log.gradients(real), None, None

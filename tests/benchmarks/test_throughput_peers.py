@@ -32,7 +32,7 @@ def measure(contender: Contender, run_dir: Path, job: dict[str, object]) -> tupl
 
 
 @pytest.mark.full
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(2700)
 def test_steady_state(tmp_path: Path) -> None:
     job = words(tmp_path, steps=STEPS, every=0)
     document = job_of(job, tmp_path)

@@ -287,6 +287,20 @@ def test_training_that_is_reported_after_the_failure_is_no_progress(tmp_path: Pa
     assert log_reads_on(stage)
 
 
+def test_the_first_step_is_told_after_the_ranks_although_a_nodes_word_of_them_comes_later(tmp_path: Path) -> None:
+    """Every node has a connection of its own, and none waits for another."""
+    stage = Stage(tmp_path)
+    stage.turn(2)
+    stage.gang.say("spawned", "a", attempt=1, ranks=[{"rank": r, "pid": r} for r in (0, 1)])
+    stage.report("a", "training", 1, rank=0, step=1)
+    stage.turn()
+    assert EventKind.TRAINING_STARTED not in stage.kinds()
+    stage.gang.say("spawned", "b", attempt=1, ranks=[{"rank": r, "pid": r} for r in (2, 3)])
+    stage.turn()
+    assert stage.kinds()[-2:] == [EventKind.RANKS_SPAWNED, EventKind.TRAINING_STARTED]
+    assert stage.state() is RunState.RUNNING
+
+
 class LiveGang(FakeGang):
     """Agents that hold attempt 1; ``exited`` is what they say of each rank."""
 
