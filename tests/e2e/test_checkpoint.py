@@ -17,6 +17,7 @@ from jobs.checkpoint.layout import place_of
 from jobs.checkpoint.reader import Reader
 from jobs.checkpoint.shardfile import KINDS
 from jobs.checkpoint.universal import export_universal
+from jobs.spec import CheckpointSpec
 from strategies.codec import to_json
 from tests.support.checkpoints import flip_and_sign_again, flip_bit
 from tests.support.gang import WarmPool
@@ -88,8 +89,9 @@ def test_no_step_is_complete_before_the_state_of_the_step_before_is_on_another_n
     pool: WarmPool, tmp_path: Path, beside: bool
 ) -> None:
     """So the loss of a node costs a step. A replica takes longer than a step: much state, and little to compute."""
-    model = dataclasses.replace(TINY, layers=1, hidden=64, vocab=160_000 if beside else 60_000, seq=8)
+    model = dataclasses.replace(TINY, layers=1, hidden=64, vocab=90_000 if beside else 40_000, seq=8)
     job = make_job(model, make_plan(model, 2, dp=2, zero_stage=1), global_batch=2)
+    job = dataclasses.replace(job, checkpoint=CheckpointSpec(memory_every=1))
     nodes = [Node(tmp_path, name) for name in "ab"]
     try:
         arguments = {"job": to_json(job), "persisters": [node.path for node in nodes], "steps": 4}
