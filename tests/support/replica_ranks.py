@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from typing import Any
+
+import torch.distributed as dist
 
 from jobs.checkpoint.persister import PersisterLink
 from jobs.checkpoint.saver import BehindSaver
@@ -16,8 +21,17 @@ from strategies.codec import from_json
 from tests.support.ranks import batches
 
 
-def replicas_in_time(env: RankEnv, job: dict[str, Any], persisters: list[str], steps: int) -> dict[str, list[Any]]:
+def replicas_in_time(
+    env: RankEnv, job: dict[str, Any], persisters: list[str], steps: int, slow: int = 0
+) -> dict[str, list[Any]]:
     """Train, and look after every step for the other rank's state of the step before.
+
+    Args:
+        env: This rank.
+        job: The job.
+        persisters: Socket of each rank's persister.
+        steps: How many steps.
+        slow: Process of a persister that stands still for a second when every state has been handed in; 0 for none.
 
     Returns:
         For every step but the first: ``held``: the replica is in the memory of this rank's node; ``waited_s``: what the
@@ -38,8 +52,17 @@ def replicas_in_time(env: RankEnv, job: dict[str, Any], persisters: list[str], s
             found["waited_s"].append(saver.waited_s)
             found["held"].append(_holds(link, step - 1, env))
         saver.keep(step, {})
+        if slow:
+            dist.barrier()
+            if env.rank == 0:
+                _pause(slow)
     engine.close()
     return found
+
+
+def _pause(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(1.0, os.kill, (pid, signal.SIGCONT)).start()
 
 
 def _holds(link: PersisterLink, step: int, env: RankEnv) -> bool:
