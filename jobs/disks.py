@@ -17,7 +17,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -107,19 +107,49 @@ def placed(job: JobSpec, env: RankEnv) -> JobSpec:
         StorageError: There can be no such folder on this node.
     """
     require_folder(job.plan.offload_path)
-    token = str(Token(env.epoch, env.attempt))
-    run = Path(job.plan.offload_path) / f"phalanx-{env.run_id}"
-    mine = run / f"{token}-rank{env.rank:05d}"
+    token = Token(env.epoch, env.attempt)
+    run = _folder_of(job.plan, env.run_id)
+    mine = run / _name_of(token, env.rank)
     if env.local_rank == 0:
-        for other in run.glob("e*-a*-rank*"):
-            if other.name < token:
-                shutil.rmtree(other, ignore_errors=True)
+        _remove_older(run, token)
     shutil.rmtree(mine, ignore_errors=True)
     mine.mkdir(parents=True, exist_ok=True)
     config = json.loads(json.dumps(dict(job.deepspeed)))
     for place in _places(config):
         place["nvme_path"] = str(mine)
     return dataclasses.replace(job, deepspeed=config)
+
+
+def sweep(job: JobSpec, token: Token, ranks: Iterable[int]) -> None:
+    """Remove what a node has on disks that leaves a run.
+
+    Args:
+        job: The job of the newest attempt that had ranks there.
+        token: Of that attempt.
+        ranks: Its ranks there; none of them may be alive. What other nodes of the same machine have stays.
+    """
+    if on_disks(job.plan):
+        run = _folder_of(job.plan, job.run_id)
+        _remove_older(run, token)
+        for rank in ranks:
+            shutil.rmtree(run / _name_of(token, rank), ignore_errors=True)
+        with contextlib.suppress(OSError):
+            run.rmdir()
+
+
+def _folder_of(plan: ParallelPlan, run_id: str) -> Path:
+    return Path(plan.offload_path) / f"phalanx-{run_id}"
+
+
+def _name_of(token: Token, rank: int) -> str:
+    return f"{token}-rank{rank:05d}"
+
+
+def _remove_older(run: Path, token: Token) -> None:
+    """Nobody is there any more who could use what earlier attempts have left."""
+    for other in run.glob("e*-a*-rank*"):
+        if other.name < str(token):
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def clear(job: JobSpec) -> None:

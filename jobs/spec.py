@@ -1,17 +1,21 @@
 """What the launcher tells a rank: the job (the same for every rank and attempt) and the rank's own environment.
 
 The job is written once per attempt to ``<run dir>/attempts/<n>/job.json``; the rank variables travel in the
-environment under the names that torchrun users know, plus ``PHALANX_*``. Pure: no torch, no ray.
+environment under the names that torchrun users know, plus ``PHALANX_*``. No torch, no ray.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
+from strategies.codec import from_json
 from strategies.deepspeed_config import deepspeed_config
+from strategies.errors import StorageError
 from strategies.plan import ParallelPlan
 from strategies.schedule import SampleSchedule, Skip
 from strategies.specs import BatchSpec, ModelSpec, Precision
@@ -279,6 +283,18 @@ def engine_config(plan: ParallelPlan, train: TrainSpec) -> dict[str, Any]:
         steps=train.steps,
         min_lr=train.min_lr,
     )
+
+
+def read_job(path: Path) -> JobSpec:
+    """The job of an attempt; raises StorageError."""
+    try:
+        return from_json(JobSpec, json.loads(path.read_text(encoding="utf-8")), where="job.json")
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"The job cannot be read: {path}.",
+            why=str(error),
+            hint="Check that the run directory is on a file system that all nodes share.",
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,6 @@ torch and deepspeed are imported only once the process can report and be stopped
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 import signal
 import sys
@@ -23,9 +22,8 @@ from jobs.checkpoint.errors import AbsentFile, CorruptCheckpoint
 from jobs.faults import FaultInjector
 from jobs.numerics import BlowUp
 from jobs.report import Reporter
-from jobs.spec import JobSpec, RankEnv
-from strategies.codec import from_json
-from strategies.errors import ConfigError, PhalanxError, StorageError
+from jobs.spec import RankEnv, read_job
+from strategies.errors import ConfigError, PhalanxError
 
 CORRUPT_EXIT_CODE = 76
 BLOW_UP_EXIT_CODE = 77
@@ -62,7 +60,7 @@ def main() -> int:
 
 
 def _run(env: RankEnv, reporter: Reporter, counter: StepCounter) -> None:
-    job = _read_job(Path(env.job_path))
+    job = read_job(Path(env.job_path))
     hooks = FaultInjector(job.faults, env, reporter)
     if job.infers:
         from jobs.stages.inference import run
@@ -75,17 +73,6 @@ def _run(env: RankEnv, reporter: Reporter, counter: StepCounter) -> None:
     engine = Engine.build(job, env)
     Pretrain(job=job, env=env, engine=engine, reporter=reporter, hooks=hooks, counter=counter).run()
     engine.close()
-
-
-def _read_job(path: Path) -> JobSpec:
-    try:
-        return from_json(JobSpec, json.loads(path.read_text(encoding="utf-8")), where="job.json")
-    except (OSError, ValueError) as error:
-        raise StorageError(
-            f"The job cannot be read: {path}.",
-            why=str(error),
-            hint="Check that the run directory is on a file system that all nodes share.",
-        ) from error
 
 
 def _set_signals() -> None:

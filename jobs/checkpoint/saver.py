@@ -1,7 +1,8 @@
 """Who makes the checkpoints of a training loop: the persister of the node behind the rank, or the rank itself.
 
 Behind the rank there are two phases. The state is copied into shared memory, a large one beside the forward and
-backward of the next step (:mod:`jobs.checkpoint.copying`). That copy is a generation of the memory tier, and where a
+backward of the next step (:mod:`jobs.checkpoint.copying`); before the update of that step every rank waits until its
+copy is whole and the replica of it confirmed. That copy is a generation of the memory tier, and where a
 checkpoint on disk is due, the persister writes it from there while training goes on. The next one due waits until the
 one before is committed, and a failure to write it is raised there, on every rank.
 """
@@ -109,7 +110,9 @@ class BehindSaver:
     def __init__(
         self, engine: Any, job: JobSpec, env: RankEnv, hooks: Hooks, reporter: Reporter, link: PersisterLink
     ) -> None:
-        self._optimizer = access(getattr(engine, "ds", engine))
+        self._optimizer = access(engine.ds)
+        self._own_time = engine.own_time
+        engine.before_update(self.land)
         self._copier = Copier(self._optimizer)
         self._job = job
         self._env = env
@@ -124,6 +127,8 @@ class BehindSaver:
         self._pending: dict[str, Any] | None = None  # the checkpoint that is being written: step, stall_s
         self._in_memory = False
         self._rank_state: dict[str, Any] = {}
+        self._unconfirmed = False  # a replica of the newest copy is on its way
+        self._replica_s = 0.0
         self._warned = ""
         self._base = restored_from(env)  # the newest checkpoint on disk of which every rank knows
         self._last: Location | None = None  # the one that is being written
@@ -202,20 +207,30 @@ class BehindSaver:
 
     @property
     def waited_s(self) -> float:
-        """Seconds for which an optimizer step, or :meth:`land`, waited for the newest copy."""
-        return self._copier.waited_s
+        """Seconds for which :meth:`land` waited for the newest copy and its replica."""
+        return self._copier.waited_s + self._replica_s
 
     def land(self) -> None:
-        """Wait for the copy before. A step has done so, unless fp16 left it out."""
+        """Wait for the newest copy and its replica.
+
+        Every rank does so before it takes part in an update, so that a step is complete on no rank before the state of
+        the step before is safe on all of them: a failure costs a step.
+        """
         self._copier.wait()
+        if self._unconfirmed:
+            self._unconfirmed = False
+            begin = time.perf_counter()
+            self._own_time.wait(self._confirm)
+            self._replica_s = time.perf_counter() - begin
         if self._pending is not None:
-            self._pending.setdefault("waited_s", self._copier.waited_s)
+            self._pending.setdefault("waited_s", self.waited_s)
 
     def _copy(self) -> None:
         answer, _, fds = self._ask("begin")
         number, size = answer["buffer"], answer["bytes"]
         for fd in fds:
             self._buffers[number] = _mapped(fd, size)
+        self._replica_s = 0.0
         self._copier.start(copies_of(self._optimizer, self._runs, self._image, self._buffers[number]))
 
     def _record(self, extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,8 +247,13 @@ class BehindSaver:
     def _seal(self, step: int, record: Mapping[str, Any], *, flush: bool, hold: bool = False) -> None:
         base = str(self._base or "") if flush else ""
         answer = self._ask("seal", step=step, record=record, flush=flush, hold=hold, base=base)[0]
-        if answer["broken"] != self._warned:
-            self._warned = answer["broken"]
+        self._unconfirmed = answer["replica"]
+
+    def _confirm(self) -> None:
+        """Wait for the replica of the newest copy, or for the news that there will be none."""
+        broken = self._ask("settle")[0]["broken"]
+        if broken != self._warned:
+            self._warned = broken
             told = f"warning: {self._warned}; the newest steps are only on their own nodes"
             print(told if self._warned else "replicas are kept again", flush=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +154,19 @@ class Engine:
             overflow=self._overflow(),
             moe=None if self.router_log is None else self.router_log.take(self.grid),
         )
+
+    def before_update(self, act: Callable[[], None]) -> None:
+        """Do something in every step when gradients are complete, before ranks agree on their norm.
+
+        So no rank can complete a step before every rank has done it. fp16 does it, too, where it leaves an update out.
+        """
+        update = self.ds._take_model_step  # of every DeepSpeed engine, with a pipeline and without
+
+        def acted(*arguments: Any, **options: Any) -> None:
+            act()
+            update(*arguments, **options)
+
+        self.ds._take_model_step = acted
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """Mean cross entropy of micro-batches as :meth:`train_step` takes them. Collective.

@@ -22,9 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jobs import disks
+from jobs.checkpoint.layout import Token
 from jobs.paths import RunPaths
+from jobs.spec import read_job
 from launcher.backend import AgentAddress
-from launcher.host import announce, wire
+from launcher.host import announce, process, wire
 from launcher.host.environment import Environments
 from launcher.host.events import EventLog
 from launcher.host.logs import MAX_LOG_BYTES, RankLogs, piece_of
@@ -190,6 +193,7 @@ class HostAgent:
             warm=options.warm,
             target=options.target,
         )
+        cleanup.callback(self._clear_disks)
         cleanup.callback(self._pool.close)
         cleanup.callback(self._persister.close)  # first: the pool ends by killing all that carries our mark
         self._ranks.attach(self._pool)
@@ -263,6 +267,19 @@ class HostAgent:
     def _put_logs_away(self) -> None:
         if not self._log_folder_stays or not self._logs.has_any:
             self._logs.remove()
+
+    def _clear_disks(self) -> None:
+        """What our ranks have left on disks is of no use to anybody; they are gone, or it is still theirs."""
+        if self._ranks.kind != "pretrain":
+            return
+        try:
+            job = read_job(self._paths.job(self._ranks.attempt))
+        except PhalanxError as error:
+            print(f"if there is state on disks, it stays: {error}", file=sys.stderr, flush=True)
+            return
+        if disks.on_disks(job.plan) and not process.marked(f"{self.address.incarnation}."):
+            ranks = [rank["rank"] for rank in self._ranks.describe()["ranks"]]
+            disks.sweep(job, Token(self._ranks.epoch, self._ranks.attempt), ranks)
 
     # -- the pool --------------------------------------------------------------------------------------------------
 

@@ -17,10 +17,12 @@ from jobs.checkpoint.layout import place_of
 from jobs.checkpoint.reader import Reader
 from jobs.checkpoint.shardfile import KINDS
 from jobs.checkpoint.universal import export_universal
+from jobs.spec import CheckpointSpec
 from strategies.codec import to_json
 from tests.support.checkpoints import flip_and_sign_again, flip_bit
 from tests.support.gang import WarmPool
 from tests.support.jobspecs import GPT, LLAMA, make_job, make_plan
+from tests.support.persisters import Node
 
 # 125 tokens: tensor-parallel ranks hold padding. Three blocks: uneven stages.
 TINY = dataclasses.replace(GPT, layers=3, hidden=32, ffn=96, vocab=125, seq=16)
@@ -68,6 +70,10 @@ def check_bit_identical(pool: WarmPool, tmp_path: Path, job: dict[str, Any], wor
         assert before["noise"] == after["noise"]
         assert before["end"] == after["end"]
     assert first[0]["results"][0] != first[0]["results"][1]
+    for times in zip(*(row["times"] for row in first), strict=True):
+        assert max(acted for acted, _ in times) <= min(ended for _, ended in times), (
+            "a step is complete on all or on none"
+        )
     check_stored_once(path)
     check_read_once(path, second)
     received = sum(row["received"] for row in second)
@@ -76,6 +82,25 @@ def check_bit_identical(pool: WarmPool, tmp_path: Path, job: dict[str, Any], wor
     elif job["plan"]["zero_stage"]:
         assert received < sum(row["read"] for row in second), "only copies (norms, tied embeddings) travel"
     return path
+
+
+def test_no_step_is_complete_before_the_state_of_the_step_before_is_on_another_node(
+    pool: WarmPool, tmp_path: Path
+) -> None:
+    """So the loss of a node costs a step, also where a replica takes longer than the next step."""
+    model = dataclasses.replace(TINY, layers=1, hidden=64, vocab=80_000, seq=8)
+    job = make_job(model, make_plan(model, 2, dp=2, zero_stage=1), global_batch=2)
+    job = dataclasses.replace(job, checkpoint=CheckpointSpec(memory_every=1))
+    nodes = [Node(tmp_path, name) for name in "ab"]
+    try:
+        arguments = {"job": to_json(job), "persisters": [node.path for node in nodes], "steps": 3}
+        arguments |= {"slow": nodes[1].process.pid}
+        target = "tests.support.replica_ranks:replicas_in_time"
+        ranks = pool.run(target, world_size=2, timeout_s=TIMEOUT_S, arguments=arguments, run_dir=str(tmp_path))
+    finally:
+        for node in nodes:
+            node.close()
+    assert [rank["held"] for rank in ranks] == [[True] * 2] * 2
 
 
 def check_read_once(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs import disks
+from jobs.checkpoint.layout import Token
 from jobs.spec import JobSpec, RankEnv
 from strategies.errors import ConfigError, StorageError
 from tests.support.direct_io import require_direct_io
@@ -63,6 +64,20 @@ def test_every_rank_of_every_attempt_has_an_empty_folder_of_its_own(job: JobSpec
     disks.clear(last)
     assert [path.name for path in tmp_path.iterdir()] == ["phalanx-another"]
     assert other.is_dir()
+
+
+def test_a_node_that_leaves_a_run_removes_the_folder_of_the_run(job: JobSpec, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    job = dataclasses.replace(job, run_id="mine")
+    for rank in (0, 1):
+        disks.placed(job, env_of(rank=rank, attempt=2))
+    disks.sweep(job, Token(1, 2), [0])
+    (left,) = (tmp_path / "phalanx-mine").iterdir()
+    assert left.name == "e0001-a0002-rank00001"
+    disks.sweep(dataclasses.replace(job, plan=make_plan(GPT, 8)), Token(1, 2), [1])
+    assert left.is_dir(), "nothing of that plan is on disks"
+    disks.sweep(job, Token(1, 2), [1])
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
 def test_a_zombie_of_an_older_attempt_removes_nothing_of_a_newer_one(job: JobSpec) -> None:

@@ -7,12 +7,14 @@ import hashlib
 import itertools
 import resource
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from jobs.checkpoint.copying import Array, Copier, Copy, copy_all
 from jobs.checkpoint.errors import CorruptCheckpoint
@@ -27,6 +29,8 @@ from jobs.spec import JobSpec, RankEnv
 from strategies.codec import from_json
 from strategies.errors import StorageError
 from tests.support.ranks import batches
+
+Times = tuple[float, float]
 
 
 def fingerprint(engine: Engine) -> dict[str, str]:
@@ -99,12 +103,13 @@ def save_then_train(env: RankEnv, job: dict[str, Any], steps: int, more: int) ->
     unchanged = before == fingerprint(engine)
     at_save = gang_weights_digest(saved.path)
     noise = torch.rand(4).tolist()
-    results, beside = _train_beside_a_copy(engine, spec, steps + 1, steps + more)
+    results, times, beside = _train_beside_a_copy(engine, spec, steps + 1, steps + more)
     out = {
         "path": str(saved.path),
         "bytes": saved.bytes,
         "unchanged": unchanged,
         "beside": beside,
+        "times": times,
         "digest": at_save,
         "noise": noise,
         "results": results,
@@ -114,7 +119,26 @@ def save_then_train(env: RankEnv, job: dict[str, Any], steps: int, more: int) ->
     return out
 
 
-def _train_beside_a_copy(engine: Engine, job: JobSpec, first: int, last: int) -> tuple[list[list[str]], dict[str, Any]]:
+def _train_in_turns(engine: Engine, job: JobSpec, first: int, last: int) -> tuple[list[list[str]], list[Times]]:
+    """Train; in every step another rank comes late to the update. Tells when each was there, and when it had ended."""
+    acted: list[float] = []
+
+    def late() -> None:
+        if dist.get_rank() == (len(acted) * (dist.get_world_size() - 1)) % dist.get_world_size():
+            time.sleep(0.1)
+        acted.append(time.monotonic())
+
+    engine.before_update(late)
+    results, ended = [], []
+    for step in range(first, last + 1):
+        results += _train(engine, job, step, step)
+        ended.append(time.monotonic())
+    return results, list(zip(acted, ended, strict=True))
+
+
+def _train_beside_a_copy(
+    engine: Engine, job: JobSpec, first: int, last: int
+) -> tuple[list[list[str]], list[Times], dict[str, Any]]:
     """Train while the state of before is copied. The copy begins when forward and backward have ended."""
     optimizer = access(engine.ds)
     image = image_of_state(optimizer)
@@ -131,14 +155,18 @@ def _train_beside_a_copy(engine: Engine, job: JobSpec, first: int, last: int) ->
     with patch("jobs.checkpoint.copying.copy_all", late):
         copier = Copier(optimizer, beside_bytes=0)
         copier.start(copies_of(optimizer, runs_of(optimizer, image), image, copied))
-        results = _train(engine, job, first, last)
+        results, times = _train_in_turns(engine, job, first, last)
     hook.remove()
     _copy_now(optimizer, image, after)
-    return results, {
-        "waited": optimizer.on_disks or copier.waited_s > 0,
-        "equal": bool(np.array_equal(before, copied)),
-        "changed": not image.bytes or not np.array_equal(before, after),
-    }
+    return (
+        results,
+        times,
+        {
+            "waited": optimizer.on_disks or copier.waited_s > 0,
+            "equal": bool(np.array_equal(before, copied)),
+            "changed": not image.bytes or not np.array_equal(before, after),
+        },
+    )
 
 
 def _copy_now(optimizer: OptimizerAccess, image: Image, buffer: Array) -> None:

@@ -30,20 +30,25 @@ class Buffer:
         os.ftruncate(self.fd, size)
         self._faulted = threading.Event()
         self._faulted.set()
+        self._closed = False
         self._map: mmap.mmap | None = None
 
     def fault_in(self) -> None:
         """Make its pages exist, in the background: a first copy must not wait for the kernel to clear them."""
         self._faulted.clear()
-        threading.Thread(target=self._fill, daemon=True).start()
+        # Of its own: once we are closed, the number of ours may be that of another file.
+        threading.Thread(target=self._fill, args=(os.dup(self.fd),), daemon=True).start()
 
-    def _fill(self) -> None:
+    def _fill(self, fd: int) -> None:
         try:
             for at in range(0, self.size, len(_ZEROS)):
-                os.pwrite(self.fd, _ZEROS[: min(len(_ZEROS), self.size - at)], at)
+                if self._closed:
+                    break
+                os.pwrite(fd, _ZEROS[: min(len(_ZEROS), self.size - at)], at)
         except OSError:
             pass  # the copy will meet the same want of memory, and say so
         finally:
+            os.close(fd)
             self._faulted.set()
 
     def wait(self) -> None:
@@ -61,5 +66,6 @@ class Buffer:
 
     def close(self) -> None:
         """Give it up; whoever still looks at it keeps it alive."""
+        self._closed = True
         os.close(self.fd)
         self._map = None

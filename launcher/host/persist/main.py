@@ -27,7 +27,9 @@ from strategies.codec import to_json
 
 MAX_MESSAGE_BYTES = 1 << 20
 DRAIN_S = 5.0
-_TRIES = 5
+_TRIES = 5  # of telling what an attempt has written that was replaced
+_PAUSE_S = 0.2  # after the first try, twice as long after each one more ...
+_MAX_PAUSE_S = 5.0  # ... but no longer
 
 
 class Persister:
@@ -59,8 +61,12 @@ class Persister:
             threading.Thread(target=desk.serve, args=(sock,), daemon=True).start()
 
     def _tell(self, token: Token, message: dict[str, Any]) -> None:
-        """Bring news of a part to the coordinator; without it no checkpoint is committed, and its ranks wait."""
-        for attempt in range(_TRIES):
+        """Bring news of a part to the coordinator; without it no checkpoint is committed, and its ranks wait.
+
+        So an attempt that may be running is told however long the coordinator cannot be reached.
+        """
+        tries, pause_s, warned = 0, _PAUSE_S, ""
+        while tries < _TRIES or self.directory.is_newest(token):
             where = self.directory.coordinator(token)
             if where is None:
                 return
@@ -71,8 +77,11 @@ class Persister:
                 self.directory.ask(where, message)
                 return
             except FrameError as error:
-                print(f"warning: the coordinator of {token} cannot be told: {error}", flush=True)
-                time.sleep(0.2 * 2**attempt)
+                if str(error) != warned:  # once, not every few seconds for as long as it is away
+                    warned = str(error)
+                    print(f"warning: the coordinator of {token} cannot be told: {warned}", flush=True)
+                time.sleep(pause_s)
+                tries, pause_s = tries + 1, min(2 * pause_s, _MAX_PAUSE_S)
 
     def holdings(self) -> dict[str, Any]:
         """What is here, and where: for the controller."""

@@ -29,13 +29,18 @@ def checksum(data: Payload) -> int:
 
 
 def pull(sock: socket.socket, view: memoryview) -> None:
-    """The other end of :meth:`PeerLink.push`: fill ``view``; raises FrameError if it is not what was sent."""
-    seen = 0
+    """The other end of :meth:`PeerLink.push`: fill ``view``; raises FrameError if it is not what was sent.
+
+    In the middle of it the other side is silent for ``PATIENCE_S`` at most: it has given up long before.
+    """
+    seen, patience_s = 0, sock.gettimeout()
+    sock.settimeout(PATIENCE_S)
     for at in range(0, len(view), PIECE_BYTES):
         piece = view[at : at + PIECE_BYTES]
         frames.read_into(sock, piece)
         seen = zlib.crc32(piece, seen)
     trailer, _ = frames.receive(sock, limit=_HELLO_BYTES)
+    sock.settimeout(patience_s)
     if trailer.get("checksum") != seen:
         raise FrameError("what arrived is not what was sent")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from jobs.checkpoint.memory import Address
+from jobs.checkpoint.memory import Address, StreamInfo
 from jobs.frames import FrameError
 from launcher.host.persist.peering import PeerLink
 from launcher.host.persist.shelf import Held, Shelf
@@ -19,7 +19,8 @@ class Replicator:
     """The sender of one stream; a thread of its own.
 
     A target that cannot be reached is left alone for a while: training goes on without replicas, and the reason is
-    told. Then it is tried again, for an attempt may last for weeks.
+    told. Then it is called again, for an attempt may last for weeks; nothing is sent, and so nobody waits, before it
+    answers.
 
     Args:
         shelf: Where the parts are.
@@ -35,6 +36,8 @@ class Replicator:
         self._secret = secret
         self._target = target
         self._next: Held | None = None
+        self._info: StreamInfo | None = None
+        self._calls = False  # a target that was left alone
         self._ended = False
         self._retry_at = 0.0
         self.broken = ""
@@ -43,10 +46,13 @@ class Replicator:
     def submit(self, held: Held) -> None:
         """Send this one; the one before must have been confirmed."""
         with self._shelf.changed:
-            if not self.broken or time.monotonic() >= self._retry_at:
+            self._info = held.stream.info
+            if not self.broken:
                 self._next = held
                 self._shelf.pin(held)
-                self._shelf.changed.notify_all()
+            elif time.monotonic() >= self._retry_at:
+                self._calls = True
+            self._shelf.changed.notify_all()
 
     def settle(self) -> None:
         """Wait until what was submitted is confirmed, or never will be."""
@@ -63,31 +69,38 @@ class Replicator:
         link: PeerLink | None = None
         while True:
             with self._shelf.changed:
-                self._shelf.changed.wait_for(lambda: self._next is not None or self._ended)
+                self._shelf.changed.wait_for(lambda: self._next is not None or self._calls or self._ended)
                 held = self._next
-            if held is None:
+            if held is None and self._ended:
                 break
+            broken = ""
             try:
-                if link is None:
-                    link = PeerLink(self._secret, self._target, _PATIENCE_S)
-                    link.ask({"op": "stream", "info": to_json(held.stream.info)})
-                self._send(link, held)
-                self.broken = ""
+                link = link or self._call()
+                if held is not None:
+                    self._send(link, held)
             except FrameError as error:
-                self._break(error)
+                broken = f"no replica at {self._target.host}:{self._target.port} for now: {error}"
+                print(f"warning: {broken}", flush=True)
                 if link is not None:
                     link.close()
                 link = None
             with self._shelf.changed:
-                self._next = None
-                self._shelf.unpin(held)
+                self.broken, self._retry_at = broken, time.monotonic() + _RETRY_S
+                self._next, self._calls = None, False
+                if held is not None:
+                    self._shelf.unpin(held)
         if link is not None:
             link.close()
 
-    def _break(self, error: FrameError) -> None:
-        self._retry_at = time.monotonic() + _RETRY_S
-        self.broken = f"no replica at {self._target.host}:{self._target.port} for now: {error}"
-        print(f"warning: {self.broken}", flush=True)
+    def _call(self) -> PeerLink:
+        """A connection on which our stream has begun."""
+        link = PeerLink(self._secret, self._target, _PATIENCE_S)
+        try:
+            link.ask({"op": "stream", "info": to_json(self._info)})
+        except BaseException:
+            link.close()
+            raise
+        return link
 
     def _send(self, link: PeerLink, held: Held) -> None:
         data = held.buffer.view

@@ -7,6 +7,7 @@
 ``seal``     the buffer is full: ``step``, ``record`` (its ``rank_state`` only if it is another than before), and with
              ``flush`` it goes to the disk, too (``base``: the last checkpoint there, whose data are not written again
              where they have not changed)
+``settle``   wait until the replica of the newest part is confirmed, or will not be: ``broken`` says why not
 ``durable``  wait until this rank's part is on the disk; ``release`` lets the commit go on (after ``hold``)
 ``outcome``  rank 0: what became of the checkpoint of ``step``; with ``wait``, once it is known
 ``part``     a part of a generation to restore: its record, and the descriptor if it lies here
@@ -56,10 +57,15 @@ class Directory:
             self._of = {one: known[one] for one in sorted(known)[-_ATTEMPTS:]}
 
     def coordinator(self, token: Token) -> Address | None:
-        """The persister of rank 0's node; None for an attempt that was replaced."""
+        """The persister of rank 0's node; None for an attempt that was replaced long ago."""
         with self._lock:
             where = self._of.get(token)
         return where[0] if where else None
+
+    def is_newest(self, token: Token) -> bool:
+        """Whether no later attempt is known here."""
+        with self._lock:
+            return token == max(self._of, default=token)
 
     def ask(self, address: Address, message: Message) -> tuple[Message, bytes]:
         """Ask another persister; a link that has broken is made anew, once. Raises FrameError."""
@@ -106,6 +112,7 @@ class Desk:
             "open": self._open,
             "begin": self._begin,
             "seal": self._seal,
+            "settle": self._settle,
             "durable": self._durable,
             "release": self._release,
             "outcome": self._outcome,
@@ -184,7 +191,13 @@ class Desk:
             self._writing = self._accepted = self._flusher.accept(held, hold=hold, keep=self._keep, base=base)
         if self._replicator is not None:
             self._replicator.submit(held)
-        return {"broken": self._replicator.broken if self._replicator is not None else ""}, b"", []
+        return {"replica": self._replicator is not None}, b"", []
+
+    def _settle(self, _: Message) -> tuple[Message, Payload, list[int]]:
+        if self._replicator is None:
+            return {"broken": ""}, b"", []
+        self._replicator.settle()
+        return {"broken": self._replicator.broken}, b"", []
 
     def _durable(self, _: Message) -> tuple[Message, Payload, list[int]]:
         assert self._writing is not None
@@ -298,15 +311,12 @@ class Guests:
         return {}, b""
 
     def _replica(self, message: Message, sock: socket.socket) -> tuple[Message, Payload]:
-        held = self._shelf.begin(self._streams[Token(*message["token"]), int(message["rank"])])
-        view = held.buffer.view
-        try:
+        with self._shelf.filling(self._streams[Token(*message["token"]), int(message["rank"])]) as held:
+            view = held.buffer.view
             if len(view) != message["payload"]:
                 raise FrameError(f"a replica of {message['payload']} bytes, where {len(view)} were announced")
             pull(sock, view)
             self._shelf.seal(held, int(message["step"]), message["record"])
-        finally:
-            self._shelf.discard(held)  # does nothing to what is sealed
         return {}, b""
 
     def _held(self, message: Message) -> Held:

@@ -135,14 +135,28 @@ class Shelf:
             stream.parts, stream.free = [], []
             self._streams.remove(stream)
 
-    def begin(self, stream: Stream) -> Held:
+    @contextmanager
+    def filling(self, stream: Stream) -> Iterator[Held]:
+        """A buffer for the next part, discarded unless it is sealed.
+
+        It is pinned: who fills it from a connection that is dead, and does not know, must not find it in other hands,
+        also when the stream has been dropped for one that began after it.
+        """
+        held = self.begin(stream, pins=1)
+        try:
+            yield held
+        finally:
+            self.unpin(held)
+            self.discard(held)
+
+    def begin(self, stream: Stream, *, pins: int = 0) -> Held:
         """A buffer for the next part; what was in it is gone. Waits while every buffer is busy."""
         with self.changed:
             buffer = self._room(stream)
             while buffer is None:
                 self.changed.wait()
                 buffer = self._room(stream)
-            held = Held(stream, buffer)
+            held = Held(stream, buffer, pins=pins)
             stream.parts.append(held)
         buffer.wait()
         return held
@@ -167,9 +181,18 @@ class Shelf:
         with self.changed:
             held.record, held.step = record, step
             held.stream.seals += 1
+            if held.stream.own and held.stream.seals == 1:
+                self._give_back(held.stream.info.token)
             if held.stream.seals == _PROVEN:
                 self._forget_before(held.stream.info.token)
             self.changed.notify_all()
+
+    def _give_back(self, token: Token) -> None:
+        """Close spare buffers of a size that no rank here has now. All of them have begun: one has made a step."""
+        sizes = {stream.image.bytes for stream in self._streams if stream.info.token == token}
+        for buffer in [buffer for buffer in self._spare if buffer.size not in sizes]:
+            self._spare.remove(buffer)
+            buffer.close()
 
     def _forget_before(self, token: Token) -> None:
         self._drop([one for one in self._streams if one.info.token < token])
@@ -178,7 +201,7 @@ class Shelf:
         self._spare.clear()
 
     def discard(self, held: Held) -> None:
-        """The part will not be whole: its writer is gone."""
+        """The part will not be whole: its writer is gone. Does nothing to one that is sealed."""
         with self.changed:
             if held in held.stream.parts and not held.sealed:
                 held.stream.parts.remove(held)

@@ -16,8 +16,10 @@ from launcher.host import announce, process
 from launcher.host.agent import AgentOptions, HostAgent
 from launcher.host.reader import LogReader
 from launcher.host.wire import read_secret
+from strategies.codec import to_json
 from strategies.errors import ClusterError, NotFound
 from tests.support.agents import FAKE, Agents, Watcher, fake_env
+from tests.support.jobspecs import GPT, make_job, make_plan
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -300,6 +302,27 @@ def test_shutdown_is_quiet_and_leaves_nothing(agents: Agents) -> None:
     assert "agent_lost" not in {o.kind for o in watcher.seen}
     assert agents.alive() == []
     assert list((agents.paths.root.parent / "logs").iterdir()) == []
+
+
+def test_state_on_disks_goes_with_the_agent_and_nobody_elses(agents: Agents, tmp_path: Path) -> None:
+    """Ranks that were killed cannot remove it; another node may be on this machine, and so may another run."""
+    plan = make_plan(GPT, 8, dp=2, zero_stage=3, offload="optimizer+params", offload_path=str(tmp_path / "nvme"))
+    agents.paths.attempt(2).mkdir(parents=True)
+    agents.paths.job(2).write_text(json.dumps(to_json(make_job(GPT, plan))))
+    run, gone = tmp_path / "nvme" / "phalanx-test", ["e0001-a0001-rank00003", "e0001-a0002-rank00000"]
+    stays = ["e0001-a0002-rank00001", "e0001-a0003-rank00000", "notes"]
+    others = tmp_path / "nvme" / "phalanx-test2" / "e0001-a0001-rank00000"
+    for folder in (*(run / name for name in (*gone, *stays)), others):
+        folder.mkdir(parents=True)
+        (folder / "state.swp").write_bytes(b"of a rank")
+    agent = agents.start()
+    watcher = agents.watch("n0")
+    watcher.spawn(2, {"n0": [0]}, FAKE="wait")
+    assert len(list(run.iterdir())) == 5
+    watcher.gang.shutdown_agents()
+    assert agent.wait(10) == 0
+    assert sorted(path.name for path in run.iterdir()) == stays
+    assert others.is_dir()
 
 
 def test_the_lease_waits_for_progress_and_for_a_controller(agents: Agents) -> None:

@@ -17,12 +17,14 @@ from jobs.checkpoint.errors import CorruptCheckpoint
 from jobs.checkpoint.image import Image
 from jobs.checkpoint.layout import Token
 from jobs.checkpoint.manifest import list_checkpoints
-from jobs.checkpoint.memory import Generation, StreamInfo
+from jobs.checkpoint.memory import Address, Generation, StreamInfo
 from jobs.checkpoint.reader import Reader
 from jobs.checkpoint.slices import whole
 from jobs.frames import FrameError
 from jobs.paths import RunPaths
-from launcher.host.persist import replica
+from launcher.host import wire
+from launcher.host.persist import main, replica, service
+from launcher.host.persist.main import Persister
 from launcher.host.persist.peering import PeerLink, PeerServer, pull
 from launcher.host.persist.service import no_room
 from launcher.host.persist.shelf import Shelf
@@ -221,12 +223,29 @@ def test_a_replica_that_cannot_be_placed_stops_nobody(two: list[Node]) -> None:
     assert max(one.step for one in two[0].stock().held if one.own) == 4
 
 
+def test_a_step_is_confirmed_once_its_replica_is_held_elsewhere(two: list[Node]) -> None:
+    ranks = gang(two, elements=3_000_000)
+    for rank in ranks:
+        rank.put(1)
+    for rank in ranks:
+        assert rank.ask("settle")["broken"] == ""
+    assert [[one.step for one in node.stock().held if not one.own] for node in two] == [[1], [1]]
+
+
 def test_a_node_that_did_not_take_a_replica_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attempt may last for weeks: one stumble of the network must not leave it without replicas."""
+    """An attempt may last for weeks: one stumble of the network must not leave it without replicas.
+
+    Nobody waits for a node that may not answer: a step that comes meanwhile has no replica.
+    """
     monkeypatch.setattr(replica, "_RETRY_S", 0.0)
     arrived: list[int] = []
+    streams, answers = [], threading.Event()
+    answers.set()
 
     def handle(message: dict[str, Any], sock: socket.socket) -> tuple[dict[str, Any], bytes]:
+        if message["op"] == "stream":
+            streams.append(message)
+            assert answers.wait(2)
         if message["op"] == "replica":
             pull(sock, memoryview(bytearray(message["payload"])))
             arrived.append(message["step"])
@@ -242,15 +261,73 @@ def test_a_node_that_did_not_take_a_replica_is_tried_again(monkeypatch: pytest.M
     stream = shelf.open(info, own=True, in_memory=True, restored=None)
     sender = replica.Replicator(shelf, b"secret", server.address)
     broken = []
-    for step in (1, 2, 3, 4):
+    for step in (1, 2, 3, 4, 5):
         held = shelf.begin(stream)
         shelf.seal(held, step, {})
         sender.submit(held)
         sender.settle()
         broken.append(bool(sender.broken))
+        if step == 2:
+            answers.clear()
+        if step == 3:
+            assert eventually(lambda: len(streams) == 2)
+            assert not held.pins
+            answers.set()
+            assert eventually(lambda: not sender.broken)
     sender.end()
-    assert (arrived, broken) == ([1, 2, 3, 4], [False, True, False, False])
+    assert (arrived, broken) == ([1, 2, 4, 5], [False, True, True, False, False])
     assert [held.pins for held in stream.parts] == [0] * len(stream.parts)
+
+
+@pytest.fixture
+def unreachable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Persister, PeerServer, list[int]]]:
+    """A persister, a coordinator that answers at the ninth call only, and the steps that it is told of."""
+    told: list[int] = []
+
+    def handle(message: dict[str, Any], _: socket.socket) -> tuple[dict[str, Any], bytes]:
+        told.append(message["step"])
+        return {}, b""
+
+    def call(secret: bytes, address: Address) -> PeerLink:
+        calls.append(address)
+        if len(calls) < 9:
+            raise FrameError("no route to host")
+        return PeerLink(secret, address)
+
+    calls: list[Address] = []
+    secret = wire.make_secret(RunPaths(tmp_path).secret)
+    coordinator = PeerServer("127.0.0.1", secret, handle)
+    coordinator.start()
+    monkeypatch.setattr(service, "PeerLink", call)
+    for name in ("_PAUSE_S", "_MAX_PAUSE_S"):
+        monkeypatch.setattr(main, name, 0.001)
+    persister = Persister(str(tmp_path), "127.0.0.1")
+    yield persister, coordinator, told
+    persister.server._listener.close()
+    for link in persister.directory._links.values():
+        link.close()
+
+
+def test_a_coordinator_that_is_away_for_long_is_told_in_the_end(
+    unreachable: tuple[Persister, PeerServer, list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else the gang would wait for a checkpoint, although all of it is on the disk."""
+    persister, coordinator, told = unreachable
+    token = Token(1, 3)
+    persister.directory.learn(token, [coordinator.address, persister.server.address])
+    persister._tell(token, {"op": "part", "step": 7})
+    assert told == [7]
+    assert capsys.readouterr().out.count("no route to host") == 1
+
+
+def test_an_attempt_that_was_replaced_is_not_told_for_ever(
+    unreachable: tuple[Persister, PeerServer, list[int]],
+) -> None:
+    persister, coordinator, told = unreachable
+    for attempt in (3, 4):
+        persister.directory.learn(Token(1, attempt), [coordinator.address, persister.server.address])
+    persister._tell(Token(1, 3), {"op": "part", "step": 7})
+    assert told == []
 
 
 def test_replicas_of_many_ranks_may_begin_at_once(two: list[Node]) -> None:
