@@ -21,19 +21,21 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from launcher import exclusion, origin, progress, rank_errors, recovery, roster
+from jobs.spec import JobSpec
+from launcher import exclusion, origin, progress, rank_errors, recovery
 from launcher.backend import AgentAddress, Backend
 from launcher.clock import Clock
 from launcher.departure import CAUSE, Departure
 from launcher.gang import Gang, Observation
 from launcher.gang_state import GangState, Note, spawn
 from launcher.hang_watch import HangWatch
-from launcher.lineup import form, swapped
+from launcher.lineup import form, swapped, told
 from launcher.lock import ControllerLock
 from launcher.logbook import Fenced, Logbook
 from launcher.memory_tier import MemoryTier
 from launcher.muster import Muster
 from launcher.phase import Phase
+from launcher.progress import ResumePoint
 from launcher.recovery import Action, Decision, Failure, FailureKind
 from launcher.request import LaunchRequest
 from launcher.run import EventKind, Run, RunEvent, RunState
@@ -84,10 +86,7 @@ class Controller:
         self.muster = Muster(backend, request.cluster, clock)
         self.sizing = Sizing(request)
         self.memory = MemoryTier(clock)
-        self.hangs = HangWatch(
-            first_s=request.recovery.start_timeout_s,
-            save_s=request.recovery.save_timeout_s,
-        )
+        self.hangs = HangWatch(first_s=request.recovery.start_timeout_s, save_s=request.recovery.save_timeout_s)
         self.departure = Departure(
             request, store.paths, sizing=self.sizing, muster=self.muster, clock=clock, record=self.record
         )
@@ -182,7 +181,7 @@ class Controller:
     def _end_leftovers(self, seen: Observation) -> None:
         """An agent that answers late may still hold ranks of an attempt that was given up."""
         attempt = int(seen.data.get("attempt") or 0)
-        if attempt and (self.state is None or attempt != self.state.attempt):
+        if attempt not in (0, self._number):
             self.gang.kill(attempt, grace_s=0.0)
 
     def note_agent(self, seen: Observation) -> None:
@@ -208,15 +207,15 @@ class Controller:
     def watch_training(self, state: GangState) -> None:
         """Look for hangs and stragglers from now on; a script reports no steps."""
         if not state.script:
-            told_s = float(progress.last_metric(self.store.paths).get("seconds", 0.0))
-            self.hangs.begin(state.plan, self.clock.monotonic(), told_s=told_s)
+            told = progress.last_metric(self.store.paths)
+            self.hangs.begin(state.plan, self.clock.monotonic(), told_s=float(told.get("seconds", 0.0)))
             self.departure.stragglers.begin(state.plan)
 
     # --- gathering nodes and starting ranks -----------------------------------------------------------------------
 
     def _gather(self) -> None:
-        final = progress.completed(self.store.paths, self.request.job)
-        if final:  # the ranks finished while no controller looked
+        # The ranks may have finished while no controller looked.
+        if final := progress.completed(self.store.paths, self.request.job):
             self.end(EventKind.RUN_SUCCEEDED, step=final["step"], weights_digest=final.get("weights_digest"))
             return
         if not self.memory.ready(self.gang, self.muster.up):
@@ -227,10 +226,16 @@ class Controller:
         nodes, back = self.muster.choose(lambda count: self.sizing.largest(count) is not None)
         answer = self.sizing.choose(self.run, up=len(nodes), waited_s=waited, resumed=resumed, why=why)
         if answer.plan is not None:
+            passed: dict[str, str] = {}
+            patient = waited <= self.request.recovery.wait_for_nodes_s and not resumed
+            if (point := self._point(answer.plan, passed, patient=patient)) is None:
+                return
             if back:
                 self.record(EventKind.NODE_READMITTED, nodes=list(back), reason="without it there is no legal plan")
             self.decide(answer.decision)
-            self._start(answer.plan, nodes)
+            for path, reason in passed.items():
+                self.record(EventKind.CHECKPOINT_REJECTED, path=path, reason=reason, absent=True)
+            self._start(answer.plan, nodes, point)
         elif answer.decision is None or answer.decision.action is Action.GIVE_UP:
             self.decide(answer.decision)
         elif waited > GATHER_NOTICE_S and not self._noticed and self.run.attempts:
@@ -238,28 +243,27 @@ class Controller:
             self.decide(answer.decision)
             self.record(EventKind.WAITING_FOR_NODES, have=len(nodes), need=self.sizing.need, why=why())
 
-    def _start(self, plan: ParallelPlan, nodes: Mapping[str, AgentAddress]) -> None:
-        wanted, paths = self.request.job, self.store.paths
-        job, script = wanted.under(plan).skipping(self.run.skips), wanted.kind == "script"
+    def _job(self, plan: ParallelPlan) -> JobSpec:
+        return self.request.job.under(plan).skipping(self.run.skips)
+
+    def _point(self, plan: ParallelPlan, passed: dict[str, str], *, patient: bool) -> ResumePoint | None:
+        """Where the ranks begin; None while no checkpoint can be used, which an outage of the storage may be."""
         try:
-            point = origin.find(self.store, job, self.memory, self.run, reject=self._pass_over)
+            return origin.find(self.store, self._job(plan), self.memory, self.run, reject=passed.__setitem__)
         except origin.NothingLeft as nothing:
-            self.decide(Decision(action=Action.GIVE_UP, reason=str(nothing)))
-            return
-        self.state = form(self.run, plan, nodes, self.request.cluster, point=point, script=script)
+            if not (patient and self._noticed):
+                self._noticed = True
+                self.decide(Decision(action=Action.WAIT if patient else Action.GIVE_UP, reason=str(nothing)))
+            return None
+
+    def _start(self, plan: ParallelPlan, nodes: Mapping[str, AgentAddress], point: ResumePoint) -> None:
+        wanted, paths = self.request.job, self.store.paths
+        self.state = form(self.run, plan, nodes, self.request.cluster, point=point, script=wanted.kind == "script")
         if self.start_reason in ("restart", "move"):
             self.decide(swapped(self.run, self.state))
-        write_atomic(paths.job(self.state.attempt), dump(job))
+        write_atomic(paths.job(self.state.attempt), dump(self._job(plan)))
         self.memory.settle(paths.memory(self.state.attempt), point)
-        self.record(
-            EventKind.ATTEMPT_PLANNED,
-            plan=plan,
-            wanted=None if plan == wanted.plan else wanted.plan,
-            **roster.fields(self.run.attempt.nodes if self.run.attempt else (), list(self.state.placement)),
-            resume_from=point.path,
-            first_step=point.step + 1,
-            reason=self.start_reason,
-        )
+        self.record(EventKind.ATTEMPT_PLANNED, **told(self.run, self.state, wanted.plan, reason=self.start_reason))
         self.start_reason = "restart"
         self.first_step_by = self.clock.monotonic() + self.request.recovery.start_timeout_s
         self.enter(Phase.RUN)
@@ -277,8 +281,7 @@ class Controller:
         if self.state.all_finished:
             self._finish(self.state)
         elif self.first_step_by is not None and self.clock.monotonic() > self.first_step_by:
-            patience = self.request.recovery.start_timeout_s
-            detail = f"no first step within {patience:.0f} s (recovery.start_timeout_s)"
+            detail = f"no first step within {self.request.recovery.start_timeout_s:.0f} s (recovery.start_timeout_s)"
             self._suspect(Failure(kind=FailureKind.START_TIMEOUT, time=self.clock.time(), detail=detail))
         else:
             self._watch_for_hangs(self.state)
@@ -367,9 +370,6 @@ class Controller:
         self._until = self.clock.monotonic() + decision.delay_s
         if self.phase is not Phase.END:
             self.enter(Phase.BACKOFF if decision.delay_s > 0 else Phase.GATHER)
-
-    def _pass_over(self, path: str, reason: str) -> None:
-        self.record(EventKind.CHECKPOINT_REJECTED, path=path, reason=reason, absent=True)
 
     def _back_off(self) -> None:
         if self.clock.monotonic() >= self._until:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
+from launcher import roster
 from launcher.gang_state import GangState
 from launcher.progress import ResumePoint
 from launcher.recovery import Action, Decision
@@ -72,3 +74,22 @@ def form(
         first_step=point.step + 1,
         last_step=point.step,
     )
+
+
+def told(run: Run, state: GangState, wanted: ParallelPlan, *, reason: str) -> dict[str, Any]:
+    """What the log says of a new attempt: a plan that is not the one that is wanted, and the nodes that have changed.
+
+    Args:
+        run: The attempts so far.
+        state: The gang of the new one.
+        wanted: The plan of the run.
+        reason: Why there is another attempt.
+    """
+    return {
+        "plan": state.plan,
+        "wanted": None if state.plan == wanted else wanted,
+        **roster.fields(run.attempt.nodes if run.attempt else (), list(state.placement)),
+        "resume_from": state.resume_from,
+        "first_step": state.first_step,
+        "reason": reason,
+    }

@@ -1,8 +1,8 @@
 """Where the next attempt begins: in memory, on disk, or at the start. What cannot be used is put on record first.
 
 A run that has committed a checkpoint never begins again at step 1 by itself. Where none of its checkpoints can be used
-it ends with the reason, and nothing is put on record against them: what was not there may be there again when a person
-resumes it.
+it waits for them, then ends with the reason, and nothing is put on record against them: what was not there may be there
+again when a person resumes it.
 """
 
 from __future__ import annotations

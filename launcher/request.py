@@ -53,7 +53,8 @@ class RecoverySpec:
         replace_stragglers: Leave at the next checkpoint when a rank is slow and a spare can take its node's place.
         preempt_grace_s: From the notice that a node will be taken away (SIGTERM to its agent) to the end of its ranks.
         same_error_limit: The same traceback at the same step this many times ends the run.
-        wait_for_nodes_s: How long to wait for a missing node when no spare is left and no smaller plan may be used.
+        wait_for_nodes_s: How long to wait for a missing node when no spare is left and no smaller plan may be used, and
+            for checkpoints of which none can be used.
         shrink: Go on with a smaller plan when nodes are missing; scripts never do.
         shrink_after_s: How long to wait before that; null means as long as waiting is cheaper than one more restart.
         grow: Go back to the larger plan, at a checkpoint, when its nodes are there again.

@@ -122,6 +122,7 @@ def test_it_ends_with_the_reason_and_a_resume_goes_on_from_the_newest(
     folder = stage.store.paths.checkpoint_dir
     lose(folder)
     end(stage)
+    given_up(stage)
     run = stage.store.run()
     assert (run.state, len(run.attempts)) == (RunState.FAILED, 1)
     assert run.reason.startswith("step 10 was committed, and no checkpoint can be used: ")
@@ -133,6 +134,31 @@ def test_it_ends_with_the_reason_and_a_resume_goes_on_from_the_newest(
     resumed(stage)
     attempt = stage.store.run().attempts[-1]
     assert (attempt.resume_from, attempt.first_step, attempt.reason) == (str(found[-1]), 11, "resume")
+
+
+def given_up(stage: Stage) -> None:
+    """It waits first, and says so once: what the storage has may come back by itself."""
+    assert stage.state() is RunState.RECOVERING
+    waits = [e.data["reason"] for e in stage.store.events() if e.data.get("action") == "wait"]
+    assert len(waits) == 1
+    stage.clock.now += stage.request.recovery.wait_for_nodes_s
+    stage.turn()
+    assert stage.store.run().reason == waits[0]
+
+
+@pytest.mark.parametrize(("lose", "bring_back"), LOSSES)
+def test_what_comes_back_in_time_is_gone_on_from(
+    lose: Callable[[Path], None], bring_back: Callable[[Path], None], tmp_path: Path
+) -> None:
+    stage, found = trained(tmp_path)
+    lose(stage.store.paths.checkpoint_dir)
+    a_rank_falls(stage)
+    assert stage.state() is RunState.RECOVERING
+    bring_back(stage.store.paths.checkpoint_dir)
+    stage.start()
+    attempt = stage.store.run().attempts[-1]
+    assert (attempt.resume_from, attempt.first_step, attempt.reason) == (str(found[-1]), 11, "restart")
+    assert rejections(stage) == []
 
 
 def resumed(stage: Stage) -> None:
@@ -152,6 +178,7 @@ def test_what_is_known_to_have_been_is_enough(tmp_path: Path) -> None:
     assert (stage.store.run().committed_step, origin.promised(stage.store.run())) == (0, 5)
     the_mount_is_gone(stage.store.paths.checkpoint_dir)
     a_rank_falls(stage)
+    given_up(stage)
     assert "step 5 was committed" in stage.store.run().reason
 
 
@@ -205,6 +232,7 @@ def test_the_checkpoints_of_another_run_are_not_gone_on_from(tmp_path: Path) -> 
     stage.store.paths.pointer.write_text(f"{shared}\n")
     (shared / "run.json").write_bytes(dump({"run": "run", "owner": "somebody else"}))
     a_rank_falls(stage)
+    given_up(stage)
     run = stage.store.run()
     assert run.state is RunState.FAILED
     assert "holds the checkpoints of another run" in run.reason
@@ -254,4 +282,5 @@ def test_memory_of_a_gang_before_the_one_that_committed_is_none(
     stage.gang.say("exit", "b", rank=3, attempt=2, code=None, signal=9)
     killed(stage, "a", "b", attempt=2)
     stage.turn(4)
+    given_up(stage)
     assert "step 10 was committed" in stage.store.run().reason
