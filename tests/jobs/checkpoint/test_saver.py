@@ -61,7 +61,8 @@ def opened(monkeypatch: pytest.MonkeyPatch, rank: int, refused: dict[int, str]) 
         resume_from="",
     )
     job = dataclasses.replace(make_job(), checkpoint=CheckpointSpec(every=5, memory_every=1))
-    made = BehindSaver(None, job, env, NoHooks(), Reporter(-1), cast(PersisterLink, link))
+    engine = SimpleNamespace(ds=None, own_time=None, before_update=lambda act: None)
+    made = BehindSaver(engine, job, env, NoHooks(), Reporter(-1), cast(PersisterLink, link))
     made.open()
     return made, link
 
