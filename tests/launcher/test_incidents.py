@@ -68,7 +68,7 @@ def test_a_disk_that_is_full_does_not_hold_up_a_recovery(tmp_path: Path) -> None
 
 def test_a_node_that_starts_ranks_afresh_is_said_once() -> None:
     plan = make_plan(dataclasses.replace(GPT, layers=2), 2)
-    state = GangState(attempt=1, plan=plan, placement={"a": [0, 1]})
+    state = GangState(attempt=1, plan=plan, placement={"a": [0, 1]}, spawned={"a": {0: 10, 1: 11}})
     said = [
         Observation(node="a", kind="pool", time=1.0, data={"state": "fresh", "reason": "2 kernel tasks", "rank": rank})
         for rank in (0, 1)
@@ -151,7 +151,7 @@ def fail(store: RunStore, attempt: int, at: float, what: dict[str, Any], delay_s
 
 def test_how_long_the_slowest_rank_read_is_told_once_training_begins() -> None:
     plan = make_plan(dataclasses.replace(GPT, layers=2), 2)
-    state = GangState(attempt=1, plan=plan, placement={"a": [0, 1]})
+    state = GangState(attempt=1, plan=plan, placement={"a": [0, 1]}, spawned={"a": {0: 10, 1: 11}})
     moved = dataclasses.asdict(Traffic(read_bytes=10, received_bytes=5))  # as a rank tells it
     reports = [
         {"kind": "restored", "rank": rank, "attempt": 1, "step": 4, "seconds": 0.5 + rank} | moved for rank in (0, 1)
