@@ -62,6 +62,7 @@ def test_nan_on_one_rank(folder: Path, submit: Submit, without_eight: RunStore) 
     ]
 
 
+@pytest.mark.full
 def test_the_oracle_sees_the_skip(submit: Submit, without_eight: RunStore) -> None:
     """Without the skip the run is another one, from the step of the skip on."""
     whole, skipping = cli.curve(submit("whole")), cli.curve(without_eight)

@@ -41,6 +41,7 @@ def check(folder: Path, done: cli.Result, *, nodes: int, slots: int) -> dict[str
     return document
 
 
+@pytest.mark.full  # tests/test_docs.py runs it, too
 def test_processes_of_this_machine(tmp_path: Path) -> None:
     done = cli.phalanx(*words(tmp_path, *PROCESSES, "--json"), cwd=tmp_path)
     document = check(tmp_path, done, nodes=2, slots=1)

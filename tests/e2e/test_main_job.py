@@ -75,6 +75,7 @@ def test_a_killed_ray_node_changes_nothing(folder: Path, undisturbed: RunStore) 
     cli.assert_nothing_left(run.paths.root)
 
 
+@pytest.mark.full  # tests/launcher/test_proof.py has the rule
 def test_a_fault_that_does_not_fire_fails_the_experiment(folder: Path, undisturbed: RunStore) -> None:
     """Nothing is ever restored in a quiet run; a drill that did not happen must not look passed."""
     words = cli.tiny(folder, "silent", 'faults=["rank_kill@rank=0,phase=restore"]')

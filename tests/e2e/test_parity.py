@@ -195,7 +195,7 @@ def check_parity(pool: WarmPool, reference: Callable[..., Curve], model: ModelSp
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.parametrize("model", ["tied", pytest.param("untied", marks=pytest.mark.full)])
 def test_gpt(pool: WarmPool, reference: Callable[..., Curve], model: str, plan: str) -> None:
     check_parity(pool, reference, MODELS[model], PLANS[plan])
 

@@ -65,6 +65,8 @@ FAULTS = {
 
 COVERED = {
     "rank_exit",
+    "rank_error",
+    "agent_kill",
     "node_kill",
     "before_the_first_checkpoint",
     "during_checkpoint",

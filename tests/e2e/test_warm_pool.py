@@ -87,7 +87,9 @@ sys.exit(unsafe_to_fork() or 0)
 """
 
 
-@pytest.mark.parametrize(("accelerator", "function"), [("cpu", "warm_s3"), ("cuda", "warm")])
+@pytest.mark.parametrize(
+    ("accelerator", "function"), [pytest.param("cpu", "warm_s3", marks=pytest.mark.full), ("cuda", "warm")]
+)
 def test_the_warm_up_starts_no_thread_and_asks_no_device(accelerator: str, function: str, tmp_path: Path) -> None:
     environments = Environments(os.environ, address="127.0.0.1", extra={"DS_ACCELERATOR": accelerator})
     environment = environments.pool("test.0") | {"DS_ACCELERATOR": accelerator}

@@ -87,10 +87,17 @@ def _do(name: str, value: str, env: RankEnv, reporter: Reporter) -> None:
         reporter.send("done", step=0)
 
 
+_SEEN = frozenset(
+    {"MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "GLOO_SOCKET_IFNAME", "PATH", "PHALANX_AGENT_PID"}
+    | {f"PHALANX_{name}_FD" for name in ("REPORT", "ORDER", "STORE")}
+)
+"""Not all: an exit carries no more than the end of a log."""
+
+
 def _what_i_see() -> dict[str, object]:
     return {
         "fds": sorted(int(fd) for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")),
-        "env": dict(os.environ),
+        "env": {name: os.environ[name] for name in sorted(_SEEN & os.environ.keys())},
         "path": sys.path,
         "cwd": os.getcwd(),
         "session": os.getsid(0),
