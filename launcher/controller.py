@@ -226,10 +226,10 @@ class Controller:
         nodes, back = self.muster.choose(lambda count: self.sizing.largest(count) is not None)
         answer = self.sizing.choose(self.run, up=len(nodes), waited_s=waited, resumed=resumed, why=why)
         if answer.plan is not None:
-            passed: dict[str, str] = {}
-            patient = waited <= self.request.recovery.wait_for_nodes_s and not resumed
-            if (point := self._point(answer.plan, passed, patient=patient)) is None:
+            found = self._point(answer.plan, patient=waited <= self.request.recovery.wait_for_nodes_s and not resumed)
+            if found is None:
                 return
+            point, passed = found
             if back:
                 self.record(EventKind.NODE_READMITTED, nodes=list(back), reason="without it there is no legal plan")
             self.decide(answer.decision)
@@ -246,10 +246,10 @@ class Controller:
     def _job(self, plan: ParallelPlan) -> JobSpec:
         return self.request.job.under(plan).skipping(self.run.skips)
 
-    def _point(self, plan: ParallelPlan, passed: dict[str, str], *, patient: bool) -> ResumePoint | None:
+    def _point(self, plan: ParallelPlan, *, patient: bool) -> tuple[ResumePoint, dict[str, str]] | None:
         """Where the ranks begin; None while no checkpoint can be used, which an outage of the storage may be."""
         try:
-            return origin.find(self.store, self._job(plan), self.memory, self.run, reject=passed.__setitem__)
+            return origin.find(self.store, self._job(plan), self.memory, self.run)
         except origin.NothingLeft as nothing:
             if not (patient and self._noticed):
                 self._noticed = True

@@ -29,17 +29,16 @@ class NothingLeft(Exception):
     """There was a checkpoint, and none can be used; the message is one sentence for the log."""
 
 
-def find(
-    store: RunStore, job: JobSpec, memory: MemoryTier, run: Run, *, reject: Callable[[str, str], None]
-) -> ResumePoint:
+def find(store: RunStore, job: JobSpec, memory: MemoryTier, run: Run) -> tuple[ResumePoint, dict[str, str]]:
     """The newest state that can be had, as far as that can be seen without reading all of it.
+
+    With it the checkpoints that are passed over for it, and why: that belongs on record when it is gone on from.
 
     Args:
         store: The run.
         job: What the attempt will do.
         memory: What the nodes hold.
         run: The run as its log tells it.
-        reject: Puts on record that a checkpoint, named by its path, is not used, and why.
 
     Raises:
         NothingLeft: Beginning at step 1 would throw away what was committed.
@@ -56,9 +55,7 @@ def find(
         step = promised(run)
         what = f"step {step} was committed, and no checkpoint can be used" if step else "no checkpoint can be used"
         raise NothingLeft(f"{what}: {why}. When they are back, phalanx resume {store.name} goes on from the newest")
-    for path, reason in passed.items():
-        reject(path, reason)
-    return point
+    return point, passed
 
 
 def newest(

@@ -88,7 +88,7 @@ class Action(enum.StrEnum):
 
     RESTART = "restart"  # new ranks, as soon as there are nodes for them
     SWAP = "swap"  # a spare takes the place of a node
-    WAIT = "wait"  # for nodes
+    WAIT = "wait"  # for nodes, or for checkpoints that are away
     SHRINK = "shrink"  # go on with a smaller plan
     GROW = "grow"  # leave at the next checkpoint, for a larger plan
     REPLACE = "replace"  # leave at the next checkpoint, for a node that is not slow
