@@ -46,8 +46,9 @@ def command(ctx: click.Context, faults: str, seed: int, count: int, as_json: boo
     if faults == "list":
         _list(as_json)
         return
-    toy = _placed(shrink(compose(overrides)))
+    toy = shrink(compose(overrides))
     chosen = choose(faults, toy, seed=seed, count=count)
+    toy = _placed(toy)  # writes: nothing is refused after it
     folder = Path(toy.config.run.dir)
     drawn = seed if faults == "random" else None
     with interruptible(), launch.closing(screen()) as shown:

@@ -334,6 +334,13 @@ def test_a_drill_of_no_fault(invoke: Invoke) -> None:
     assert "names no fault" in err
 
 
+def test_a_drill_that_is_refused_writes_nothing(invoke: Invoke, tmp_path: Path) -> None:
+    code, _, err = invoke("drill", "--faults", "node_kil", f"run.dir={tmp_path / 'runs'}")
+    assert code == 2
+    assert "node_kill" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_rehearsals_are_planned_as_text_and_as_a_document(invoke: Invoke) -> None:
     words = ("plan", "--rehearse", "experiment=gpt3_175b")
     code, out, _ = invoke(*words)
