@@ -309,6 +309,7 @@ def _unmeasured(detect_s: float) -> dict[str, Figure]:
     assumed = {
         key: Figure(value=_DEFAULTS[key], source="assumed", note=f"not measured: {why}")  # type: ignore[arg-type]
         for key, why in {
+            "disk_bandwidth": "one NVMe disk",
             "restart_s": "a published figure of large jobs",
             "repair_s": "four hours, as with a person on call",
         }.items()

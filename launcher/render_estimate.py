@@ -43,7 +43,7 @@ TIME_WORDS = {
     "p2p": "pipeline exchange",
     "dp": "replica exchange",
     "optimizer": "optimizer",
-    "offload": "host memory traffic",
+    "offload": "offload traffic",
 }
 LOST_WORDS = {
     "checkpoint": "saving checkpoints",

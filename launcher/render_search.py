@@ -29,7 +29,7 @@ _NAMES = {
     "p2p": "messages between stages",
     "dp": "gradients of the replicas",
     "optimizer": "optimizer",
-    "offload": "host memory traffic",
+    "offload": "offload traffic",
 }
 
 _BEST_AT = {

@@ -310,7 +310,8 @@ class Config:
 
 
 # Speeds that every description of hardware needs.
-BANDWIDTHS = ("memory_bandwidth", "intra_bandwidth", "inter_bandwidth", "host_bandwidth", "storage_bandwidth")
+_BYTES_PER_S = ("memory", "intra", "inter", "host", "disk", "storage")
+BANDWIDTHS = tuple(f"{what}_bandwidth" for what in _BYTES_PER_S)
 
 # Smallest legal values. What depends on other values (divisibility, memory) is a rule of strategies.rules.
 MINIMUM: dict[str, float] = {

@@ -101,7 +101,7 @@ _BECAUSE = {
     "p2p": "passing activations between stages takes {share}",
     "dp": "gradients and parameters of the replicas take {share}: {dp} replicas wait for the network",
     "optimizer": "the optimizer takes {share}",
-    "offload": "moving what lives in host memory takes {share}",
+    "offload": "moving what lives beside the devices takes {share}",
 }
 
 

@@ -44,6 +44,7 @@ class Hardware:
         inter_latency_s: Of one message between nodes.
         host_bandwidth: Of one device to its host's memory (PCIe, C2C).
         host_memory_bytes: Memory of one host.
+        disk_bandwidth: Of the local disks (NVMe) of one node, shared by its devices, reading or writing.
         storage_bandwidth: Of one node to the checkpoint storage.
         storage_total_bandwidth: Of the checkpoint storage as a whole; 0 means that it grows with the nodes.
         price_per_device_hour: US dollars.
@@ -67,6 +68,7 @@ class Hardware:
     inter_latency_s: float
     host_bandwidth: float = 25.0e9
     host_memory_bytes: int = 0
+    disk_bandwidth: float = 3.0e9
     storage_bandwidth: float = 2.0e9
     storage_total_bandwidth: float = 0.0
     price_per_device_hour: float = 0.0

@@ -13,6 +13,7 @@ _RATES = (
     "intra_bandwidth",
     "inter_bandwidth",
     "host_bandwidth",
+    "disk_bandwidth",
     "storage_bandwidth",
     "processors",
 )

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from strategies import calibration as calibrations
+from strategies import offload
 from strategies.blocks import Blocks, BlockTime, Shard
 from strategies.calibration import Calibration
 from strategies.collectives import all_reduce_s, gather_s, send_s
@@ -40,7 +41,7 @@ class StepTime(NamedTuple):
         p2p: Exposed messages between pipeline stages.
         dp: Exposed reduction of gradients and gathering of parameters.
         optimizer: The optimizer's update.
-        offload: Exposed traffic with host memory, and the update there.
+        offload: Exposed traffic with host memory and disks, and the update there.
     """
 
     gemm: float
@@ -115,9 +116,6 @@ class Stage(NamedTuple):
 _OPTIMIZER_BYTES = 40.0
 """Bytes per parameter of the optimizer's shard: gradient read for the norm and for the update (4 + 4), moments and
 master weights read and written (24), weights written (2), and the scaled gradient written and read (4 + 8)."""
-
-_HOST_UPDATE_BYTES = 28.0
-"""Bytes per parameter that an update in host memory moves there, at about the speed of the link to the device."""
 
 _BACKWARD = 2.0 / 3.0
 """Share of a micro-batch's time that is its backward pass, under which data-parallel communication can hide."""
@@ -348,19 +346,24 @@ class Timing:
         return moved_s(self.device, (own + 2.0 * self._grad_bytes[plan.grad_dtype]) * weights)
 
     def _offload(self, plan: ParallelPlan, weights: float) -> float:
-        """Gradients down, parameters up, the update in host memory; with offloaded parameters, those per pass."""
+        """Gradients down, parameters up, the update in host memory; and what disks have to read and write for it."""
         if plan.offload == "none":
             return 0.0
         local = weights / (plan.dp * plan.sp * plan.cp if plan.zero_stage else 1)
-        return local * sum(size for _, size in self.offloaded(plan)) / self.hardware.host_bandwidth
+        host = local * sum(size for _, size in self.offloaded(plan)) / self.hardware.host_bandwidth
+        return host + local * sum(size for _, size in self.on_disks(plan)) / self.disk_bandwidth(plan)
 
-    def offloaded(self, plan: ParallelPlan) -> list[tuple[str, float]]:
+    def offloaded(self, plan: ParallelPlan) -> offload.Parts:
         """Bytes per parameter that cross the link to the host in a step, or move at about its speed there."""
-        parts = [("gradients", self._grad_bytes[plan.grad_dtype]), ("parameters", self._itemsize)]
-        parts.append(("update", _HOST_UPDATE_BYTES))
-        if plan.offload == "optimizer+params":
-            parts.append(("parameters per pass", 2.0 * plan.grad_accum * self._itemsize))
-        return parts
+        return offload.host_parts(plan, self._grad_bytes[plan.grad_dtype], self._itemsize)
+
+    def on_disks(self, plan: ParallelPlan) -> offload.Parts:
+        """Bytes per parameter that are read from disks and written to them in a step."""
+        return offload.disk_parts(plan, self._itemsize)
+
+    def disk_bandwidth(self, plan: ParallelPlan) -> float:
+        """Bytes per second of one rank."""
+        return self.hardware.disk_bandwidth / offload.sharers(plan, self.work.cluster)
 
     # --- arithmetic, bands -------- ---------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from strategies.calibration import Calibration
 from strategies.collectives import gather_s, ring_link
+from strategies.offload import Parts
 from strategies.plan import ParallelPlan
 from strategies.workload import Term
 
@@ -109,16 +110,23 @@ def _rest(
             else "in host memory",
         ),
     )
-    parts = [f"{size:g} {kind}" for kind, size in timing.offloaded(plan)]
-    yield (
-        "offload",
-        (
-            "bytes per parameter x parameters / replicas that share them / host bandwidth",
-            f"({' + '.join(parts)}) B x {held} / {share} / {_rate(timing.hardware.host_bandwidth)}"
-            if plan.offload != "none"
-            else "nothing offloaded",
-        ),
-    )
+    yield "offload", _offload(timing, plan, f"{held} / {share}")
+
+
+def _offload(timing: Timing, plan: ParallelPlan, held: str) -> tuple[str, str]:
+    """What crosses the link to the host, and what disks read and write."""
+    formula = "bytes per parameter x parameters / replicas that share them / host bandwidth"
+    if plan.offload == "none":
+        return formula, "nothing offloaded"
+    numbers = f"({_parts(timing.offloaded(plan))}) B x {held} / {_rate(timing.hardware.host_bandwidth)}"
+    if swapped := timing.on_disks(plan):
+        formula += " + likewise on disks"
+        numbers += f" + ({_parts(swapped)}) B x {held} / {_rate(timing.disk_bandwidth(plan))}"
+    return formula, numbers
+
+
+def _parts(parts: Parts) -> str:
+    return " + ".join(f"{size:g} {kind}" for kind, size in parts)
 
 
 def _data_parallel(timing: Timing, plan: ParallelPlan, stage: Stage, weights: float) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from jobs import disks, distributed
 from jobs.engine import assembly, async_io, process
-from jobs.engine.norm import ExpertNorm
+from jobs.engine.norm import ExpertNorm, keep_precision
 from jobs.models.packing import Documents
 from jobs.own_time import OwnTime
 from jobs.parallel.meta import ParamMeta
@@ -75,6 +75,8 @@ class Engine:
         self._full = job.batch
         self._own_norm: torch.Tensor | None = None
         self._expert_norm = ExpertNorm(ds, self.grid) if self.plan.ep > 1 else None
+        if self.plan.zero_stage == 3 and self.plan.offload != "none":
+            keep_precision(ds.optimizer)
         self._documents: Documents | None = getattr(ds.module, "documents", None)  # of a stage, not of a whole model
         if _unwrapped_optimizer(ds):
             ds.clip_fp32_gradients = lambda: None  # done by the hook, which also keeps the norm

@@ -1,4 +1,6 @@
-"""The global gradient norm where experts are spread over replicas. It is ours because DeepSpeed's is not right there.
+"""The global gradient norm where DeepSpeed's is not right: with spread experts, and with ZeRO-3's offload.
+
+With experts spread over replicas:
 
 - It takes one all-reduce per group of parameters over all stages: a stage without experts has one group less than the
   others, and they wait for each other for ever.
@@ -6,6 +8,10 @@
 - In 16 bit, it counts what an expert holds whole on every tensor-parallel rank (a bias) once per rank.
 
 Here, squares are summed on each rank, every element of the model once, and then over all ranks.
+
+With ZeRO-3, the norm is fp64 on the device and rounded to fp32 beside it. The factor that gradients are clipped by then
+differs in its last bit, and with 16-bit weights that grows: some round the other way after the second step, and after
+the third losses differ by 1e-5. Here, where state lives changes nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +29,23 @@ from jobs.engine.assembly import meta_of
 from jobs.parallel.collectives import all_reduce
 
 Pairs = Iterable[tuple[nn.Parameter, torch.Tensor]]
+
+
+def keep_precision(optimizer: Any) -> None:
+    """Make the norm of ZeRO-3 with offloaded state what it is without.
+
+    Args:
+        optimizer: DeepSpeed's, of stage 3, whose state is not on the device.
+    """
+
+    def norm(parameters: list[nn.Parameter]) -> torch.Tensor:
+        none = torch.zeros(1)  # a part that is all padding
+        found = optimizer.norm_for_param_grads
+        norms = [found.get(optimizer.get_param_id(parameter), none).view(1) for parameter in parameters]
+        total: torch.Tensor = optimizer.get_grad_norm_direct(norms, parameters)  # a norm is its own norm
+        return total.cpu()  # where the gradients are that it scales
+
+    optimizer.complete_grad_norm_calculation_for_cpu_offload = norm
 
 
 class ExpertNorm:

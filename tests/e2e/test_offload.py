@@ -25,7 +25,7 @@ EXPERTS = MoeSpec(experts=4, top_k=2, ffn=24, dense_layers=1, router_bias=True, 
 MOE = dataclasses.replace(TINY, init_std=0.1, moe=EXPERTS)
 SUB_GROUP = 400_000  # elements of a turn with state on disks: several turns, and a last one that stays in memory
 STEPS, BATCH, CLIP = 6, 4, 0.5
-LOSS_TOLERANCE, NORM_TOLERANCE = 5e-6, 1e-5
+LOSS_TOLERANCE, NORM_TOLERANCE = 5e-6, 1e-5  # between two of DeepSpeed's optimizers
 NO_FP16 = not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
@@ -55,8 +55,19 @@ def numbers(pool: WarmPool, plan: dict[str, Any], precision: str, model: Any = T
 
 def check_same(found: tuple[list[float], list[float]], wanted: tuple[list[float], list[float]]) -> None:
     assert min(wanted[1]) > CLIP, "clipping must bite in every step"
-    assert found[0] == pytest.approx(wanted[0], rel=LOSS_TOLERANCE)
-    assert found[1] == pytest.approx(wanted[1], rel=NORM_TOLERANCE)
+    assert found == wanted, "where state lives changes no bit"
+
+
+def check_offload(pool: WarmPool, plan: dict[str, Any], precision: str, model: Any = TINY) -> None:
+    """Training with the optimizer in host memory is what it is without."""
+    found = numbers(pool, plan | {"offload": "optimizer"}, precision, model)
+    wanted = numbers(pool, plan, precision, model)
+    if plan["zero_stage"] == 1 and precision == "bf16":
+        # without offload that is another of DeepSpeed's optimizers (BF16_Optimizer), which sums in another order
+        assert found[0] == pytest.approx(wanted[0], rel=LOSS_TOLERANCE)
+        assert found[1] == pytest.approx(wanted[1], rel=NORM_TOLERANCE)
+        found = wanted
+    check_same(found, wanted)
 
 
 FULL = pytest.mark.full
@@ -68,14 +79,14 @@ IN_MEMORY = [
     pytest.param({"pp": 2, "zero_stage": 1, "schedule": "dualpipev"}, "bf16", id="pp2-dualpipev-bf16", marks=FULL),
     pytest.param({"dp": 2, "zero_stage": 1}, "bf16", id="dp2-zero1-bf16", marks=FULL),
     pytest.param({"dp": 2, "zero_stage": 2}, "fp32", id="dp2-zero2-fp32", marks=FULL),
-    pytest.param({"dp": 2, "zero_stage": 3}, "bf16", id="dp2-zero3-bf16", marks=FULL),
+    pytest.param({"dp": 2, "zero_stage": 3}, "bf16", id="dp2-zero3-bf16"),
 ]
 
 
 @pytest.mark.parametrize(("plan", "precision"), IN_MEMORY)
 def test_state_in_host_memory_changes_nothing(pool: WarmPool, plan: dict[str, Any], precision: str) -> None:
     """Several micro-batches, clipping that bites, and embeddings of which two stages hold a copy."""
-    check_same(numbers(pool, plan | {"offload": "optimizer"}, precision), numbers(pool, plan, precision))
+    check_offload(pool, plan, precision)
 
 
 OF_EXPERTS = [
@@ -91,7 +102,7 @@ def test_state_of_spread_experts_in_host_memory_changes_nothing(
     pool: WarmPool, tmp_path: Path, plan: dict[str, Any], precision: str
 ) -> None:
     plan = plan | {"dp": 2, "ep": 2}
-    check_same(numbers(pool, plan | {"offload": "optimizer"}, precision, MOE), numbers(pool, plan, precision, MOE))
+    check_offload(pool, plan, precision, MOE)
     check_bit_identical(pool, tmp_path, *job_of(plan | {"offload": "optimizer"}, precision, MOE))
 
 
@@ -143,17 +154,20 @@ def test_state_on_disks_changes_nothing(
         if offload == "optimizer+params" and precision == "fp32":
             assert row["parameters_away"] == 4
             assert row["parameter_bytes"] == 4 * 2**20
-        assert row["left"] == []
+        assert not row["left"]
     assert list(disks.iterdir()) == []
     wanted = numbers(pool, plain, precision, WIDE)
     found = ([float.fromhex(x) for x in rows[0][key]] for key in ("losses", "norms"))
     check_same(tuple(found), wanted)  # type: ignore[arg-type]
     path = check_bit_identical(pool, tmp_path / "run", job, world)
-    back, world = job_of({"dp": 2, "zero_stage": 1}, precision, WIDE)
+    # ZeRO-3 rounds what a linear layer computes before it adds the bias; without that DeepSpeed would keep all weights
+    stays = precision == "bf16"
+    back, world = job_of(plain if stays else {"dp": 2, "zero_stage": 1}, precision, WIDE)
     after = pool.run(
         RESTORE, world_size=world, timeout_s=TIMEOUT_S, arguments={"job": back, "manifest": str(path), "more": 1}
     )
-    assert float.fromhex(after[0]["results"][0][0]) == pytest.approx(wanted[0][3], rel=2e-6)
+    loss = float.fromhex(after[0]["results"][0][0])
+    assert loss == (wanted[0][3] if stays else pytest.approx(wanted[0][3], rel=2e-6))
 
 
 @needs_op

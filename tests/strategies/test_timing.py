@@ -233,6 +233,24 @@ def test_offloading_replaces_the_update() -> None:
     assert 0.0 < half.offload < all_.offload
 
 
+def test_disks_read_and_write_the_state_once_a_step() -> None:
+    """4 tensors of fp32 both ways, over the disks that the ranks of a node share; parameters in every pass, too."""
+    work = runs.work(nodes=16)
+    shape: dict[str, Any] = {"tp": 8, "dp": 16, "zero_stage": 3}
+    for kind, size in (("optimizer", 32.0), ("optimizer+params", 32.0 + 2.0)):
+        plan = plan_of(work, **shape, offload=kind)
+        swapped = replace(plan, offload_path="/nvme")
+        if kind == "optimizer+params":
+            size += 2 * 2.0 * plan.grad_accum
+        timing = Timing(work)
+        added = timing.step(swapped).offload - timing.step(plan).offload
+        local = timing.stage_weights(timing.unit_of(plan), timing.slowest(timing.unit_of(plan), plan), plan) / 16
+        assert added == pytest.approx(size * local / (work.hardware.disk_bandwidth / 8))
+    faster = replace(work.hardware, disk_bandwidth=2 * work.hardware.disk_bandwidth)
+    fast = Timing(replace(work, cluster=replace(work.cluster, hardware=faster)))
+    assert fast.step(swapped).offload - fast.step(plan).offload == pytest.approx(added / 2)
+
+
 def test_a_context_ring_hides_under_attention() -> None:
     work = replace(runs.work(replace(runs.GPT3, seq=131072), batch=8))
     step = Timing(work).step(plan_of(work, tp=8, cp=8))

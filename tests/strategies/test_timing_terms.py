@@ -15,7 +15,7 @@ from tests.strategies import runs
 from tests.strategies.test_timing import plan_of
 
 UNITS = {"G parameters": 1e9, "GB/s": 1e9, "GB": 1e9, "B": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
-WORDS = r" (parameters per pass|gradients|parameters|update|tied embeddings|one replica \\+)"
+WORDS = r" (parameters per pass|gradients|parameters|update|state|tied embeddings|one replica \\+)"
 
 
 def amount(text: str) -> float:
@@ -42,13 +42,13 @@ def closes(numbers: str) -> tuple[float, float]:
 @pytest.mark.parametrize("framework", ["megatron", "fsdp", "mcore"])
 @pytest.mark.parametrize("zero", range(4))
 @pytest.mark.parametrize("offload", ["none", "optimizer", "optimizer+params"])
-def test_communication_update_and_offload_add_up(framework: Framework, zero: int, offload: Offload) -> None:
+@pytest.mark.parametrize("path", ["", "/nvme"])
+def test_communication_update_and_offload_add_up(framework: Framework, zero: int, offload: Offload, path: str) -> None:
     work = replace(runs.work(), framework=framework, deepspeed=framework == "megatron")
     many: list[dict[str, Any]] = [{"tp": 8, "dp": 16}, {"tp": 8, "pp": 8, "dp": 16}, {"dp": 64}, {"tp": 8, "pp": 8}]
     for degrees in many:
-        terms = {
-            term.kind: term for term in Timing(work).explain(plan_of(work, **degrees, zero_stage=zero, offload=offload))
-        }
+        plan = plan_of(work, **degrees, zero_stage=zero, offload=offload, offload_path=path)
+        terms = {term.kind: term for term in Timing(work).explain(plan)}
         for kind in ("dp", "optimizer" if offload == "none" else "offload"):
             computed, said = closes(terms[kind].numbers)
             assert computed == pytest.approx(said, rel=2e-3), terms[kind].numbers

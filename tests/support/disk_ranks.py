@@ -24,6 +24,7 @@ def where_state_lives(env: RankEnv, job: dict[str, Any], steps: int) -> dict[str
     sizes = {kind: sum(path.stat().st_size for path in mine if kind in path.name) for kind in ("exp_avg-", "param")}
     away = [p for _, p in engine.named_parameters() if p.ds_tensor.status.name == "NOT_AVAILABLE"]  # type: ignore[attr-defined]
     masters = sum(owner.numel() for owner in access(engine.ds).owners())
+    (folder,) = {path.relative_to(root).parts[:2] for path in mine}
     engine.close()
     return {
         "losses": [result.loss.hex() for result in results],
@@ -32,7 +33,7 @@ def where_state_lives(env: RankEnv, job: dict[str, Any], steps: int) -> dict[str
         "parameter_bytes": sizes["param"],
         "parameters_away": len(away),
         "masters": masters,
-        "left": [str(path) for path in root.rglob("*") if f"rank{env.rank:05d}" in str(path)],
+        "left": root.joinpath(*folder).exists(),
     }
 
 
