@@ -14,6 +14,7 @@ from jobs.location import locate
 from jobs.spec import CheckpointSpec, InferenceSpec, JobSpec, TrainSpec, engine_config
 from jobs.weights import find
 from launcher.data_checks import data_spec
+from launcher.findings import Findings
 from launcher.request import LaunchRequest
 from launcher.schema import Config
 from launcher.schema_job import JobConfig
@@ -99,14 +100,13 @@ def _place(path: str | None, absolute: Callable[[str], str]) -> str | None:
 
 
 def _address(url: str | None, absolute: Callable[[str], str]) -> str | None:
-    """Where checkpoints are kept, checked; None for the run directory.
-
-    Raises:
-        ConfigError: Nothing is known of such a place, or it carries credentials.
-    """
+    """Where checkpoints are kept; None for the run directory."""
     if not url:
         return None
-    place = locate(url)
+    try:
+        place = locate(url)
+    except ConfigError:  # is refused anyway (:mod:`launcher.contradictions`)
+        return url
     return absolute(str(place)) if isinstance(place, Path) else str(place)
 
 
@@ -217,21 +217,34 @@ def _missing_nodes(config: Config, machine: ClusterSpec) -> list[Violation]:
     return found
 
 
-def build_request(config: Config, overrides: Sequence[str], cluster: ClusterSpec | None = None) -> LaunchRequest:
+def flaws(config: Config, sketch: Outline) -> Findings:
+    """All that is wrong with a plan and with what is asked of its ranks and steps."""
+    found = Findings()
+    if sketch.violations:
+        hint = "phalanx plan with the same overrides shows the whole picture."
+        found.add(PlanInfeasible(sketch.violations, hint=hint))
+    found.of(lambda: SampleSchedule(global_batch=1, skips=config.train.skips))
+    found.of(lambda: resolved_faults(config, sketch))
+    return found
+
+
+def build_request(
+    config: Config, overrides: Sequence[str], cluster: ClusterSpec | None = None, *, sketch: Outline | None = None
+) -> LaunchRequest:
     """The request that submit sends; its data are not prepared yet.
 
     Args:
         config: A settled configuration.
         overrides: What the user typed.
         cluster: What an existing cluster reported.
+        sketch: What the configuration amounts to, if that is known already.
 
     Raises:
         PlanInfeasible: The plan breaks rules; all of them are listed.
-        ConfigError: The faults do not fit the run, or the address of an existing cluster is missing.
+        ConfigError: The faults or skips do not fit the run, too, or the address of an existing cluster is missing.
     """
-    sketch = outline(config, cluster)
-    if sketch.violations:
-        raise PlanInfeasible(sketch.violations, hint="phalanx plan with the same overrides shows the whole picture.")
+    sketch = sketch or outline(config, cluster)
+    flaws(config, sketch).refuse()
     if config.cluster.kind == "existing":
         existing_address(config)
     assert config.run.name is not None
@@ -250,7 +263,6 @@ def build_request(config: Config, overrides: Sequence[str], cluster: ClusterSpec
 def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
     script, weights = config.job.kind == "script", config.job.weights if config.job.infers else config.train.init_from
     train = train_spec(config)
-    SampleSchedule.of(sketch.batch, config.train.skips)  # says what is wrong with them
     return JobSpec(
         run_id=str(config.run.name),
         kind=config.job.kind,

@@ -95,13 +95,15 @@ def _click_error(error: click.ClickException) -> dict[str, Any]:
 
 
 def _phalanx_error(error: PhalanxError) -> dict[str, Any]:
-    document = {
+    document: dict[str, Any] = {
         "kind": type(error).__name__,
         "message": error.what,
         "why": error.why,
         "hint": error.hint,
         "exit_code": error.exit_code,
     }
+    if error.problems:
+        document["problems"] = list(error.problems)
     if isinstance(error, PlanInfeasible):
         document["violations"] = [
             {"rule": one.rule, "message": one.message, "hint": one.hint} for one in error.violations

@@ -33,15 +33,17 @@ class PhalanxError(Exception):
         what: One sentence: what went wrong, with the names and numbers involved.
         why: The reason, if it is not obvious from ``what``.
         hint: What the user can do next, as an imperative or a command to type.
+        problems: Where it tells of several, each of them.
     """
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, what: str, *, why: str = "", hint: str = "") -> None:
+    def __init__(self, what: str, *, why: str = "", hint: str = "", problems: Sequence[str] = ()) -> None:
         super().__init__(what)
         self.what = what
         self.why = why
         self.hint = hint
+        self.problems = tuple(problems)
 
     def __str__(self) -> str:
         lines = [self.what]

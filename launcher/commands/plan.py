@@ -75,7 +75,7 @@ def command(ctx: click.Context, /, overrides: tuple[str, ...], **options: Any) -
     from launcher import build
     from launcher.examination import examined
 
-    config = examined(overrides, data=False)
+    config = examined(overrides)
     if options["rehearse"]:
         _rehearse(config, as_json=options["as_json"])
         return
