@@ -223,6 +223,20 @@ def flaws(config: Config, sketch: Outline) -> Findings:
     if sketch.violations:
         hint = "phalanx plan with the same overrides shows the whole picture."
         found.add(PlanInfeasible(sketch.violations, hint=hint))
+    return _asked(config, sketch, found)
+
+
+def require_asked(config: Config, sketch: Outline) -> None:
+    """Refuse what is asked of ranks and steps and cannot be, with all that is wrong with their plan.
+
+    Raises:
+        ConfigError: Faults or skips do not fit the run.
+    """
+    if _asked(config, sketch, Findings()):
+        flaws(config, sketch).refuse()
+
+
+def _asked(config: Config, sketch: Outline, found: Findings) -> Findings:
     found.of(lambda: SampleSchedule(global_batch=1, skips=config.train.skips))
     found.of(lambda: resolved_faults(config, sketch))
     return found

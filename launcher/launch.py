@@ -337,7 +337,7 @@ def check_place(run_dir: Path) -> None:
         ConfigError: A run of this name exists.
         StorageError: Its parent cannot be written.
     """
-    if run_dir.exists():
+    if os.path.exists(run_dir):  # a name that no file can have is refused elsewhere
         raise taken(run_dir)
     check_parent(run_dir.parent)
 

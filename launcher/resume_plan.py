@@ -9,10 +9,11 @@ from typing import Any
 
 from jobs.paths import RunPaths
 from jobs.spec import JobSpec
-from launcher import build, launch, origin, progress, proposal, render, resume_checks
-from launcher.config import recompose
-from launcher.data_checks import unprepared
+from launcher import build, examination, launch, origin, progress, proposal, render, resume_checks
+from launcher.config import redraft
+from launcher.data_checks import data_spec, unprepared
 from launcher.describe import plan_line
+from launcher.findings import Findings, common
 from launcher.follow import Screen
 from launcher.lock import controlled
 from launcher.preparation import prepare_data, require_validation
@@ -79,14 +80,10 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
     """
     run, before = store.run(), store.request()
     _check_free(store, run)
-    passed_over = resume_checks.check(store, run, before)
-    config = recompose(store.paths.config, overrides)
-    here = store.paths.root.absolute()
-    config = replace(config, run=replace(config.run, dir=str(here.parent)))
-    config = build.settle(config, name=here.name, cwd=Path.cwd())
+    found = Findings()
+    passed_over = found.of(lambda: resume_checks.check(store, run, before)) or []
     words = tuple(dict.fromkeys([*before.overrides, *overrides]))
-    after = _request(config, before, words, overrides)
-    after = _with_data(config, before, after)
+    config, after = _renewed(store, before, words, overrides, found)
     after, shipment = _with_project(config, store.paths, before, after)
     script = after.job.kind == "script"
     point, _ = origin.newest(store.paths, rejected=run.found_damaged, script=after.job.kind != "pretrain")
@@ -114,6 +111,41 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
         overrides=tuple(overrides),
         text=text,
     )
+
+
+def _renewed(
+    store: RunStore, before: LaunchRequest, words: tuple[str, ...], overrides: Sequence[str], found: Findings
+) -> tuple[Config, LaunchRequest]:
+    """The new configuration, and the new request with its data.
+
+    Raises:
+        PhalanxError: Something is wrong with them, or was found before; all of it is told.
+    """
+    drafted = found.of(lambda: redraft(store.paths.config, overrides))
+    if drafted is None:
+        raise found.error()
+    readings = [_settled(one, store) for one in drafted.readings]
+    if drafted.problems:
+        more = [*common(readings, examination.of_plan), *common(readings, lambda one: _of_data(one, before))]
+        examination.refuse(drafted, [*found.lines, *more])
+    (config,) = readings
+    after = found.of(lambda: _request(config, before, words, overrides))
+    if found:
+        found.note(_of_data(config, before))
+        found.refuse()
+    assert after is not None, "nothing is wrong"
+    return config, _with_data(config, before, after)
+
+
+def _settled(config: Config, store: RunStore) -> Config:
+    here = store.paths.root.absolute()
+    return build.settle(replace(config, run=replace(config.run, dir=str(here.parent))), name=here.name, cwd=Path.cwd())
+
+
+def _of_data(config: Config, before: LaunchRequest) -> list[str]:
+    """What is wrong with the data, where they are others than those that the run has prepared."""
+    same = unprepared(data_spec(config)) == unprepared(before.job.data)
+    return [] if same and config.job.kind == before.job.kind else examination.of_data([config])
 
 
 def next_sample(job: JobSpec, step: int) -> int:
