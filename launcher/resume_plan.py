@@ -24,7 +24,7 @@ from launcher.schema import Config
 from launcher.ship import Shipment, changed_files
 from launcher.store import RunStore
 from strategies.codec import to_json
-from strategies.errors import ResumeRefused
+from strategies.errors import ConfigError, ResumeRefused, StorageError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +101,8 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
         changes=changes,
         live=_live_steps(store, run),
     )
-    text = "\n".join([text, *(f"passed over, damaged: {one}" for one in passed_over)])
+    notes = [*(f"passed over, damaged: {one}" for one in passed_over), *_unvalidated(after)]
+    text = "\n".join([text, *notes])
     return ResumePlan(
         name=store.name,
         config=config,
@@ -205,13 +206,26 @@ def _with_data(config: Config, before: LaunchRequest, after: LaunchRequest) -> L
     same = new.kind == old.kind and unprepared(new.data) == unprepared(old.data)
     there = all(Path(store).is_dir() for store in (old.data.store, *(one.store for one in old.data.sources)))
     if same and new.model.vocab == old.model.vocab and (new.kind == "script" or there):
-        if new.train.eval_every and not old.train.eval_every:
+        if new.train.eval_every and new.train.eval_every != old.train.eval_every:
             require_validation(old.data, new.model.seq)
         return replace(after, job=replace(new, data=old.data))
     if new.model != old.model or new.kind != old.kind:
         return replace(after, job=replace(new, data=old.data))  # refused anyway: do not tokenize for it
     with launch.closing(_Quiet()) as screen:
         return prepare_data(config, after, screen)
+
+
+def _unvalidated(request: LaunchRequest) -> list[str]:
+    """What is to be said of a run that has always been asked to validate, and has nothing to do it with."""
+    if request.job.kind != "pretrain" or not request.job.train.eval_every:
+        return []
+    try:
+        require_validation(request.job.data, request.job.model.seq)
+    except ConfigError as error:
+        return [f"note: {error.what} {error.why} train.eval_every=0 does without."]
+    except StorageError:  # the ranks say what is wrong with a store
+        pass
+    return []
 
 
 def _request(config: Config, before: LaunchRequest, words: tuple[str, ...], fresh: Sequence[str]) -> LaunchRequest:
