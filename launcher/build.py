@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from launcher.findings import Findings
 from launcher.request import LaunchRequest
 from launcher.schema import Config
 from launcher.schema_job import JobConfig
+from launcher.script_plan import script_plan
 from strategies import rules
 from strategies.capabilities import MODELLED_ONLY
 from strategies.errors import ConfigError, PlanInfeasible, Violation
@@ -132,9 +132,7 @@ def outline(config: Config, cluster: ClusterSpec | None = None, *, plan: Paralle
     missing = _missing_nodes(config, machine)
     model, batch = model_spec(config), batch_spec(config)
     if config.job.kind == "script":
-        plan = _script_plan(config, machine)
-        rows = BatchSpec(global_batch=plan.dp, seq=1)
-        found = rules.check(model=_BLANK, plan=plan, batch=rows, cluster=machine, precision="fp32", modelled=True)
+        plan, found = script_plan(config, machine)
         return Outline(model=model, batch=batch, cluster=machine, plan=plan, violations=(*missing, *found))
     precision = config.train.precision
     if config.strategy.auto:
@@ -392,19 +390,3 @@ def cluster_spec(config: Config, found: tuple[int, int] | None = None) -> Cluste
         )
     values = {field.name: getattr(cluster, field.name) for field in dataclasses.fields(cluster)}
     return ClusterSpec(**values | {"nodes": nodes, "slots_per_node": slots, "address": cluster.address or ""})
-
-
-# ---- scripts ----------------------------------------------------------------------------------------------------
-
-
-def _script_plan(config: Config, machine: ClusterSpec) -> ParallelPlan:
-    """Scripts bring their own parallelism: the plan only says how many ranks there are."""
-    ask = config.strategy
-    others = math.prod(degree or 1 for degree in (ask.tp, ask.pp, ask.sp, ask.cp))
-    return ParallelPlan(
-        dp=others * (ask.dp or max(1, machine.slots // others)), stages=(1,), micro_batch=1, grad_accum=1
-    )
-
-
-# A model that breaks no rule: a script's model is its own business.
-_BLANK = ModelSpec(name="script", layers=1, hidden=1, heads=1, kv_heads=1, ffn=1, vocab=2, seq=1)

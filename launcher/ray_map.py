@@ -14,6 +14,7 @@ from typing import IO
 
 from jobs.data.build import aside_in, remove_abandoned
 from jobs.data.work import Answer, Request, failed
+from jobs.folders import made_for
 from launcher.ray_client import answer_in, reach
 from launcher.ray_errors import auth_environment
 from launcher.ray_node import VISIT, visit
@@ -91,20 +92,14 @@ def code_in(root: Path) -> Iterator[Path]:
     Raises:
         StorageError: It cannot be written.
     """
-    made = [folder for folder in (root, *root.parents) if not folder.exists()]  # the deepest first
-    try:
-        with contextlib.ExitStack() as stack:
-            try:
-                root.mkdir(parents=True, exist_ok=True)
-                remove_abandoned(root)
-                aside = stack.enter_context(aside_in(root))
-                aside.chmod(0o755)  # workers may be another user's
-            except OSError as error:
-                why, hint = error.strerror or str(error), "Choose another data.cache=DIR, or mend it."
-                raise StorageError(f"Nothing can be written to {root}.", why=why, hint=hint) from error
-            ship_code(aside / "code")
-            yield aside / "code"
-    finally:
-        with contextlib.suppress(OSError):  # there are stores in it by now
-            for folder in made:
-                folder.rmdir()
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(made_for(root))
+            remove_abandoned(root)
+            aside = stack.enter_context(aside_in(root))
+            aside.chmod(0o755)  # workers may be another user's
+        except OSError as error:
+            why, hint = error.strerror or str(error), "Choose another data.cache=DIR, or mend it."
+            raise StorageError(f"Nothing can be written to {root}.", why=why, hint=hint) from error
+        ship_code(aside / "code")
+        yield aside / "code"
