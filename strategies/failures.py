@@ -20,29 +20,24 @@ Formulas, with ``T`` seconds of work between two saves and ``P = T + d``:
   exponential length sees its j-th commit if it lasts ``j P + w``. The two tiers are nested: the disk tier sees the
   progress that the memory tier leaves.
 - **Down time**: a recovery of ``r`` seconds that a failure starts over takes ``(exp(L r) - 1) / L`` (Daly 2006).
-- **Waiting for nodes**: broken nodes under repair while failures keep coming are a loss system with ``spares + 1``
-  places: Erlang's B formula, which holds for any distribution of the repair time; failures that break several nodes at
-  once count by Hayward's approximation (:mod:`strategies.repair`). Going on with fewer replicas instead:
-  the number of broken nodes is Poisson with mean ``L * repair`` (M/G/infinity).
+- **Waiting for nodes**: nodes break while the gang waits as while it works, so the broken ones are an infinite-server
+  queue (:mod:`strategies.repair`), and the gang waits for as long as there are more of them than spares. What fails
+  during a wait may take with it what memory held: with ``K`` failures in the waits that follow one failure on average,
+  counted as geometric (exact without spares), memory is there with ``(1 - f) / (1 + f K)``. Going on with fewer
+  replicas instead: as many are gone as that many broken nodes take.
 - **Goodput** is the ETTR of Kokolis et al., "Revisiting Reliability in Large-Scale Machine Learning Research Clusters"
   (arXiv 2410.21680): seconds of work that counted over seconds of wall clock. Their first order form,
   ``1 - L (r + P / 2) - d / T``, is this one's expansion for small ``L``.
-- **Finish**: a renewal process of cycles, from one recovery to the next. ``U`` seconds of work take ``U / goodput`` on
-  average; the variance is the number of cycles times the variance of (wall clock - slowness * progress) over one
-  (W. L. Smith, "Regenerative stochastic processes", 1955: the central limit of cumulative processes). Quantiles: the
-  chance that nothing fails, and else a gamma distribution with the remaining moments, by Wilson and Hilferty (1931).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from statistics import NormalDist
 from typing import NamedTuple
 
 from strategies.errors import ConfigError
 from strategies.hardware import Hardware
-from strategies.repair import blocked
+from strategies.repair import SINGLE, Breaks, broken_nodes, scarcity, under_repair
 
 DAY_S = 86400.0
 
@@ -88,15 +83,13 @@ class Standby(NamedTuple):
         spares: Nodes that stand by.
         unit_nodes: Nodes that the gang gives up at once when it shrinks: those of one replica.
         unit_loss: Share of the throughput that goes with them; 1 means that it can only wait.
-        broken: Nodes that one failure breaks, on average.
-        peak: Mean square of these over their mean: 1 for single nodes, more where some failures take a rack.
+        breaks: Nodes that one failure breaks: more than one where some failures take a rack.
     """
 
     spares: int
     unit_nodes: int = 1
     unit_loss: float = 1.0
-    broken: float = 1.0
-    peak: float = 1.0
+    breaks: Breaks = SINGLE
 
 
 class Shortage(NamedTuple):
@@ -245,16 +238,20 @@ def process(
 
 def shares(what: Process, standby: Standby | None = None) -> Shares:
     """The factors of the goodput; without ``standby`` there is always a spare."""
-    rate, correlated, copy_s, replica_s, write_s, memory_s, disk_s, _, from_memory_s, from_disk_s, _ = what
+    short = shortage(what, standby)
+    tier = what.correlated < 1
+    rate, correlated, copy_s, replica_s, write_s, memory_s, disk_s, _, from_memory_s, from_disk_s, _ = outwaited(
+        what, short
+    )
     if not rate:
         return Shares(1.0, 1.0, 1.0, 1.0)
     down = (1 - correlated) * _grown(rate * from_memory_s) + correlated * _grown(rate * from_disk_s)
     pace = 1 / (1 + copy_s / min(memory_s, disk_s))
-    if correlated < 1:
+    if tier:
         simple = rate * (1 - correlated)
         pace *= _renewed(simple * memory_s / pace) * math.exp(-simple * replica_s)
     kept = _renewed(rate * correlated * disk_s / max(pace, _TAIL)) * math.exp(-rate * correlated * write_s)
-    return Shares(1 - shortage(what, standby).lost if standby else 1.0, 1 / (1 + down), pace, kept)
+    return Shares(1 - short.lost, 1 / (1 + down), pace, kept)
 
 
 def _renewed(exposed: float) -> float:
@@ -266,111 +263,55 @@ def _grown(exposed: float) -> float:
     return math.expm1(min(exposed, _HOPELESS))
 
 
-def shortage(what: Process, standby: Standby) -> Shortage:
+def shortage(what: Process, standby: Standby | None) -> Shortage:
     """What a lack of nodes costs: waiting for a repair, or going on with fewer replicas where that is cheaper."""
-    load, spares = what.rate * what.repair_s * standby.broken, standby.spares
-    if not load:
+    failures = what.rate * what.repair_s
+    if not failures or standby is None:
         return Shortage(0.0, 0.0, False)
-    waiting = blocked(spares + 1, load, standby.peak)
-    if standby.unit_loss < 1 and load < _HOPELESS:
+    waiting, chance = scarcity(standby.spares, failures, standby.breaks)
+    if standby.unit_loss < 1 and failures * broken_nodes(standby.breaks) < _HOPELESS:
         smaller = _smaller(what, standby)
         if smaller.lost < waiting:
             return smaller
-    # A failure waits if it finds all spares broken, and then for the first of them to come back: the residual time of
-    # ``spares`` repairs at random ages, or its own repair where there is none.
-    chance = waiting * (spares + 1) / (load * max(1 - waiting, _TAIL))
-    moment = chance * 2 * what.repair_s**2 / ((spares + 1) * (spares + 2))
-    return Shortage(waiting, moment, False)
+    if not waiting or not chance:
+        return Shortage(waiting, 0.0, False)
+    mean_s = waiting / (what.rate * max(1 - waiting, _TAIL) * chance)
+    return Shortage(waiting, chance * _spread(standby.spares, failures) * mean_s**2, False)
+
+
+def _spread(spares: int, failures: float) -> float:
+    """Mean square of one wait over the square of its mean.
+
+    Without spares a wait ends with the first repair in which nothing breaks; its moments are those of a recovery that a
+    failure starts over. With spares and few failures it is the residual time of the first of ``spares + 1`` repairs,
+    with many of them nearly exponential. In between by the formula for no spares, over the length of such a residual.
+    """
+    exposed = min(failures / (spares + 1), 100.0)
+    grown = math.expm1(exposed)
+    single = 1 + max(0.0, math.expm1(2 * exposed) - 2 * exposed * math.exp(exposed)) / grown**2
+    return 2 - 2 * (2 - single) / (spares + 2)
 
 
 def _smaller(what: Process, standby: Standby) -> Shortage:
     """Going on with fewer replicas: slower while nodes are missing, and one more restart when each unit grows back."""
-    spares, unit_nodes, unit_loss, broken, _ = standby
-    load = what.rate * what.repair_s * broken
-    slower, growing, missing = 0.0, 0.0, 1
-    probability = math.exp((spares + 1) * math.log(load) - load - math.lgamma(spares + 2))
-    while probability > LEAST or spares + missing < load:
-        slower += probability * min(1.0, -(-missing // unit_nodes) * unit_loss)
-        if unit_nodes == 1 or missing % unit_nodes == 1:
-            growing += probability * (spares + missing) / what.repair_s
-        missing += 1
-        probability *= load / (spares + missing)
+    spares, unit_nodes, unit_loss, breaks = standby
+    failures = what.rate * what.repair_s
+    mean, slower, growing = failures * broken_nodes(breaks), 0.0, 0.0
+    for broken, probability in enumerate(under_repair(failures, breaks)):
+        missing = broken - spares
+        if missing > 0:
+            slower += probability * min(1.0, -(-missing // unit_nodes) * unit_loss)
+            if unit_nodes == 1 or missing % unit_nodes == 1:
+                growing += probability * broken / what.repair_s
+            if probability <= LEAST and broken > mean:
+                break
     lost = min(1.0, slower + growing * what.reshape_s)
     return Shortage(lost, growing / what.rate * (unit_loss * what.repair_s) ** 2, True)
 
 
-def finish_days(
-    what: Process, standby: Standby | None, work_s: float, chances: Sequence[float] = (0.5, 0.9)
-) -> tuple[float, ...]:
-    """Days after which ``work_s`` seconds of work are done with these chances, the speed being known exactly."""
-    if not what.rate:
-        return (work_s / DAY_S,) * len(chances)
-    parts = shares(what, standby)
-    smooth_s, mean_s = work_s * (1 + what.stall), work_s / max(LEAST, parts.goodput)
-    cycles = mean_s * what.rate * parts.staffed * parts.running
-    variance = cycles * _cycle_variance(what, standby, parts, mean_s / smooth_s)
-    quiet = math.exp(-what.rate * smooth_s)
-    delays = (_delay(mean_s - smooth_s, variance, quiet, chance) for chance in chances)
-    return tuple((smooth_s + delay) / DAY_S for delay in delays)
-
-
-def finish_range(
-    what: Process, standby: Standby | None, work_s: float, spread: tuple[float, float] = (1.0, 1.0)
-) -> tuple[float, float, float]:
-    """Days until the end with a chance of 10, 50 and 90 %, by failures and by the error of the predicted step.
-
-    The logarithm of the step is taken as normal, with the ends of its band as quantiles of 5 and 95 %, and independent
-    of the failures; variances of logarithms add up. With ``d`` the quantiles by failures alone::
-
-        ln(days_90 / days_50) = sqrt(ln(d_90 / d_50)^2 + (z_90 / z_95 * ln(high / step))^2)
-
-    and the same with ``d_50 / d_10`` and ``step / low`` for 10 %.
-
-    Args:
-        what: The failures.
-        standby: What happens when a node is gone.
-        work_s: Seconds of work.
-        spread: Ends of the 90 % band of a step, as factors of the step; (1, 1) leaves the failures alone.
-    """
-    few, half, most = finish_days(what, standby, work_s, (0.1, 0.5, 0.9))
-    one_sided = NormalDist().inv_cdf(0.9) / NormalDist().inv_cdf(0.95)
-    faster, slower = (one_sided * abs(math.log(end)) for end in (min(1.0, spread[0]), max(1.0, spread[1])))
-    early, late = math.hypot(math.log(half / few), faster), math.hypot(math.log(most / half), slower)
-    return half * math.exp(-early), half, half * math.exp(late)
-
-
-def _cycle_variance(what: Process, standby: Standby | None, parts: Shares, slowness: float) -> float:
-    """Variance of wall clock minus ``slowness`` times progress over one cycle of running and recovering, in s^2.
-
-    Progress is the exponential time of running, less the work lost. That is uniform between the overlapped write,
-    before which the previous save counts, and an interval more.
-    """
-    mean, square, spread = 0.0, 0.0, ((slowness - 1) / what.rate) ** 2
-    for share, interval_s, write_s, down_s in (
-        (1 - what.correlated, what.memory_s, what.replica_s, what.recover_memory_s),
-        (what.correlated, what.disk_s, what.write_s, what.recover_disk_s),
-    ):
-        if share:
-            period_s, exposed = interval_s * (1 + what.stall), min(what.rate * down_s, 100.0)
-            setback_s = slowness * (write_s + period_s / 2) + math.expm1(exposed) / what.rate
-            mean += share * setback_s
-            square += share * setback_s**2
-            spread += share * (slowness * period_s) ** 2 / 12
-            # a recovery that failures start over: Var = (exp(2 x) - 1 - 2 x exp(x)) / L^2
-            spread += share * max(0.0, math.expm1(2 * exposed) - 2 * exposed * math.exp(exposed)) / what.rate**2
-    if standby:
-        short = shortage(what, standby)
-        waits_s = short.lost / (what.rate * max(1 - short.lost, LEAST))
-        spread += max(0.0, short.moment_s2 - waits_s**2) / parts.running
-    return spread + square - mean**2
-
-
-def _delay(mean_s: float, variance: float, quiet: float, chance: float) -> float:
-    """Quantile of a delay that is 0 with chance ``quiet`` and else gamma, with this mean and variance over all."""
-    if chance <= quiet or mean_s <= 0:
-        return 0.0
-    some_s = mean_s / (1 - quiet)
-    spread = max((variance + mean_s**2) / (1 - quiet) - some_s**2, 1e-12 * some_s**2)
-    shape = some_s**2 / spread
-    z = NormalDist().inv_cdf((chance - quiet) / (1 - quiet))
-    return some_s * max(0.0, 1 - 1 / (9 * shape) + z / (3 * math.sqrt(shape))) ** 3
+def outwaited(what: Process, short: Shortage) -> Process:
+    """The same, with the share of failures after which memory is gone because more nodes broke during a wait."""
+    if short.shrinks or not short.lost:
+        return what
+    others = what.correlated * short.lost / max(1 - short.lost, _TAIL)
+    return what._replace(correlated=1 - (1 - what.correlated) / (1 + others))

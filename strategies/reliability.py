@@ -22,11 +22,11 @@ from strategies.failures import (
     Process,
     Shares,
     Standby,
-    finish_range,
     process,
     shares,
     shortage,
 )
+from strategies.finish import finish_range
 from strategies.hardware import Hardware
 from strategies.plan import ParallelPlan, accumulation
 from strategies.repair import spares_for

@@ -1,61 +1,94 @@
-"""Nodes under repair: how many there are, and how often too many. Pure arithmetic."""
+"""Nodes under repair: how many there are, and how often too many. Pure arithmetic.
+
+A node breaks as often while its gang waits as while it works, and a broken one is repaired at once: an infinite-server
+queue. The failures whose nodes are under repair are then Poisson, whatever the distribution of the repair time, and the
+nodes are as many as these failures broke: a compound Poisson distribution, by the recursion of H. H. Panjer,
+"Recursive evaluation of a family of compound distributions" (ASTIN Bulletin 1981).
+"""
 
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
 from statistics import NormalDist
+from typing import NamedTuple
 
 SPARES_PROBABILITY = 0.99
 """Chance that a failure finds a spare, which the number of spares is chosen for."""
 
+Breaks = tuple[tuple[int, float], ...]
+"""How many nodes a failure breaks at once, and the share of the failures that break so many."""
+
+SINGLE: Breaks = ((1, 1.0),)
+"""Every failure breaks one node."""
+
 _TAIL = 1e-12  # smaller probabilities are dropped
-_MANY = 500.0  # a load from which the normal limit serves
+_MANY = 500.0  # nodes under repair from which the normal limit serves
+_FAR = 20.0  # standard deviations from which the normal distribution is its tail
 
 
-def erlang_b(places: int, load: float) -> float:
-    """Erlang's B formula: the share of time in which all ``places`` are taken, ``load`` being offered."""
-    if places > 100_000:  # its normal limit (Jagerman, 1974) agrees within 1 %, and takes no time
-        z, normal = (places - load) / math.sqrt(load), NormalDist()
-        return 1 - places / load if z < -20 else normal.pdf(z) / normal.cdf(z) / math.sqrt(load)
-    taken = 1.0
-    for place in range(1, places + 1):
-        taken = load * taken / (place + load * taken)
-        if taken < _TAIL:
-            return 0.0
-    return taken
+class Scarcity(NamedTuple):
+    """How often more nodes are under repair than stand by.
+
+    Attributes:
+        lost: Share of the time.
+        chance: Of one failure that finds enough nodes: that it leaves too few.
+    """
+
+    lost: float
+    chance: float
+
+
+def broken_nodes(breaks: Breaks) -> float:
+    """Nodes that one failure breaks, on average."""
+    return sum(size * share for size, share in breaks)
+
+
+def under_repair(failures: float, breaks: Breaks = SINGLE) -> Iterator[float]:
+    """The chances that 0, 1, 2, ... nodes are under repair, without end.
+
+    Args:
+        failures: Failures in the time of one repair, on average; at most some 700.
+        breaks: How many nodes each of them breaks.
+    """
+    weights = [(size, failures * size * share) for size, share in breaks if size]
+    recent = deque(
+        [math.exp(-failures * sum(share for size, share in breaks if size))], max((s for s, _ in weights), default=1)
+    )
+    nodes = 0
+    while True:
+        yield recent[-1]
+        nodes += 1
+        recent.append(sum(weight * recent[-size] for size, weight in weights if size <= len(recent)) / nodes)
+
+
+def scarcity(spares: int, failures: float, breaks: Breaks = SINGLE) -> Scarcity:
+    """How often ``spares`` are too few; see :func:`under_repair`."""
+    mean = failures * broken_nodes(breaks)
+    if mean > _MANY:
+        spread = math.sqrt(failures * sum(size * size * share for size, share in breaks))
+        z, normal = (spares + 0.5 - mean) / spread, NormalDist()
+        enough = normal.cdf(z)
+        ratio = -z if z < -_FAR else normal.pdf(z) / enough  # Mills: so it is in the tail
+        return Scarcity(1 - enough, min(1.0, broken_nodes(breaks) * ratio / spread))
+    enough = crossing = 0.0
+    for nodes, chance in enumerate(islice(under_repair(failures, breaks), spares + 1)):
+        enough += chance
+        crossing += chance * sum(share for size, share in breaks if size > spares - nodes)
+        if nodes > mean and 1 - enough < _TAIL:
+            return Scarcity(0.0, 0.0)
+    return Scarcity(max(0.0, 1 - enough), crossing / enough)
 
 
 def spares_for(load: float, probability: float = SPARES_PROBABILITY) -> int:
-    """The fewest spares that are enough with ``probability``, when ``load`` nodes are under repair on average.
-
-    The number under repair is Poisson (M/G/infinity), whatever the distribution of the repair time.
-    """
+    """The fewest spares that are enough with ``probability``, when ``load`` nodes are under repair on average."""
     if load > _MANY:
         return math.ceil(load + NormalDist().inv_cdf(probability) * math.sqrt(load))
-    spares, term = 0, math.exp(-load)
-    total = term
-    while total < probability:
-        spares += 1
-        term *= load / spares
-        total += term
-    return spares
-
-
-def blocked(places: int, load: float, peak: float = 1.0) -> float:
-    """The share of time in which all ``places`` are taken, where calls come in batches.
-
-    Hayward's approximation (A. A. Fredericks, "Congestion in blocking systems - a simple approximation technique", BSTJ
-    1980): calls that come in batches load a system as single calls load one that is smaller by their peakedness.
-
-    Args:
-        places: Nodes that may be under repair at a time.
-        load: Nodes under repair on average, if there were places for all.
-        peak: Mean square of the size of a batch over its mean, 1 for single calls.
-    """
-    size, offered = places / peak, load / peak
-    low = math.floor(size)
-    below = erlang_b(low, offered)
-    if size == low or not below:
-        return below
-    above = max(erlang_b(low + 1, offered), _TAIL)
-    return below * math.pow(above / below, size - low)
+    total = 0.0
+    for spares, chance in enumerate(under_repair(load)):
+        total += chance
+        if total >= probability:
+            return spares
+    raise AssertionError("the chances add up to 1")

@@ -2,13 +2,14 @@
 
 What is played, and nothing of it is taken from the formulas:
 
-- Failures come at the gang's rate in every second in which it runs or recovers, so also during a recovery, which then
-  starts over; not while it waits for a node.
+- Failures come at the gang's rate in every second: also during a recovery, which then starts over, and while the gang
+  waits for a node, where they break more of them.
 - Steps are whole. Both tiers save after fixed numbers of steps, with one stall for the copy of both, and commit when
   the replica or the write is through; a failure before that falls back to the save before.
 - A failure is correlated by chance: then only the disk counts, and what memory held is gone.
-- Every failure breaks a node, which stands by again after the repair time. With more nodes broken than there are
-  spares, the gang waits for the first of them, or goes on with fewer replicas and grows back with a save and a restart.
+- A failure breaks a node, or a few at once, which stand by again after the repair time. With more nodes broken than
+  there are spares, the gang waits for one of them, or goes on with fewer replicas and grows back with a save and a
+  restart.
 
 A run is a function of its arguments and the seed. Its cost grows with the number of failures, not of steps.
 """
@@ -131,7 +132,7 @@ class _Gang:
     now_s: float = 0.0
     step: int = 0
     failures: int = 0
-    next_failure_s: float = math.inf  # of the time in which something can fail
+    next_failure_s: float = math.inf  # from now
     broken: list[float] = field(default_factory=list)  # a heap: when each node comes back
     spent_s: dict[str, float] = field(default_factory=dict)
     shrinks: bool = False
@@ -255,13 +256,24 @@ class _Gang:
         self.now_s += seconds
 
     def _fail(self) -> bool:
-        """A failure now: one node more is broken; waits while the gang cannot go on. True if memory is lost."""
+        """A failure now: nodes are broken; waits while the gang cannot go on. True if memory is lost by then."""
+        lost = self._break()
+        while (self._slowdown() >= 1) if self.shrinks else self._missing():
+            waited_s = min(self.broken[0] - self.now_s, self.next_failure_s)
+            failed = waited_s == self.next_failure_s
+            self.spent_s["wait"] += waited_s
+            self.now_s += waited_s
+            self.next_failure_s -= waited_s
+            if failed:
+                lost = self._break() or lost
+        return lost
+
+    def _break(self) -> bool:
+        """One failure; True if it takes what memory held."""
         self.failures += 1
         self._draw()
         if self.standby:
-            heapq.heappush(self.broken, self.now_s + self.what.repair_s)
-            while (self._slowdown() >= 1) if self.shrinks else self._missing():
-                waited_s = self.broken[0] - self.now_s
-                self.spent_s["wait"] += waited_s
-                self.now_s = self.broken[0]
+            sizes, shares = zip(*self.standby.breaks, strict=True)
+            for _ in range(sizes[0] if len(sizes) == 1 else self.rng.choices(sizes, shares)[0]):
+                heapq.heappush(self.broken, self.now_s + self.what.repair_s)
         return self.rng.random() < self.what.correlated

@@ -16,11 +16,11 @@ from strategies.failures import (
     Process,
     Standby,
     best_interval_s,
-    finish_days,
     process,
     shares,
     shortage,
 )
+from strategies.finish import finish_days
 from strategies.reliability import (
     Outlook,
     checkpoint_bytes,
@@ -32,7 +32,7 @@ from strategies.reliability import (
     plan_process,
     shrink_unit,
 )
-from strategies.repair import erlang_b, spares_for
+from strategies.repair import spares_for
 from tests.strategies.runs import A100, GPT3, GPT4, plan_of, work
 
 STEP_S = 20.0
@@ -82,11 +82,6 @@ def test_saves_are_never_closer_than_a_step_or_their_writes() -> None:
     assert process(3120, 1.0, 2e13, A100).write_s == pytest.approx(2e13 / 273e9), "the storage as a whole is the limit"
 
 
-@pytest.mark.parametrize(("places", "load", "blocked"), [(1, 1.0, 0.5), (2, 1.0, 0.2), (10, 5.0, 0.01838), (3, 0, 0)])
-def test_erlang_b_is_the_tabulated_one(places: int, load: float, blocked: float) -> None:
-    assert erlang_b(places, load) == pytest.approx(blocked, rel=1e-3)
-
-
 @pytest.mark.parametrize("load", [0.0, 0.05, 0.5, 2.0, 3.4, 20.0])
 def test_spares_are_the_fewest_that_are_enough(load: float) -> None:
     def chance(spares: int) -> float:
@@ -106,7 +101,7 @@ def test_a_lack_of_nodes_costs_the_cheaper_of_waiting_and_shrinking() -> None:
     waits = shortage(what, Standby(0))
     small = shortage(what, Standby(0, 8, 0.065))
     assert (waits.shrinks, small.shrinks) == (False, True)
-    assert small.lost < waits.lost == pytest.approx(what.rate * 14400 / (1 + what.rate * 14400))
+    assert small.lost < waits.lost == pytest.approx(-math.expm1(-what.rate * 14400))
     quick = shortage(what._replace(repair_s=60.0), Standby(0, 8, 0.065))
     assert not quick.shrinks, "a node that is back in a minute is worth waiting for"
     assert shortage(what, Standby(2)).lost < 0.01 * waits.lost
@@ -293,12 +288,6 @@ def test_a_run_that_failures_undo_never_ends() -> None:
     assert (found.days_low, found.days_50, found.days_90, found.cost_50, found.failures_expected) == (None,) * 5
     assert "failures undo the work" in found.never
     assert not gpt3_outlook().never
-
-
-@pytest.mark.parametrize("ratio", [0.5, 0.99, 0.999, 1.0, 1.001, 1.01, 1.08, 2.0])
-def test_many_places_are_counted_by_the_normal_limit(ratio: float) -> None:
-    few, many = erlang_b(100_000, ratio * 100_000), erlang_b(100_001, ratio * 100_000)
-    assert many == pytest.approx(few, rel=0.01, abs=1e-6)
 
 
 def test_an_outlook_survives_json() -> None:

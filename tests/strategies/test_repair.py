@@ -3,48 +3,66 @@
 from __future__ import annotations
 
 import heapq
+import math
 import random
+from itertools import islice
 
 import pytest
 
-from strategies.repair import blocked, erlang_b
+from strategies.repair import SINGLE, Breaks, Scarcity, broken_nodes, scarcity, under_repair
+
+RACKS: Breaks = ((4, 0.1), (1, 0.7), (0, 0.2))
 
 
-def played(places: int, load: float, rack: int, share: float, calls: int = 200_000) -> float:
-    """Share of the failures that find no place, one node at a time, with repairs of one second."""
-    rng, now_s, refused, nodes = random.Random(f"{places}/{load}/{rack}"), 0.0, 0, 0
-    rate = load / (1 - share + share * rack)
+def played(spares: int, failures: float, breaks: Breaks, calls: int = 200_000) -> Scarcity:
+    """The same from a seeded run, with repairs of one second."""
+    rng, now_s, short_s, found, left = random.Random(f"{spares}/{failures}/{breaks}"), 0.0, 0.0, 0, 0
+    sizes, shares = zip(*breaks, strict=True)
     busy: list[float] = []
     for _ in range(calls):
-        now_s += rng.expovariate(rate)
-        while busy and busy[0] <= now_s:
-            heapq.heappop(busy)
-        for _ in range(rack if rng.random() < share else 1):
-            nodes += 1
-            if len(busy) < places:
-                heapq.heappush(busy, now_s + 1.0)
-            else:
-                refused += 1
-    return refused / nodes
+        at_s = now_s + rng.expovariate(failures)
+        while busy and busy[0] <= at_s:
+            short_s += (busy[0] - now_s) * (len(busy) > spares)
+            now_s = heapq.heappop(busy)
+        short_s += (at_s - now_s) * (len(busy) > spares)
+        now_s, enough = at_s, len(busy) <= spares
+        for _ in range(rng.choices(sizes, shares)[0]):
+            heapq.heappush(busy, now_s + 1.0)
+        found += enough
+        left += enough and len(busy) > spares
+    return Scarcity(short_s / now_s, left / max(1, found))
 
 
-def peak(rack: int, share: float) -> float:
-    return (1 - share + share * rack**2) / (1 - share + share * rack)
+@pytest.mark.parametrize("spares", [0, 1, 4, 8, 12])
+@pytest.mark.parametrize("breaks", [SINGLE, RACKS], ids=["single", "racks"])
+def test_the_lack_of_nodes_is_the_played_one(spares: int, breaks: Breaks) -> None:
+    found, truth = scarcity(spares, 3.755, breaks), played(spares, 3.755, breaks)
+    assert found.lost == pytest.approx(truth.lost, abs=0.005)
+    assert found.chance == pytest.approx(truth.chance, abs=0.01)
 
 
-def test_single_failures_are_erlangs() -> None:
-    assert blocked(9, 3.4) == erlang_b(9, 3.4)
-    assert played(9, 3.4, 1, 0.0) == pytest.approx(erlang_b(9, 3.4), rel=0.1)
+def test_single_failures_are_poisson() -> None:
+    poisson = [math.exp(-3.4) * 3.4**nodes / math.factorial(nodes) for nodes in range(30)]
+    assert list(islice(under_repair(3.4), 30)) == pytest.approx(poisson, rel=1e-9)
 
 
-@pytest.mark.parametrize("places", [5, 9, 13, 17])
-def test_racks_count_as_hayward_says(places: int) -> None:
-    found, truth = blocked(places, 4.9, peak(4, 0.1)), played(places, 4.9, 4, 0.1)
-    assert found == pytest.approx(truth, abs=0.01), "within one percent of the time"
-    assert erlang_b(places, 4.9) < 0.9 * truth, "single failures alone would promise too much"
+def test_racks_have_the_moments_of_a_compound_poisson_distribution() -> None:
+    chances = list(islice(under_repair(3.4, RACKS), 200))
+    mean = sum(nodes * chance for nodes, chance in enumerate(chances))
+    assert sum(chances) == pytest.approx(1)
+    assert mean == pytest.approx(3.4 * broken_nodes(RACKS)) == pytest.approx(3.4 * 1.1)
+    variance = sum((nodes - mean) ** 2 * chance for nodes, chance in enumerate(chances))
+    assert variance == pytest.approx(3.4 * (0.1 * 16 + 0.7))
 
 
-def test_more_places_are_never_worse() -> None:
-    shares = [blocked(places, 4.9, 1.92) for places in range(40)]
+def test_more_spares_are_never_worse() -> None:
+    shares = [scarcity(spares, 3.755, RACKS).lost for spares in range(60)]
     assert shares == sorted(shares, reverse=True)
-    assert shares[0] == 1.0
+    assert shares[0] == pytest.approx(-math.expm1(-3.755 * 0.8)), "any broken node is one too many"
+
+
+@pytest.mark.parametrize("spares", [0, 450, 480, 500, 520, 560, 700])
+def test_many_nodes_are_counted_by_the_normal_limit(spares: int) -> None:
+    few, many = scarcity(spares, 499.99), scarcity(spares, 500.01)
+    assert many.lost == pytest.approx(few.lost, abs=0.02)
+    assert many.chance == pytest.approx(few.chance, abs=0.02)

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
-from strategies.failures import Process, Standby, finish_days, process, shares
+from strategies.failures import Process, Standby, process, shares
+from strategies.finish import finish_days
 from strategies.reliability import losses, outlook
 from strategies.simulation import simulate, simulate_process
 from tests.strategies.runs import A100, plan_of, work
 
 FEW, MANY = 30, 12000
-"""Failures of one run for its finish, and of all runs of a case for its goodput (which is then known to 0.3 %)."""
+"""Failures of one run that find the gang at work, for its finish; and of all runs of a case, for its goodput (which is
+then known to 0.3 %)."""
 
 
 def case(
@@ -35,6 +37,10 @@ GRID = {
     "GPT-4": case(3120, 25.0, 1.8e12),
     "GPT-4, 5 spares": case(3120, 25.0, 1.8e12, Standby(5)),
     "GPT-4, shrinks": case(3120, 25.0, 1.8e12, Standby(0, 15, 0.024)),
+    "GPT-4, waits without a spare": case(3120, 25.0, 1.8e12, Standby(0)),
+    "GPT-4, waits, disk only": case(3120, 25.0, 1.8e12, Standby(0), tier=False),
+    "GPT-4, 2 spares, racks": case(3120, 25.0, 1.8e12, Standby(2, breaks=((4, 0.1), (1, 0.9)))),
+    "GPT-4, 8 spares, racks": case(3120, 25.0, 1.8e12, Standby(8, breaks=((4, 0.1), (1, 0.7), (0, 0.2)))),
     "GPT-4, disk only": case(3120, 25.0, 1.8e12, Standby(8), tier=False),
     "GPT-4, slow storage": case(3120, 25.0, 1.8e12, storage_total_bandwidth=50e9),
     "three times the failures": case(3120, 25.0, 1.8e12, failures_per_node_day=0.02, restart_s=600.0, tier=False),
@@ -62,7 +68,8 @@ def test_simulation_and_closed_form_agree(name: str) -> None:
 @pytest.mark.parametrize("name", GRID)
 def test_the_finish_is_where_the_closed_form_expects_it(name: str) -> None:
     what, standby, step_s = GRID[name]
-    steps = math.ceil(FEW / what.rate * shares(what, standby).goodput / step_s)
+    parts = shares(what, standby)
+    steps = math.ceil(FEW / what.rate / parts.staffed * parts.goodput / step_s)
     half, most = finish_days(what, standby, steps * step_s)
     found = simulate_process(what, standby, step_s, steps, seed=11, runs=400)
     assert found.days_50 == pytest.approx(half, rel=0.05)

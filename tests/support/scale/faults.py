@@ -9,6 +9,7 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
+from strategies.repair import Breaks
 from tests.support.scale.clock import DAY_S
 
 FaultKind = Literal["dead", "silent", "crash", "rack", "spare"]
@@ -57,14 +58,10 @@ class Rates:
         return nodes * self.per_node_day / DAY_S / (1 - self.correlated)
 
     @property
-    def broken_nodes(self) -> float:
-        """Nodes that one failure breaks, on average."""
-        return self.correlated * RACK_NODES + (1 - self.correlated) * (1 - self.crash)
-
-    @property
-    def peak(self) -> float:
-        """Mean square of these over their mean."""
-        return (self.correlated * RACK_NODES**2 + (1 - self.correlated) * (1 - self.crash)) / self.broken_nodes
+    def breaks(self) -> Breaks:
+        """Nodes that one failure breaks, and the share of the failures that break so many."""
+        single = 1 - self.correlated
+        return ((RACK_NODES, self.correlated), (1, single * (1 - self.crash)), (0, single * self.crash))
 
 
 def trace(rates: Rates, *, nodes: int, spares: int, days: float, seed: int) -> list[Fault]:

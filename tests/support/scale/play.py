@@ -245,7 +245,7 @@ def predicted(scenario: Scenario) -> float:
         recover_disk_s=down_s + pace.write_s,
         repair_s=rates.repair_s,
     )
-    standby = Standby(scenario.spares, broken=rates.broken_nodes, peak=rates.peak)
+    standby = Standby(scenario.spares, breaks=rates.breaks)
     return shares(what, standby).goodput
 
 
