@@ -67,9 +67,10 @@ class Engine:
         self.router_log = parts.router_log
         self._loss = parts.loss
         self._scale = getattr(ds.optimizer, "loss_scale_config", None)  # of the optimizer that reports scaled norms
-        self._scaler = getattr(ds.optimizer, "loss_scaler", None) or self._scale
-        if hasattr(self._scaler, "raise_error_at_min_scale"):
-            self._scaler.raise_error_at_min_scale = False  # it is a blow-up, and found as one
+        scaler: Any = getattr(ds.optimizer, "loss_scaler", self._scale)
+        self._scaler = scaler
+        if hasattr(scaler, "raise_error_at_min_scale"):
+            scaler.raise_error_at_min_scale = False  # it is a blow-up, and found as one
         self._full = job.batch
         self._own_norm: torch.Tensor | None = None
         self._expert_norm = ExpertNorm(ds, self.grid) if self.plan.ep > 1 else None
