@@ -308,11 +308,12 @@ def resolved_faults(config: Config, sketch: Outline) -> tuple[str, ...]:
         return ()
     from jobs.faults import resolve
 
+    work = None if sketch.violations else workload(config, sketch)  # nothing is estimated of an illegal plan
     return resolve(
         config.faults,
         seed=config.fault_seed,
         steps=config.train.steps,
-        checkpoint_every=disk_steps(config, workload(config, sketch), sketch.plan),
+        checkpoint_every=disk_steps(config, work, sketch.plan),
         nodes=-(-sketch.plan.world_size // sketch.cluster.slots_per_node),
         world_size=sketch.plan.world_size,
         pp=sketch.plan.pp,
