@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +12,12 @@ from typing import Any
 from jobs.spec import InferenceSpec, JobSpec, TrainSpec, engine_config
 from jobs.weights import find
 from launcher.data_checks import data_spec
+from launcher.findings import Findings
 from launcher.request import LaunchRequest
 from launcher.saving import address, checkpoint_spec, disk_steps, patient
 from launcher.schema import Config
 from launcher.schema_job import JobConfig
+from launcher.script_plan import script_plan
 from strategies import rules
 from strategies.capabilities import MODELLED_ONLY
 from strategies.errors import ConfigError, PlanInfeasible, Violation
@@ -121,9 +122,7 @@ def outline(config: Config, cluster: ClusterSpec | None = None, *, plan: Paralle
     missing = _missing_nodes(config, machine)
     model, batch = model_spec(config), batch_spec(config)
     if config.job.kind == "script":
-        plan = _script_plan(config, machine)
-        rows = BatchSpec(global_batch=plan.dp, seq=1)
-        found = rules.check(model=_BLANK, plan=plan, batch=rows, cluster=machine, precision="fp32", modelled=True)
+        plan, found = script_plan(config, machine)
         return Outline(model=model, batch=batch, cluster=machine, plan=plan, violations=(*missing, *found))
     precision = config.train.precision
     if config.strategy.auto:
@@ -207,21 +206,48 @@ def _missing_nodes(config: Config, machine: ClusterSpec) -> list[Violation]:
     return found
 
 
-def build_request(config: Config, overrides: Sequence[str], cluster: ClusterSpec | None = None) -> LaunchRequest:
+def flaws(config: Config, sketch: Outline) -> Findings:
+    """All that is wrong with a plan and with what is asked of its ranks and steps."""
+    found = Findings()
+    if sketch.violations:
+        hint = "phalanx plan with the same overrides shows the whole picture."
+        found.add(PlanInfeasible(sketch.violations, hint=hint))
+    return _asked(config, sketch, found)
+
+
+def require_asked(config: Config, sketch: Outline) -> None:
+    """Refuse what is asked of ranks and steps and cannot be, with all that is wrong with their plan.
+
+    Raises:
+        ConfigError: Faults or skips do not fit the run.
+    """
+    if _asked(config, sketch, Findings()):
+        flaws(config, sketch).refuse()
+
+
+def _asked(config: Config, sketch: Outline, found: Findings) -> Findings:
+    found.of(lambda: SampleSchedule(global_batch=1, skips=config.train.skips))
+    found.of(lambda: resolved_faults(config, sketch))
+    return found
+
+
+def build_request(
+    config: Config, overrides: Sequence[str], cluster: ClusterSpec | None = None, *, sketch: Outline | None = None
+) -> LaunchRequest:
     """The request that submit sends; its data are not prepared yet.
 
     Args:
         config: A settled configuration.
         overrides: What the user typed.
         cluster: What an existing cluster reported.
+        sketch: What the configuration amounts to, if that is known already.
 
     Raises:
         PlanInfeasible: The plan breaks rules; all of them are listed.
-        ConfigError: The faults do not fit the run, or the address of an existing cluster is missing.
+        ConfigError: The faults or skips do not fit the run, too, or the address of an existing cluster is missing.
     """
-    sketch = outline(config, cluster)
-    if sketch.violations:
-        raise PlanInfeasible(sketch.violations, hint="phalanx plan with the same overrides shows the whole picture.")
+    sketch = sketch or outline(config, cluster)
+    flaws(config, sketch).refuse()
     if config.cluster.kind == "existing":
         existing_address(config)
     assert config.run.name is not None
@@ -240,7 +266,6 @@ def build_request(config: Config, overrides: Sequence[str], cluster: ClusterSpec
 def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
     script, weights = config.job.kind == "script", config.job.weights if config.job.infers else config.train.init_from
     train = train_spec(config)
-    SampleSchedule.of(sketch.batch, config.train.skips)  # says what is wrong with them
     return JobSpec(
         run_id=str(config.run.name),
         kind=config.job.kind,
@@ -283,11 +308,12 @@ def resolved_faults(config: Config, sketch: Outline) -> tuple[str, ...]:
         return ()
     from jobs.faults import resolve
 
+    work = None if sketch.violations else workload(config, sketch)  # nothing is estimated of an illegal plan
     return resolve(
         config.faults,
         seed=config.fault_seed,
         steps=config.train.steps,
-        checkpoint_every=disk_steps(config, workload(config, sketch), sketch.plan),
+        checkpoint_every=disk_steps(config, work, sketch.plan),
         nodes=-(-sketch.plan.world_size // sketch.cluster.slots_per_node),
         world_size=sketch.plan.world_size,
         pp=sketch.plan.pp,
@@ -350,19 +376,3 @@ def cluster_spec(config: Config, found: tuple[int, int] | None = None) -> Cluste
         )
     values = {field.name: getattr(cluster, field.name) for field in dataclasses.fields(cluster)}
     return ClusterSpec(**values | {"nodes": nodes, "slots_per_node": slots, "address": cluster.address or ""})
-
-
-# ---- scripts ----------------------------------------------------------------------------------------------------
-
-
-def _script_plan(config: Config, machine: ClusterSpec) -> ParallelPlan:
-    """Scripts bring their own parallelism: the plan only says how many ranks there are."""
-    ask = config.strategy
-    others = math.prod(degree or 1 for degree in (ask.tp, ask.pp, ask.sp, ask.cp))
-    return ParallelPlan(
-        dp=others * (ask.dp or max(1, machine.slots // others)), stages=(1,), micro_batch=1, grad_accum=1
-    )
-
-
-# A model that breaks no rule: a script's model is its own business.
-_BLANK = ModelSpec(name="script", layers=1, hidden=1, heads=1, kv_heads=1, ffn=1, vocab=2, seq=1)

@@ -2,12 +2,13 @@
 
 Exit codes: 0 ok, 1 internal error, 2 usage or invalid configuration, 3 plan infeasible, 4 cluster unreachable or
 authentication, 5 not found, 6 resume refused, 7 storage; following a run: 100 it failed, 103 it was cancelled;
-a drill: 104 failed, 105 incomplete.
+a drill: 104 failed, 105 incomplete; 130 interrupted (Ctrl-C, or a signal that ends it).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -20,7 +21,7 @@ from typing import Any
 import click
 
 from launcher.commands.groups import Nearest
-from strategies.errors import PhalanxError, PlanInfeasible
+from strategies.errors import Interrupted, PhalanxError, PlanInfeasible, StorageError
 
 SCHEMA_VERSION = 1
 VERBS = ("plan", "submit", "resume", "status", "logs", "cancel", "checkpoint", "cluster", "drill", "completion")
@@ -76,11 +77,30 @@ def main(args: Sequence[str] | None = None) -> None:
     except PhalanxError as error:
         code = _report(_phalanx_error(error), as_json)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted.", err=True)
-        code = 130
+        code = _report(_phalanx_error(Interrupted("Interrupted.")), as_json)
     except Exception as error:
-        code = _report(_internal_error(error), as_json)
+        code = _report(_unexpected(error), as_json)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+# What a system refuses is no mistake of ours: no space, no permission, a disk that fails.
+_REFUSED = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE}
+)
+
+
+def _unexpected(error: Exception) -> dict[str, Any]:
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return _system_error(error)
+    return _internal_error(error)
+
+
+def _system_error(error: OSError) -> dict[str, Any]:
+    if error.filename is None:
+        _silence_stdout()
+    what = "the output cannot be written." if error.filename is None else f"{error.filename} cannot be read or written."
+    hint = "Free space or mend the permissions, then try again."
+    return _phalanx_error(StorageError(what, why=error.strerror or str(error), hint=hint))
 
 
 def _click_error(error: click.ClickException) -> dict[str, Any]:
@@ -95,13 +115,15 @@ def _click_error(error: click.ClickException) -> dict[str, Any]:
 
 
 def _phalanx_error(error: PhalanxError) -> dict[str, Any]:
-    document = {
+    document: dict[str, Any] = {
         "kind": type(error).__name__,
         "message": error.what,
         "why": error.why,
         "hint": error.hint,
         "exit_code": error.exit_code,
     }
+    if error.problems:
+        document["problems"] = list(error.problems)
     if isinstance(error, PlanInfeasible):
         document["violations"] = [
             {"rule": one.rule, "message": one.message, "hint": one.hint} for one in error.violations
@@ -131,16 +153,17 @@ def _report(document: dict[str, Any], as_json: bool) -> int:
     text = document.pop("text", None)
     if text is None:
         text = str(PhalanxError(document["message"], why=document["why"], hint=document["hint"]))
-    click.echo(f"error: {text}", err=True)
+    with contextlib.suppress(OSError):  # nobody hears it: the code says it
+        click.echo(text if document["kind"] == "Interrupted" else f"error: {text}", err=True)
     if as_json:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "error": document}, indent=2))
             sys.stdout.flush()
     return int(document["exit_code"])
 
 
 def _silence_stdout() -> None:
-    """Nobody reads stdout any more: keep the interpreter from complaining about it at exit."""
+    """Nothing more can be written to stdout: keep the interpreter from complaining about it at exit."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -7,7 +7,7 @@ All problems are collected, each with the file or the word on the command line t
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,31 +24,25 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launcher import pretrained
 from launcher.contradictions import contradictions
-from launcher.schema import GROUPS, HINTS, MAXIMUM, MINIMUM, Config
-from launcher.typed import Bounds, Problem, decode, is_text, leaf_types
+from launcher.findings import common, everything, lines_of
+from launcher.readings import Values, readings, typed
+from launcher.schema import GROUPS, Config
+from launcher.typed import Problem, is_text, leaf_types
+from launcher.words import (
+    SEARCHPATH,
+    Given,
+    Words,
+    Wrong,
+    choices_in,
+    fault_words,
+    located,
+    own_folders,
+    syntax_error,
+    unknown,
+    wrong_choice,
+)
 from strategies.codec import to_json
-from strategies.errors import ConfigError, StorageError, did_you_mean
-
-SEARCHPATH = "hydra.searchpath"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Given:
-    """One override, parsed.
-
-    Attributes:
-        text: What was typed.
-        key: Group or dotted key.
-        value: Plain value; None for a deletion.
-        group: It picks a file of a group.
-        delete: It removes the key, so that the value is derived or the schema's default.
-    """
-
-    text: str
-    key: str
-    value: Any = None
-    group: bool = False
-    delete: bool = False
+from strategies.errors import ConfigError, StorageError
 
 
 def conf_dir() -> Path:
@@ -68,14 +62,12 @@ class Draft:
     """A configuration that may have something wrong with it.
 
     Attributes:
-        config: None if not every value has a meaning.
-        problems: All that is wrong with the values, and with the weights that they name.
-        model_known: The model is the one that was asked for: what it says of itself could be read.
+        readings: What it may be meant to be; one configuration where nothing is wrong with it.
+        problems: All that is wrong with the words, the values, and the weights that they name.
     """
 
-    config: Config | None
+    readings: tuple[Config, ...]
     problems: tuple[Problem, ...] = ()
-    model_known: bool = True
 
 
 def compose(overrides: Sequence[str]) -> Config:
@@ -91,14 +83,20 @@ def compose(overrides: Sequence[str]) -> Config:
 
 
 def draft(overrides: Sequence[str]) -> Draft:
-    """The same, with whatever is wrong with the values beside it.
+    """The same, with whatever is wrong beside it.
 
     Raises:
-        ConfigError: Words that cannot be understood, or files that do not compose; all problems at once.
+        ConfigError: Files that do not compose, beside which nothing else can be judged.
     """
-    given, folders = _understand(overrides)
-    tree, choices = _compose_groups(given)
-    return _finish(tree, given, lambda key: _file_of(key, choices, folders), fresh=True)
+    words = _understand(overrides)
+
+    def values(given: Sequence[Given]) -> Values:
+        return _values(_compose_groups(given, words.folders)[0], given, fresh=True)
+
+    def file_of(key: str) -> str:
+        return _file_of(key, _compose_groups(words.given, words.folders)[1], words.folders)
+
+    return _judge(words, values, file_of, fresh=True)
 
 
 def recompose(stored: Path, overrides: Sequence[str]) -> Config:
@@ -114,24 +112,43 @@ def recompose(stored: Path, overrides: Sequence[str]) -> Config:
         ConfigError: Anything is wrong with it; all problems at once.
         StorageError: The stored configuration is missing or damaged.
     """
-    given, _ = _understand(overrides)
+    return sound(redraft(stored, overrides))
+
+
+def redraft(stored: Path, overrides: Sequence[str]) -> Draft:
+    """The same, with whatever is wrong beside it.
+
+    Raises:
+        ConfigError: Files that do not compose, or an experiment is chosen.
+        StorageError: The stored configuration is missing or damaged.
+    """
+    words = _understand(overrides)
+    if any(one.group and one.key == "experiment" for one in words.given):
+        raise ConfigError(
+            "An experiment cannot be changed on resume: it is a whole run.", hint="phalanx submit experiment=..."
+        )
+
+    def values(given: Sequence[Given]) -> Values:
+        tree = _load(stored)
+        picked = [one for one in given if one.group]
+        if picked:
+            fresh, _ = _compose_groups(given, words.folders)
+            for one in picked:
+                tree[one.key] = fresh[one.key]
+        return _values(tree, given, fresh=False)
+
+    return _judge(words, values, lambda key: str(stored), fresh=False)
+
+
+def _load(stored: Path) -> DictConfig:
     try:
         tree = OmegaConf.load(stored)
     except (OSError, yaml.YAMLError) as error:
         why, hint = " ".join(str(error).split()), "Bring the file back from a copy, then resume again."
         raise StorageError(f"Cannot read the stored configuration {stored}.", why=why, hint=hint) from error
-    picked = [one for one in given if one.group]
     if not isinstance(tree, DictConfig):
         raise StorageError(f"{stored} is not a configuration.", hint="Bring the file back from a copy.")
-    if any(one.key == "experiment" for one in picked):
-        raise ConfigError(
-            "An experiment cannot be changed on resume: it is a whole run.", hint="phalanx submit experiment=..."
-        )
-    if picked:
-        fresh, _ = _compose_groups(given)
-        for one in picked:
-            tree[one.key] = fresh[one.key]
-    return sound(_finish(tree, given, lambda key: str(stored), fresh=False))
+    return tree
 
 
 def to_yaml(config: Config) -> str:
@@ -139,43 +156,41 @@ def to_yaml(config: Config) -> str:
     return str(yaml.safe_dump(to_json(config), sort_keys=False, allow_unicode=True))
 
 
-def choices_of(group: str, folders: Iterable[Path] | None = None) -> list[str]:
+def choices_of(group: str) -> list[str]:
     """Names that ``<group>=`` accepts."""
-    where = folders if folders is not None else [conf_dir()]
-    return sorted({path.stem for folder in where for path in (folder / group).glob("*.yaml")})
+    return choices_in(group, [conf_dir()])
 
 
 # ---- parsing ----------------------------------------------------------------------------------------------------
 
 
-def _understand(overrides: Sequence[str]) -> tuple[list[Given], list[Path]]:
-    """Every word, parsed, and the folders in which files are looked for; or all that is wrong with the words."""
-    given, problems = _parse(overrides)
-    folders = _folders(given)
-    _raise([*problems, *_wrong_choices(given, folders)])
-    return given, folders
-
-
-def _parse(overrides: Sequence[str]) -> tuple[list[Given], list[Problem]]:
-    parser = OverridesParser.create()
-    leaves = leaf_types(Config)
+def _understand(overrides: Sequence[str]) -> Words:
+    """Every word, parsed, what is wrong with those that cannot be understood, and the folders of files."""
     given: list[Given] = []
-    problems: list[Problem] = []
+    wrong: list[Wrong] = []
+    parser, leaves = OverridesParser.create(), leaf_types(Config)
     for text in overrides:
         try:
-            one = _parse_one(parser, text, leaves)
+            one = _parse(parser, text, leaves)
         except ConfigError as error:
-            problems.append(Problem(key=text, message=error.what, hint=error.hint))
+            wrong.append(Wrong(problem=Problem(key=text, message=error.what, hint=error.hint)))
             continue
-        problem = _unknown(one, leaves)
-        if problem is None:
-            given.append(one)
-        else:
-            problems.append(problem)
-    return given, problems
+        bad = unknown(one, leaves)
+        given += [] if bad else [one]
+        wrong += [bad] if bad else []
+    own = own_folders(given)
+    folders = (*(folder for folder in own if folder.is_dir()), conf_dir())
+    missing = [Problem(key=SEARCHPATH, message=f"{one} is not a folder") for one in own if not one.is_dir()]
+    wrong += [Wrong(problem=one) for one in missing]
+    if missing:  # what could be chosen is not known then
+        known = tuple(one for one in given if wrong_choice(one, folders) is None)
+        return Words(given=known, wrong=tuple(wrong), folders=folders)
+    choices = {one.text: bad for one in given if (bad := wrong_choice(one, folders))}
+    known = tuple(one for one in given if one.text not in choices)
+    return Words(given=known, wrong=(*wrong, *choices.values()), folders=folders)
 
 
-def _parse_one(parser: OverridesParser, text: str, leaves: dict[str, Any]) -> Given:
+def _parse(parser: OverridesParser, text: str, leaves: dict[str, Any]) -> Given:
     key, equals, raw = text.lstrip("+~").partition("=")
     literal = bool(equals) and is_text(leaves.get(key)) and not text.startswith("~")
     try:
@@ -184,8 +199,8 @@ def _parse_one(parser: OverridesParser, text: str, leaves: dict[str, Any]) -> Gi
         if literal:
             return Given(text=text, key=key, value=raw)
         if key == "faults":
-            return Given(text=text, key=key, value=_fault_words(raw))
-        raise ConfigError(*_explain_syntax(text, error)) from error
+            return Given(text=text, key=key, value=fault_words(raw))
+        raise syntax_error(text, error) from error
     if parsed.package is not None:
         raise ConfigError("a package ('@') cannot be chosen here")
     value = parsed.value() if parsed.value_type is not None else None
@@ -205,87 +220,14 @@ def _is_section(parsed: Override) -> bool:
     return not parsed.is_delete() and isinstance(parsed.value(), dict)
 
 
-def _fault_words(raw: str) -> list[str]:
-    """``[a@x=1,y=2,b@z=3]``, the list whose inner quotes a shell has eaten, as ``[a@x=1,y=2] [b@z=3]``."""
-    words: list[str] = []
-    for word in raw.strip().strip("[]").split(","):
-        if "@" in word or not words:
-            words.append(word.strip())
-        else:
-            words[-1] += f",{word.strip()}"
-    return [word.strip("\"'") for word in words if word]
-
-
-def _explain_syntax(text: str, error: HydraException) -> tuple[str]:
-    if "=" not in text:
-        return (f"'{text}' is not an override: it has no '='; write key=value",)
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return (f"cannot be parsed ({reason}); quote a value with special characters: 'key=\"value\"'",)
-
-
-def _unknown(one: Given, leaves: dict[str, Any]) -> Problem | None:
-    if one.group or one.key in leaves or one.key == SEARCHPATH:
-        return None
-    sections = {leaf.split(".")[0] for leaf in leaves} | set(GROUPS)
-    head, _, tail = one.key.partition(".")
-    if one.key in sections:
-        return None  # a whole section, `train={steps: 3}`: the decoder looks inside
-    if one.key == "hydra" or one.key.startswith(("hydra.", "hydra/")):
-        return Problem(key=one.text, message="phalanx takes no Hydra settings", hint=f"Known: {SEARCHPATH}.")
-    if tail and head in sections:
-        while (deeper := f"{head}.{tail.partition('.')[0]}") in leaves and "." in tail:
-            head, tail = deeper, tail.partition(".")[2]
-        known = [leaf.removeprefix(f"{head}.") for leaf in leaves if leaf.startswith(f"{head}.")]
-        return Problem(key=one.text, message=f"unknown key '{tail}' in '{head}'", hint=did_you_mean(tail, known))
-    elsewhere = [leaf for leaf in leaves if leaf.rpartition(".")[2] == one.key.rpartition(".")[2]]
-    hint = f"Did you mean '{elsewhere[0]}'?" if elsewhere else did_you_mean(head, sections)
-    return Problem(key=one.text, message=f"unknown key '{one.key}'", hint=hint)
-
-
 # ---- groups -----------------------------------------------------------------------------------------------------
 
 
-def _folders(given: list[Given]) -> list[Path]:
-    """Folders with configuration files, the user's own (``hydra.searchpath=[DIR]``) first."""
-    own: list[Path] = []
-    for one in given:
-        if one.key == SEARCHPATH:
-            names = one.value if isinstance(one.value, list) else [one.value]
-            own += [Path(str(name).removeprefix("file://")).absolute() for name in names]
-    missing = [Problem(key=SEARCHPATH, message=f"{folder} is not a folder") for folder in own if not folder.is_dir()]
-    _raise(missing)
-    return [*own, conf_dir()]
-
-
-def _wrong_choices(given: list[Given], folders: list[Path]) -> list[Problem]:
-    problems = []
-    for one in given:
-        if not one.group:
-            continue
-        known = choices_of(one.key, folders)
-        optional = one.key == "experiment"
-        if one.delete or one.value is None:
-            if not optional:
-                problems.append(
-                    Problem(key=one.text, message=f"a run needs a {one.key}", hint=f"Known: {', '.join(known)}.")
-                )
-        elif str(one.value) not in known:
-            problems.append(
-                Problem(
-                    key=one.text,
-                    message=f"there is no {one.key} '{one.value}'",
-                    hint=did_you_mean(str(one.value), known),
-                )
-            )
-    return problems
-
-
-def _compose_groups(given: list[Given]) -> tuple[DictConfig, dict[str, str]]:
+def _compose_groups(given: Sequence[Given], folders: Sequence[Path]) -> tuple[DictConfig, dict[str, str]]:
     """Let Hydra compose the chosen files; returns the tree and the choice of every group."""
     words = [f"{one.key}={'null' if one.value is None else one.value}" for one in given if one.group]
-    folders = _folders(given)[:-1]
-    if folders:
-        words.append(f"{SEARCHPATH}=[{','.join(f'file://{folder}' for folder in folders)}]")
+    if folders[:-1]:
+        words.append(f"{SEARCHPATH}=[{','.join(f'file://{folder}' for folder in folders[:-1])}]")
     try:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3", job_name="phalanx"):
             tree = hydra_compose("config", words, return_hydra_config=True)
@@ -305,7 +247,7 @@ def _compose_groups(given: list[Given]) -> tuple[DictConfig, dict[str, str]]:
         del tree["hydra"]
         if choices.get("experiment") and any(one.group and one.key == "strategy" for one in given):
             # Who picks a strategy for a named run wants that one, not the run's own plan laid over it.
-            named = (folder / "strategy" / f"{choices['strategy']}.yaml" for folder in (*folders, conf_dir()))
+            named = (folder / "strategy" / f"{choices['strategy']}.yaml" for folder in folders)
             tree["strategy"] = OmegaConf.load(next(path for path in named if path.is_file()))
     return tree, choices
 
@@ -313,13 +255,15 @@ def _compose_groups(given: list[Given]) -> tuple[DictConfig, dict[str, str]]:
 # ---- values -----------------------------------------------------------------------------------------------------
 
 
-def _finish(tree: DictConfig, given: list[Given], file_of: Callable[[str], str], *, fresh: bool) -> Draft:
-    words = {one.key: one.text for one in given if not one.group and one.key != SEARCHPATH}
+def _values(tree: DictConfig, given: Sequence[Given], *, fresh: bool) -> Values:
+    """Plain values: those of the files with what was typed laid over them."""
     OmegaConf.set_struct(tree, False)
     problems: list[Problem] = []
     try:
+        before = OmegaConf.to_container(tree, resolve=False)
         _apply(tree, given)
-        if fresh or {"model.from_hf", "job.weights"} & set(words):  # a stored configuration has the sizes already
+        typed_keys = {one.key for one in given}
+        if fresh or {"model.from_hf", "job.weights"} & typed_keys:  # a stored configuration has the sizes already
             values, problems = pretrained.model_section(tree["job"], tree["model"])
             for key, value in values.items():
                 tree["model"][key] = value  # as a whole: nothing is left of experts that were chosen before
@@ -328,21 +272,39 @@ def _finish(tree: DictConfig, given: list[Given], file_of: Callable[[str], str],
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "the configuration"
         raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
-    known = not problems
-    config, wrong = decode(Config, plain, Bounds(least=MINIMUM, most=MAXIMUM, hints=HINTS))
-    problems += wrong or contradictions(config)
-    if fresh and known and config is not None:
-        config, of_weights = pretrained.checked(config)
-        problems += of_weights
-    located = tuple(_located(problem, words, file_of) for problem in problems)
-    return Draft(config=cast("Config | None", config), problems=located, model_known=known)
+    plain, before = cast("dict[str, Any]", plain), cast("dict[str, Any]", before)
+    return Values(plain=plain, before=before, problems=tuple(problems))
+
+
+def _judge(
+    words: Words, values: Callable[[Sequence[Given]], Values], file_of: Callable[[str], str], *, fresh: bool
+) -> Draft:
+    """Everything that is wrong with the words, the values, and what the values amount to."""
+    wrong = [one.problem for one in words.wrong]
+    try:
+        first = values(words.given)
+    except ConfigError as error:
+        if not wrong:
+            raise
+        raise everything([*map(str, wrong), *lines_of(error)]) from error
+    config, of_values = typed(first)
+    found = [config] if config is not None and not first.problems else readings(first)
+    for given in words.readings(model_known=not first.problems):
+        with contextlib.suppress(ConfigError):  # it cannot have been meant
+            found += readings(values(given))
+    problems = [*first.problems, *of_values, *common(found, contradictions)]
+    if fresh:
+        problems += common(found, lambda one: pretrained.checked(one)[1])
+        found = [pretrained.checked(one)[0] for one in found]
+    said = {one.key: one.text for one in words.given if not one.group and one.key != SEARCHPATH}
+    told = [located(one, said, file_of) for one in problems]
+    return Draft(readings=tuple(found), problems=(*wrong, *told))
 
 
 def sound(drafted: Draft) -> Config:
     """The configuration, if nothing is wrong with it; raises ConfigError with all that is."""
     _raise(drafted.problems)
-    assert drafted.config is not None, "nothing is wrong with it"
-    return drafted.config
+    return drafted.readings[0]
 
 
 def _apply(tree: DictConfig, given: Iterable[Given]) -> None:
@@ -363,15 +325,7 @@ def _delete(tree: DictConfig, key: str) -> None:
         del node[name]
 
 
-def _located(problem: Problem, words: dict[str, str], file_of: Callable[[str], str]) -> Problem:
-    """The problem with the word or the file that caused it."""
-    parts = problem.key.partition("[")[0].split(".")  # an entry of a list was typed with the whole list
-    typed = [words[key] for end in range(len(parts), 0, -1) if (key := ".".join(parts[:end])) in words]
-    where = f"command line: {typed[0]}" if typed else file_of(problem.key)
-    return dataclasses.replace(problem, message=f"{problem.message} ({where})")
-
-
-def _file_of(key: str, choices: dict[str, str], folders: list[Path]) -> str:
+def _file_of(key: str, choices: dict[str, str], folders: Sequence[Path]) -> str:
     """The file that a key's value comes from."""
     files = []
     if choices.get("experiment"):
@@ -393,4 +347,5 @@ def _raise(problems: Sequence[Problem]) -> None:
         one = problems[0]
         raise ConfigError(f"{one.key}: {one.message}.", hint=one.hint)
     lines = [f"  - {one}" for one in problems]
-    raise ConfigError(f"The configuration has {len(problems)} problems:\n" + "\n".join(lines))
+    told = tuple(map(str, problems))
+    raise ConfigError(f"The configuration has {len(problems)} problems:\n" + "\n".join(lines), problems=told)

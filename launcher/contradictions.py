@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from jobs.location import locate
 from launcher import pretrained
 from launcher.data_checks import data_problems
 from launcher.schema import Config
 from launcher.typed import Problem
+from strategies.errors import ConfigError
 
 LONGEST_NAME = 128  # characters of the name of a run; file systems take 255 bytes, and other names are made of it
 
@@ -33,6 +35,7 @@ def contradictions(config: Config) -> list[Problem]:
     if config.job.kind == "script" and config.checkpoint.url:
         message = "a script writes its checkpoints itself, to $PHALANX_CKPT_DIR in the run directory"
         found.append(Problem(key="checkpoint.url", message=message, hint="Leave it out."))
+    found += _store_problems(config)
     found += pretrained.contradictions(config)
     found += _rotary_contradictions(config)
     if config.strategy.auto and config.job.kind == "script":
@@ -46,6 +49,16 @@ def contradictions(config: Config) -> list[Problem]:
             if getattr(config.cluster, key) is None
         ]
     return found
+
+
+def _store_problems(config: Config) -> list[Problem]:
+    """What is wrong with the place of the checkpoints, before anybody asks there."""
+    try:
+        locate(config.checkpoint.url or "")
+    except ConfigError as error:
+        why = f" ({error.why})" if error.why else ""
+        return [Problem(key="checkpoint.url", message=error.what.rstrip(".") + why, hint=error.hint)]
+    return []
 
 
 def _rotary_contradictions(config: Config) -> list[Problem]:

@@ -1,88 +1,101 @@
 """All that is wrong with a run, told at once: its values, its plan and its data. Nothing is written.
 
 Each of these is judged by a module of its own. Here they are asked in one go, so that whoever has mended one mistake
-does not meet the next only then.
+does not meet the next only then. Where values are wrong, plan and data are judged under every reading of them
+(:mod:`launcher.readings`). What a submit needs besides is in :mod:`launcher.submission`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from jobs import weights
 from launcher import build
 from launcher.config import Draft, draft, sound
 from launcher.data_checks import data_spec
+from launcher.findings import Findings, common, lines_of
 from launcher.schema import Config
-from strategies.errors import ConfigError, PhalanxError, PlanInfeasible, Violation
+from strategies.errors import PhalanxError
+from strategies.specs import ClusterSpec
 
 MOST_BYTES = 256 << 20
 """Text that is read only to tell what else is wrong; of more, what its files say from outside is told."""
 
+_SIZES = ((1, 8), (16, 1), (1024, 16))  # nodes and slots of clusters that differ much
 
-def examined(overrides: Sequence[str], *, data: bool = True) -> Config:
+
+def examined(overrides: Sequence[str]) -> Config:
     """The configuration that these overrides describe, if nothing is wrong with its values.
 
     Args:
         overrides: Words in Hydra's grammar.
-        data: Where something is wrong, look at the data, too.
 
     Raises:
-        ConfigError: Something is wrong with them; what is wrong with plan and data is told with it.
+        PhalanxError: Something is wrong with them; what is wrong with the plan is told with it.
     """
     found = draft(overrides)
-    more = _beside(found, data=data) if found.problems else []
-    if not more:
-        return sound(found)
-    raise everything([*map(str, found.problems), *more])
+    if found.problems:
+        refuse(found, common(found.readings, of_plan))
+    return sound(found)
 
 
-def with_data(broken: PlanInfeasible, config: Config) -> PhalanxError:
-    """A plan that is refused, with what is wrong with the data of its run.
+def refuse(found: Draft, more: Sequence[str]) -> None:
+    """Refuse a configuration whose values are wrong, with what else is.
 
-    Args:
-        broken: Why it is refused.
-        config: Settled, and nothing is wrong with its values.
+    Raises:
+        ConfigError: Always.
     """
-    data = _of_data(config, vocab=config.model.vocab)
-    return everything([*(str(one) for one in broken.violations or [broken.what]), *data]) if data else broken
+    if not more:
+        sound(found)
+    findings = Findings()
+    findings.note(found.problems)
+    findings.note(more)
+    findings.refuse()
 
 
-def everything(lines: Sequence[str]) -> ConfigError:
-    """All that is wrong as one error."""
-    told = "\n".join(f"  - {line}" for line in lines)
-    return ConfigError(f"The run has {len(lines)} problems:\n{told}", hint="Nothing was written.")
-
-
-def _beside(found: Draft, *, data: bool) -> list[str]:
-    """What is wrong with the plan and the data of a run with whose values something is wrong already."""
-    if found.config is None:
-        return []
-    lines = [str(one) for one in _of_plan(found.config)] if found.model_known else []
-    if data:
-        settled = build.settle(found.config, name="run", cwd=Path.cwd())
-        told = any(one.key.startswith(("data.sources", "data.path")) for one in found.problems)
-        lines += _of_data(settled, vocab=settled.model.vocab if found.model_known else 0, formed=told)
-    return lines
-
-
-def _of_plan(config: Config) -> tuple[Violation, ...]:
-    if config.strategy.auto:
-        return ()  # it is yet to be found
-    try:
-        return build.outline(config).violations
-    except PhalanxError:  # the size of the cluster is not known, or is among what is wrong with the values
-        return ()
-
-
-def _of_data(config: Config, *, vocab: int, formed: bool = False) -> list[str]:
-    """What is wrong with the data.
+def of_plan(config: Config, cluster: ClusterSpec | None = None) -> list[str]:
+    """What is wrong with the plan of a run; on a cluster whose size nobody knows, what is on any.
 
     Args:
-        config: Settled.
-        vocab: Tokens of the model; 0 if that is not known.
+        config: Something may be wrong with it besides.
+        cluster: What an existing cluster reported.
+    """
+    if config.strategy.auto:
+        return []  # it is yet to be found
+    machine, sizes = config.cluster, _SIZES if cluster is None and config.cluster.kind == "existing" else _SIZES[:1]
+    filled = [
+        replace(machine, nodes=machine.nodes or nodes, slots_per_node=machine.slots_per_node or slots)
+        for nodes, slots in sizes
+    ]
+    return common(filled, lambda one: _of_plan(replace(config, cluster=one), cluster))
+
+
+def _of_plan(config: Config, cluster: ClusterSpec | None) -> list[str]:
+    try:
+        return build.flaws(config, build.outline(config, cluster)).lines
+    except PhalanxError as error:
+        return lines_of(error)
+
+
+def of_data(readings: Sequence[Config], *, formed: bool = False) -> list[str]:
+    """What is wrong with the data of a run.
+
+    Args:
+        readings: What the configuration may be meant to be, settled.
         formed: What is wrong with the form of the sources is told already.
     """
+    sizes = {(one.model.vocab, one.model.seq) for one in readings}
+    vocab, seq = next(iter(sizes)) if len(sizes) == 1 else (0, 0)
+    plain: list[Config] = []
+    for one in readings:
+        other = replace(readings[0], data=replace(one.data, validation=0.0, workers=None, packing=False), job=one.job)
+        plain += [] if other in plain else [other]
+    return common(plain, lambda one: _of_data(one, vocab, seq, formed=formed))
+
+
+def _of_data(config: Config, vocab: int, seq: int, *, formed: bool) -> list[str]:
     if config.job.infers:
         return _of_questions(config, vocab)
     if config.job.kind != "pretrain":
@@ -93,7 +106,6 @@ def _of_data(config: Config, *, vocab: int, formed: bool = False) -> list[str]:
     from jobs.data.blend import flaws
 
     try:
-        seq = config.model.seq if vocab else 0
         return flaws(spec, vocab, most_bytes=MOST_BYTES, seq=seq, form=not formed)
     except PhalanxError as error:  # a library is missing, or a disk is bad
         return [error.what]

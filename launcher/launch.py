@@ -41,6 +41,7 @@ from launcher.schema import Config
 from launcher.ship import Shipment, renew_code, same_code, ship_code, ship_project, survey
 from launcher.store import RunStore, dump, taken, write_atomic
 from strategies.errors import ClusterError, PhalanxError, ResumeRefused, StorageError
+from strategies.plan import ParallelPlan
 from strategies.specs import ClusterSpec
 
 if TYPE_CHECKING:
@@ -336,20 +337,19 @@ def check_place(run_dir: Path) -> None:
         ConfigError: A run of this name exists.
         StorageError: Its parent cannot be written.
     """
-    if run_dir.exists():
+    if os.path.exists(run_dir):  # a name that no file can have is refused elsewhere
         raise taken(run_dir)
     check_parent(run_dir.parent)
 
 
-def check_disks(request: LaunchRequest) -> None:
+def check_disks(plan: ParallelPlan, cluster: ClusterSpec) -> None:
     """State can be kept on the disks of this machine, if the plan asks for it and the ranks run here.
 
     Raises:
         ConfigError: DeepSpeed's op for it has not been compiled.
         StorageError: It cannot be kept there.
     """
-    plan = request.job.plan
-    if disks.on_disks(plan) and request.cluster.kind != "existing":
+    if disks.on_disks(plan) and cluster.kind != "existing":
         disks.require_op()
         disks.require_folder(plan.offload_path)
 

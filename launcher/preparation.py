@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.spec import DataSpec
-from launcher import build, examination, pretrained
+from launcher import build, examination, findings, pretrained
 from launcher.data_checks import data_spec
 from launcher.follow import Screen
 from launcher.ray_client import is_dashboard
@@ -46,7 +46,7 @@ def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> Laun
     model = request.job.model
     if not spec.mixed:
         if len(wrong := examination.of_text(config, vocab=model.vocab)) > 1:
-            raise examination.everything(wrong)
+            raise findings.everything(wrong)
         data = prepare(spec, root, model.vocab, progress, seq=model.seq)
         return replace(request, job=replace(request.job, data=data))
     samples = request.job.schedule().trained(request.job.train.steps + 1)

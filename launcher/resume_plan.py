@@ -9,10 +9,11 @@ from typing import Any
 
 from jobs.paths import RunPaths
 from jobs.spec import JobSpec
-from launcher import build, launch, origin, progress, proposal, render, resume_checks
-from launcher.config import recompose
-from launcher.data_checks import unprepared
+from launcher import build, examination, launch, origin, progress, proposal, render, resume_checks
+from launcher.config import redraft
+from launcher.data_checks import data_spec, unprepared
 from launcher.describe import plan_line
+from launcher.findings import Findings, common
 from launcher.follow import Screen
 from launcher.lock import controlled
 from launcher.preparation import prepare_data, require_validation
@@ -23,7 +24,7 @@ from launcher.schema import Config
 from launcher.ship import Shipment, changed_files
 from launcher.store import RunStore
 from strategies.codec import to_json
-from strategies.errors import ResumeRefused
+from strategies.errors import ConfigError, ResumeRefused, StorageError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,14 +80,10 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
     """
     run, before = store.run(), store.request()
     _check_free(store, run)
-    passed_over = resume_checks.check(store, run, before)
-    config = recompose(store.paths.config, overrides)
-    here = store.paths.root.absolute()
-    config = replace(config, run=replace(config.run, dir=str(here.parent)))
-    config = build.settle(config, name=here.name, cwd=Path.cwd())
+    found = Findings()
+    passed_over = found.of(lambda: resume_checks.check(store, run, before)) or []
     words = tuple(dict.fromkeys([*before.overrides, *overrides]))
-    after = _request(config, before, words, overrides)
-    after = _with_data(config, before, after)
+    config, after = _renewed(store, before, words, overrides, found)
     after, shipment = _with_project(config, store.paths, before, after)
     script = after.job.kind == "script"
     point, _ = origin.newest(store.paths, rejected=run.found_damaged, script=after.job.kind != "pretrain")
@@ -104,7 +101,8 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
         changes=changes,
         live=_live_steps(store, run),
     )
-    text = "\n".join([text, *(f"passed over, damaged: {one}" for one in passed_over)])
+    notes = [*(f"passed over, damaged: {one}" for one in passed_over), *_unvalidated(after)]
+    text = "\n".join([text, *notes])
     return ResumePlan(
         name=store.name,
         config=config,
@@ -114,6 +112,41 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
         overrides=tuple(overrides),
         text=text,
     )
+
+
+def _renewed(
+    store: RunStore, before: LaunchRequest, words: tuple[str, ...], overrides: Sequence[str], found: Findings
+) -> tuple[Config, LaunchRequest]:
+    """The new configuration, and the new request with its data.
+
+    Raises:
+        PhalanxError: Something is wrong with them, or was found before; all of it is told.
+    """
+    drafted = found.of(lambda: redraft(store.paths.config, overrides))
+    if drafted is None:
+        raise found.error()
+    readings = [_settled(one, store) for one in drafted.readings]
+    if drafted.problems:
+        more = [*common(readings, examination.of_plan), *common(readings, lambda one: _of_data(one, before))]
+        examination.refuse(drafted, [*found.lines, *more])
+    (config,) = readings
+    after = found.of(lambda: _request(config, before, words, overrides))
+    if found:
+        found.note(_of_data(config, before))
+        found.refuse()
+    assert after is not None, "nothing is wrong"
+    return config, _with_data(config, before, after)
+
+
+def _settled(config: Config, store: RunStore) -> Config:
+    here = store.paths.root.absolute()
+    return build.settle(replace(config, run=replace(config.run, dir=str(here.parent))), name=here.name, cwd=Path.cwd())
+
+
+def _of_data(config: Config, before: LaunchRequest) -> list[str]:
+    """What is wrong with the data, where they are others than those that the run has prepared."""
+    same = unprepared(data_spec(config)) == unprepared(before.job.data)
+    return [] if same and config.job.kind == before.job.kind else examination.of_data([config])
 
 
 def next_sample(job: JobSpec, step: int) -> int:
@@ -173,13 +206,26 @@ def _with_data(config: Config, before: LaunchRequest, after: LaunchRequest) -> L
     same = new.kind == old.kind and unprepared(new.data) == unprepared(old.data)
     there = all(Path(store).is_dir() for store in (old.data.store, *(one.store for one in old.data.sources)))
     if same and new.model.vocab == old.model.vocab and (new.kind == "script" or there):
-        if new.train.eval_every and not old.train.eval_every:
+        if new.train.eval_every and new.train.eval_every != old.train.eval_every:
             require_validation(old.data, new.model.seq)
         return replace(after, job=replace(new, data=old.data))
     if new.model != old.model or new.kind != old.kind:
         return replace(after, job=replace(new, data=old.data))  # refused anyway: do not tokenize for it
     with launch.closing(_Quiet()) as screen:
         return prepare_data(config, after, screen)
+
+
+def _unvalidated(request: LaunchRequest) -> list[str]:
+    """What is to be said of a run that has always been asked to validate, and has nothing to do it with."""
+    if request.job.kind != "pretrain" or not request.job.train.eval_every:
+        return []
+    try:
+        require_validation(request.job.data, request.job.model.seq)
+    except ConfigError as error:
+        return [f"note: {error.what} {error.why} train.eval_every=0 does without."]
+    except StorageError:  # the ranks say what is wrong with a store
+        pass
+    return []
 
 
 def _request(config: Config, before: LaunchRequest, words: tuple[str, ...], fresh: Sequence[str]) -> LaunchRequest:

@@ -11,6 +11,7 @@ from jobs.location import locate
 from jobs.spec import CheckpointSpec
 from launcher.request import START_TIMEOUT_S, RecoverySpec
 from launcher.schema import Config
+from strategies.errors import ConfigError
 from strategies.plan import ParallelPlan
 from strategies.reliability import restart_from_disk_s
 from strategies.workload import Workload
@@ -20,14 +21,13 @@ RESTARTS = 3.0
 
 
 def address(url: str | None, absolute: Callable[[str], str]) -> str | None:
-    """Where checkpoints are kept, checked; None for the run directory.
-
-    Raises:
-        ConfigError: Nothing is known of such a place, or it carries credentials.
-    """
+    """Where checkpoints are kept; None for the run directory."""
     if not url:
         return None
-    place = locate(url)
+    try:
+        place = locate(url)
+    except ConfigError:  # is refused anyway (:mod:`launcher.contradictions`)
+        return url
     return absolute(str(place)) if isinstance(place, Path) else str(place)
 
 

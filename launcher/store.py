@@ -148,7 +148,7 @@ class RunStore:
         store = cls(Path(root))
         if not store.paths.request.exists():
             why = "it has no request.json" if store.paths.root.is_dir() else "there is no such folder"
-            raise NotFound(f"{root} is not a run directory ({why}).")
+            raise NotFound(f"{root} is not a run directory ({why}).", hint="phalanx status --dir FOLDER lists runs.")
         return store
 
     @classmethod
@@ -156,7 +156,7 @@ class RunStore:
         """Names of all runs in ``parent``, oldest first."""
         if not parent.is_dir():
             return []
-        found = [path for path in parent.iterdir() if (path / "request.json").is_file()]
+        found = [path for path in parent.iterdir() if os.path.isfile(path / "request.json")]
         return [path.name for path in sorted(found, key=lambda path: ((path / "request.json").stat().st_mtime, path))]
 
     @classmethod

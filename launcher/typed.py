@@ -22,11 +22,13 @@ class Problem:
         key: Dotted key, for example ``strategy.tp``.
         message: What is wrong with it.
         hint: What would be right; may be empty.
+        instead: Legal values, the nearest first, as far as they are known without looking at other keys.
     """
 
     key: str
     message: str
     hint: str = ""
+    instead: tuple[Any, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.key}: {self.message}.{f' {self.hint}' if self.hint else ''}"
@@ -127,7 +129,8 @@ def _value(kind: Any, data: Any, key: str, bounds: Bounds, problems: list[Proble
         message = error.what.split(": ", 1)[-1].rstrip(".")
         options = [option for option in _options(kind) if isinstance(option, str)]
         hint = did_you_mean(str(data), options) if options else bounds.hints.get(key, "")
-        problems.append(Problem(key=key, message="not a known value: " + repr(data) if options else message, hint=hint))
+        message = "not a known value: " + repr(data) if options else message
+        problems.append(Problem(key=key, message=message, hint=hint, instead=_legal(kind, key, bounds)))
         return None
     problems.extend(_out_of_bounds(value, key, bounds))
     return value
@@ -144,10 +147,35 @@ def _options(kind: Any) -> tuple[Any, ...]:
 def _out_of_bounds(value: Any, key: str, bounds: Bounds) -> typing.Iterator[Problem]:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
-    hint = bounds.hints.get(key, "")
     if not math.isfinite(value):
-        yield Problem(key=key, message=f"expected a finite number, found {value!r}", hint=hint)
+        message = f"expected a finite number, found {value!r}"
     elif key in bounds.least and not value >= bounds.least[key]:
-        yield Problem(key=key, message=f"expected at least {bounds.least[key]:g}, found {value!r}", hint=hint)
+        message = f"expected at least {bounds.least[key]:g}, found {value!r}"
     elif key in bounds.most and not value <= bounds.most[key]:
-        yield Problem(key=key, message=f"expected at most {bounds.most[key]:g}, found {value!r}", hint=hint)
+        message = f"expected at most {bounds.most[key]:g}, found {value!r}"
+    else:
+        return
+    yield Problem(
+        key=key, message=message, hint=bounds.hints.get(key, ""), instead=_within(type(value), key, bounds, near=value)
+    )
+
+
+def _legal(kind: Any, key: str, bounds: Bounds) -> tuple[Any, ...]:
+    """Two legal values of a type, if it is one of which some are known."""
+    if options := _options(kind):
+        return tuple(dict.fromkeys((options[0], options[-1])))
+    for plain in typing.get_args(kind) if admits_none(kind) else (kind,):
+        if plain is bool:
+            return (False, True)
+        if plain in (int, float):
+            return _within(plain, key, bounds)
+    return ()
+
+
+def _within(kind: type[float], key: str, bounds: Bounds, near: float = 0.0) -> tuple[float, ...]:
+    """Two numbers within the bounds, the first as near as can be."""
+    least, most = bounds.least.get(key, 0.0), bounds.most.get(key, math.inf)
+    if near > most:
+        return tuple(dict.fromkeys((kind(most), kind(max(least, most / 2)))))
+    first = least if kind is float or least == int(least) else int(least) + 1
+    return tuple(dict.fromkeys((kind(first), kind(min(most, 2 * first or 1)))))

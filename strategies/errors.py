@@ -12,7 +12,8 @@
     ├── RunFailed         100    a followed run ended in failure
     ├── RunCancelled      103    a followed run was cancelled
     ├── DrillFailed       104    a fault of a drill did not fire, or its run did not end as it must
-    └── DrillIncomplete   105    some faults of a drill cannot be rehearsed on this machine; the others passed
+    ├── DrillIncomplete   105    some faults of a drill cannot be rehearsed on this machine; the others passed
+    └── Interrupted       130    a person or a signal has ended the command
 
 Each error says *what* happened, *why* (with the numbers) and *what to do next*. The number is the exit code of the
 command, so that scripts can tell the cases apart.
@@ -33,15 +34,17 @@ class PhalanxError(Exception):
         what: One sentence: what went wrong, with the names and numbers involved.
         why: The reason, if it is not obvious from ``what``.
         hint: What the user can do next, as an imperative or a command to type.
+        problems: Where it tells of several, each of them.
     """
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, what: str, *, why: str = "", hint: str = "") -> None:
+    def __init__(self, what: str, *, why: str = "", hint: str = "", problems: Sequence[str] = ()) -> None:
         super().__init__(what)
         self.what = what
         self.why = why
         self.hint = hint
+        self.problems = tuple(problems)
 
     def __str__(self) -> str:
         lines = [self.what]
@@ -104,6 +107,12 @@ class DrillIncomplete(PhalanxError):
     """Some faults of a drill cannot be rehearsed on this machine; the others passed."""
 
     exit_code = 105
+
+
+class Interrupted(PhalanxError):
+    """A person or a signal has ended the command."""
+
+    exit_code = 130
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

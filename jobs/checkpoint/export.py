@@ -20,16 +20,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from jobs.checkpoint.errors import storage_error
 from jobs.checkpoint.layout import sync_dir
 from jobs.checkpoint.reader import Reader
+from jobs.folders import made_for
 from jobs.hf.config import config_of
 from jobs.hf.folder import TOKENIZER
 from jobs.hf.names import Part, parts_of
 from jobs.hf.tokenizer import write_tokenizer
 from jobs.location import Location
 from jobs.spec import DataSpec
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, StorageError
 
 Array = npt.NDArray[Any]
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -108,14 +108,20 @@ def appearing(target: Path) -> Iterator[Path]:
         raise ConfigError(f"{target} exists already.", hint="Give --to the name of a folder that does not exist yet.")
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        os.rename(aside, target)
-        sync_dir(target.parent)
+        with made_for(target.parent):
+            try:
+                aside.mkdir()
+                yield aside
+                os.rename(aside, target)
+                sync_dir(target.parent)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        raise storage_error("write the export", target, error) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        why, hint = (
+            error.strerror or str(error),
+            "Free some space there, or choose another --to. Nothing of it is left.",
+        )
+        raise StorageError(f"The export cannot be written to {target}.", why=why, hint=hint) from error
 
 
 def _write(

@@ -104,8 +104,8 @@ def _build(corpus: Corpus, vocab: int, library: str, folder: Path, progress: Pro
     progress("training the tokenizer", 0.0)
     tokenizer = bpe.train(corpus, vocab)  # before anything is written: it may be refused
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder.parent)
-    with _aside(folder.parent) as aside:
+    remove_abandoned(folder.parent)
+    with aside_in(folder.parent) as aside:
         (aside / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
         count = _tokenize(corpus, tokenizer, aside / TOKENS, token_width(vocab), progress)
         meta = StoreMeta(
@@ -166,8 +166,8 @@ def _pieces(documents: tuple[Document, ...]) -> Iterator[tuple[str, bool]]:
 
 
 @contextlib.contextmanager
-def _aside(root: Path) -> Iterator[Path]:
-    """A folder next to the stores; its lock is held as long as its writer lives."""
+def aside_in(root: Path) -> Iterator[Path]:
+    """A folder next to the stores, gone at the end; its lock is held as long as its writer lives."""
     fresh = Path(tempfile.mkdtemp(prefix=_FRESH, dir=root))
     aside = fresh.with_name(fresh.name.replace(_FRESH, _aside_prefix(), 1))
     try:
@@ -184,7 +184,7 @@ def _aside_prefix() -> str:
     return f"{_ASIDE}{socket.gethostname()}-"
 
 
-def _remove_abandoned(root: Path) -> None:
+def remove_abandoned(root: Path) -> None:
     """Remove what killed writers of this host left aside: a folder whose lock nobody holds."""
     for aside in root.glob(f"{_aside_prefix()}*"):
         with contextlib.suppress(OSError), (aside / _LOCK).open("r+") as lock:

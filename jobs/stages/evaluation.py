@@ -32,6 +32,15 @@ class Evaluation:
         self._steps = job.train.steps
         self._schedule = SampleSchedule(global_batch=size)
 
+        self.missing = ""
+        """What to say of an evaluation that is asked for and cannot be; "" otherwise."""
+        if job.train.eval_every and samples is None:
+            self.missing = (
+                f"train.eval_every={job.train.eval_every} evaluates nothing: data.validation={job.data.validation:g} "
+                "keeps no whole sequence from training. Resume with train.eval_every=0 to do without, or submit a new "
+                "run with a larger data.validation."
+            )
+
     def due(self, step: int) -> bool:
         """Whether to evaluate after ``step``; always after the last one."""
         return bool(self._every) and (step % self._every == 0 or step == self._steps)

@@ -81,6 +81,8 @@ class Pretrain:
         self._store = open_samples(job.data, job.batch.seq)
         self._held_out = self._store.validation()
         self._evaluation = Evaluation(job, self._held_out)
+        if self._evaluation.missing and env.rank == 0:  # a submit refuses this; an older version's did not
+            print(f"warning: {self._evaluation.missing}", flush=True)
         self._schedule = job.schedule()
         self._watch = LossWatch(job.train.spike_sigmas)
         self._metrics = MetricsWriter(self._paths.metrics) if env.rank == 0 else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from launcher.commands.common import dir_option, find, json_option, print_json, run_argument, say, split
+from launcher.commands.common import dir_option, find, interruptible, json_option, print_json, run_argument, say, split
 from launcher.commands.groups import Nearest
 
 if TYPE_CHECKING:
@@ -121,7 +121,8 @@ def export_(
     dtype = dtype or "fp32"
     store = _store(words, folder)
     one = _picked(store, step)[0]
-    done = _export(store, one, kind, target.absolute(), dtype)
+    with interruptible():
+        done = _export(store, one, kind, target.absolute(), dtype)
     if as_json:
         print_json(
             {"schema_version": SCHEMA_VERSION, "run": store.name, "step": one.step, "path": str(done.path)}

@@ -90,9 +90,11 @@ def split(words: Sequence[str], folder: str | None, *, overrides: bool = False) 
     rest = [word for word in words if word not in refs and not word.startswith("run.dir=")]
     given = [word.partition("=")[2].strip("'\"") for word in words if word.startswith("run.dir=")]
     if len(refs) > 1:
-        raise ConfigError(f"One RUN is expected, found {len(refs)}: {' '.join(refs)}.")
+        hint = "Give its name, a unique prefix of it, or 'latest' (phalanx status)."
+        raise ConfigError(f"One RUN is expected, found {len(refs)}: {' '.join(refs)}.", hint=hint)
     if rest and not overrides:
-        raise ConfigError(f"This verb takes no overrides but run.dir=DIR, found: {' '.join(rest)}.")
+        hint = "Leave them out; phalanx resume RUN KEY=VALUE changes a run."
+        raise ConfigError(f"This verb takes no overrides but run.dir=DIR, found: {' '.join(rest)}.", hint=hint)
     return (refs[0] if refs else None), Path(folder or (given[-1] if given else DEFAULT_DIR)), rest
 
 

@@ -36,17 +36,15 @@ def command(ctx: click.Context, faults: str, seed: int, count: int, as_json: boo
     on this machine and the others passed. Ctrl-C ends everything that was started.
     """
     from launcher import launch
-    from launcher.config import compose
     from launcher.drill import report
     from launcher.drill.changes import changes_text
     from launcher.drill.programme import Programme, choose, keeper
-    from launcher.drill.toy import shrink
     from launcher.follow import screen
 
     if faults == "list":
         _list(as_json)
         return
-    toy = shrink(compose(overrides))
+    toy = _toy(overrides, faults)
     chosen = choose(faults, toy, seed=seed, count=count)
     toy = _placed(toy)  # writes: nothing is refused after it
     folder = Path(toy.config.run.dir)
@@ -65,19 +63,41 @@ def command(ctx: click.Context, faults: str, seed: int, count: int, as_json: boo
         ctx.exit(verdict.exit_code)
 
 
+def _toy(overrides: tuple[str, ...], faults: str) -> Toy:
+    """What is rehearsed.
+
+    Raises:
+        PhalanxError: Something is wrong with it, with its place or with the names of the faults; all is told.
+    """
+    from launcher import launch
+    from launcher.drill.programme import known_cases
+    from launcher.drill.toy import shrink
+    from launcher.examination import examined
+    from launcher.findings import Findings
+
+    findings = Findings()
+    config = findings.of(lambda: examined(overrides))
+    toy = findings.of(lambda: shrink(config)) if config is not None else None
+    if config is not None:
+        folder = Path(config.run.dir).absolute()
+        findings.of(lambda: launch.check_parent(folder))
+    findings.of(lambda: known_cases(faults))
+    findings.refuse()
+    assert toy is not None, "nothing is wrong"
+    return toy
+
+
 def _placed(toy: Toy) -> Toy:
     """The rehearsal in a new folder, with a text of its own.
 
     Raises:
         StorageError: The folder cannot be made.
     """
-    from launcher import launch
     from launcher.drill.programme import corpus
 
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     parent = Path(toy.config.run.dir).absolute()
     folder = parent / f"drill-{stamp}-{secrets.token_hex(2)}"
-    launch.check_parent(parent)
     text, cache = corpus(folder), str(folder / ".data")
     config = toy.config
     data = replace(config.data, kind="text", path=str(text), cache=cache)

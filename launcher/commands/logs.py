@@ -49,7 +49,8 @@ def command(
     if not number:
         raise NotFound(f"'{store.name}' has started no ranks yet.", hint=f"phalanx status {store.name}")
     if number > len(run.attempts):
-        raise NotFound(f"'{store.name}' has {len(run.attempts)} attempts, not {number}.")
+        hint = "Leave --attempt out for the last one."
+        raise NotFound(f"'{store.name}' has no attempt {number}: there are {len(run.attempts)}.", hint=hint)
     piece = rank_logs.read_all(store.paths, number, rank)
     if piece is None:
         raise rank_logs.missing(store.paths, store.name, number, rank)

@@ -75,7 +75,7 @@ def command(ctx: click.Context, /, overrides: tuple[str, ...], **options: Any) -
     from launcher import build
     from launcher.examination import examined
 
-    config = examined(overrides, data=False)
+    config = examined(overrides)
     if options["rehearse"]:
         _rehearse(config, as_json=options["as_json"])
         return
@@ -87,8 +87,7 @@ def command(ctx: click.Context, /, overrides: tuple[str, ...], **options: Any) -
     result = _searched(config, cluster, options, ctx)
     sketch = build.outline(config, cluster, plan=_chosen(result))
     _require_hardware(config, sketch, options)
-    if not sketch.violations:
-        build.resolved_faults(config, sketch)  # submit would refuse what does not fit
+    build.require_asked(config, sketch)  # submit would refuse what does not fit
     ranking = _ranking(config, result, options["top"]) if result else None
     document = plan_document(
         config, sketch, explain=options["explain"], report=bool(options["report"]), searched=ranking

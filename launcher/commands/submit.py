@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +14,7 @@ if TYPE_CHECKING:
     from launcher.follow import Screen
     from launcher.ray_process import RayProcess
     from launcher.request import LaunchRequest
-    from launcher.schema import Config
     from launcher.ship import Shipment
-    from strategies.specs import ClusterSpec
 
 SCHEMA_VERSION = 1
 
@@ -62,57 +58,26 @@ def _submit(
     overrides: tuple[str, ...], ray: RayProcess | None, *, dry_run: bool, detach: bool, rehearse: bool, as_json: bool
 ) -> int:
     """Everything; returns the exit code."""
-    from launcher import build, launch
-    from launcher.examination import examined
+    from launcher import launch
     from launcher.finish import finish
     from launcher.follow import screen
     from launcher.preparation import prepare_data
-    from strategies.errors import ConfigError
+    from launcher.submission import submission
 
-    config = examined(overrides)
-    toy = _miniature(config) if rehearse else None
-    config = toy.config if toy else config
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    name = build.default_name(config, f"rehearsal-{stamp}" if toy else stamp, secrets.token_hex(2))
-    config = build.settle(config, name=name, cwd=Path.cwd())
-    if detach and config.cluster.kind != "existing":
-        raise ConfigError(
-            f"--detach needs cluster=existing: a cluster={config.cluster.kind} run is controlled by this command.",
-            hint="Use cluster=existing cluster.address=IP:PORT, or leave --detach out.",
-        )
-    request = _request(config, overrides, launch.measured(config, ray))
-    shipment = launch.project(config)
-    launch.check_place(Path(request.run_dir))
-    launch.check_disks(request)
+    submitted = submission(overrides, ray, rehearse=rehearse, detach=detach)
+    config, request, toy = submitted.config, submitted.request, submitted.toy
     with interruptible(), launch.closing(screen()) as shown:
         if toy:
             _announce(toy, request, shown)
         request = prepare_data(config, request, shown)
         if dry_run:
-            print_json(dry_run_document(request, shipment))
+            print_json(dry_run_document(request, submitted.shipment))
             return 0
-        store = launch.create(request, config, shipment)
+        store = launch.create(request, config, submitted.shipment)
         shown.say(f"run {store.name} in {store.paths.root}")
         outcome = launch.run(store, shown, detach=detach, ray=ray)
     folder = _typed_folder(config.run.dir)
     return finish(store, config, outcome, as_json=as_json, folder=folder, rehearsal=toy)
-
-
-def _request(config: Config, overrides: tuple[str, ...], cluster: ClusterSpec | None) -> LaunchRequest:
-    """What will be sent; where the plan is refused, what is wrong with the data is told with it."""
-    from launcher import build, examination
-    from strategies.errors import PlanInfeasible
-
-    try:
-        return build.build_request(config, overrides, cluster)
-    except PlanInfeasible as broken:
-        raise examination.with_data(broken, config) from None
-
-
-def _miniature(config: Config) -> Toy:
-    from launcher.drill.miniature import miniature
-
-    return miniature(config)
 
 
 def _announce(toy: Toy, request: LaunchRequest, shown: Screen) -> None:

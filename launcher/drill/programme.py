@@ -42,15 +42,26 @@ def choose(words: str, toy: Toy, *, seed: int, count: int) -> tuple[Draw, ...]:
     Raises:
         ConfigError: A name is unknown.
     """
-    nodes = toy.config.cluster.nodes or 1
+    nodes, cases = toy.config.cluster.nodes or 1, known_cases(words)
     if words == "random":
-        able = [case for case in CATALOGUE if case.drawn and not missing(case.needs, toy.plan)]
+        able = [case for case in cases if case.drawn and not missing(case.needs, toy.plan)]
         return draws(able, seed=seed, count=count, plan=toy.plan, nodes=nodes)
+    return tuple(Draw(case=case, aim=usual_aim(case, toy.plan, nodes)) for case in cases)
+
+
+def known_cases(words: str) -> Sequence[Case]:
+    """The faults of the catalogue that are named: all of them by ``all`` and ``random``.
+
+    Raises:
+        ConfigError: A name is unknown.
+    """
+    if words in ("all", "random"):
+        return CATALOGUE
     if not words.strip(" ,"):
         raise ConfigError(
             "--faults names no fault.", hint="phalanx drill --faults list shows them; all is the default."
         )
-    names = [case.name for case in CATALOGUE] if words == "all" else [word.strip() for word in words.split(",")]
+    names = [word.strip() for word in words.split(",")]
     unknown = [name for name in names if named(name) is None]
     if unknown:
         raise ConfigError(
@@ -58,8 +69,7 @@ def choose(words: str, toy: Toy, *, seed: int, count: int) -> tuple[Draw, ...]:
             why=did_you_mean(unknown[0], [case.name for case in CATALOGUE]),
             hint="phalanx drill --faults list tells what each of them does; all and random choose for you.",
         )
-    cases = [case for name in names if (case := named(name)) is not None]
-    return tuple(Draw(case=case, aim=usual_aim(case, toy.plan, nodes)) for case in cases)
+    return [case for name in names if (case := named(name)) is not None]
 
 
 class Programme:

@@ -173,6 +173,14 @@ def test_a_mixture_is_tokenized_on_the_nodes(cluster: netns.RayCluster, tmp_path
     tokenizer = f"{made['here'].store}/tokenizer.json"
     with pytest.raises(StorageError, match=r"gone\.jsonl"):
         list(runners["there"]([{"verb": "tokenize", "unit": unit, "tokenizer": tokenizer} | shard]))
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"text": ""}\n')
+    nothing = dataclasses.replace(data, sources=(SourceSpec(path=str(empty), weight=1),))
+    new = tmp_path / "new" / "cache"
+    with pytest.raises(ConfigError, match="no documents"):
+        prepare_mixture(nothing, new, 300, seq=16, samples=10, runner=Watched(cluster.address, new))
+    assert not new.parent.exists(), "what is refused when it was read leaves nothing, our code neither"
+    assert not list((tmp_path / "there").glob(".*")), "nor does what was made"
 
 
 @pytest.mark.parametrize("given", [WRONG, ""], ids=["wrong", "none"])

@@ -82,3 +82,12 @@ def test_a_loss_beyond_all_numbers_has_a_perplexity() -> None:
     replica.evaluate = lambda batches: 1e4  # type: ignore[method-assign]
     found = run(Evaluation(job, cast(Any, SimpleNamespace(count=8))), replica, [])
     assert math.isfinite(found["perplexity"])
+
+
+def test_an_evaluation_of_nothing_is_said() -> None:
+    """Nothing of it is in the metrics, so that nobody would notice."""
+    said = Evaluation(job_of(eval_every=6, steps=20), None).missing
+    assert "train.eval_every=6 evaluates nothing" in said
+    assert "train.eval_every=0" in said
+    assert not Evaluation(job_of(steps=20), None).missing
+    assert not Evaluation(job_of(eval_every=6), cast(Any, SimpleNamespace(count=1))).missing

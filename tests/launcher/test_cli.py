@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -282,6 +283,40 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     )
     assert done.stdout == "{\n0\n"
     assert done.stderr == ""
+
+
+def test_an_output_that_is_full_is_a_reason_and_no_bug() -> None:
+    """The interpreter itself has nothing to add when it ends."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-P", "-m", "launcher.cli", "plan", "--json"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 7
+    assert done.stderr.splitlines()[0] == "error: the output cannot be written."
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_what_the_system_refuses_is_named(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(self: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    code, out, err = invoke("status", "--json", "--dir", str(tmp_path))
+    assert code == 7
+    assert f"error: {tmp_path} cannot be read or written." in err
+    assert json.loads(out)["error"]["why"] == "Permission denied"
+
+
+def test_an_interrupted_command_says_so_in_both_forms(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*unused: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launcher.build.outline", interrupted)
+    code, out, err = invoke("plan", "--json")
+    assert (code, err) == (130, "Interrupted.\n")
+    assert json.loads(out)["error"]["kind"] == "Interrupted"
 
 
 def test_folders_of_the_user_do_not_shadow_ours(tmp_path: Path) -> None:

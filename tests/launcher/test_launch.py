@@ -55,19 +55,19 @@ def test_disks_of_this_machine_are_looked_at_before_anything_is_written(
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ops"))
     monkeypatch.setattr(disks, "comes_with_deepspeed", lambda: False)
     request = tiny_request(tmp_path)
-    launch.check_disks(request)
+    launch.check_disks(request.job.plan, request.cluster)
     plan = replace(request.job.plan, pp=1, offload="optimizer", offload_path=str(tmp_path / "nvme"))
     request = replace(request, job=replace(request.job, plan=plan))
     with pytest.raises(ConfigError, match="async_io"):
-        launch.check_disks(request)
-    launch.check_disks(replace(request, cluster=replace(request.cluster, kind="existing")))
+        launch.check_disks(request.job.plan, request.cluster)
+    launch.check_disks(request.job.plan, replace(request.cluster, kind="existing"))
     disks.op_folder().mkdir(parents=True)
     disks.seal(disks.op_folder()).touch()
     with pytest.raises(StorageError, match="nvme"):
-        launch.check_disks(request)
+        launch.check_disks(request.job.plan, request.cluster)
     (tmp_path / "nvme").mkdir()
     require_direct_io(tmp_path)
-    launch.check_disks(request)
+    launch.check_disks(request.job.plan, request.cluster)
     assert not list((tmp_path / "nvme").iterdir())
 
 

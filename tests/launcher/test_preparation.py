@@ -17,7 +17,7 @@ from launcher.preparation import mixture_text, prepare_data
 from launcher.render_plan import sources_line
 from launcher.request import LaunchRequest
 from launcher.resume_diff import compare
-from launcher.resume_plan import _with_data
+from launcher.resume_plan import _unvalidated, _with_data
 from strategies.errors import ConfigError
 
 SOURCES = "data.sources=[{path: a.jsonl, weight: 3}, {path: wiki, name: w, epochs: 3.4, field: body}]"
@@ -94,6 +94,12 @@ def test_validation_that_is_asked_for_and_not_there_is_refused(tmp_path: Path) -
     job = replace(before.job, train=replace(before.job.train, eval_every=1))
     with pytest.raises(ConfigError, match="nothing to validate with"):  # a resume that asks for it only now
         _with_data(compose(["cluster=process"]), before, replace(before, job=job))
+    always = replace(before, job=job)  # a run of an earlier version, which did not ask
+    assert _with_data(compose(["cluster=process"]), always, always).job.data == before.job.data
+    (note,) = _unvalidated(always)
+    assert "keeps 0 documents of 900 from training" in note
+    assert note.endswith("train.eval_every=0 does without.")
+    assert _unvalidated(before) == []
 
 
 def test_epochs_that_are_only_proportions_are_told(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import py_compile
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.ray_map import code_in
 from launcher.ship import changed_files, renew_code, same_code, ship_code, ship_project, survey
 from strategies import errors
 from strategies.errors import ConfigError, StorageError
@@ -107,3 +109,33 @@ def test_unwritable_target_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="Cannot copy code"):
         ship_code(tmp_path / "file" / "code")
+
+
+def test_the_code_of_a_preparation_leaves_nothing(tmp_path: Path) -> None:
+    """Whatever is found wrong with the data that the nodes of a cluster look at."""
+    root = tmp_path / "runs" / ".data"
+    with contextlib.suppress(ConfigError), code_in(root) as code:
+        assert (code / "jobs" / "worker.py").is_file()
+        assert code.is_relative_to(root)
+        raise ConfigError("no documents")
+    assert not list(tmp_path.iterdir())
+    with code_in(root) as code:
+        (root / "store").mkdir()
+        with code_in(root) as other:
+            assert other != code, "two at once do not share theirs"
+        assert code.is_dir()
+    assert [path.name for path in root.iterdir()] == ["store"]
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="Nothing can be written to"), code_in(tmp_path / "file" / "cache"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "runs"]
+
+
+def test_the_code_of_a_killed_preparation_goes_with_the_next(tmp_path: Path) -> None:
+    program = "import os, sys, pathlib; from launcher.ray_map import code_in\n"
+    program += "with code_in(pathlib.Path(sys.argv[1])): os._exit(0)"
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+    (left,) = tmp_path.iterdir()
+    with code_in(tmp_path):
+        assert not left.exists()
+    assert not list(tmp_path.iterdir())

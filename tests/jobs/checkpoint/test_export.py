@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from jobs.checkpoint.export import export
 from jobs.sample import load
 from jobs.spec import DataSpec
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, StorageError
 from strategies.specs import MoeSpec, RotaryStretch
 from tests.support import hf_models
 from tests.support.checkpoints import flip_bit, write_model_checkpoint
@@ -103,9 +103,17 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="exists already"):
         export(manifest, tmp_path / "there")
     shard = next((tmp_path / "checkpoints").rglob("shard-00001.safetensors"))
+
+    def interrupted(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(manifest, tmp_path / "new" / "hf", progress=interrupted)
+    with pytest.raises(StorageError, match="The export cannot be written"):
+        export(manifest, shard / "hf")
     flip_bit(shard, 8 + int.from_bytes(shard.read_bytes()[:8], "little"))  # the first master weight
     with pytest.raises(Exception, match=r"digest|damaged"):
-        export(manifest, tmp_path / "hf")
+        export(manifest, tmp_path / "new" / "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "there"]
 
 
