@@ -215,8 +215,9 @@ def decide(run: Run, failure: Failure, spec: RecoverySpec) -> Decision:
         if reason:
             return Decision(action=Action.GIVE_UP, reason=reason)
     delay = 0.0
-    if run.idle_restarts and failure.kind is not FailureKind.PREEMPTED:
-        delay = min(spec.backoff_max_s, spec.backoff_s * 2 ** (run.idle_restarts - 1))
+    idle = run.headway.idle_restarts
+    if idle and failure.kind is not FailureKind.PREEMPTED:
+        delay = min(spec.backoff_max_s, spec.backoff_s * 2 ** (idle - 1))
     return Decision(action=Action.RESTART, reason=failure.detail, delay_s=delay, skip=skip)
 
 
@@ -229,7 +230,7 @@ def _hopeless(run: Run, failure: Failure, spec: RecoverySpec) -> str:
 
 def _again(run: Run, failure: Failure, spec: RecoverySpec) -> str:
     """It has happened before, in the same way at the same place."""
-    times = run.signatures.count(failure.signature) if failure.signature else 0
+    times = sum(fall.signature == failure.signature for fall in run.failures) if failure.signature else 0
     if times >= spec.same_error_limit:
         return f"the same error at the same step {times} times: {failure.detail}{_advice(failure)}"
     skip = _skip_for(failure)
@@ -261,12 +262,16 @@ def _spent(run: Run, failure: Failure, spec: RecoverySpec) -> str:
 
 def _stuck(run: Run, failure: Failure, spec: RecoverySpec) -> str:
     """It fails again and again and gets nowhere."""
-    if failure.kind is FailureKind.PREEMPTED or run.idle_restarts < spec.no_progress_limit:
+    made, limit = run.headway, spec.no_progress_limit
+    if failure.kind is FailureKind.PREEMPTED or max(made.idle_restarts, made.fall_backs) < limit:
         return ""
-    return (
-        f"{run.idle_restarts} restarts in a row have led to no newer checkpoint and no step beyond {run.best_step} "
-        f"(recovery.no_progress_limit); last: {failure.detail}"
-    )
+    if made.idle_restarts >= limit:
+        what = f"{made.idle_restarts} restarts in a row have led to no newer checkpoint and no step beyond {made.mark}"
+    else:
+        what = (
+            f"it fell back to an older checkpoint {made.fall_backs} times and came to no step beyond {made.best_step}"
+        )
+    return f"{what} (recovery.no_progress_limit); last: {failure.detail}"
 
 
 def _advice(failure: Failure) -> str:

@@ -46,7 +46,9 @@ class RecoverySpec:
             renews them.
         budget_window_s: Failures that are older do not count any more; null: none is forgotten.
         budgets: Restarts by what had failed.
-        no_progress_limit: So many restarts in a row without a newer checkpoint or a newer step end the run.
+        no_progress_limit: So many restarts in a row without a newer checkpoint or a newer step end the run; after a
+            fall-back to an older checkpoint, newer than that. So many fall-backs without a step that is the highest of
+            all end it, too.
         exclude_after: So many failures of one node within ``exclude_window_s`` exclude it; null: never.
         exclude_window_s: Older failures do not count against a node.
         exclude_for_s: For so long; a person's resume takes it back at once.

@@ -175,7 +175,7 @@ def test_what_is_known_to_have_been_is_enough(tmp_path: Path) -> None:
     stage = Stage(tmp_path, backoff_s=0.0)
     write_checkpoint(stage.store.paths.checkpoint_dir, 5)
     stage.start()
-    assert (stage.store.run().committed_step, origin.promised(stage.store.run())) == (0, 5)
+    assert (stage.store.run().committed_step, origin.promised(stage.store.run())) == (5, 5)
     the_mount_is_gone(stage.store.paths.checkpoint_dir)
     a_rank_falls(stage)
     given_up(stage)
