@@ -104,6 +104,7 @@ class Attempt:
         started: When it was planned (UTC seconds).
         ended: When it ended, or None.
         cause: Why it ended, or None.
+        failure: The kind of failure that ended it, or "".
         first_step: First step it ran (or was to run).
         last_step: Last step known to be complete.
         resume_from: Checkpoint it restored, or "".
@@ -120,6 +121,7 @@ class Attempt:
     started: float
     ended: float | None = None
     cause: str | None = None
+    failure: str = ""
     first_step: int
     last_step: int = 0
     resume_from: str = ""
@@ -319,7 +321,8 @@ def _stopped(run: Run, event: RunEvent) -> Run:
     if kind:
         fall = Fall(kind=kind, time=event.time, node=str(data.get("node", "")), signature=signature)
         run = replace(run, failures=(*run.failures, fall))
-    return _progressed(_with_attempt(run, ended=event.time, cause=data.get("cause"), last_step=_last_step(run, event)))
+    ended = {"ended": event.time, "cause": data.get("cause"), "failure": kind, "last_step": _last_step(run, event)}
+    return _progressed(_with_attempt(run, **ended))
 
 
 def _progressed(run: Run) -> Run:
