@@ -365,7 +365,7 @@ class Controller:
         if excluded is not None:
             self.record(EventKind.NODE_EXCLUDED, **excluded.fields)
         self.start_reason = "move" if failure.kind is FailureKind.PREEMPTED else "restart"
-        decision = recovery.decide(self.run, failure, self.request.recovery)
+        decision = recovery.decide(self.run, failure, self.request.recovery, spare=spare)
         self.decide(decision)
         self.state = None
         self._until = self.clock.monotonic() + decision.delay_s

@@ -238,13 +238,14 @@ def culprit(evidence: Sequence[Failure]) -> Failure:
     return min(evidence, key=lambda failure: (order.index(failure.kind), failure.time, failure.rank))
 
 
-def decide(run: Run, failure: Failure, spec: RecoverySpec) -> Decision:
+def decide(run: Run, failure: Failure, spec: RecoverySpec, *, spare: bool = False) -> Decision:
     """Restart or give up.
 
     Args:
         run: The run, its newest failure already folded in.
         failure: The cause.
         spec: Budgets and patience.
+        spare: Another node stands by. Where it takes the place of one that is left out, there is nothing to wait for.
     """
     skip = _skip_for(failure)
     for judge in (_hopeless, _again, _spent, _stuck):
@@ -253,7 +254,7 @@ def decide(run: Run, failure: Failure, spec: RecoverySpec) -> Decision:
             return Decision(action=Action.GIVE_UP, reason=reason)
     delay = 0.0
     idle = run.headway.idle_restarts
-    if idle and failure.kind is not FailureKind.PREEMPTED and not _elsewhere(run, failure):
+    if idle and failure.kind is not FailureKind.PREEMPTED and not (spare and _elsewhere(run, failure)):
         delay = min(spec.backoff_max_s, spec.backoff_s * 2 ** (idle - 1))
     return Decision(action=Action.RESTART, reason=failure.detail, delay_s=delay, skip=skip)
 

@@ -128,6 +128,10 @@ def test_who_gets_nowhere_waits_longer_and_longer(idle: int, delay_s: float) -> 
     headway = Headway(idle_restarts=idle)
     assert decided([(K.NODE_LOST, 1.0)], headway=headway).delay_s == delay_s
     assert decided([(K.PREEMPTED, 1.0)], headway=headway).delay_s == 0.0
+    lost, spec = Failure(kind=K.DEVICE_LOST, time=1.0, node="a"), RecoverySpec()
+    left_out = Run(headway=headway, excluded={"a": 9.0})
+    assert recovery.decide(left_out, lost, spec, spare=True).delay_s == 0.0
+    assert recovery.decide(left_out, lost, spec).delay_s == delay_s  # it may have to be taken back
 
 
 # --- what the log makes of it -------------------------------------------------------------------------------------
