@@ -14,7 +14,7 @@ from jobs.spec import InferenceSpec, JobSpec, TrainSpec, engine_config
 from jobs.weights import find
 from launcher.data_checks import data_spec
 from launcher.request import LaunchRequest
-from launcher.saving import address, checkpoint_spec, disk_steps
+from launcher.saving import address, checkpoint_spec, disk_steps, patient
 from launcher.schema import Config
 from launcher.schema_job import JobConfig
 from strategies import rules
@@ -231,7 +231,7 @@ def build_request(config: Config, overrides: Sequence[str], cluster: ClusterSpec
         run_dir=str(run_dir),
         job=_job(config, sketch, run_dir),
         cluster=sketch.cluster,
-        recovery=config.recovery,
+        recovery=patient(config.recovery, workload(config, sketch), sketch.plan),
         tracking=config.tracking,
         overrides=tuple(overrides),
     )
