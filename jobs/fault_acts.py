@@ -7,12 +7,15 @@ detector sees has gone through the same reductions as an accident would have.
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import statistics
 import time
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
+from jobs.checkpoint.layout import sync_dir
 from jobs.spec import RankEnv
 
 if TYPE_CHECKING:
@@ -105,3 +108,15 @@ def wait_for_death() -> NoReturn:
     """Do nothing until a signal that is on its way has arrived."""
     while True:
         signal.pause()
+
+
+def name_exclusively(aside: Path, path: Path) -> bool:
+    """Give a finished file its name; False where that exists."""
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        return False
+    finally:
+        aside.unlink()
+    sync_dir(path.parent)
+    return True

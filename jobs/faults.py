@@ -4,6 +4,7 @@
 ``rank_kill``  ``rank``          SIGKILL of the rank
 ``rank_exit``  ``rank``          the rank exits with code 17, without a word
 ``rank_error`` ``rank``          the rank raises :class:`InjectedFault`
+``device_lost`` ``rank``         the rank raises what torch does whose device has fallen off the bus
 ``rank_stop``  ``rank``          SIGSTOP of the rank
 ``rank_spin``  ``rank``          the rank holds the interpreter's lock for ever
 ``rank_deadlock`` ``rank``       the rank waits for a message that nobody sends
@@ -29,11 +30,18 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-from jobs.checkpoint.layout import sync_dir, write_durably
-from jobs.fault_acts import Drag, Removable, hold_the_interpreter, spoil, wait_for_death, wait_for_nobody
+from jobs.checkpoint.layout import write_durably
+from jobs.fault_acts import (
+    Drag,
+    Removable,
+    hold_the_interpreter,
+    name_exclusively,
+    spoil,
+    wait_for_death,
+    wait_for_nobody,
+)
 from jobs.numerics import LEAST_SEEN
 from jobs.paths import RunPaths
 from jobs.proctree import ancestors, descendants, kill_own_trees
@@ -45,6 +53,7 @@ Kind = Literal[
     "rank_kill",
     "rank_exit",
     "rank_error",
+    "device_lost",
     "rank_stop",
     "rank_spin",
     "rank_deadlock",
@@ -64,7 +73,7 @@ _SAVING = ("checkpoint", "shards_written")
 
 
 class InjectedFault(RuntimeError):
-    """What ``rank_error`` raises."""
+    """What ``rank_error`` and ``device_lost`` raise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -314,6 +323,8 @@ class FaultInjector:
         match fault.kind:
             case "rank_error":
                 raise InjectedFault(f"injected fault: {fault}")
+            case "device_lost":
+                raise InjectedFault(f"CUDA error: GPU has fallen off the bus (injected fault: {fault})")
             case "rank_exit":
                 os._exit(RANK_EXIT_CODE)
             case "rank_stop":
@@ -368,7 +379,7 @@ class FaultInjector:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_durably(aside, json.dumps(proof).encode() + b"\n")
-            return _link(aside, path)
+            return name_exclusively(aside, path)
         except OSError as error:
             raise StorageError(
                 f"The proof of an injected fault cannot be written: {path}.",
@@ -386,15 +397,3 @@ def named(texts: Sequence[str]) -> list[tuple[str, Fault]]:
         seen[name] = seen.get(name, 0) + 1
         result.append((name if seen[name] == 1 else f"{name}.{seen[name]}", fault))
     return result
-
-
-def _link(aside: Path, path: Path) -> bool:
-    """Give the finished file its name, exclusively."""
-    try:
-        os.link(aside, path)
-    except FileExistsError:
-        return False
-    finally:
-        aside.unlink()
-    sync_dir(path.parent)
-    return True

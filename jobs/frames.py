@@ -23,6 +23,10 @@ class FrameError(Exception):
     """The other side is gone, or does not keep to the protocol."""
 
 
+class Garbled(FrameError):
+    """What arrived is not what was sent."""
+
+
 def send(
     sock: socket.socket, message: Message, payload: Payload = b"", fds: Sequence[int] = (), *, announced: int = 0
 ) -> None:

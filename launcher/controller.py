@@ -357,14 +357,15 @@ class Controller:
     def conclude(self, failure: Failure) -> None:
         """The attempt is over: name the cause, decide, and do what was decided."""
         self.log.record_faults(attempt=self._number)
-        if failure.kind is FailureKind.CORRUPT_CHECKPOINT:
-            self.record(EventKind.CHECKPOINT_REJECTED, path=failure.path, reason=failure.detail)
+        if (unfit := recovery.passed_over(self.run, failure)) is not None:
+            self.record(EventKind.CHECKPOINT_REJECTED, **unfit)
         self.record(EventKind.GANG_STOPPED, **failure.verdict)
-        excluded = exclusion.after_failure(self.run, self.request.recovery)
+        spare = self.muster.stands_by(self.run.attempt.nodes if self.run.attempt else ())
+        excluded = exclusion.after_failure(self.run, self.request.recovery, spare=spare)
         if excluded is not None:
             self.record(EventKind.NODE_EXCLUDED, **excluded.fields)
         self.start_reason = "move" if failure.kind is FailureKind.PREEMPTED else "restart"
-        decision = recovery.decide(self.run, failure, self.request.recovery)
+        decision = recovery.decide(self.run, failure, self.request.recovery, spare=spare)
         self.decide(decision)
         self.state = None
         self._until = self.clock.monotonic() + decision.delay_s

@@ -1,22 +1,35 @@
-"""Nodes that fail again and again are left out for a while. Pure.
+"""Nodes that carry no ranks for a while. Pure.
 
-Only what speaks against a node counts: a traceback of the user's code would come on any other node as well, and a node
-that was lost or taken away is not there to be left out.
+A node that fails again and again is left out. Only what speaks against a node counts: a traceback of the user's code
+would come on any other node as well, and a node that was lost or taken away is not there to be left out.
+
+A node whose device is gone is left out at once if another one stands by, and else when that has happened twice: a
+device may only have been busy. And an error that comes again before the first step may be the node's, whatever it says:
+one other node is tried before it is called the code's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from launcher.recovery import FailureKind
 from launcher.request import RecoverySpec
-from launcher.run import Run
+from launcher.run import Fall, Run
 
 AGAINST_THE_NODE = frozenset(
-    {FailureKind.RANK_KILLED, FailureKind.HANG, FailureKind.NODE_LOST, FailureKind.PARTITIONED}
+    {
+        FailureKind.RANK_KILLED,
+        FailureKind.HANG,
+        FailureKind.NODE_LOST,
+        FailureKind.PARTITIONED,
+        FailureKind.DEVICE_LOST,
+        FailureKind.DEVICE_FAULT,
+        FailureKind.LINK_FAULT,
+    }
 )
+_LOST_TWICE = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,27 +52,51 @@ class Exclusion:
         return {"node": self.node, "until": self.until, "reason": self.reason}
 
 
-def after_failure(run: Run, spec: RecoverySpec) -> Exclusion | None:
+def after_failure(run: Run, spec: RecoverySpec, *, spare: bool = False) -> Exclusion | None:
     """Whether the newest failure of a run has been one too many for its node.
 
     Args:
         run: The run, its newest failure already folded in.
         spec: How many are too many, and for how long.
+        spare: Another node stands by.
     """
-    if not run.failures or spec.exclude_after is None:
+    if not run.failures:
         return None
     newest = run.failures[-1]
-    if not newest.node or newest.kind not in AGAINST_THE_NODE or run.excluded.get(newest.node, 0.0) > newest.time:
+    if not newest.node or run.excluded.get(newest.node, 0.0) > newest.time:
         return None
-    held_against = [
-        one
-        for one in run.failures
-        if one.node == newest.node and one.kind in AGAINST_THE_NODE and newest.time - one.time <= spec.exclude_window_s
+    before = [
+        one for one in run.failures if one.node == newest.node and newest.time - one.time <= spec.exclude_window_s
     ]
-    if len(held_against) < spec.exclude_after:
-        return None
-    why = f"{len(held_against)} failures within {newest.time - held_against[0].time:.0f} s, the last: {newest.kind}"
-    return Exclusion(node=newest.node, until=newest.time + spec.exclude_for_s, reason=why)
+    why = _without_device(before, spare) or _at_the_start(run, spec, spare) or _too_often(before, spec)
+    return Exclusion(node=newest.node, until=newest.time + spec.exclude_for_s, reason=why) if why else None
+
+
+def _without_device(before: Sequence[Fall], spare: bool) -> str:
+    lost = sum(one.kind == FailureKind.DEVICE_LOST for one in before)
+    if before[-1].kind != FailureKind.DEVICE_LOST or not (spare or lost >= _LOST_TWICE):
+        return ""
+    return "a device of it is gone or cannot be taken" + (", and another node stands by" if spare else ", once more")
+
+
+def _at_the_start(run: Run, spec: RecoverySpec, spare: bool) -> str:
+    """The same error again, before anything was trained, and only ever on this node."""
+    newest, attempt = run.failures[-1], run.attempt
+    if not (spare and newest.signature) or attempt is None or attempt.trained is not None:
+        return ""
+    alike = [one for one in run.failures if one.signature == newest.signature]
+    if len(alike) < spec.same_error_limit or {one.node for one in alike} != {newest.node}:
+        return ""
+    return f"the same error {len(alike)} times before the first step, and another node stands by: that one is tried"
+
+
+def _too_often(before: Sequence[Fall], spec: RecoverySpec) -> str:
+    held_against = [one for one in before if one.kind in AGAINST_THE_NODE]
+    newest, limit = before[-1], spec.exclude_after
+    if limit is None or len(held_against) < limit or newest.kind not in AGAINST_THE_NODE:
+        return ""
+    seconds = newest.time - held_against[0].time
+    return f"{len(held_against)} failures within {seconds:.0f} s, the last: {newest.kind}"
 
 
 def usable(

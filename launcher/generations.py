@@ -73,7 +73,7 @@ def _complete(
 ) -> MemoryPoint | None:
     """Where the part of each rank is, the rank's own node before a replica; None if one is missing."""
     wanted = sorted((skip.step, skip.samples) for skip in skips if skip.step <= generation.step)
-    where: dict[int, Located] = {}
+    where: dict[int, list[tuple[Holding, Stock]]] = {}
     world = max(held.world for held, _ in parts)
     for skipped in {held.skips for held, _ in parts}:
         if sorted(tuple(skip) for skip in skipped if skip[0] <= generation.step) != wanted:
@@ -81,13 +81,24 @@ def _complete(
     for held, stock in sorted(parts, key=lambda part: (not part[0].own, part[1].node)):
         if held.world != world:
             return None
-        if held.rank not in where:
-            where[held.rank] = Located(rank=held.rank, bytes=held.bytes, node=stock.node, address=stock.address)
+        where.setdefault(held.rank, []).append((held, stock))
     if set(where) != set(range(world)):
         return None
     return MemoryPoint(
         step=generation.step,
         epoch=generation.token.epoch,
         attempt=generation.token.attempt,
-        parts=tuple(where[rank] for rank in range(world)),
+        parts=tuple(_located(where[rank]) for rank in range(world)),
+    )
+
+
+def _located(found: Sequence[tuple[Holding, Stock]]) -> Located:
+    """The part of one rank, with all who hold it."""
+    (held, stock), *others = found
+    return Located(
+        rank=held.rank,
+        bytes=held.bytes,
+        node=stock.node,
+        address=stock.address,
+        others=tuple((other.node, other.address) for _, other in others),
     )

@@ -86,6 +86,14 @@ class Muster:
         late, out = self._clock.monotonic() - WARM_S, self._left_out()
         return sum(node in busy or (node not in out and self._cold.get(node, late) <= late) for node in self.up)
 
+    def stands_by(self, busy: Collection[str]) -> bool:
+        """Whether a node is there that carries no ranks and may.
+
+        Args:
+            busy: Nodes that carry ranks.
+        """
+        return bool(self.up.keys() - self._left_out() - set(busy))
+
     def note(self, seen: Observation) -> None:
         """A node has come, is about to go, or has gone."""
         if seen.kind == "agent_up":

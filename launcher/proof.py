@@ -22,6 +22,7 @@ _LOOKS_LIKE: dict[str, frozenset[FailureKind]] = {
     "rank_kill": frozenset({FailureKind.RANK_KILLED}),
     "rank_exit": frozenset({FailureKind.RANK_EXIT}),
     "rank_error": frozenset({FailureKind.RANK_ERROR}),
+    "device_lost": frozenset({FailureKind.DEVICE_LOST}),
     "rank_stop": frozenset({FailureKind.HANG}),
     "rank_spin": frozenset({FailureKind.HANG}),
     "rank_deadlock": frozenset({FailureKind.HANG}),

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from launcher.devices import Trouble, last_words, trouble
 from launcher.request import RecoverySpec
 from launcher.run import Run
 from strategies.schedule import Skip
@@ -23,6 +24,8 @@ class FailureKind(enum.StrEnum):
     NODE_LOST = "node_lost"
     PARTITIONED = "partitioned"  # silent with nothing closed: cut off, frozen, or without power
     PREEMPTED = "preempted"
+    DEVICE_LOST = "device_lost"  # gone, or it cannot be taken
+    DEVICE_FAULT = "device_fault"
     OUT_OF_MEMORY = "out_of_memory"
     HANG = "hang"
     RANK_KILLED = "rank_killed"
@@ -30,6 +33,8 @@ class FailureKind(enum.StrEnum):
     RANK_EXIT = "rank_exit"
     START_TIMEOUT = "start_timeout"
     STRAGGLER = "straggler"  # slow, and therefore all are; nothing has failed
+    UNREACHABLE = "unreachable"  # what is to be restored cannot be had: who holds it is gone or too slow
+    LINK_FAULT = "link_fault"  # devices cannot talk to each other, and nobody is known to be gone
     SECONDARY = "secondary"  # a rank that failed because a peer was gone
 
 
@@ -39,12 +44,16 @@ BUDGET_OF: dict[FailureKind, str] = {
     FailureKind.NODE_LOST: "hardware",
     FailureKind.PARTITIONED: "hardware",
     FailureKind.PREEMPTED: "preemption",
+    FailureKind.DEVICE_LOST: "hardware",
+    FailureKind.DEVICE_FAULT: "hardware",
     FailureKind.OUT_OF_MEMORY: "memory",
     FailureKind.HANG: "hang",
     FailureKind.RANK_KILLED: "hardware",
     FailureKind.RANK_ERROR: "error",
     FailureKind.RANK_EXIT: "error",
     FailureKind.START_TIMEOUT: "start",
+    FailureKind.UNREACHABLE: "hardware",
+    FailureKind.LINK_FAULT: "hardware",
     FailureKind.SECONDARY: "hardware",
 }
 """Which of :class:`launcher.request.Budgets` a restart is taken from; bad configuration is never tried again."""
@@ -119,9 +128,17 @@ _PEER_GONE = re.compile(
     re.IGNORECASE,
 )
 _COMMUNICATION = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")
-_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
+_NO_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|_STATUS_ALLOC_FAILED", re.IGNORECASE
+)
 _REFUSALS = ("ConfigError", "PlanInfeasible", "ResumeRefused")  # of strategies.errors: what a rank makes of its job
-_SIGKILL = 9
+_OUT_OF_REACH = "OutOfReach"  # of jobs.checkpoint.errors
+_TROUBLE = {
+    Trouble.GONE: FailureKind.DEVICE_LOST,
+    Trouble.FAULT: FailureKind.DEVICE_FAULT,
+    Trouble.LINK: FailureKind.LINK_FAULT,
+}
+_SIGKILL, _SIGABRT = 9, 6
 # What differs between two attempts that meet the same error: addresses, ports, process ids, names that carry the token
 # or the rank: which of several ranks is the first to say it is chance.
 _ADDRESS = re.compile(
@@ -139,22 +156,36 @@ def classify_exit(data: Mapping[str, Any], *, node: str, when: float, error: Map
         when: When it was seen.
         error: The ``error`` report that the rank sent before, if any.
     """
-    rank, signal = int(data["rank"]), data.get("signal")
+    rank = int(data["rank"])
     if error is not None:
         return _classify_error(error, rank=rank, node=node, when=when)
-    tail = str(data.get("log_tail", ""))
-    if signal:
-        detail = f"rank {rank} on {node} was ended by signal {signal}"
-        starved = signal == _SIGKILL and bool(data.get("oom"))
-        detail += ", and the node had run out of memory" if starved else ""
-        kind = FailureKind.OUT_OF_MEMORY if starved else FailureKind.RANK_KILLED
-        return Failure(kind=kind, time=when, node=node, rank=rank, detail=detail)
-    last = last_error_line(tail)
-    detail = f"rank {rank} on {node} exited with code {data.get('code')}" + (f": {last}" if last else "")
-    if last and _PEER_GONE.search(last):
-        return Failure(kind=FailureKind.SECONDARY, time=when, node=node, rank=rank, detail=detail)
-    signature = _signature(last, 0) if last else ""
-    return Failure(kind=FailureKind.RANK_EXIT, time=when, node=node, rank=rank, detail=detail, signature=signature)
+    found = Failure(kind=FailureKind.RANK_EXIT, time=when, node=node, rank=rank)
+    if data.get("signal"):
+        return _classify_signal(data, found)
+    last = last_error_line(str(data.get("log_tail", "")))
+    found = replace(found, detail=f"rank {rank} on {node} exited with code {data.get('code')}" + (last and f": {last}"))
+    if known := _not_the_programs(last):
+        return replace(found, kind=known)
+    return replace(found, signature=_signature(last, 0) if last else "")
+
+
+def _classify_signal(data: Mapping[str, Any], found: Failure) -> Failure:
+    signal, kind = int(data["signal"]), FailureKind.RANK_KILLED
+    detail = f"rank {found.rank} on {found.node} was ended by signal {signal}"
+    if signal == _SIGKILL and data.get("oom"):
+        kind, detail = FailureKind.OUT_OF_MEMORY, f"{detail}, and the node had run out of memory"
+    elif signal == _SIGABRT and (said := last_words(str(data.get("log_tail", "")))):
+        kind, detail = _not_the_programs(said) or kind, f"{detail}: {_in_a_line(said)}"
+    return replace(found, kind=kind, detail=detail)
+
+
+def _not_the_programs(said: str) -> FailureKind | None:
+    """What the last words of a rank tell, if it is a device, a link or a peer that has failed."""
+    if _NO_MEMORY.search(said):
+        return None
+    if wrong := trouble(said.partition(":")[0].rpartition(".")[2], said):
+        return _TROUBLE[wrong]
+    return FailureKind.SECONDARY if _PEER_GONE.search(said) else None
 
 
 def _classify_error(error: Mapping[str, Any], *, rank: int, node: str, when: float) -> Failure:
@@ -166,10 +197,16 @@ def _classify_error(error: Mapping[str, Any], *, rank: int, node: str, when: flo
         # how much was free differs from one time to the next, where it was asked for does not
         frames = "\n".join(line for line in trace.splitlines() if line.lstrip().startswith("File "))
         return replace(found, kind=FailureKind.OUT_OF_MEMORY, signature=_signature(f"memory\n{frames}", step))
+    signature = _signature(f"{kind}: {message}\n{trace}", step)
+    if kind in _REFUSALS:
+        return replace(found, kind=FailureKind.BAD_CONFIG, signature=signature)
+    if kind == _OUT_OF_REACH:
+        return replace(found, kind=FailureKind.UNREACHABLE)
+    if wrong := trouble(kind, message, trace):
+        return replace(found, kind=_TROUBLE[wrong])
     if kind in _COMMUNICATION and _PEER_GONE.search(message):
         return replace(found, kind=FailureKind.SECONDARY)
-    refused = FailureKind.BAD_CONFIG if kind in _REFUSALS else FailureKind.RANK_ERROR
-    return replace(found, kind=refused, signature=_signature(f"{kind}: {message}\n{trace}", step))
+    return replace(found, signature=signature)
 
 
 def _in_a_line(message: str) -> str:
@@ -201,13 +238,14 @@ def culprit(evidence: Sequence[Failure]) -> Failure:
     return min(evidence, key=lambda failure: (order.index(failure.kind), failure.time, failure.rank))
 
 
-def decide(run: Run, failure: Failure, spec: RecoverySpec) -> Decision:
+def decide(run: Run, failure: Failure, spec: RecoverySpec, *, spare: bool = False) -> Decision:
     """Restart or give up.
 
     Args:
         run: The run, its newest failure already folded in.
         failure: The cause.
         spec: Budgets and patience.
+        spare: Another node stands by. Where it takes the place of one that is left out, there is nothing to wait for.
     """
     skip = _skip_for(failure)
     for judge in (_hopeless, _again, _spent, _stuck):
@@ -215,8 +253,9 @@ def decide(run: Run, failure: Failure, spec: RecoverySpec) -> Decision:
         if reason:
             return Decision(action=Action.GIVE_UP, reason=reason)
     delay = 0.0
-    if run.idle_restarts and failure.kind is not FailureKind.PREEMPTED:
-        delay = min(spec.backoff_max_s, spec.backoff_s * 2 ** (run.idle_restarts - 1))
+    idle = run.headway.idle_restarts
+    if idle and failure.kind is not FailureKind.PREEMPTED and not (spare and _elsewhere(run, failure)):
+        delay = min(spec.backoff_max_s, spec.backoff_s * 2 ** (idle - 1))
     return Decision(action=Action.RESTART, reason=failure.detail, delay_s=delay, skip=skip)
 
 
@@ -229,8 +268,9 @@ def _hopeless(run: Run, failure: Failure, spec: RecoverySpec) -> str:
 
 def _again(run: Run, failure: Failure, spec: RecoverySpec) -> str:
     """It has happened before, in the same way at the same place."""
-    times = run.signatures.count(failure.signature) if failure.signature else 0
-    if times >= spec.same_error_limit:
+    alike = [fall for fall in run.failures if failure.signature and fall.signature == failure.signature]
+    times = len(alike)
+    if times >= spec.same_error_limit and not (_elsewhere(run, failure) and len({fall.node for fall in alike}) == 1):
         return f"the same error at the same step {times} times: {failure.detail}{_advice(failure)}"
     skip = _skip_for(failure)
     if skip is not None and any(earlier.step == skip.step for earlier in run.skips):
@@ -239,6 +279,11 @@ def _again(run: Run, failure: Failure, spec: RecoverySpec) -> str:
             "may help; train.spike_sigmas=0 takes spikes as they come"
         )
     return ""
+
+
+def _elsewhere(run: Run, failure: Failure) -> bool:
+    """The node that it happened on is left out from now on: what comes next is another try."""
+    return run.excluded.get(failure.node, 0.0) > failure.time
 
 
 def _spent(run: Run, failure: Failure, spec: RecoverySpec) -> str:
@@ -261,12 +306,16 @@ def _spent(run: Run, failure: Failure, spec: RecoverySpec) -> str:
 
 def _stuck(run: Run, failure: Failure, spec: RecoverySpec) -> str:
     """It fails again and again and gets nowhere."""
-    if failure.kind is FailureKind.PREEMPTED or run.idle_restarts < spec.no_progress_limit:
+    made, limit = run.headway, spec.no_progress_limit
+    if failure.kind is FailureKind.PREEMPTED or max(made.idle_restarts, made.fall_backs) < limit:
         return ""
-    return (
-        f"{run.idle_restarts} restarts in a row have led to no newer checkpoint and no step beyond {run.best_step} "
-        f"(recovery.no_progress_limit); last: {failure.detail}"
-    )
+    if made.idle_restarts >= limit:
+        what = f"{made.idle_restarts} restarts in a row have led to no newer checkpoint and no step beyond {made.mark}"
+    else:
+        what = (
+            f"it fell back to an older checkpoint {made.fall_backs} times and came to no step beyond {made.best_step}"
+        )
+    return f"{what} (recovery.no_progress_limit); last: {failure.detail}"
 
 
 def _advice(failure: Failure) -> str:
@@ -280,6 +329,25 @@ def _skip_for(failure: Failure) -> Skip | None:
     if failure.kind is not FailureKind.NUMERIC:
         return None
     return Skip(step=failure.step, samples=failure.samples)
+
+
+def passed_over(run: Run, failure: Failure) -> dict[str, Any] | None:
+    """The checkpoint that is not used any more after a failure, for the log; None for none.
+
+    What is out of reach may be had in the next attempt, from a replica; when it could not be had twice, what is older
+    is nearer. It was not read, so a person's resume looks again.
+
+    Args:
+        run: The run, the failure not yet folded in.
+        failure: Why the attempt is over.
+    """
+    if failure.kind is FailureKind.CORRUPT_CHECKPOINT:
+        return {"path": failure.path, "reason": failure.detail}
+    if failure.kind is not FailureKind.UNREACHABLE or run.attempt is None:
+        return None
+    path = run.attempt.resume_from
+    tried = any(one.failure == FailureKind.UNREACHABLE and one.resume_from == path for one in run.attempts)
+    return {"path": path, "reason": failure.detail, "absent": True} if tried else None
 
 
 def at_step(failure: Failure, step: int) -> Failure:

@@ -22,7 +22,7 @@ class Budgets:
     Attributes:
         error: A rank raised an error, or exited with one.
         memory: A device or a node had too little memory.
-        hardware: A node, a rank or a link was lost.
+        hardware: A node, a device, a rank or a link was lost.
         hang: No progress.
         numeric: Training blew up.
         storage: A checkpoint was damaged.
@@ -49,13 +49,17 @@ class RecoverySpec:
             renews them.
         budget_window_s: Failures that are older do not count any more; null: none is forgotten.
         budgets: Restarts by what had failed.
-        no_progress_limit: So many restarts in a row without a newer checkpoint or a newer step end the run.
-        exclude_after: So many failures of one node within ``exclude_window_s`` exclude it; null: never.
+        no_progress_limit: So many restarts in a row without a newer checkpoint or a newer step end the run; after a
+            fall-back to an older checkpoint, newer than that. So many fall-backs without a step that is the highest of
+            all end it, too.
+        exclude_after: So many failures of one node within ``exclude_window_s`` exclude it; null: never. Without one of
+            its devices a node is excluded in any case.
         exclude_window_s: Older failures do not count against a node.
         exclude_for_s: For so long; a person's resume takes it back at once.
         replace_stragglers: Leave at the next checkpoint when a rank is slow and a spare can take its node's place.
         preempt_grace_s: From the notice that a node will be taken away (SIGTERM to its agent) to the end of its ranks.
-        same_error_limit: The same traceback at the same step this many times ends the run.
+        same_error_limit: The same traceback at the same step this many times ends the run; before the first step of an
+            attempt only if no other node can be tried.
         wait_for_nodes_s: How long to wait for a missing node when no spare is left and no smaller plan may be used, and
             for checkpoints of which none can be used.
         shrink: Go on with a smaller plan when nodes are missing; scripts never do.

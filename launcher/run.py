@@ -17,7 +17,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from jobs.checkpoint.memory import generation_of
 from launcher import roster
+from launcher.headway import Headway
 from strategies.codec import from_json
 from strategies.schedule import Skip
 
@@ -102,6 +104,7 @@ class Attempt:
         started: When it was planned (UTC seconds).
         ended: When it ended, or None.
         cause: Why it ended, or None.
+        failure: The kind of failure that ended it, or "".
         first_step: First step it ran (or was to run).
         last_step: Last step known to be complete.
         resume_from: Checkpoint it restored, or "".
@@ -118,6 +121,7 @@ class Attempt:
     started: float
     ended: float | None = None
     cause: str | None = None
+    failure: str = ""
     first_step: int
     last_step: int = 0
     resume_from: str = ""
@@ -135,11 +139,13 @@ class Fall:
         kind: See :class:`launcher.recovery.FailureKind`.
         time: When it was concluded (UTC seconds).
         node: Node that it is put down to, or "".
+        signature: See :class:`launcher.recovery.Failure`.
     """
 
     kind: str
     time: float
     node: str = ""
+    signature: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,15 +158,12 @@ class Run:
     ended: float | None = None
     reason: str = ""
     attempts: tuple[Attempt, ...] = ()
-    committed_step: int = 0
+    headway: Headway = field(default_factory=Headway)
     step: int = 0
     steps_lost: int = 0
     restarts: int = 0  # since the last person's submit or resume
-    idle_restarts: int = 0  # restarts in a row without a newer checkpoint and without a newer step
-    best_step: int = 0  # the highest step that any attempt has come to
     failures: tuple[Fall, ...] = ()  # since the last person's submit or resume
     excluded: Mapping[str, float] = field(default_factory=dict)  # node -> until when (UTC seconds)
-    signatures: tuple[str, ...] = ()  # of failures since the last person's submit or resume
     rejected: frozenset[str] = frozenset()  # checkpoints that are not used any more
     absent: frozenset[str] = frozenset()  # those of them whose files were not there: a person's resume looks again
     faults: tuple[str, ...] = ()
@@ -172,6 +175,11 @@ class Run:
     def attempt(self) -> Attempt | None:
         """The newest attempt."""
         return self.attempts[-1] if self.attempts else None
+
+    @property
+    def committed_step(self) -> int:
+        """See :class:`launcher.headway.Headway`."""
+        return self.headway.committed_step
 
     @property
     def found_damaged(self) -> frozenset[str]:
@@ -259,8 +267,7 @@ def _resume_requested(run: Run, event: RunEvent) -> Run:
         ended=None,
         reason="",
         restarts=0,
-        idle_restarts=0,
-        signatures=(),
+        headway=closed.headway.renewed(),
         failures=(),
         excluded={},
         rejected=run.found_damaged,
@@ -285,25 +292,19 @@ def _planned(run: Run, event: RunEvent) -> Run:
         wanted=data.get("wanted"),
     )
     lost = max(0, run.attempts[-1].last_step - attempt.last_step) if run.attempts else 0
-    restart, moved = data["reason"] == "restart", data["reason"] == "move"
+    on_disk = generation_of(attempt.resume_from) is None
     return replace(
         run,
         attempts=(*run.attempts, attempt),
         steps_lost=run.steps_lost + lost,
-        restarts=run.restarts + restart,
-        idle_restarts=run.idle_restarts + 1 if restart else run.idle_restarts if moved else 0,
+        restarts=run.restarts + (attempt.reason == "restart"),
+        headway=run.headway.planned(attempt.last_step, on_disk=on_disk, reason=attempt.reason),
     )
 
 
 def _committed(run: Run, event: RunEvent) -> Run:
     step = int(event.data["step"])
-    return replace(
-        run,
-        committed_step=max(step, run.committed_step),
-        best_step=max(step, run.best_step),
-        step=max(step, run.step),
-        idle_restarts=0 if step > run.committed_step else run.idle_restarts,
-    )
+    return replace(run, headway=run.headway.committed(step), step=max(step, run.step))
 
 
 def _training(run: Run, event: RunEvent) -> Run:
@@ -317,17 +318,15 @@ def _failure(run: Run, event: RunEvent) -> Run:
 def _stopped(run: Run, event: RunEvent) -> Run:
     data = event.data
     signature, kind = str(data.get("signature", "")), str(data.get("failure", ""))
-    run = replace(run, signatures=(*run.signatures, signature) if signature else run.signatures)
     if kind:
-        fall = Fall(kind=kind, time=event.time, node=str(data.get("node", "")))
+        fall = Fall(kind=kind, time=event.time, node=str(data.get("node", "")), signature=signature)
         run = replace(run, failures=(*run.failures, fall))
-    return _progressed(_with_attempt(run, ended=event.time, cause=data.get("cause"), last_step=_last_step(run, event)))
+    ended = {"ended": event.time, "cause": data.get("cause"), "failure": kind, "last_step": _last_step(run, event)}
+    return _progressed(_with_attempt(run, **ended))
 
 
 def _progressed(run: Run) -> Run:
-    """A step that no attempt had come to is progress, even if it was lost."""
-    last = run.attempts[-1].last_step if run.attempts else 0
-    return replace(run, best_step=last, idle_restarts=0) if last > run.best_step else run
+    return replace(run, headway=run.headway.reached(run.attempts[-1].last_step if run.attempts else 0))
 
 
 def _excluded(run: Run, event: RunEvent) -> Run:

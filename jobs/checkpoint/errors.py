@@ -40,6 +40,15 @@ class AbsentFile(CorruptCheckpoint):
         )
 
 
+class OutOfReach(AbsentFile):
+    """Who holds a part of a generation in memory is gone, or too slow. It may be held elsewhere: nothing is proved."""
+
+    def __init__(self, path: str | Location, reason: str) -> None:
+        super().__init__(path, reason)
+        self.what = f"A part of {path} is out of reach."
+        self.hint = "The gang starts again, from what the nodes that are left hold then."
+
+
 class CheckpointConflict(StorageError):
     """Another writer has committed, or holds a higher token: this writer has been fenced."""
 

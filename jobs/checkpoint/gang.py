@@ -9,11 +9,16 @@ import torch
 import torch.distributed as dist
 
 from jobs.checkpoint.digest import combine_digests, partial_digest
-from jobs.checkpoint.errors import AbsentFile, CheckpointConflict, CorruptCheckpoint
+from jobs.checkpoint.errors import AbsentFile, CheckpointConflict, CorruptCheckpoint, OutOfReach
 from jobs.checkpoint.manifest import read_manifest
 from jobs.location import Location
 from strategies.errors import PhalanxError, ResumeRefused, StorageError
 
+_UNFIT: dict[str, type[CorruptCheckpoint]] = {
+    "unreachable": OutOfReach,  # before what it derives from
+    "absent": AbsentFile,
+    "corrupt": CorruptCheckpoint,
+}
 _KINDS: dict[str, type[PhalanxError]] = {
     "conflict": CheckpointConflict,  # before what it derives from
     "storage": StorageError,
@@ -85,7 +90,7 @@ def _describe(error: Exception | None) -> dict[str, str] | None:
     if error is None:
         return None
     if isinstance(error, CorruptCheckpoint):
-        kind = "absent" if isinstance(error, AbsentFile) else "corrupt"
+        kind = next(name for name, cls in _UNFIT.items() if isinstance(error, cls))
         return {"kind": kind, "path": error.path, "why": error.reason}
     kind = next((name for name, cls in _KINDS.items() if isinstance(error, cls)), "other")
     if isinstance(error, PhalanxError):
@@ -96,9 +101,8 @@ def _describe(error: Exception | None) -> dict[str, str] | None:
 def revive(description: dict[str, str], where: str = "") -> PhalanxError:
     """The error that another process has described."""
     kind = description["kind"]
-    if kind in ("absent", "corrupt"):
-        told = AbsentFile if kind == "absent" else CorruptCheckpoint
-        return told(description["path"], where + description["why"])
+    if kind in _UNFIT:
+        return _UNFIT[kind](description["path"], where + description["why"])
     cls = _KINDS.get(kind, PhalanxError)
     return cls(where + description["what"], why=description["why"], hint=description["hint"])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from jobs.checkpoint.layout import Token
@@ -102,12 +102,19 @@ class Located:
         bytes: Size of its data.
         node: Name of the node.
         address: Its persister.
+        others: Nodes that hold the same part, with their persisters.
     """
 
     rank: int
     bytes: int
     node: str
     address: Address
+    others: tuple[tuple[str, Address], ...] = ()
+
+    @property
+    def holders(self) -> tuple[tuple[str, Address], ...]:
+        """All that have it, the best first."""
+        return ((self.node, self.address), *self.others)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,23 +139,32 @@ class MemoryPoint:
         return Generation(self.step, Token(self.epoch, self.attempt))
 
     def table(self) -> dict[str, Any]:
-        """As JSON values: what is the same for all parts on a node once."""
-        nodes: dict[tuple[str, Address], list[list[int]]] = {}
+        """As JSON values: what is the same for all parts on a node once; who else holds them behind all of those."""
+        nodes: dict[tuple[int, str, Address], list[list[int]]] = {}
         for part in self.parts:
-            nodes.setdefault((part.node, part.address), []).append([part.rank, part.bytes])
-        rows = [{"node": node, "address": to_json(at), "parts": parts} for (node, at), parts in nodes.items()]
+            for place, (node, address) in enumerate(part.holders):
+                nodes.setdefault((min(place, 1), node, address), []).append([part.rank, part.bytes])
+        rows = [
+            {"node": node, "address": to_json(at), "parts": parts}
+            for (_, node, at), parts in sorted(nodes.items(), key=lambda item: item[0][0])
+        ]
         return {"step": self.step, "epoch": self.epoch, "attempt": self.attempt, "nodes": rows}
 
     @classmethod
     def read(cls, table: Mapping[str, Any]) -> MemoryPoint:
         """What :meth:`table` made; raises KeyError, TypeError, ValueError or ConfigError for anything else."""
-        parts = []
+        found: dict[int, Located] = {}
         for row in table["nodes"]:
             at, node = from_json(Address, row["address"]), str(row["node"])
-            parts += [Located(rank=int(rank), bytes=int(size), node=node, address=at) for rank, size in row["parts"]]
-        parts.sort(key=lambda part: part.rank)
+            for number, size in row["parts"]:
+                rank = int(number)
+                first = found.get(rank)
+                if first is None:
+                    found[rank] = Located(rank=rank, bytes=int(size), node=node, address=at)
+                else:
+                    found[rank] = replace(first, others=(*first.others, (node, at)))
         step, epoch, attempt = (int(table[name]) for name in ("step", "epoch", "attempt"))
-        return cls(step=step, epoch=epoch, attempt=attempt, parts=tuple(parts))
+        return cls(step=step, epoch=epoch, attempt=attempt, parts=tuple(found[rank] for rank in sorted(found)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,13 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jobs.checkpoint.errors import CorruptCheckpoint, storage_error
+from jobs.checkpoint.errors import CorruptCheckpoint, OutOfReach, storage_error
 from jobs.checkpoint.image import image_of
 from jobs.checkpoint.manifest import Manifest, ShardRecord, TrainerState
-from jobs.checkpoint.memory import Located, MemoryPoint, StreamInfo
+from jobs.checkpoint.memory import Address, Located, MemoryPoint, StreamInfo
 from jobs.checkpoint.persister import PersisterLink
 from jobs.checkpoint.shardfile import BLOCK_ELEMENTS, ELEMENT_BYTES, ShardHeader, StoredSlice
-from jobs.frames import FrameError, Message
+from jobs.frames import FrameError, Garbled, Message
 from jobs.location import Location
 from strategies.codec import from_json, to_json
 from strategies.plan import ParallelPlan
@@ -24,14 +24,17 @@ from strategies.specs import ModelSpec
 class MemorySource:
     """One complete generation; see :class:`jobs.checkpoint.source.ShardSource`.
 
-    Only sealed parts are given out, and what comes over the network is checked on its way: there are no digests.
+    Only sealed parts are given out, and what comes over the network is checked on its way: there are no digests. A node
+    that does not answer proves nothing against what it holds: others that hold the same part are asked, and those that
+    have answered come first.
 
     Args:
         point: The generation and where its parts are.
         link: The persister of this node.
 
     Raises:
-        CorruptCheckpoint: A part is not there any more.
+        OutOfReach: Nobody who holds a part can be reached.
+        CorruptCheckpoint: What comes is not what was promised.
     """
 
     shared_reads = False  # what is here is read at no cost, and the persisters send just what is asked of them
@@ -43,6 +46,7 @@ class MemorySource:
         self._where: dict[Location, Located] = {}
         self._maps: dict[Location, mmap.mmap] = {}
         self._records: dict[int, Message] = {}
+        self._silent: set[Address] = set()
         self.manifest = self._manifest()
 
     def _manifest(self) -> Manifest:
@@ -67,13 +71,16 @@ class MemorySource:
         )
 
     def _ask(self, op: str, located: Located, **fields: Any) -> tuple[Message, bytes, list[int]]:
-        point = self._point
+        point, garbled, told = self._point, False, list[str]()
         question = {"step": point.step, "token": [point.epoch, point.attempt], "rank": located.rank}
-        try:
-            return self._link.ask(op, **question, where=to_json(located.address), **fields)
-        except FrameError as error:
-            reason = f"the part of rank {located.rank} on {located.node} cannot be had: {error}"
-            raise CorruptCheckpoint(self.path, reason) from error
+        for node, address in sorted(located.holders, key=lambda holder: holder[1] in self._silent):
+            try:
+                return self._link.ask(op, **question, where=to_json(address), **fields)
+            except FrameError as error:
+                garbled = garbled or isinstance(error, Garbled)
+                self._silent.add(address)
+                told.append(f"the part of rank {located.rank} on {node} cannot be had: {error}")
+        raise (CorruptCheckpoint if garbled else OutOfReach)(self.path, "; ".join(told))
 
     def _part(self, located: Located) -> Message:
         if located.rank in self._records:

@@ -10,7 +10,7 @@ import threading
 from typing import Any
 
 from jobs import frames
-from jobs.frames import FrameError, Message
+from jobs.frames import FrameError, Garbled, Message
 from strategies.errors import StorageError
 
 PERSISTER = "PHALANX_PERSISTER"
@@ -40,7 +40,7 @@ class PersisterLink:
             answer, fds = frames.receive(self._sock)
             data = frames.read(self._sock, answer["payload"])
         if "error" in answer:
-            raise Refused(str(answer["error"]))
+            raise (Garbled if answer.get("garbled") else Refused)(str(answer["error"]))
         return answer, data, fds
 
     def close(self) -> None:

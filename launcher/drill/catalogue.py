@@ -50,6 +50,14 @@ RANKS = (
         least_step=2,
     ),
     Case(
+        name="device_lost",
+        what="a device is gone, as its rank says: the spare takes the place of its node",
+        faults=("device_lost@rank={rank},step={step},phase={phase}",),
+        changes=ONE_SPARE,
+        failures=(FailureKind.DEVICE_LOST,),
+        least_step=2,
+    ),
+    Case(
         name="rank_sigstop",
         what="a rank is stopped (SIGSTOP) and never goes on",
         faults=("rank_stop@rank={rank},step={step}",),

@@ -119,6 +119,22 @@ def test_node_lost_takes_the_spare(folder: Path, undisturbed: RunStore) -> None:
     assert_same(cli.store(folder, "spare"), undisturbed)
 
 
+def test_a_node_whose_device_is_gone_is_left_and_the_spare_takes_its_place(folder: Path, undisturbed: RunStore) -> None:
+    """The node itself is well: what it holds in memory is still of use."""
+    done = cli.phalanx(*cli.tiny(folder, "device", 'faults=["device_lost@rank=2,step=5"]'), cwd=folder)
+    assert done.code == 0, done.err
+    store = cli.store(folder, "device")
+    run = store.run()
+    first, second = run.attempts
+    assert (first.failure, second.nodes[0]) == ("device_lost", first.nodes[0])
+    assert second.nodes[1] not in first.nodes
+    assert set(run.excluded) == {first.nodes[1]}
+    assert second.resume_from.startswith("memory:")
+    decided = [event.data["action"] for event in store.events() if event.kind is EventKind.DECISION]
+    assert decided == ["restart", "swap"]
+    assert_same(store, undisturbed)
+
+
 def test_same_traceback_at_the_same_step_stops(folder: Path, undisturbed: RunStore) -> None:
     faults = ["rank_error@rank=1,step=5", "rank_error@rank=1,step=5,phase=step_begin"]
     done = cli.phalanx(*cli.tiny(folder, "deterministic", f"faults={json.dumps(faults)}"), cwd=folder)

@@ -39,6 +39,13 @@ def test_a_replica_stands_in_for_a_lost_node_and_only_for_that() -> None:
     assert chosen(a, stock("b", [part(5, 1)])) == (5, 1, ["a", "b"])
 
 
+def test_all_who_hold_a_part_are_known() -> None:
+    a = stock("a", [part(5, 0), part(5, 1, own=False)])
+    point = choose([a, stock("b", [part(5, 1)])], newer_than=0, fence=None, skips=(), rejected=())
+    assert point is not None
+    assert [[node for node, _ in one.holders] for one in point.parts] == [["a"], ["b", "a"]]
+
+
 def test_the_disk_wins_unless_memory_is_newer() -> None:
     a = stock("a", [part(5, 0, world=1)])
     assert chosen(a, newer_than=5) is None

@@ -11,7 +11,7 @@ import pytest
 
 from jobs.checkpoint.layout import place_of
 from jobs.checkpoint.memory import Holding
-from launcher import adoption, origin, progress
+from launcher import adoption, origin, progress, recovery
 from launcher.phase import Phase
 from launcher.run import EventKind, RunState
 from launcher.store import dump
@@ -175,7 +175,7 @@ def test_what_is_known_to_have_been_is_enough(tmp_path: Path) -> None:
     stage = Stage(tmp_path, backoff_s=0.0)
     write_checkpoint(stage.store.paths.checkpoint_dir, 5)
     stage.start()
-    assert (stage.store.run().committed_step, origin.promised(stage.store.run())) == (0, 5)
+    assert (stage.store.run().committed_step, origin.promised(stage.store.run())) == (5, 5)
     the_mount_is_gone(stage.store.paths.checkpoint_dir)
     a_rank_falls(stage)
     given_up(stage)
@@ -264,6 +264,55 @@ def test_memory_needs_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert stage.controller.phase is Phase.RUN
     assert (attempt.number, attempt.first_step) == (2, 13)
     assert attempt.resume_from.startswith("memory:")
+
+
+def out_of_reach(stage: Stage, *, lost: str = "") -> None:
+    """The ranks of the newest attempt cannot restore what they were told to."""
+    attempt = stage.store.run().attempts[-1]
+    for node, ranks in zip(attempt.nodes, ([0, 1], [2, 3]), strict=True):
+        stage.gang.say("spawned", node, attempt=attempt.number, ranks=[{"rank": r, "pid": r} for r in ranks])
+    told = {"type": "OutOfReach", "message": f"A part of {attempt.resume_from} is out of reach.", "traceback": "t"}
+    stage.report("a", "error", attempt.number, rank=0, step=0, **told)
+    stage.gang.say("exit", "a", rank=0, attempt=attempt.number, code=7, signal=None, log_tail="")
+    if lost:
+        stage.backend.alive.pop(lost)
+        stage.gang.say("agent_lost", lost, why="silent")
+    killed(stage, *attempt.nodes, attempt=attempt.number)
+    stage.turn(4)
+
+
+def test_a_node_that_dies_while_ranks_restore_is_what_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, _ = trained(tmp_path)
+    hold(stage, monkeypatch, step=12, attempt=1)
+    a_rank_falls(stage)
+    first = stage.store.run().attempts[-1]
+    out_of_reach(stage, lost="b")
+    run = stage.store.run()
+    assert [fall.kind for fall in run.failures] == ["rank_killed", "node_lost"]
+    assert rejections(stage) == []
+    assert run.attempts[-1].number == 3
+    assert run.attempts[-1].resume_from == first.resume_from  # it is still the newest, and complete
+
+
+def test_what_was_out_of_reach_twice_is_passed_over_and_nobody_calls_it_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, found = trained(tmp_path)
+    hold(stage, monkeypatch, step=12, attempt=1)
+    a_rank_falls(stage)
+    memory = stage.store.run().attempts[-1].resume_from
+    out_of_reach(stage)
+    assert stage.store.run().attempts[-1].resume_from == memory
+    assert rejections(stage) == []
+    out_of_reach(stage)
+    run = stage.store.run()
+    assert rejections(stage) == [memory]
+    assert run.attempts[-1].resume_from == str(found[-1])
+    assert run.found_damaged == frozenset()
+    assert [fall.kind for fall in run.failures] == ["rank_killed", "unreachable", "unreachable"]
+    assert {recovery.BUDGET_OF[recovery.FailureKind(fall.kind)] for fall in run.failures} == {"hardware"}
 
 
 def test_memory_of_a_gang_before_the_one_that_committed_is_none(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from launcher import exclusion, recovery
+from launcher.headway import Headway
 from launcher.recovery import BUDGET_OF, Action, Failure, FailureKind
 from launcher.request import Budgets, RecoverySpec
 from launcher.run import EventKind, Fall, Run, RunEvent, apply, fold
@@ -115,17 +116,22 @@ def test_bad_configuration_is_not_tried_again() -> None:
 
 def test_restarts_that_lead_nowhere_end() -> None:
     spec = RecoverySpec(no_progress_limit=3)
-    assert decided([(K.NODE_LOST, 1.0)], spec, idle_restarts=2).action is Action.RESTART
-    stuck = decided([(K.NODE_LOST, 1.0)], spec, idle_restarts=3, best_step=7)
+    assert decided([(K.NODE_LOST, 1.0)], spec, headway=Headway(idle_restarts=2)).action is Action.RESTART
+    stuck = decided([(K.NODE_LOST, 1.0)], spec, headway=Headway(idle_restarts=3, best_step=9, mark=7))
     assert stuck.action is Action.GIVE_UP
     assert "3 restarts in a row have led to no newer checkpoint and no step beyond 7" in stuck.reason
-    assert decided([(K.PREEMPTED, 1.0)], spec, idle_restarts=3).action is Action.RESTART
+    assert decided([(K.PREEMPTED, 1.0)], spec, headway=Headway(idle_restarts=3)).action is Action.RESTART
 
 
 @pytest.mark.parametrize(("idle", "delay_s"), [(0, 0.0), (1, 1.0), (2, 2.0), (3, 4.0), (7, 60.0)])
 def test_who_gets_nowhere_waits_longer_and_longer(idle: int, delay_s: float) -> None:
-    assert decided([(K.NODE_LOST, 1.0)], idle_restarts=idle).delay_s == delay_s
-    assert decided([(K.PREEMPTED, 1.0)], idle_restarts=idle).delay_s == 0.0
+    headway = Headway(idle_restarts=idle)
+    assert decided([(K.NODE_LOST, 1.0)], headway=headway).delay_s == delay_s
+    assert decided([(K.PREEMPTED, 1.0)], headway=headway).delay_s == 0.0
+    lost, spec = Failure(kind=K.DEVICE_LOST, time=1.0, node="a"), RecoverySpec()
+    left_out = Run(headway=headway, excluded={"a": 9.0})
+    assert recovery.decide(left_out, lost, spec, spare=True).delay_s == 0.0
+    assert recovery.decide(left_out, lost, spec).delay_s == delay_s  # it may have to be taken back
 
 
 # --- what the log makes of it -------------------------------------------------------------------------------------
@@ -149,11 +155,11 @@ def attempt(first: int, reason: str, last: int, failure: str = "rank_killed") ->
 def test_a_newer_step_is_progress_and_the_same_steps_again_are_not() -> None:
     story = [*attempt(1, "start", 4), *attempt(1, "restart", 4), *attempt(1, "restart", 3)]
     run = fold(log(*story))
-    assert (run.restarts, run.idle_restarts, run.best_step) == (2, 2, 4)
+    assert (run.restarts, run.headway.idle_restarts, run.headway.best_step) == (2, 2, 4)
     assert [fall.node for fall in run.failures] == ["a", "a", "a"]
-    assert fold(log(*story, *attempt(1, "restart", 5))).idle_restarts == 0
+    assert fold(log(*story, *attempt(1, "restart", 5))).headway.idle_restarts == 0
     moved = fold(log(*story, *attempt(1, "move", 4)))
-    assert (moved.restarts, moved.idle_restarts) == (2, 2)
+    assert (moved.restarts, moved.headway.idle_restarts) == (2, 2)
 
 
 def test_a_persons_resume_clears_what_was_held_against_anybody() -> None:
@@ -161,7 +167,7 @@ def test_a_persons_resume_clears_what_was_held_against_anybody() -> None:
     run = fold(log(*attempt(1, "start", 4), out))
     assert (dict(run.excluded), len(run.failures)) == ({"a": 99.0}, 1)
     resumed = apply(run, log((EventKind.RESUME_REQUESTED, {}))[0])
-    assert (dict(resumed.excluded), resumed.failures, resumed.idle_restarts) == ({}, (), 0)
+    assert (dict(resumed.excluded), resumed.failures, resumed.headway.idle_restarts) == ({}, (), 0)
 
 
 # --- bad nodes ----------------------------------------------------------------------------------------------------

@@ -249,7 +249,7 @@ def test_grows_back_at_the_next_checkpoint(tmp_path: Path) -> None:
     assert (second.cause, second.last_step) == (LEFT, 10)
     assert (third.plan, third.wanted, third.reason) == (stage.store.run().attempts[0].plan, None, "grow")
     assert (third.first_step, third.resume_from) == (11, "step-10")
-    assert (run.restarts, run.idle_restarts, run.steps_lost) == (1, 0, 7)  # those of the lost node alone
+    assert (run.restarts, run.headway.idle_restarts, run.steps_lost) == (1, 0, 7)  # those of the lost node alone
     assert [e.kind for e in stage.store.events()].count(EventKind.FAILURE_DETECTED) == 1
     assert stage.store.run() == stage.controller.run
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from jobs import frames
 from jobs.checkpoint.memory import Address
-from jobs.frames import FrameError, Message, Payload
+from jobs.frames import FrameError, Garbled, Message, Payload
 from launcher.host import wire
 
 ROLE = "persister"
@@ -42,7 +42,7 @@ def pull(sock: socket.socket, view: memoryview) -> None:
     trailer, _ = frames.receive(sock, limit=_HELLO_BYTES)
     sock.settimeout(patience_s)
     if trailer.get("checksum") != seen:
-        raise FrameError("what arrived is not what was sent")
+        raise Garbled("what arrived is not what was sent")
 
 
 class PeerLink:
@@ -85,7 +85,7 @@ class PeerLink:
         if "error" in answer:
             raise FrameError(str(answer["error"]))
         if data and answer.get("checksum") != checksum(data):
-            raise FrameError("what arrived is not what was sent")
+            raise Garbled("what arrived is not what was sent")
         return answer, data
 
     def push(self, message: Message, data: memoryview) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 from jobs import frames
 from jobs.checkpoint.layout import Token
 from jobs.checkpoint.memory import Address, Generation, StreamInfo
-from jobs.frames import FrameError, Message, Payload
+from jobs.frames import FrameError, Garbled, Message, Payload
 from launcher.host.persist.flush import Flusher, Writing
 from launcher.host.persist.peering import PeerLink, pull
 from launcher.host.persist.replica import Replicator
@@ -126,7 +126,8 @@ class Desk:
                     try:
                         answer, data, fds = handlers[message["op"]](message)
                     except (FrameError, OSError, LookupError, TypeError, ValueError) as error:
-                        answer, data, fds = {"error": f"{type(error).__name__}: {error}"}, b"", []
+                        garbled = isinstance(error, Garbled)
+                        answer, data, fds = {"error": f"{type(error).__name__}: {error}", "garbled": garbled}, b"", []
                     try:
                         frames.send(sock, answer, data, fds)
                     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import os
 import signal
 import socket
@@ -13,15 +14,17 @@ from typing import Any
 import pytest
 
 from jobs.checkpoint import newest, verify
-from jobs.checkpoint.errors import CorruptCheckpoint
+from jobs.checkpoint.errors import OutOfReach
 from jobs.checkpoint.image import Image
 from jobs.checkpoint.layout import Token
 from jobs.checkpoint.manifest import list_checkpoints
 from jobs.checkpoint.memory import Address, Generation, StreamInfo
+from jobs.checkpoint.memory_source import MemorySource
 from jobs.checkpoint.reader import Reader
 from jobs.checkpoint.slices import whole
 from jobs.frames import FrameError
 from jobs.paths import RunPaths
+from jobs.worker import damaged
 from launcher.host import wire
 from launcher.host.persist import main, replica, service
 from launcher.host.persist.main import Persister
@@ -343,15 +346,36 @@ def test_replicas_of_many_ranks_may_begin_at_once(two: list[Node]) -> None:
     assert [sum(not one.own for one in node.stock().held) for node in two] == [12, 12]
 
 
-def test_a_part_that_is_gone_is_damage_and_says_where(two: list[Node], make: MakeNode) -> None:
+def test_a_part_that_is_gone_is_out_of_reach_and_says_where(two: list[Node], make: MakeNode) -> None:
+    """Whoever held it may have held it well: nothing is said against the generation."""
     for rank in gang(two, in_memory=False):
         rank.put(1, flush=True)
     point = newest_in(two)
     assert point is not None
     two[1].close()
-    with pytest.raises(CorruptCheckpoint, match="rank 1 on b cannot be had") as raised:
+    with pytest.raises(OutOfReach, match="rank 1 on b cannot be had") as raised:
         values(point, two[0])
     assert raised.value.path == str(Generation(1, Token(1, 1)))
+    assert not damaged(raised.value)
+
+
+def test_a_node_that_dies_in_the_middle_of_a_restore_is_not_needed(make: MakeNode) -> None:
+    nodes = [make(name) for name in "abcd"]
+    for rank in gang(nodes):
+        rank.put(1)
+        rank.fill(0.0)  # which waits for the replica
+    point = newest_in(nodes)
+    assert point is not None
+    assert [located.node for located in point.parts] == list("abcd")
+    source = MemorySource(point, nodes[0].connect())
+    header = source.header(source.manifest.shards[1])
+    nodes[1].close()  # after its header has been read; d has a replica of what it held
+    stored = header.slices[0]
+    block = source.block(header, stored, "master", 0)
+    assert array.array("f", block).tolist() == [1.0] * stored.slice.elements
+    nodes[3].close()
+    with pytest.raises(OutOfReach, match=r"rank 1 on d cannot be had: .*rank 1 on b cannot be had: "):
+        source.block(header, stored, "master", 0)
 
 
 def test_a_host_without_room_keeps_nothing_and_says_why() -> None:
