@@ -129,8 +129,8 @@ class Departure:
     def _before_a_node_goes(self, gang: Gang, state: GangState, hangs: HangWatch) -> Failure | None:
         """All ranks must leave after the same step: one that none of them has come to when the word comes."""
         now = self._clock.monotonic()
-        for node, notice in state.notices.items():
-            self._gone_at.setdefault(node, now + notice.within_s)
+        known = self._gone_at
+        self._gone_at = {node: known.get(node, now + told.within_s) for node, told in state.notices.items()}
         if state.leave_after >= max(1, state.last_step):
             return None
         first = min(state.notices, key=lambda node: self._gone_at[node])
