@@ -28,7 +28,8 @@ class Observation:
     """Something that was seen.
 
     Attributes:
-        kind: ``agent_up`` (data: the welcome: ``attempt``, ``epoch_of_attempt``, ``ranks``, ``cursor``, ``slots``, and
+        kind: ``agent_up`` (data: the welcome: ``attempt``, ``epoch_of_attempt``, ``ranks``, ``cursor``, ``slots``,
+            ``leaves_in_s``: what is left of a notice, and
             then everything that the agent remembers of its attempt follows as if it happened now), ``agent_lost``
             (``why``; ``silent``: nothing was closed; its time is that of the last sign of life), ``report`` (a rank's
             report with ``rank`` and ``attempt``; its kind is ``data["kind"]``), ``exit`` (``rank``, ``attempt``,
