@@ -146,8 +146,8 @@ def _leave(at: Present, after: int, within_s: float, left_s: float) -> Answer:
     words = f"all ranks save and leave after step {after}"
     if not at.most_s:
         return Answer(course=Course.LEAVE, step=after, words=f"{words}; how long that takes is not known yet")
-    saves = "" if at.save_s else ", if the checkpoint takes no time (none was seen yet)"
-    words += f", within {within_s:.1f} s of the {left_s:.1f} s that are left{saves}; nothing is lost"
+    unless = "" if at.save_s else " if the checkpoint takes no longer than the rest (none was made yet)"
+    words += f", within {within_s:.1f} s of the {left_s:.1f} s that are left; nothing is lost{unless}"
     return Answer(course=Course.LEAVE, step=after, within_s=within_s, words=words)
 
 

@@ -113,7 +113,7 @@ def test_a_checkpoint_that_takes_its_time_is_counted() -> None:
     fast, slow = (choose(present(100, 2.0, 8.0, save_s), kept, 25.0) for save_s in (0.5, 11.0))
     assert (fast.course, fast.step, slow.course, slow.step) == (Course.LEAVE, 103, Course.LEAVE, 101)
     assert "within 18.0 s of the 25.0 s that are left; nothing is lost" in slow.words
-    assert "none was seen yet" in choose(present(100, 2.0, 8.0), kept, 25.0).words
+    assert "none was made yet" in choose(present(100, 2.0, 8.0), kept, 25.0).words
     never = choose(present(100, 4.0, 8.0, 60.0), kept, 25.0)
     assert (never.course, never.step) == (Course.GO_ON, 101)
 
