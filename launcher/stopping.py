@@ -8,16 +8,19 @@ time. One that says nothing has :data:`UNCONFIRMED_S`. No rank of the next attem
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from launcher.exclusion import Exclusion
-from launcher.gang_state import GangState
 from launcher.request import RecoverySpec
-from launcher.run import EventKind
+from launcher.run import EventKind, RunEvent
+
+if TYPE_CHECKING:
+    from launcher.gang_state import GangState  # status needs nothing of it
 
 UNCONFIRMED_S = 10.0
 STILL_TRUE = (EventKind.CHECKPOINT_COMMITTED, EventKind.POOL_UNSAFE, EventKind.RANKS_DYING)
 """What may still be told of an attempt that is being stopped."""
+_OVER = (EventKind.GANG_STOPPED, EventKind.ATTEMPT_PLANNED, EventKind.RUN_CANCELLED, EventKind.RUN_FAILED)
 
 
 class Gang(Protocol):
@@ -38,6 +41,17 @@ def words(left: Iterable[Mapping[str, Any]]) -> str:
 
 def _name(rank: int) -> str:
     return "a process" if rank < 0 else f"rank {rank}"
+
+
+def awaited(events: Iterable[RunEvent]) -> list[dict[str, Any]]:
+    """What the end of the newest attempt is waiting for; nothing once it is over."""
+    found: list[dict[str, Any]] = []
+    for event in events:
+        if event.kind is EventKind.RANKS_DYING:
+            found.append(dict(event.data))
+        elif event.kind in _OVER:
+            found = []
+    return found
 
 
 def patience_s(spec: RecoverySpec, *, dying: bool) -> float:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from launcher import adoption
+from launcher.describe import describe
 from launcher.phase import Phase
+from launcher.render import run_text
 from launcher.render_events import event_line
 from launcher.run import EventKind
 from launcher.stopping import UNCONFIRMED_S
@@ -46,10 +48,14 @@ def test_what_takes_its_time_to_die_is_waited_for_and_its_node_is_used_again(tmp
     stage.gang.say("dying", "b", attempt=1, left=[{**LEFT[0], "state": "state R"}], waited_s=50.0)
     wait(stage, 5.0)
     assert stage.controller.phase is Phase.STOP
+    status = describe(stage.store, stage.clock.now)
+    assert [(one["node"], one["left"]) for one in status["dying"]] == [("b", LEFT)]
+    assert "killed, not dead, and waited for:\n  node b: rank 2 (pid 4711, state D in nv_teardown)" in run_text(status)
     assert len([call for call in stage.gang.calls if call[0] == "spawn"]) == 1
     stage.gang.say("killed", "b", attempt=1)
     stage.turn()
     stage.start()
+    assert describe(stage.store, stage.clock.now)["dying"] == []
     assert ("spawn", 2, {"a": [0, 1], "b": [2, 3]}) in stage.gang.calls
     assert not [call for call in stage.gang.calls if call[0] == "drop"]
     assert events(stage, EventKind.NODE_EXCLUDED) == []
