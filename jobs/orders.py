@@ -1,8 +1,8 @@
 """A word from the controller to a running rank: after which step it is to leave. Pure.
 
 The agent keeps the word in a small piece of memory that its ranks inherit, so that looking costs a rank a microsecond
-in every step, needs no other rank and no file system. All ranks find the same number, long before they come to that
-step; nothing else makes them leave at the same one.
+in every step, needs no other rank and no file system. All ranks look when they have done a step, so the number must be
+there before the first of them has; nothing else makes them leave at the same one.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher import progress, rank_errors
-from launcher.controller import STOP_PATIENCE_S, Controller
+from launcher import progress, rank_errors, stopping
+from launcher.controller import Controller
 from launcher.departure import CAUSE
 from launcher.gang import Observation
 from launcher.gang_state import GangState
@@ -131,6 +131,7 @@ def _reason_after(run: Run) -> str:
 
 def _remember_orders(controller: Controller, state: GangState, welcomes: Welcomes) -> None:
     """What the ranks were asked to do before this controller came: to leave after a step, or at a checkpoint."""
+    state.remaining_s = {n: float(welcomes[n]["leaves_in_s"]) for n in state.placement if "leaves_in_s" in welcomes[n]}
     state.leave_after = max((int(welcomes[node].get("leave_after", 0)) for node in state.placement), default=0)
     if state.leave_after:
         state.leaving = "move"
@@ -184,17 +185,31 @@ def _clear(controller: Controller, welcomes: Welcomes, *, asked: bool) -> list[O
     numbers, heard = set(left.values()), list[Observation]()
     for number in numbers:
         controller.gang.kill(number, grace_s=0.0)
-    deadline = controller.clock.monotonic() + STOP_PATIENCE_S
-    while left and controller.clock.monotonic() < deadline:
-        news = _listen(controller)
-        heard += news
-        for seen in news:
-            if seen.kind in ("killed", "agent_lost"):
-                left.pop(seen.node, None)
+    heard += _await_end(controller, left)
     deadline = controller.clock.monotonic() + REPLAY_S
     while asked and welcomes and controller.clock.monotonic() < deadline and (news := _listen(controller)):
         heard += news
     return [seen for seen in heard if not (numbers and seen.kind == "exit" and seen.data.get("requested"))]
+
+
+def _await_end(controller: Controller, left: dict[str, int]) -> list[Observation]:
+    """Until no rank is left on these nodes; those that say what keeps theirs, and take too long, are given up."""
+    spec, since = controller.request.recovery, controller.clock.monotonic()
+    heard, dying = list[Observation](), dict[str, list[dict[str, Any]]]()
+    while left:
+        waited_s = controller.clock.monotonic() - since
+        for node in [node for node in left if waited_s >= stopping.patience_s(spec, dying=node in dying)]:
+            del left[node]
+            if node in dying:
+                controller.gang.drop(node, stopping.why(dying[node], spec))
+        news = _listen(controller) if left else []
+        heard += news
+        for seen in news:
+            if seen.kind == "dying" and seen.data.get("attempt") == left.get(seen.node):
+                dying[seen.node] = list(seen.data["left"])
+            elif seen.kind in ("killed", "agent_lost"):
+                left.pop(seen.node, None)
+    return heard
 
 
 def _listen(controller: Controller) -> list[Observation]:

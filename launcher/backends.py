@@ -115,6 +115,7 @@ def agent_options(request: LaunchRequest) -> dict[str, Any]:
         "lease_s": recovery.lease_s,
         "grace_s": recovery.grace_s,
         "preempt_grace_s": recovery.preempt_grace_s,
+        "kill_patience_s": recovery.kill_patience_s,
     }
     if request.job.kind == "script":  # it imports what it needs by itself: torch in the pool would be of no use to it
         return options | {"warm": ""}

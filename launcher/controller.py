@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jobs.spec import JobSpec
-from launcher import exclusion, origin, progress, rank_errors, recovery
+from launcher import exclusion, origin, progress, rank_errors, recovery, stopping
 from launcher.backend import AgentAddress, Backend
 from launcher.clock import Clock
 from launcher.departure import CAUSE, Departure
@@ -44,9 +44,7 @@ from launcher.store import RunStore, dump, write_atomic
 from strategies.errors import ClusterError
 from strategies.plan import ParallelPlan
 
-STOP_PATIENCE_S = 10.0  # an agent that has not confirmed the end of its ranks by then is taken for lost
 GATHER_NOTICE_S = 3.0  # waiting for nodes shorter than this is not worth a line in the log
-LATE = (EventKind.CHECKPOINT_COMMITTED, EventKind.POOL_UNSAFE)  # still true of an attempt that is being stopped
 
 
 class Controller:
@@ -171,11 +169,11 @@ class Controller:
         if self.state is None:
             return
         self.hangs.note(seen, self.clock.monotonic())
-        self.departure.stragglers.note(seen)
+        self.departure.note(seen)
         for found in self.state.observe(seen):
             if isinstance(found, Failure):
                 self._suspect(found)
-            elif self.phase is not Phase.STOP or found.kind in LATE:
+            elif self.phase is not Phase.STOP or found.kind in stopping.STILL_TRUE:
                 self._take_note(found)
 
     def _end_leftovers(self, seen: Observation) -> None:
@@ -286,7 +284,9 @@ class Controller:
         else:
             self._watch_for_hangs(self.state)
         if self.phase is Phase.RUN:
-            self.departure.look(self.gang, self.state, self.hangs.step_s)
+            gone = self.departure.look(self.gang, self.state, self.hangs)
+            if gone is not None:
+                self._suspect(gone)
 
     def _finish(self, state: GangState) -> None:
         """Every rank has exited well: the run is done, or they have left as they were asked to."""
@@ -333,13 +333,11 @@ class Controller:
         state = self.state
         assert state is not None
         if not state.all_stopped:
-            grace = self.request.recovery.grace_s if self._cancelling else 0.0
-            if self.clock.monotonic() - self._since <= STOP_PATIENCE_S + grace:
-                return
-            for node in set(state.placement) - state.stopped:
-                self.gang.drop(node, "it did not confirm the end of its ranks")
-            state.stopped |= set(state.placement)
-        if self._cancelling:
+            spec = self.request.recovery
+            waited_s = self.clock.monotonic() - self._since - (spec.grace_s if self._cancelling else 0.0)
+            for left_out in stopping.give_up_late(self.gang, state, waited_s, spec, self.clock.time()):
+                self.record(EventKind.NODE_EXCLUDED, **left_out.fields)
+        elif self._cancelling:
             self.end(EventKind.RUN_CANCELLED, reason="cancelled on request")
         elif state.all_finished:
             self._regroup(state)

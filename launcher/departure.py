@@ -8,13 +8,13 @@ replace    a rank is slow, and a spare stands by           at the next checkpoin
 grow       they are fewer than they could be               at the next checkpoint
 =========  ==============================================  =========================================================
 
-Nothing is lost in any of them, and none counts as a restart.
+Nothing is lost in any of them, and none counts as a restart. Where a node goes before that is possible,
+:mod:`launcher.notice` says what is done instead, and what it costs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -22,8 +22,11 @@ from jobs.paths import RunPaths
 from launcher.clock import Clock
 from launcher.exclusion import Exclusion
 from launcher.gang_state import GangState
+from launcher.hang_watch import HangWatch
 from launcher.muster import Muster
-from launcher.recovery import Action, Decision, Failure
+from launcher.notice import Course, Kept, choose
+from launcher.observation import Observation
+from launcher.recovery import Action, Decision, Failure, FailureKind
 from launcher.request import LaunchRequest
 from launcher.run import EventKind
 from launcher.sizing import Sizing
@@ -35,15 +38,35 @@ ELSEWHERE = "it left in good order, to go on on other nodes"
 CAUSE = {"grow": FOR_MORE, "move": ELSEWHERE}
 """Why an attempt has ended, by the reason of the next one."""
 
-DELIVERY_S = 1.0  # in which an order comes to every rank; a rank that it comes to too late is found by the deadline
-STEPS_AHEAD = 2  # what the controller knows of the gang is at most one step old, and one is under way
-
 
 class Gang(Protocol):
     """What is needed of :class:`launcher.gang.Gang`."""
 
     def leave(self, attempt: int, after: int) -> None:
         """Ask every rank to save and leave when it has completed step ``after``."""
+
+
+class SaveClock:
+    """How long it takes from the end of a step until its checkpoint is committed.
+
+    Attributes:
+        longest_s: Seconds, of all that were seen; 0 while none was.
+    """
+
+    def __init__(self) -> None:
+        self.longest_s = 0.0
+        self._began: tuple[int, float] = (0, 0.0)  # step, UTC seconds by the clock of the node of rank 0
+
+    def note(self, seen: Observation) -> None:
+        """Take in what an agent says."""
+        data = seen.data
+        if seen.kind != "report" or data.get("rank") != 0:
+            return
+        if data.get("kind") == "step" and data.get("next") == "save":
+            self._began = int(data["step"]), seen.time
+        elif data.get("kind") == "checkpoint" and int(data["step"]) == self._began[0]:
+            committed = float(data.get("committed", seen.time))
+            self.longest_s = max(self.longest_s, committed - self._began[1])
 
 
 class Departure:
@@ -68,43 +91,71 @@ class Departure:
         clock: Clock,
         record: Callable[..., None],
     ) -> None:
-        self._plan, self._steps = request.job.plan, request.job.train.steps
+        self._job, self._plan = request.job, request.job.plan
         self._spec = request.recovery
         self._paths = paths
         self._sizing, self._muster, self._clock, self._record = sizing, muster, clock, record
         self.stragglers = StragglerWatch()
+        self.saves = SaveClock()
+        self._gone_at: dict[str, float] = {}  # node that will be taken away: when (monotonic)
+        self._said = ""
 
-    def look(self, gang: Gang, state: GangState, step_s: float) -> None:
+    def note(self, seen: Observation) -> None:
+        """Take in what an agent says."""
+        self.stragglers.note(seen)
+        self.saves.note(seen)
+
+    def look(self, gang: Gang, state: GangState, hangs: HangWatch) -> Failure | None:
         """Once per turn while a gang trains.
 
         Args:
             gang: Its agents.
             state: What is known of it.
-            step_s: Seconds of a step; 0 while that is not known.
+            hangs: Knows how long steps take.
+
+        Returns:
+            Why the ranks are to end at once; None if they are not.
         """
         for failure, ratio in self.stragglers.take():
             self._record(EventKind.STRAGGLER_FOUND, failure=failure, ratio=round(ratio, 3))
             if self._spec.replace_stragglers and not state.leaving and not state.script:
                 self._replace(state, failure)
         if state.notices and state.training and not state.script:
-            self._before_a_node_goes(gang, state, step_s)
-        elif state.leaving != "move":
+            return self._before_a_node_goes(gang, state, hangs)
+        if state.leaving != "move":
             self._for_more(state)
+        return None
 
-    def _before_a_node_goes(self, gang: Gang, state: GangState, step_s: float) -> None:
+    def _before_a_node_goes(self, gang: Gang, state: GangState, hangs: HangWatch) -> Failure | None:
         """All ranks must leave after the same step: one that none of them has come to when the word comes."""
+        now = self._clock.monotonic()
+        known = self._gone_at
+        self._gone_at = {node: known.get(node, now + told.within_s) for node, told in state.notices.items()}
         if state.leave_after >= max(1, state.last_step):
-            return
-        ahead = STEPS_AHEAD + (math.ceil(DELIVERY_S / step_s) if step_s > 0 else 0)
-        after = state.last_step + ahead
-        if after >= self._steps:
-            return  # it will be done by then
-        if not state.leave_after:
-            why = "; ".join(state.notices.values())
-            about = f", in about {ahead * step_s:.1f} s" if step_s > 0 else ""
-            self._decide(Action.LEAVE, f"{why}: all ranks save and leave after step {after}{about}; nothing is lost")
-        state.leaving, state.leave_after = "move", after
-        gang.leave(state.attempt, after)
+            return None
+        first = min(state.notices, key=lambda node: self._gone_at[node])
+        at = hangs.present(state.last_step, now, save_s=self.saves.longest_s)
+        answer = choose(at, self._kept(state), max(0.0, self._gone_at[first] - now))
+        told = f"{'; '.join(notice.detail for notice in state.notices.values())}: {answer.words}"
+        if answer.course is Course.SWAP:
+            detail, when = told, self._clock.time()
+            return Failure(kind=FailureKind.PREEMPTED, time=when, node=first, step=state.last_step + 1, detail=detail)
+        if answer.words and not state.leave_after and self._said != (said := f"{answer.course} {state.attempt}"):
+            self._said = said
+            self._decide(Action.LEAVE, told)
+        if answer.course is Course.LEAVE:
+            state.leaving, state.leave_after = "move", answer.step
+            gang.leave(state.attempt, answer.step)
+        return None
+
+    def _kept(self, state: GangState) -> Kept:
+        job = self._job
+        return Kept(
+            steps=job.train.steps,
+            newest=max(state.commits, default=state.first_step - 1),
+            disk_every=job.checkpoint.every,
+            memory_every=job.checkpoint.memory_every,
+        )
 
     def _replace(self, state: GangState, failure: Failure) -> None:
         """Only if nobody has to wait: a node stands by, and the present plan goes on."""

@@ -14,6 +14,7 @@ Of what a run has cost:
 ``attempts``     with ``errors``: what the ranks died of, equal errors grouped (:mod:`launcher.rank_errors`)
 ``excluded``     nodes that carry no ranks for now: ``node``, ``until`` (UTC seconds), ``reason``
 ``stragglers``   ranks that were found slow: ``attempt``, ``failure``, ``ratio`` (own time of a step over its peers')
+``dying``        what was killed and is waited for now, by ``node``: ``left``, rows of ``rank``, ``pid`` and ``state``
 ``slow_starts``  nodes whose ranks started as fresh processes, not from the warm pool, and why
 ===============  ======================================================================================================
 """
@@ -27,7 +28,7 @@ from typing import Any
 
 from jobs.checkpoint import list_checkpoints
 from jobs.paths import RunPaths
-from launcher import forecast, progress, rank_errors, skips
+from launcher import forecast, progress, rank_errors, skips, stopping
 from launcher.account import INCIDENT_CLASSES, Incident
 from launcher.ledger import account
 from launcher.lock import holder_alive, newest_epoch
@@ -97,6 +98,7 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "attempts": [_attempt(attempt, store.paths) for attempt in run.attempts],
         "excluded": _excluded(run, events, now),
         "stragglers": [{"attempt": e.attempt, **e.data} for e in events if e.kind is EventKind.STRAGGLER_FOUND],
+        "dying": stopping.awaited(events),
         "slow_starts": [{"attempt": e.attempt, **e.data} for e in events if e.kind is EventKind.POOL_UNSAFE],
         "ranks": _ranks(store.paths, run),
         "steps_lost": run.steps_lost,

@@ -29,6 +29,14 @@ class Note:
     data: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A node will be taken away: what is known of it, for people, and how long after the word of it (seconds)."""
+
+    detail: str
+    within_s: float
+
+
 @dataclass(kw_only=True, slots=True)
 class GangState:
     """The ranks of one attempt, as far as their agents have told.
@@ -41,6 +49,7 @@ class GangState:
         resume_from: What the ranks restore.
         spawned: Node -> rank -> process id.
         stopped: Nodes on which no rank of the attempt is left.
+        dying: Node to what was killed there and has not ended: rows of ``rank``, ``pid`` and ``state``.
         gone: Nodes that were lost, or that said they were leaving.
         finished: Ranks that exited with code 0.
         errors: ``error`` reports by rank.
@@ -54,7 +63,8 @@ class GangState:
         training: The first step has begun.
         leaving: Why the next attempt will be made (``grow``, ``move``), once the ranks were asked to leave.
         leave_after: After this step, if not at the next checkpoint; 0 for that.
-        notices: Nodes that will be taken away, and what is known of it.
+        notices: Nodes that will be taken away.
+        remaining_s: Node to how long it had left when this controller met it, for one that was told before.
     """
 
     attempt: int
@@ -64,6 +74,7 @@ class GangState:
     resume_from: str = ""
     spawned: dict[str, dict[int, int]] = field(default_factory=dict)
     stopped: set[str] = field(default_factory=set)
+    dying: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
     finished: set[int] = field(default_factory=set)
     errors: dict[int, Mapping[str, Any]] = field(default_factory=dict)
@@ -76,7 +87,8 @@ class GangState:
     training: bool = False
     leaving: str = ""
     leave_after: int = 0
-    notices: dict[str, str] = field(default_factory=dict)
+    notices: dict[str, Notice] = field(default_factory=dict)
+    remaining_s: dict[str, float] = field(default_factory=dict)
     _world: int = field(init=False)
     _began: int = field(init=False, default=0)
 
@@ -129,6 +141,7 @@ class GangState:
         handlers: dict[str, Callable[[Observation], list[Note | Failure]]] = {
             "spawned": self._on_spawned,
             "killed": self._on_killed,
+            "dying": self._on_dying,
             "exit": self._on_exit,
             "report": self._on_report,
             "pool": self._on_pool,
@@ -160,9 +173,9 @@ class GangState:
         """A node will be taken away. Before the first step there is nothing to save, and another place to go to."""
         if seen.node in self.notices or seen.node in self.gone:
             return []
-        detail = f"node {seen.node} will be taken away in {seen.data.get('within_s', 0.0):.0f} s"
-        detail += f" ({seen.data.get('reason', '')})"
-        self.notices[seen.node] = detail
+        within_s = self.remaining_s.get(seen.node, float(seen.data.get("within_s", 0.0)))
+        detail = f"node {seen.node} will be taken away in {within_s:.0f} s ({seen.data.get('reason', '')})"
+        self.notices[seen.node] = Notice(detail, within_s)
         if self.training:
             return []
         return [Failure(kind=FailureKind.PREEMPTED, time=seen.time, node=seen.node, detail=detail)]
@@ -180,6 +193,18 @@ class GangState:
     def _on_killed(self, seen: Observation) -> list[Note | Failure]:
         self.stopped.add(seen.node)
         return []
+
+    def _on_dying(self, seen: Observation) -> list[Note | Failure]:
+        """Told once per node, though what is waited for may change."""
+        known = seen.node in self.dying
+        self.dying[seen.node] = left = list(seen.data["left"])
+        data = {"node": seen.node, "left": left, "waited_s": seen.data.get("waited_s", 0.0)}
+        return [] if known else [Note(kind=EventKind.RANKS_DYING, data=data)]
+
+    def give_up(self, node: str) -> None:
+        """Whatever is left of the attempt on a node is not waited for any more, and its loss is no news."""
+        self.gone.add(node)
+        self.stopped.add(node)
 
     def _on_pool(self, seen: Observation) -> list[Note | Failure]:
         if seen.data.get("state") != "fresh" or seen.node in self.afresh:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from launcher.hang import Standing, culprit
+from launcher.notice import Present
 from launcher.observation import Observation
 from launcher.pace import Pace, Past
 from launcher.recovery import Failure, FailureKind
@@ -83,6 +84,12 @@ class StepClock:
         """How long nothing may happen before it is asked why; ``first_s`` while too few steps were seen."""
         return FACTOR * self.pace.most_s(self._work) + MARGIN_S if self.pace.learned else first_s
 
+    def elapsed_s(self, step: int, now: float) -> float:
+        """Seconds since every rank had completed ``step``; 0 while not all have, and beside training."""
+        complete = len(self.steps) == self._world and min(self.steps.values()) >= step
+        began = complete or not self.steps
+        return now - self._since if began and not self.busy else 0.0
+
     def silent_s(self, now: float) -> float:
         """Seconds since anything was heard."""
         return now - self._last
@@ -119,10 +126,18 @@ class HangWatch:
         self._answers: dict[int, Mapping[str, Any]] = {}
         self._nodes: dict[int, str] = {}
 
-    @property
-    def step_s(self) -> float:
-        """Seconds of a step, the median so far; 0 while too few were seen."""
-        return self._clock.pace.typical_s if self._clock else 0.0
+    def present(self, last: int, now: float, *, save_s: float) -> Present:
+        """Where the gang is in the step after ``last``, and how long steps take."""
+        clock = self._clock
+        if clock is None:
+            return Present(last=last, elapsed_s=0.0, typical_s=0.0, most_s=self._told_s, save_s=save_s)
+        return Present(
+            last=last,
+            elapsed_s=clock.elapsed_s(last, now),
+            typical_s=clock.pace.typical_s,
+            most_s=clock.pace.most_s(clock.work) or self._told_s,
+            save_s=save_s,
+        )
 
     def begin(self, plan: ParallelPlan, now: float, *, told_s: float = 0.0) -> None:
         """The first step of an attempt begins.

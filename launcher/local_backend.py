@@ -163,6 +163,7 @@ class LocalBackend:
         command += ["--bind", self._address(node), "--slots", str(self._slots)]
         command += ["--detect-s", str(options.detect_s), "--lease-s", str(options.lease_s)]
         command += ["--grace-s", str(options.grace_s), "--preempt-grace-s", str(options.preempt_grace_s)]
+        command += ["--kill-patience-s", str(options.kill_patience_s)]
         command += ["--max-log-bytes", str(options.max_log_bytes)]
         command += ["--warm", options.warm, "--target", options.target, "--log-parent", options.log_parent]
         path = os.pathsep.join(filter(None, [str(packages_root()), os.environ.get("PYTHONPATH", "")]))

@@ -12,6 +12,7 @@ ObservationKind = Literal[
     "report",
     "exit",
     "killed",
+    "dying",
     "spawned",
     "notice",
     "leaving",
@@ -27,15 +28,17 @@ class Observation:
     """Something that was seen.
 
     Attributes:
-        kind: ``agent_up`` (data: the welcome: ``attempt``, ``epoch_of_attempt``, ``ranks``, ``cursor``, ``slots``, and
+        kind: ``agent_up`` (data: the welcome: ``attempt``, ``epoch_of_attempt``, ``ranks``, ``cursor``, ``slots``,
+            ``leaves_in_s``: what is left of a notice, and
             then everything that the agent remembers of its attempt follows as if it happened now), ``agent_lost``
             (``why``; ``silent``: nothing was closed; its time is that of the last sign of life), ``report`` (a rank's
             report with ``rank`` and ``attempt``; its kind is ``data["kind"]``), ``exit`` (``rank``, ``attempt``,
             ``pid``, ``code``, ``signal``, ``requested``: we had it killed, ``log_tail``), ``spawned`` (``attempt``,
-            ``ranks``), ``killed`` (``attempt``), ``leaving`` (``reason``), ``notice`` (``reason``, ``within_s``: the
-            node will be taken away after so many seconds),
-            ``pool`` (``state``, ``reason``), ``stack`` (``rank``, ``attempt``, ``state``, ``stack``: where a rank
-            stands, see :mod:`launcher.host.stacks`), ``holdings`` (``id``, ``address``, ``held``: what the node holds
+            ``ranks``), ``killed`` (``attempt``), ``dying`` (``attempt``, ``left``: what was killed
+            and has not ended, rows of ``rank``, ``pid`` and ``state``; ``waited_s``), ``leaving`` (``reason``),
+            ``notice`` (``reason``, ``within_s``: the node will be taken away after so many seconds), ``pool``
+            (``state``, ``reason``), ``stack`` (``rank``, ``attempt``, ``state``, ``stack``: where a rank stands,
+            see :mod:`launcher.host.stacks`), ``holdings`` (``id``, ``address``, ``held``: what the node holds
             in memory, see :mod:`launcher.memory_tier`), ``fenced`` (``epoch``: who owns the agent now).
         node: The node.
         time: When it happened, UTC seconds: by the agent's clock if the agent said it, else by ours.

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher import skips
+from launcher import skips, stopping
 from launcher.account import CLASSES
 from launcher.resume_diff import Change
 from strategies.codec import from_json
@@ -167,6 +167,9 @@ def run_text(run: Mapping[str, Any]) -> str:
 def _doubtful(run: Mapping[str, Any]) -> list[str]:
     """Nodes and ranks that are not what they should be."""
     blocks = []
+    if run["dying"]:
+        left = (f"  node {node_name(o['node'])}: {stopping.words(o['left'])}" for o in run["dying"])
+        blocks.append("killed, not dead, and waited for:\n" + "\n".join(left))
     if run["excluded"]:
         rows = (f"  node {node_name(o['node'])} until {moment(o['until'])} UTC: {o['reason']}" for o in run["excluded"])
         blocks.append("carry no ranks for now:\n" + "\n".join(rows))

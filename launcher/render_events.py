@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jobs.checkpoint.memory import generation_of
-from launcher import skips
+from launcher import skips, stopping
 from launcher.render import moment, node_name, plan_words, plural, seconds, shorten_ids
 from launcher.run import EventKind, RunEvent
 
@@ -94,6 +94,12 @@ def _pool_unsafe(event: RunEvent) -> str:
     return f"node {node} starts its ranks afresh, which is slower: {event.data.get('reason')}"
 
 
+def _dying(event: RunEvent) -> str:
+    node, waited_s = node_name(str(event.data.get("node"))), float(event.data.get("waited_s", 0.0))
+    left = stopping.words(event.data.get("left", []))
+    return f"node {node}: {waited_s:.0f} s after SIGKILL these have not ended and are waited for: {left}"
+
+
 _SENTENCES: dict[EventKind, Callable[[RunEvent], str | None]] = {
     EventKind.ATTEMPT_PLANNED: _attempt_planned,
     EventKind.CONTROLLER_STARTED: _controller_started,
@@ -104,6 +110,7 @@ _SENTENCES: dict[EventKind, Callable[[RunEvent], str | None]] = {
     EventKind.WAITING_FOR_NODES: _waiting,
     EventKind.NODE_EXCLUDED: _excluded,
     EventKind.NODE_READMITTED: _readmitted,
+    EventKind.RANKS_DYING: _dying,
     EventKind.STRAGGLER_FOUND: lambda e: f"slow: {_detail(e.data)}",
     EventKind.POOL_UNSAFE: _pool_unsafe,
     EventKind.RANKS_SPAWNED: lambda e: f"{plural(int(e.data.get('ranks', 0)), 'rank')} running, loading",

@@ -72,6 +72,8 @@ class RecoverySpec:
         detect_s: An agent that is silent for so long is lost.
         lease_s: Without controller and without progress for so long, an agent kills its ranks and leaves.
         grace_s: From SIGTERM to SIGKILL when ranks are stopped on purpose.
+        kill_patience_s: From SIGKILL of a rank to its end, which a driver or a mount can hold up; a node that takes
+            longer is given up, and carries no ranks for ``exclude_for_s``.
         backoff_s: Pause before the second restart without progress; doubles up to ``backoff_max_s``.
         backoff_max_s: Longest pause.
     """
@@ -96,6 +98,7 @@ class RecoverySpec:
     detect_s: float = 5.0
     lease_s: float = 60.0
     grace_s: float = 5.0
+    kill_patience_s: float = 60.0
     backoff_s: float = 1.0
     backoff_max_s: float = 60.0
 

@@ -57,6 +57,7 @@ class EventKind(enum.StrEnum):
     FAILURE_DETECTED = "failure_detected"  # failure, last_step, failed_at
     # cause, failure, node, rank (after all evidence is in; failure is "" if it left on purpose), signature, last_step
     GANG_STOPPED = "gang_stopped"
+    RANKS_DYING = "ranks_dying"  # node, left: rows of rank, pid, state, that SIGKILL has not ended yet; waited_s
     DECISION = "decision"  # action, reason, delay_s, skip: samples to leave out from now on, or null
     WAITING_FOR_NODES = "waiting_for_nodes"  # have, need, why
     NODE_EXCLUDED = "node_excluded"  # node, until (UTC seconds), reason

@@ -365,7 +365,7 @@ MINIMUM: dict[str, float] = {
     **{f"recovery.budgets.{field.name}": 0 for field in fields(Budgets)},
     **{f"recovery.{key}": 1 for key in ("same_error_limit", "min_nodes", "no_progress_limit", "exclude_after")},
     **{f"recovery.{key}": 0 for key in ("wait_for_nodes_s", "shrink_after_s", "grace_s", "backoff_s", "backoff_max_s")},
-    **{f"recovery.{key}": 0 for key in ("exclude_window_s", "exclude_for_s", "preempt_grace_s")},
+    **{f"recovery.{key}": 0 for key in ("exclude_window_s", "exclude_for_s", "preempt_grace_s", "kill_patience_s")},
     **{f"recovery.{key}": 0.1 for key in ("start_timeout_s", "save_timeout_s", "detect_s", "lease_s")},
     "recovery.budget_window_s": 1,
     "fault_seed": 0,

@@ -120,10 +120,8 @@ class Pretrain:
             manifest = self._save(done, wait=True)  # all was done, but not on disk
         for step in range(done + 1, steps + 1):
             due = step == steps or bool(self._job.checkpoint.every and step % self._job.checkpoint.every == 0)
-            ordered = self._orders.leaves_after(step)
-            due = due or ordered
-            self._step(step, then="save" if due else "step")
-            if not due:
+            ordered = self._step(step, due=due)
+            if not due and not ordered:
                 self._saver.keep(step, self._extra(step))
                 continue
             leaving = step < steps and (ordered or self._is_to_leave())
@@ -157,7 +155,8 @@ class Pretrain:
         self._reporter.send("restored", step=restored.step + 1, seconds=seconds, **moved)
         return restored.step
 
-    def _step(self, step: int, *, then: str) -> None:
+    def _step(self, step: int, *, due: bool) -> bool:
+        """One step; ``due``: a checkpoint follows. Returns whether the ranks have been told to leave after it."""
         self._counter.step = step
         self._hooks.step_begin(step)
         self._engine.own_time.begin()
@@ -166,6 +165,8 @@ class Pretrain:
         data_s = time.perf_counter() - began
         tokens = self._schedule.batch_at(step) * self._job.batch.seq
         result = self._engine.train_step(step, batches, tokens=tokens)
+        ordered = self._orders.leaves_after(step)  # here, where all ranks come to at the same time
+        then = "save" if due or ordered else "step"
         own_s, seconds = self._engine.own_time.end()
         self._judge(step, result)
         line = self._line(step, result, seconds) | {"data_s": data_s}
@@ -179,6 +180,7 @@ class Pretrain:
             self._note(line | {"eval": self._evaluate(step)})
             self._reporter.send("step", step=step, next=then)
         self._hooks.step_end(step)
+        return ordered
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         """Loss and perplexity on what is not trained on; every batch is a sign of life."""

@@ -51,6 +51,7 @@ class AgentOptions:
         lease_s: Without controller and without progress for so long, the agent ends its ranks and itself.
         grace_s: From SIGTERM to SIGKILL of the ranks when the agent itself is told to leave.
         preempt_grace_s: From the notice that the node will be taken away to the end of its ranks.
+        kill_patience_s: An agent that ends waits for so long until its ranks are dead.
         warm: ``module:function`` that warms the pool up; empty for a pool that starts every rank afresh.
         target: ``module:function`` that a rank of our own runs.
         env: Variables added to the environment of pool and ranks.
@@ -63,6 +64,7 @@ class AgentOptions:
     lease_s: float = 60.0
     grace_s: float = 5.0
     preempt_grace_s: float = 25.0
+    kill_patience_s: float = 60.0
     warm: str = "jobs.warm:warm"
     target: str = "jobs.worker:main"
     env: Mapping[str, str] = field(default_factory=dict)
@@ -110,6 +112,7 @@ class HostAgent:
         self._noticed = ""
         self._notice_until: float | None = None
         self._leaving = ""
+        self._leave_by: float | None = None
         self._left = ""
         self._log_folder_stays = True
 
@@ -217,12 +220,15 @@ class HostAgent:
     def _timeout(self) -> float:
         now = time.monotonic()
         deadlines = [self._beat_at, now + 0.5 if self._peers.has_strangers else self._beat_at]
-        possible = (self._ranks.next_deadline(), self._stacks.due, self._notice_until)
+        possible = [self._ranks.next_deadline(), self._stacks.due, self._notice_until, self._leave_by]
+        possible += [self._pool.due(now), self._persister.due(now)]
         deadlines += [at for at in possible if at is not None]
         return max(0.0, min(deadlines) - now)
 
     def _tick(self) -> None:
         now = time.monotonic()
+        self._pool.tick()
+        self._persister.tick()
         self._ranks.tick(now)
         self._peers.tick(now)
         for answer in self._stacks.collect(now):
@@ -240,6 +246,8 @@ class HostAgent:
             self._ranks.limit_logs()
         if now - max(self._heard, self._ranks.progress_at) > self._options.lease_s:
             self._leave("lease", 0.0)
+        if self._leave_by is not None and now >= self._leave_by:
+            self._end()
         self._peers.pump()
 
     def _heed_notice(self, now: float) -> None:
@@ -258,6 +266,7 @@ class HostAgent:
         if self._leaving:
             return
         self._leaving, self._notice_until = reason, None
+        self._leave_by = time.monotonic() + grace_s + self._options.kill_patience_s
         self._events.append({"kind": "leaving", "reason": reason})
         self._ranks.kill(self._ranks.attempt, grace_s, self._end)
 
@@ -300,7 +309,10 @@ class HostAgent:
     def _welcome(self) -> Message:
         address = self.address
         identity = {"node": address.node, "incarnation": address.incarnation, "pid": address.pid}
-        return {"slots": address.slots, "pool": self._pool.pid} | identity | self._ranks.describe()
+        described = {"slots": address.slots, "pool": self._pool.pid} | identity | self._ranks.describe()
+        if self._notice_until is not None:
+            described["leaves_in_s"] = max(0.0, self._notice_until - time.monotonic())
+        return described
 
     def _on_message(self, peer: Peer, message: Message) -> None:
         try:
@@ -364,7 +376,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--node", required=True)
     parser.add_argument("--bind", required=True)
     parser.add_argument("--slots", type=int, required=True)
-    durations = [(name, float) for name in ("detect-s", "lease-s", "grace-s", "preempt-grace-s")]
+    durations = [(name, float) for name in ("detect-s", "lease-s", "grace-s", "preempt-grace-s", "kill-patience-s")]
     for name, kind in (*durations, ("max-log-bytes", int)):
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
     for name in ("warm", "target", "log-parent", "incarnation"):

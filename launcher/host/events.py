@@ -11,7 +11,7 @@ from typing import Any
 
 from launcher.host import wire
 
-AGENT_KINDS = frozenset({"exit", "reserved", "spawned", "killed", "leaving", "notice", "pool", "stack"})
+AGENT_KINDS = frozenset({"exit", "reserved", "spawned", "killed", "dying", "leaving", "notice", "pool", "stack"})
 """Kinds of events that the agent itself makes; every other kind is the report of a rank."""
 
 _MAX_EVENTS = 4096

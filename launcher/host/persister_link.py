@@ -17,6 +17,8 @@ from launcher.host import process
 from launcher.host.environment import Environments
 from launcher.host.persist.main import DRAIN_S, MAX_MESSAGE_BYTES
 
+_LOOK_S = 0.05  # at one that is dying
+
 NOTHING: dict[str, Any] = {"address": None, "held": []}
 """What a persister holds that is not there."""
 
@@ -58,6 +60,8 @@ class PersisterLink:
         self._listener = listen_unix(self.path)
         self.pid = 0
         self._ready = False
+        self._fallen = False  # its connection has ended; it may still be dying
+        self._was_ready = False
         self._start()
 
     @property
@@ -120,11 +124,21 @@ class PersisterLink:
             then({"address": message["address"], "held": message["held"]})
 
     def _on_death(self) -> None:
-        was_ready = self._ready
+        self._was_ready, self._fallen = self._ready, True
         self._drop()
-        code = self._process.wait()
+        self.tick()
+
+    def due(self, now: float) -> float | None:
+        """When :meth:`tick` has something to do."""
+        return now + _LOOK_S if self._fallen else None
+
+    def tick(self) -> None:
+        """Replace one that is dead; one that is stuck in a disk takes its time to die."""
+        if not self._fallen or (code := self._process.poll()) is None:
+            return
+        self._fallen = False
         why = f"signal {-code}" if code < 0 else f"exit code {code}"
-        if was_ready:
+        if self._was_ready:
             self._start()
         else:  # one that cannot even start is not tried again and again, and ranks must not wait for it
             self._listener.close()

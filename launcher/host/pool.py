@@ -13,8 +13,9 @@ Started by the agent as ``python -P -m launcher.host.pool --fd N --parent PID --
 JSON datagrams on a sequenced-packet socket; file descriptors travel with them:
 
 ``{"op": "spawn", "key", "name", "env", "cwd", "argv": null | [...], "fds": ["log", "report", "order", "store"]}``,
-``{"op": "kill", "key", "signal"}``; answers ``ready`` (``reason``), ``spawned`` (``key``, ``pid``, ``fresh``: reason or
-empty), ``failed`` (``key``, ``reason``), ``exit`` (``key``, ``pid``, ``code``, ``signal``).
+``{"op": "kill", "key", "signal"}``, ``{"op": "ask"}``; answers ``ready`` (``reason``), ``spawned`` (``key``, ``pid``,
+``fresh``: reason or empty), ``failed`` (``key``, ``reason``), ``exit`` (``key``, ``pid``, ``code``, ``signal``) and
+``here``.
 """
 
 from __future__ import annotations
@@ -126,6 +127,8 @@ class Pool:
             self._spawn(message, dict(zip(message["fds"], fds, strict=True)))
         elif message["op"] == "kill":
             self._kill(message["key"], message["signal"])
+        elif message["op"] == "ask":
+            self._send({"op": "here"})
 
     def _kill(self, key: str, signum: int) -> None:
         for pid, known in self._ranks.items():

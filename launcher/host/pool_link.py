@@ -19,6 +19,9 @@ from launcher.host import process
 from launcher.host.environment import Environments
 from launcher.host.logs import tail
 from launcher.host.pool import MAX_MESSAGE_BYTES
+from launcher.host.sweep import Sweep
+
+_LOOK_S = 0.05  # at what is left of a dead pool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +70,10 @@ class PoolLink:
         self._target = target
         self._generation = 0
         self._queue: deque[tuple[bytes, list[int]]] = deque()
+        self._running: dict[str, tuple[int, int]] = {}  # key of a rank: its process id and birth
+        self._asked_at: float | None = None
+        self._sweep: Sweep | None = None  # the pool is dead, and what it left has not ended
+        self._was_ready = False  # when it died
         self.ready = False
         self.pid = 0
         self._start()
@@ -84,6 +91,8 @@ class PoolLink:
     def _start(self) -> None:
         self._generation += 1
         self.ready = False
+        self._asked_at = None
+        self._running.clear()
         # The rank's environment fits into one datagram only if the buffer is larger than the system's default.
         self._sock, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sock.setblocking(False)
@@ -121,7 +130,28 @@ class PoolLink:
         """Send a signal to a rank and its process group."""
         self._put(json.dumps({"op": "kill", "key": key, "signal": int(signum)}).encode(), [])
 
+    def ask(self, now: float) -> None:
+        """Ask for a sign of life, unless one is awaited."""
+        if self._asked_at is None and self._sweep is None:
+            self._asked_at = now
+            self._put(b'{"op": "ask"}', [])
+
+    def owes_s(self, now: float) -> float:
+        """For how long an answer has been awaited."""
+        return 0.0 if self._asked_at is None else now - self._asked_at
+
+    @property
+    def left(self) -> tuple[int, ...]:
+        """What a dead pool has left and is still there."""
+        return self._sweep.left if self._sweep is not None else ()
+
+    def due(self, now: float) -> float | None:
+        """When :meth:`tick` has something to do."""
+        return None if self._sweep is None else now + _LOOK_S
+
     def _put(self, data: bytes, fds: list[int]) -> None:
+        if self._sweep is not None:  # there is no pool; only signals come here then, and the sweep sends its own
+            return
         self._queue.append((data, fds))
         self._flush()
 
@@ -157,24 +187,32 @@ class PoolLink:
 
     def _dispatch(self, message: dict[str, Any]) -> None:
         op = message["op"]
+        self._asked_at = None
         if op == "ready":
             self.ready = True
             self._events.ready(message["reason"])
         elif op == "spawned":
+            self._running[message["key"]] = message["pid"], process.birth(message["pid"])
             self._events.spawned(message["key"], message["pid"], message["fresh"])
         elif op == "failed":
             self._events.failed(message["key"], message["reason"])
         elif op == "exit":
+            self._running.pop(message["key"], None)
             self._events.exited(message["key"], message["code"], message["signal"])
 
     def _on_death(self) -> None:
-        was_ready = self.ready
+        self._was_ready = self.ready
         self._drop()
-        process.kill_marked(self.mark)
-        code = self._process.wait()
+        self._sweep = Sweep(self.mark, self._running.values())
+
+    def tick(self) -> None:
+        """When nothing is left of a dead pool, say so and start another one."""
+        if self._sweep is None or not self._sweep.done or (code := self._process.poll()) is None:
+            return
+        self._sweep = None
         why = f"signal {-code}" if code < 0 else f"exit code {code}"
         reason = f"the warm pool ended ({why})"
-        if not was_ready:
+        if not self._was_ready:
             reason = f"{reason} while it warmed up: {tail(self.log, 1000).strip()}"
             self._warm = ""  # the next one starts ranks as fresh processes, so that it cannot die of the same import
         self._start()
@@ -195,10 +233,13 @@ class PoolLink:
 
     def close(self, timeout_s: float = 5.0) -> None:
         """End the pool and everything below it, and wait until it is gone."""
-        self._drop()
+        if self._sweep is None:
+            self._drop()
+        else:
+            self._sweep.stop()
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            process.wait_until(lambda: self._process.poll() is not None, timeout_s)
         process.kill_marked(f"{self._incarnation}.")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _EXITING = 0x4  # PF_EXITING of the kernel's task flags
+_TELLING = "DTtRSIZX"  # states of tasks: of several the first explains why their process does not end
 
 MARK = "PHALANX_HOST"
 """Environment variable that marks a process: ``<incarnation of the agent>.<generation of its pool>``."""
@@ -23,31 +24,62 @@ def is_running(pid: int) -> bool:
     return state(pid) not in ("", "Z", "X")
 
 
+def _stat(pid: int, task: str = "") -> list[str]:
+    """The fields of the kernel's ``stat`` from the third on; none when there is no such process, or task of it."""
+    try:
+        return Path(f"/proc/{pid}/{task}stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
 def state(pid: int) -> str:
     """One letter for the kernel's view of ``pid`` (``R``, ``S``, ``Z``, ...); empty when it does not exist."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    return text.rpartition(")")[2].split()[0]
+    fields = _stat(pid)
+    return fields[0] if fields else ""
 
 
 def is_ending(pid: int) -> bool:
     """Whether ``pid`` has begun to exit, is a zombie, or does not exist: whatever ends it has happened already."""
+    fields = _stat(pid)
+    return not fields or fields[0] in "ZX" or bool(int(fields[6]) & _EXITING)
+
+
+def birth(pid: int) -> int:
+    """When ``pid`` was started (ticks since the machine's start), which tells it from a later one; 0 for none."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields else 0
+
+
+def has_ended(pid: int, born: int) -> bool:
+    """Whether the process that was started at ``born`` holds nothing any more: no memory, no file, no device.
+
+    It shows no environment long before that, and its first thread may be a zombie while others still end.
+    """
+    fields = _stat(pid)
+    return not fields or int(fields[19]) != born or (fields[0] in "ZX" and int(fields[17]) <= 1)
+
+
+def standing(pid: int) -> str:
+    """Where a process that does not end stands, for people: its state and, if known, the place in the kernel."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        tasks = [f"task/{name}/" for name in os.listdir(f"/proc/{pid}/task")]
     except OSError:
-        return True
-    return fields[0] in "ZX" or bool(int(fields[6]) & _EXITING)
+        return ""
+    states = {task: fields[0] for task in tasks if (fields := _stat(pid, task))}
+    if not states:
+        return ""
+    stuck = min(states, key=lambda task: _TELLING.find(states[task]))
+    try:
+        place = Path(f"/proc/{pid}/{stuck}wchan").read_text().strip()
+    except OSError:
+        place = ""
+    return f"state {states[stuck]}" + (f" in {place}" if place not in ("", "0") else "")
 
 
 def parent_and_session(pid: int) -> tuple[int, int]:
     """Parent's process id and session id of ``pid``; zeros when it does not exist."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0, 0
-    return int(fields[1]), int(fields[3])
+    fields = _stat(pid)
+    return (int(fields[1]), int(fields[3])) if fields else (0, 0)
 
 
 def environment(pid: int) -> dict[str, str]:

@@ -19,12 +19,12 @@ from launcher.host import process, wire
 from launcher.host.child import EXIT_CANNOT_START
 from launcher.host.environment import Environments
 from launcher.host.events import AGENT_KINDS, EventLog
+from launcher.host.killing import Killing, Target
 from launcher.host.logs import RankLogs, tail
 from launcher.host.pool_link import PoolLink
 from launcher.host.wire import LineReader, Message
 
 _MAX_REPORT_BYTES = 1 << 16
-_FORCE_AFTER_S = 5.0
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +37,7 @@ class Rank:
         log: Where it writes.
         report: Read end of its report pipe; -1 for a script and after its end.
         pid: Process id; 0 until it runs.
+        born: When that process was started (:func:`launcher.host.process.birth`).
         status: How it ended (the ``exit`` event); None while it has not.
     """
 
@@ -45,6 +46,7 @@ class Rank:
     log: Path
     report: int = -1
     pid: int = 0
+    born: int = 0
     fell: bool = False
     status: dict[str, Any] | None = None
     reader: LineReader = field(default_factory=lambda: LineReader(_MAX_REPORT_BYTES))
@@ -99,8 +101,7 @@ class Ranks:
         self._order: Message | None = None
         self._store: socket.socket | None = None
         self._orders: OrderBook | None = None
-        self._kill_at: float | None = None
-        self._force_at: float | None = None
+        self._killing = Killing(self._targets, self._tell_dying)
         self._stopping = False
         self._published = False
         self._on_empty: list[Callable[[], None]] = []
@@ -205,11 +206,7 @@ class Ranks:
         if self._order is not None:  # nothing was handed to the pool yet
             self._order = None
             self._by_key.clear()
-        deadline = time.monotonic() + max(0.0, grace_s)
-        self._kill_at = deadline if self._kill_at is None else min(deadline, self._kill_at)
-        if grace_s > 0:
-            self._signal(signal.SIGTERM)
-        self.tick(time.monotonic())
+        self._killing.begin(self._pool, grace_s, time.monotonic())
         self._check_empty()
 
     def _note_the_fallen(self) -> None:
@@ -258,7 +255,7 @@ class Ranks:
 
     def next_deadline(self) -> float | None:
         """When :meth:`tick` has something to do."""
-        return min((at for at in (self._kill_at, self._force_at) if at is not None), default=None)
+        return self._killing.due
 
     # -- what happens ----------------------------------------------------------------------------------------------
 
@@ -267,11 +264,11 @@ class Ranks:
         rank = self._by_key.get(key)
         if rank is None:
             return
-        rank.pid = pid
+        rank.pid, rank.born = pid, process.birth(pid)
         if fresh:
             self._events.append({"kind": "pool", "state": "fresh", "reason": fresh, "rank": rank.rank})
         if self._stopping:
-            self._signal(signal.SIGKILL)
+            self._killing.send(self._pool, signal.SIGKILL)
         if all(other.pid for other in self._by_key.values()):
             ranks = [{"rank": other.rank, "pid": other.pid} for other in self._by_key.values()]
             self._events.append({"kind": "spawned", "attempt": self.attempt, "ranks": ranks})
@@ -364,27 +361,23 @@ class Ranks:
 
     def _check_empty(self) -> None:
         if not self.alive:
-            self._kill_at = self._force_at = None
+            self._killing.end()
             waiting, self._on_empty = self._on_empty, []
             for then in waiting:
                 then()
 
     # -- killing ---------------------------------------------------------------------------------------------------
 
-    def _signal(self, signum: int) -> None:
-        for rank in self._living():
-            if self._pool is not None and rank.pid:
-                self._pool.kill(rank.key, signum)
+    def _targets(self) -> list[Target]:
+        return [Target(rank.rank, rank.key, rank.pid, rank.born) for rank in self._living()]
+
+    def _tell_dying(self, rows: list[dict[str, Any]], waited_s: float) -> None:
+        told = {"attempt": self.attempt, "left": rows, "waited_s": round(waited_s, 1)}
+        self._events.append({"kind": "dying"} | told)
 
     def tick(self, now: float) -> None:
-        """Go on with killing; keep the logs small."""
-        if self._kill_at is not None and now >= self._kill_at:
-            self._kill_at, self._force_at = None, now + _FORCE_AFTER_S
-            self._signal(signal.SIGKILL)
-        if self._force_at is not None and now >= self._force_at:
-            self._force_at = None
-            if self._pool is not None:
-                self._pool.force()
+        """Go on with killing."""
+        self._killing.tick(self._pool, now)
 
     def limit_logs(self) -> None:
         """Cut logs that have grown too large."""

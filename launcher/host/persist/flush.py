@@ -184,7 +184,7 @@ class Flusher:
         done: dict[str, Any]
         try:
             manifest = commit_parts(pending.place, [pending.parts[r] for r in range(pending.world)], pending.whole)
-            done = {"step": pending.place.step, "path": str(pending.place.manifest)}
+            done = {"step": pending.place.step, "path": str(pending.place.manifest), "committed": manifest.time}
             done |= {"bytes": manifest.bytes, "written_bytes": manifest.written_bytes}
             done |= {"warning": tidied(self._root, pending.keep, token=pending.place.token)}
         except Exception as error:  # also what is no JSON in extra
