@@ -31,7 +31,8 @@ class Observation:
             then everything that the agent remembers of its attempt follows as if it happened now), ``agent_lost``
             (``why``; ``silent``: nothing was closed; its time is that of the last sign of life), ``report`` (a rank's
             report with ``rank`` and ``attempt``; its kind is ``data["kind"]``), ``exit`` (``rank``, ``attempt``,
-            ``pid``, ``code``, ``signal``, ``requested``: we had it killed, ``log_tail``), ``spawned`` (``attempt``,
+            ``pid``, ``code``, ``signal``, ``requested``: we had it killed, ``oom``: what speaks for it that the kernel
+            did, ``log_tail``), ``spawned`` (``attempt``,
             ``ranks``), ``killed`` (``attempt``), ``leaving`` (``reason``), ``notice`` (``reason``, ``within_s``: the
             node will be taken away after so many seconds),
             ``pool`` (``state``, ``reason``), ``stack`` (``rank``, ``attempt``, ``state``, ``stack``: where a rank

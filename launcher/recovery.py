@@ -121,7 +121,6 @@ _PEER_GONE = re.compile(
 _COMMUNICATION = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 _REFUSALS = ("ConfigError", "PlanInfeasible", "ResumeRefused")  # of strategies.errors: what a rank makes of its job
-_SIGKILL = 9
 # What differs between two attempts that meet the same error: addresses, ports, process ids, names that carry the token
 # or the rank: which of several ranks is the first to say it is chance.
 _ADDRESS = re.compile(
@@ -133,8 +132,8 @@ def classify_exit(data: Mapping[str, Any], *, node: str, when: float, error: Map
     """Name the failure behind a rank's exit.
 
     Args:
-        data: The agent's exit event: ``rank``, ``code``, ``signal``, ``log_tail``; ``oom``: the kernel has killed a
-            process of the node for want of memory while the rank ran.
+        data: The agent's exit event: ``rank``, ``code``, ``signal``, ``log_tail``; ``oom``: what speaks for it that
+            the kernel has killed the rank for want of memory (:mod:`launcher.host.oom`), or "".
         node: Node of the rank.
         when: When it was seen.
         error: The ``error`` report that the rank sent before, if any.
@@ -142,15 +141,17 @@ def classify_exit(data: Mapping[str, Any], *, node: str, when: float, error: Map
     rank, signal = int(data["rank"]), data.get("signal")
     if error is not None:
         return _classify_error(error, rank=rank, node=node, when=when)
-    tail = str(data.get("log_tail", ""))
+    tail, starved = str(data.get("log_tail", "")), str(data.get("oom", ""))
+    how = f"was ended by signal {signal}" if signal else f"exited with code {data.get('code')}"
+    if starved:
+        detail, signature = f"rank {rank} on {node} {how}; {starved}", _signature("killed for want of memory", 0)
+        kind = FailureKind.OUT_OF_MEMORY
+        return Failure(kind=kind, time=when, node=node, rank=rank, detail=detail, signature=signature)
     if signal:
-        detail = f"rank {rank} on {node} was ended by signal {signal}"
-        starved = signal == _SIGKILL and bool(data.get("oom"))
-        detail += ", and the node had run out of memory" if starved else ""
-        kind = FailureKind.OUT_OF_MEMORY if starved else FailureKind.RANK_KILLED
-        return Failure(kind=kind, time=when, node=node, rank=rank, detail=detail)
+        detail = f"rank {rank} on {node} {how}"
+        return Failure(kind=FailureKind.RANK_KILLED, time=when, node=node, rank=rank, detail=detail)
     last = last_error_line(tail)
-    detail = f"rank {rank} on {node} exited with code {data.get('code')}" + (f": {last}" if last else "")
+    detail = f"rank {rank} on {node} {how}" + (f": {last}" if last else "")
     if last and _PEER_GONE.search(last):
         return Failure(kind=FailureKind.SECONDARY, time=when, node=node, rank=rank, detail=detail)
     signature = _signature(last, 0) if last else ""

@@ -121,6 +121,7 @@ class Agents:
         self.started: dict[str, subprocess.Popen[bytes]] = {}
         self.incarnations: dict[str, str] = {}
         self.watchers: list[Watcher] = []
+        self.enter: tuple[str, ...] = ()  # a command that runs the agent somewhere else
         self._tmp = root / "logs"
         self._tmp.mkdir()
 
@@ -136,7 +137,12 @@ class Agents:
         with open(self.paths.root / f"{node}.log", "ab") as log:
             environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
             self.started[node] = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                [*self.enter, *command],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         return self.started[node]
 

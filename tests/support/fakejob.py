@@ -70,6 +70,9 @@ def _do(name: str, value: str, env: RankEnv, reporter: Reporter) -> None:
         raise ValueError(value)
     elif name == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif name == "eat":
+        eaten = [b"x" * (8 << 20) for _ in range(int(value) // 8)]
+        reporter.send("step", step=len(eaten))
     elif name == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     elif name == "daemon":
