@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import secrets
 from dataclasses import replace
 from pathlib import Path
@@ -42,11 +43,12 @@ def command(ctx: click.Context, faults: str, seed: int, count: int, as_json: boo
     from launcher.drill.programme import Programme, choose, keeper
     from launcher.drill.toy import shrink
     from launcher.follow import screen
+    from launcher.host.accelerator import devices
 
     if faults == "list":
         _list(as_json)
         return
-    toy = shrink(compose(overrides))
+    toy = shrink(compose(overrides), found=devices(os.environ))
     chosen = choose(faults, toy, seed=seed, count=count)
     toy = _placed(toy)  # writes: nothing is refused after it
     folder = Path(toy.config.run.dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,8 +112,9 @@ def _request(config: Config, overrides: tuple[str, ...], cluster: ClusterSpec | 
 
 def _miniature(config: Config) -> Toy:
     from launcher.drill.miniature import miniature
+    from launcher.host.accelerator import devices
 
-    return miniature(config)
+    return miniature(config, devices(os.environ))
 
 
 def _announce(toy: Toy, request: LaunchRequest, shown: Screen) -> None:

@@ -17,6 +17,8 @@ from launcher import build
 from launcher.data_schema import DataConfig
 from launcher.drill.changes import Change, differences, shown, unchanged, with_changes
 from launcher.drill.concessions import runnable
+from launcher.host.accelerator import Devices
+from launcher.host.dealing import deal
 from launcher.schema import ClusterConfig, Config, ModelConfig, StrategyConfig, TrainConfig
 from strategies.errors import ConfigError, PlanInfeasible
 from strategies.plan import ParallelPlan
@@ -89,8 +91,13 @@ class Toy:
     same: Mapping[str, Any]
 
 
-def shrink(config: Config, setting: Setting = DRILL) -> Toy:
+def shrink(config: Config, setting: Setting = DRILL, found: Devices | None = None) -> Toy:
     """Make an experiment small.
+
+    Args:
+        config: The experiment.
+        setting: Where it is rehearsed.
+        found: The devices of this machine.
 
     Raises:
         ConfigError: It is no training; or the size of its cluster is not known.
@@ -119,9 +126,18 @@ def shrink(config: Config, setting: Setting = DRILL) -> Toy:
     return Toy(
         config=small,
         plan=plan,
-        changes=differences(before, after, _WHY | reasons),
+        changes=(*differences(before, after, _WHY | reasons), *_device(config, small, found)),
         same=unchanged(before, after),
     )
+
+
+def _device(config: Config, small: Config, found: Devices | None) -> tuple[Change, ...]:
+    """What the rehearsal computes on."""
+    nodes, slots = small.cluster.nodes or 1, small.cluster.slots_per_node or 1
+    dealt = deal(found, nodes=nodes, slots=slots)
+    why = dealt.why or ("on this machine, node by node" if dealt.shares else "this machine has no device for ranks")
+    was, now = config.cluster.device, dealt.where
+    return (Change(key="cluster.device", was=was, now=now, why=why),) if str(was).upper() != now else ()
 
 
 def fit(degrees: Mapping[str, int], most: int = MOST_RANKS) -> dict[str, int]:

@@ -122,6 +122,7 @@ class Agents:
         self.incarnations: dict[str, str] = {}
         self.watchers: list[Watcher] = []
         self.enter: tuple[str, ...] = ()  # a command that runs the agent somewhere else
+        self.environment: dict[str, str] = {}  # what agents are told more than others
         self._tmp = root / "logs"
         self._tmp.mkdir()
 
@@ -135,7 +136,7 @@ class Agents:
             command += [f"--{name.replace('_', '-')}", str(value)]
         root = str(packages_root())
         with open(self.paths.root / f"{node}.log", "ab") as log:
-            environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+            environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"} | self.environment
             self.started[node] = subprocess.Popen(
                 [*self.enter, *command],
                 env=environment,

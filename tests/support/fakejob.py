@@ -92,6 +92,7 @@ def _do(name: str, value: str, env: RankEnv, reporter: Reporter) -> None:
 
 _SEEN = frozenset(
     {"MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "GLOO_SOCKET_IFNAME", "PATH", "PHALANX_AGENT_PID"}
+    | {"DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"}
     | {f"PHALANX_{name}_FD" for name in ("REPORT", "ORDER", "STORE")}
 )
 """Not all: an exit carries no more than the end of a log."""
