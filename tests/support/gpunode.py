@@ -22,8 +22,7 @@ needs_namespaces = pytest.mark.skipif(
 
 DEVICES = 2
 
-_NVML = (
-    """
+_NVML = """
 #include <fcntl.h>
 static int file = -1;
 int nvmlInit_v2(void) {
@@ -31,10 +30,8 @@ int nvmlInit_v2(void) {
     return file < 0 ? 9 : 0;
 }
 int nvmlInit(void) { return nvmlInit_v2(); }
-int nvmlDeviceGetCount_v2(int *count) { *count = %d; return 0; }
+int nvmlDeviceGetCount_v2(int *count) { *count = DEVICES; return 0; }
 """
-    % DEVICES
-)  # noqa: UP031  # braces are C's here
 
 _PYNVML = '''
 """What DeepSpeed calls of nvidia-ml-py when it is installed."""
@@ -71,7 +68,8 @@ def entering(folder: Path) -> list[str]:
     (folder / "nvml.c").write_text(_NVML)
     (folder / "pynvml.py").write_text(_PYNVML)
     library = folder / "libnvidia-ml.so.1"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(folder / "nvml.c")], check=True)
+    source = [f"-DDEVICES={DEVICES}", str(folder / "nvml.c")]
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), *source], check=True)
     installed = Path(torch.version.__file__)
     version = folder / "version.py"
     version.write_text(installed.read_text() + "cuda: Optional[str] = '12.8'\nhip = None\n")

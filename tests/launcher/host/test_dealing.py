@@ -10,7 +10,7 @@ import pytest
 from launcher import backends, build
 from launcher.config import compose
 from launcher.drill.changes import changes_text
-from launcher.drill.toy import shrink
+from launcher.drill.toy import SUBMIT, shrink
 from launcher.host import dealing
 from launcher.host.accelerator import Devices
 from launcher.host.dealing import DEALT, deal
@@ -104,3 +104,10 @@ def test_a_spare_takes_the_devices_with_the_place(agents: Agents) -> None:
             assert f'"CUDA_VISIBLE_DEVICES": "{devices}"' in ended["log_tail"]
             assert '"DS_ACCELERATOR": "cuda"' in ended["log_tail"]
             assert DEALT not in ended["log_tail"]
+
+
+def test_runs_that_are_compared_are_deterministic_on_devices() -> None:
+    config = compose(["experiment=gpt3_175b", "train.deterministic=false"])
+    assert not shrink(config).config.train.deterministic, "a CPU is, anyway"
+    assert shrink(config, found=EIGHT).config.train.deterministic
+    assert not shrink(config, SUBMIT, EIGHT).config.train.deterministic
