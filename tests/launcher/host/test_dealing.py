@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -63,14 +64,17 @@ def test_without_devices_there_is_nothing_to_say() -> None:
 # --- what is done with it -----------------------------------------------------------------------------------------
 
 
-def request_of(kind: str) -> LaunchRequest:
+Kind = Literal["process", "local", "existing"]
+
+
+def request_of(kind: Kind) -> LaunchRequest:
     config = compose(["cluster=process", "cluster.nodes=2", "cluster.slots_per_node=2", "strategy.dp=4", "run.dir=/r"])
     request = build.build_request(build.settle(config, name="x", cwd=Path("/")), ())
     return replace(request, cluster=replace(request.cluster, kind=kind, spares=1))
 
 
 @pytest.mark.parametrize(("kind", "dealt"), [("process", True), ("local", True), ("existing", False)])
-def test_only_nodes_that_we_start_here_are_dealt_to(kind: str, dealt: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_nodes_that_we_start_here_are_dealt_to(kind: Kind, dealt: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "devices", lambda environment: EIGHT)
     expected = {"DS_ACCELERATOR": "cuda", DEALT: "CUDA_VISIBLE_DEVICES=0,1;2,3"} if dealt else {}
     assert backends.agent_options(request_of(kind))["env"] == expected
