@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.cgroup import usable_memory
 from jobs.spec import RankEnv
 
 if TYPE_CHECKING:
@@ -124,7 +125,6 @@ def _identity(probe: Probe) -> Record:
 
     cuda = probe.device.type == "cuda"
     properties = torch.cuda.get_device_properties(probe.device) if cuda else None
-    host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "rank": probe.env.rank,
         "node_rank": probe.env.node_rank,
@@ -135,7 +135,7 @@ def _identity(probe: Probe) -> Record:
         "devices": torch.cuda.device_count() if cuda else len(os.sched_getaffinity(0)),
         "processors": properties.multi_processor_count if properties else torch.get_num_threads(),
         "memory_bytes": properties.total_memory if properties else 0,
-        "host_memory_bytes": host_bytes,
+        "host_memory_bytes": usable_memory(),
         "bf16": has_bf16(probe.device),
         "torch": torch.__version__,
     }

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from launcher.aside import Aside
 from launcher.backend import Backend
+from launcher.host.accelerator import devices
+from launcher.host.dealing import Deal, deal
 from launcher.request import LaunchRequest
 from launcher.store import RunStore
 from launcher.supervise import NoCluster
@@ -33,6 +36,8 @@ def opened(store: RunStore, request: LaunchRequest, say: Say, progress: Say) -> 
     Raises:
         ClusterError: The cluster cannot be started.
     """
+    if note := dealt(request).note:
+        say(note)
     if request.cluster.kind == "process":
         with _processes(store, request) as backend:
             yield backend
@@ -116,11 +121,19 @@ def agent_options(request: LaunchRequest) -> dict[str, Any]:
         "grace_s": recovery.grace_s,
         "preempt_grace_s": recovery.preempt_grace_s,
         "kill_patience_s": recovery.kill_patience_s,
+        "env": dealt(request).environment,
     }
     if request.job.kind == "script":  # it imports what it needs by itself: torch in the pool would be of no use to it
         return options | {"warm": ""}
     store = request.job.checkpoint.url or ""
     return options | ({"warm": "jobs.warm:warm_s3"} if store.startswith("s3") else {})
+
+
+def dealt(request: LaunchRequest) -> Deal:
+    """Which devices the nodes of a run get that are started on this machine; others have their own."""
+    cluster = request.cluster
+    found = devices(os.environ) if cluster.kind in ("process", "local") else None
+    return deal(found, nodes=cluster.nodes, slots=cluster.slots_per_node)
 
 
 def _need_ray() -> None:

@@ -33,12 +33,12 @@ class Observation:
             then everything that the agent remembers of its attempt follows as if it happened now), ``agent_lost``
             (``why``; ``silent``: nothing was closed; its time is that of the last sign of life), ``report`` (a rank's
             report with ``rank`` and ``attempt``; its kind is ``data["kind"]``), ``exit`` (``rank``, ``attempt``,
-            ``pid``, ``code``, ``signal``, ``requested``: we had it killed, ``log_tail``), ``spawned`` (``attempt``,
-            ``ranks``), ``killed`` (``attempt``), ``dying`` (``attempt``, ``left``: what was killed
-            and has not ended, rows of ``rank``, ``pid`` and ``state``; ``waited_s``), ``leaving`` (``reason``),
-            ``notice`` (``reason``, ``within_s``: the node will be taken away after so many seconds), ``pool``
-            (``state``, ``reason``), ``stack`` (``rank``, ``attempt``, ``state``, ``stack``: where a rank stands,
-            see :mod:`launcher.host.stacks`), ``holdings`` (``id``, ``address``, ``held``: what the node holds
+            ``pid``, ``code``, ``signal``, ``requested``: we had it killed, ``oom``: what speaks for it that the kernel
+            did, ``log_tail``), ``spawned`` (``attempt``, ``ranks``), ``killed`` (``attempt``), ``dying`` (``attempt``,
+            ``left``: what was killed and has not ended, rows of ``rank``, ``pid`` and ``state``; ``waited_s``),
+            ``leaving`` (``reason``), ``notice`` (``reason``, ``within_s``: the node will be taken away after so many
+            seconds), ``pool`` (``state``, ``reason``), ``stack`` (``rank``, ``attempt``, ``state``, ``stack``: where a
+            rank stands, see :mod:`launcher.host.stacks`), ``holdings`` (``id``, ``address``, ``held``: what the node holds
             in memory, see :mod:`launcher.memory_tier`), ``fenced`` (``epoch``: who owns the agent now).
         node: The node.
         time: When it happened, UTC seconds: by the agent's clock if the agent said it, else by ours.

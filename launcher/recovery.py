@@ -138,7 +138,7 @@ _TROUBLE = {
     Trouble.FAULT: FailureKind.DEVICE_FAULT,
     Trouble.LINK: FailureKind.LINK_FAULT,
 }
-_SIGKILL, _SIGABRT = 9, 6
+_SIGABRT = 6
 # What differs between two attempts that meet the same error: addresses, ports, process ids, names that carry the token
 # or the rank: which of several ranks is the first to say it is chance.
 _ADDRESS = re.compile(
@@ -150,8 +150,8 @@ def classify_exit(data: Mapping[str, Any], *, node: str, when: float, error: Map
     """Name the failure behind a rank's exit.
 
     Args:
-        data: The agent's exit event: ``rank``, ``code``, ``signal``, ``log_tail``; ``oom``: the kernel has killed a
-            process of the node for want of memory while the rank ran.
+        data: The agent's exit event: ``rank``, ``code``, ``signal``, ``log_tail``; ``oom``: what speaks for it that
+            the kernel has killed the rank for want of memory (:mod:`launcher.host.oom`), or "".
         node: Node of the rank.
         when: When it was seen.
         error: The ``error`` report that the rank sent before, if any.
@@ -160,6 +160,8 @@ def classify_exit(data: Mapping[str, Any], *, node: str, when: float, error: Map
     if error is not None:
         return _classify_error(error, rank=rank, node=node, when=when)
     found = Failure(kind=FailureKind.RANK_EXIT, time=when, node=node, rank=rank)
+    if starved := str(data.get("oom", "")):
+        return _starved(data, found, starved)
     if data.get("signal"):
         return _classify_signal(data, found)
     last = last_error_line(str(data.get("log_tail", "")))
@@ -169,12 +171,17 @@ def classify_exit(data: Mapping[str, Any], *, node: str, when: float, error: Map
     return replace(found, signature=_signature(last, 0) if last else "")
 
 
+def _starved(data: Mapping[str, Any], found: Failure, why: str) -> Failure:
+    signal = data.get("signal")
+    how = f"was ended by signal {signal}" if signal else f"exited with code {data.get('code')}"
+    detail, signature = f"rank {found.rank} on {found.node} {how}; {why}", _signature("killed for want of memory", 0)
+    return replace(found, kind=FailureKind.OUT_OF_MEMORY, detail=detail, signature=signature)
+
+
 def _classify_signal(data: Mapping[str, Any], found: Failure) -> Failure:
     signal, kind = int(data["signal"]), FailureKind.RANK_KILLED
     detail = f"rank {found.rank} on {found.node} was ended by signal {signal}"
-    if signal == _SIGKILL and data.get("oom"):
-        kind, detail = FailureKind.OUT_OF_MEMORY, f"{detail}, and the node had run out of memory"
-    elif signal == _SIGABRT and (said := last_words(str(data.get("log_tail", "")))):
+    if signal == _SIGABRT and (said := last_words(str(data.get("log_tail", "")))):
         kind, detail = _not_the_programs(said) or kind, f"{detail}: {_in_a_line(said)}"
     return replace(found, kind=kind, detail=detail)
 

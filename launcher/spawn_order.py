@@ -1,4 +1,4 @@
-"""An order to spawn the ranks of an attempt, made before the port of their rendezvous is known."""
+"""An order to spawn the ranks of an attempt: made before the port of their rendezvous is known, checked by agents."""
 
 from __future__ import annotations
 
@@ -66,3 +66,22 @@ class SpawnOrder:
             "env": common,
             "ranks": entries,
         }
+
+
+def check_order(order: Message) -> None:
+    """Check an order to spawn before anything is changed by it.
+
+    Raises:
+        KeyError, TypeError, ValueError: It is malformed.
+    """
+    kind, argv, cwd = order["kind"], order.get("argv") or [], order.get("cwd", "")
+    if kind not in ("pretrain", "script") or (kind == "script" and not argv):
+        raise ValueError(f"cannot spawn a job of kind {kind!r} with {argv!r}")
+    numbers = [order["attempt"], order["epoch"], *(entry["rank"] for entry in order["ranks"])]
+    texts = [cwd, *argv]
+    for environment in (order.get("env", {}), *(entry.get("env", {}) for entry in order["ranks"])):
+        texts += [*environment.keys(), *environment.values()]
+    if not all(type(number) is int for number in numbers) or not all(isinstance(text, str) for text in texts):
+        raise TypeError("a number or a text is of another kind")
+    if any("\0" in text for text in texts):
+        raise ValueError("a text contains a zero byte")

@@ -6,6 +6,7 @@ Nothing is written: plan, cluster, project, the place of the run and its data ar
 from __future__ import annotations
 
 import datetime
+import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,8 +67,9 @@ def submission(
     toy = None
     if rehearse:
         from launcher.drill.miniature import miniature
+        from launcher.host.accelerator import devices
 
-        toy = findings.of(lambda: miniature(config))
+        toy = findings.of(lambda: miniature(config, devices(os.environ)))
         findings.refuse()
     settled = _settled(toy.config if toy else config, toy)
     machine = findings.of(lambda: machines.of(settled))

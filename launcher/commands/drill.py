@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import secrets
 from dataclasses import replace
 from pathlib import Path
@@ -74,10 +75,11 @@ def _toy(overrides: tuple[str, ...], faults: str) -> Toy:
     from launcher.drill.toy import shrink
     from launcher.examination import examined
     from launcher.findings import Findings
+    from launcher.host.accelerator import devices
 
     findings = Findings()
     config = findings.of(lambda: examined(overrides))
-    toy = findings.of(lambda: shrink(config)) if config is not None else None
+    toy = findings.of(lambda: shrink(config, found=devices(os.environ))) if config is not None else None
     if config is not None:
         folder = Path(config.run.dir).absolute()
         findings.of(lambda: launch.check_parent(folder))

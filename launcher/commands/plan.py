@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -192,8 +193,9 @@ def _refuse_contradictions(options: Mapping[str, Any], overrides: tuple[str, ...
 def _rehearse(config: Config, *, as_json: bool) -> None:
     from launcher import build
     from launcher.drill.miniature import announcement, difference, miniature
+    from launcher.host.accelerator import devices
 
-    toy = miniature(config)
+    toy = miniature(config, devices(os.environ))
     faults = build.resolved_faults(toy.config, build.outline(toy.config))
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, "rehearsal": difference(toy, faults)})

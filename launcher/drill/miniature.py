@@ -14,6 +14,7 @@ from typing import Any
 
 from launcher.drill.changes import changes_text, same_text
 from launcher.drill.toy import EVERY, SUBMIT, Toy, shrink
+from launcher.host.accelerator import Devices
 from launcher.render import plural, seconds, shorten_ids
 from launcher.schema import Config
 from strategies.codec import to_json
@@ -25,14 +26,18 @@ FAULT = "node_kill@node=random,step=random"
 _LOST_TIME = ("detect_s", "decide_s", "place_s", "restore_s", "wait_s")
 
 
-def miniature(config: Config) -> Toy:
+def miniature(config: Config, found: Devices | None = None) -> Toy:
     """What to submit instead of an experiment: it at toy width, on Ray on this machine, with a fault that must happen.
+
+    Args:
+        config: The experiment.
+        found: The devices of this machine.
 
     Raises:
         ConfigError: It is no training, or the size of its cluster is not known.
         PlanInfeasible: Its plan is illegal, or no small plan of its kind runs.
     """
-    toy = shrink(config, SUBMIT)
+    toy = shrink(config, SUBMIT, found)
     small = replace(
         toy.config,
         data=replace(toy.config.data, path=str(Path(config.run.dir) / ".data" / "rehearsal" / "corpus.txt")),

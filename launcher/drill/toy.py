@@ -17,6 +17,8 @@ from launcher import build
 from launcher.data_schema import DataConfig
 from launcher.drill.changes import Change, differences, shown, unchanged, with_changes
 from launcher.drill.concessions import runnable
+from launcher.host.accelerator import Devices
+from launcher.host.dealing import Deal, deal
 from launcher.schema import ClusterConfig, Config, ModelConfig, StrategyConfig, TrainConfig
 from strategies.errors import ConfigError, PlanInfeasible
 from strategies.plan import ParallelPlan
@@ -39,6 +41,7 @@ _REPLICAS = ("dp", "sp", "cp")  # whose ranks share the experts
 _WHY = {
     **dict.fromkeys(("data.kind", "data.sources", "data.tokenizer", "data.validation"), "a small text of its own"),
     "train.eval_every": "nothing is kept from training",
+    "train.deterministic": "runs are compared bit by bit",
     "cluster.kind": "on this machine",
     "tracking.kind": "nobody's experiment",
     "train.lr": "so that few steps learn something",
@@ -61,14 +64,16 @@ class Setting:
         kind: The cluster on this machine: ``local`` has Ray, ``process`` has not.
         spares: Nodes that stand by.
         changes: Configuration keys that are other than in the experiment for its sake.
+        compared: Its runs are compared bit by bit.
     """
 
     kind: Literal["local", "process"]
     spares: int = 0
     changes: Mapping[str, Any] = field(default_factory=dict)
+    compared: bool = False
 
 
-DRILL = Setting(kind="process", changes={"recovery.save_timeout_s": 6.0})
+DRILL = Setting(kind="process", compared=True, changes={"recovery.save_timeout_s": 6.0})
 SUBMIT = Setting(kind="local", spares=1)
 
 
@@ -89,8 +94,13 @@ class Toy:
     same: Mapping[str, Any]
 
 
-def shrink(config: Config, setting: Setting = DRILL) -> Toy:
+def shrink(config: Config, setting: Setting = DRILL, found: Devices | None = None) -> Toy:
     """Make an experiment small.
+
+    Args:
+        config: The experiment.
+        setting: Where it is rehearsed.
+        found: The devices of this machine.
 
     Raises:
         ConfigError: It is no training; or the size of its cluster is not known.
@@ -115,13 +125,27 @@ def shrink(config: Config, setting: Setting = DRILL) -> Toy:
         reasons["cluster.spares"] = "one takes the place of a node that dies"
     plan = build.outline(reduced).plan
     small = replace(reduced, cluster=_cluster(config.cluster, plan.world_size, setting))
+    dealt = _dealt(small.cluster, found)
+    if dealt.shares and setting.compared:
+        small = with_changes(small, {"train.deterministic": True})
     before, after = shown(config, sketch.plan), shown(small, plan)
     return Toy(
         config=small,
         plan=plan,
-        changes=differences(before, after, _WHY | reasons),
+        changes=(*differences(before, after, _WHY | reasons), *_device(config.cluster, dealt)),
         same=unchanged(before, after),
     )
+
+
+def _dealt(small: ClusterConfig, found: Devices | None) -> Deal:
+    return deal(found, nodes=small.nodes or 1, slots=small.slots_per_node or 1)
+
+
+def _device(cluster: ClusterConfig, dealt: Deal) -> tuple[Change, ...]:
+    """What the rehearsal computes on."""
+    why = dealt.why or ("on this machine, node by node" if dealt.shares else "this machine has no device for ranks")
+    changed = str(cluster.device).upper() != dealt.where
+    return (Change(key="cluster.device", was=cluster.device, now=dealt.where, why=why),) if changed else ()
 
 
 def fit(degrees: Mapping[str, int], most: int = MOST_RANKS) -> dict[str, int]:

@@ -34,12 +34,13 @@ from launcher.host.logs import MAX_LOG_BYTES, RankLogs, piece_of
 from launcher.host.peers import Identity, Peer, Peers
 from launcher.host.persister_link import PersisterLink
 from launcher.host.pool_link import PoolEvents, PoolLink
-from launcher.host.ranks import Ranks, check_order
+from launcher.host.ranks import Ranks
 from launcher.host.stacks import Stacks
 from launcher.host.wire import Message
+from launcher.spawn_order import check_order
 from strategies.errors import PhalanxError
 
-_LOG_CHECK_S = 5.0
+_LOOK_ROUND_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,7 +159,7 @@ class HostAgent:
             cleanup.callback(end.close)
             end.setblocking(False)
         self._selector.register(self._wakeup, selectors.EVENT_READ, self._woken)
-        self._heard = self._beat_at = self._logs_at = time.monotonic()
+        self._heard = self._beat_at = self._look_at = time.monotonic()
         self._events = EventLog()
         self._logs = RankLogs(
             self._paths, self.address.node, parent=options.log_parent or None, max_bytes=options.max_log_bytes
@@ -241,9 +242,9 @@ class HostAgent:
             self._beat_at = now + self._options.detect_s / wire.BEATS
             if self._peers.owner is not None:
                 self._peers.send(self._peers.owner, {"op": "beat", "step": self._ranks.step})
-        if now >= self._logs_at:
-            self._logs_at = now + _LOG_CHECK_S
-            self._ranks.limit_logs()
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_ROUND_S
+            self._ranks.look_round()
         if now - max(self._heard, self._ranks.progress_at) > self._options.lease_s:
             self._leave("lease", 0.0)
         if self._leave_by is not None and now >= self._leave_by:

@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 
 import launcher
+from launcher.host import accelerator, dealing
+from launcher.host.accelerator import ACCELERATOR
 from launcher.host.process import MARK
 
 _INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
@@ -22,8 +24,6 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 _TUNABLES = "GLIBC_TUNABLES"
 _STREAMING = "glibc.cpu.x86_non_temporal_threshold"
 _STREAMING_BYTES = 1 << 20
-
-_DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/accel", "/dev/davinci_manager")
 
 
 def packages_root() -> Path:
@@ -38,11 +38,6 @@ def interface_of(address: str) -> str:
         if any(entry.address.partition("%")[0] == wanted for entry in addresses):
             return str(name)
     return "lo" if wanted.startswith("127.") else ""
-
-
-def has_accelerator() -> bool:
-    """Whether this node has a device, judged by its device files: asking a driver would make contact with it."""
-    return any(os.path.exists(path) for path in _DEVICE_FILES)
 
 
 def large_copies(given: Mapping[str, str]) -> dict[str, str]:
@@ -71,9 +66,10 @@ class Environments:
 
     def __init__(self, base: Mapping[str, str], *, address: str, extra: Mapping[str, str] | None = None) -> None:
         given = dict(base) | dict(extra or {})
+        self._dealt = dealing.read(given.pop(dealing.DEALT, ""))
         common = {"PATH": _with_our_python(given.get("PATH", "")), "PHALANX_AGENT_PID": str(os.getpid())}
-        if not has_accelerator():
-            common["DS_ACCELERATOR"] = given.get("DS_ACCELERATOR", "cpu")
+        if not accelerator.has_driver():
+            common[ACCELERATOR] = given.get(ACCELERATOR, accelerator.CPU)
         defaults = dict.fromkeys(_THREAD_VARIABLES, "1") | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
         interface = interface_of(address)
         if interface:
@@ -81,13 +77,15 @@ class Environments:
         self._plain = defaults | given | common
         self._user_path = _without_ours(given.get("PYTHONPATH", ""))
         self._copies = large_copies(given)
+        # Of our own processes only: a script may have another Python, and in it a torch for other devices.
+        self._device = {ACCELERATOR: accelerator.accelerator_of(given)}
 
     def _ours(self) -> dict[str, str]:
         root = str(packages_root())
-        return {"PYTHONPATH": os.pathsep.join(filter(None, [root, self._user_path]))}
+        return {"PYTHONPATH": os.pathsep.join(filter(None, [root, self._user_path]))} | self._device
 
     def pool(self, mark: str) -> dict[str, str]:
-        """For the warm pool: no contact with a device, one thread."""
+        """For the warm pool: no contact with a device (torch asks NVML, if anything at all), one thread."""
         quiet = dict.fromkeys(_THREAD_VARIABLES, "1") | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         return self._plain | quiet | self._copies | self._ours() | {MARK: mark}
 
@@ -100,7 +98,7 @@ class Environments:
             mark: Mark of the process.
         """
         path = self._ours() if ours else {"PYTHONPATH": self._user_path}
-        environment = self._plain | path | dict(variables) | {MARK: mark}
+        environment = self._plain | path | self._dealt(variables.get("NODE_RANK", "")) | dict(variables) | {MARK: mark}
         environment["PATH"] = _with_our_python(environment["PATH"])
         if ours:
             environment |= path | self._copies

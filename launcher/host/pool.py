@@ -34,7 +34,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from launcher.host import child, process
+from launcher.host import accelerator, child, process
 
 MAX_MESSAGE_BYTES = 200_000
 MAX_FDS = 4
@@ -45,7 +45,10 @@ COLD = "the pool was told not to warm up"
 
 
 def unsafe_to_fork() -> str:
-    """Why forking this process now would be unsafe; empty when it is safe."""
+    """Why forking this process now would be unsafe; empty when it is safe.
+
+    A process that has only asked NVML what devices there are is safe, as torch holds, too: no context was made.
+    """
     tasks = len(os.listdir("/proc/self/task"))
     if tasks != 1:
         return f"the pool has {tasks} kernel tasks instead of 1"
@@ -57,7 +60,7 @@ def unsafe_to_fork() -> str:
             target = os.readlink(f"/proc/self/fd/{name}")
         except OSError:
             continue
-        if target.startswith(("/dev/nvidia", "/dev/kfd")):
+        if accelerator.in_contact(target):
             return f"the pool has opened {target}"
     return ""
 

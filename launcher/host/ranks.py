@@ -21,6 +21,7 @@ from launcher.host.environment import Environments
 from launcher.host.events import AGENT_KINDS, EventLog
 from launcher.host.killing import Killing, Target
 from launcher.host.logs import RankLogs, tail
+from launcher.host.oom import VictimWatch
 from launcher.host.pool_link import PoolLink
 from launcher.host.wire import LineReader, Message
 
@@ -50,25 +51,6 @@ class Rank:
     fell: bool = False
     status: dict[str, Any] | None = None
     reader: LineReader = field(default_factory=lambda: LineReader(_MAX_REPORT_BYTES))
-
-
-def check_order(order: Message) -> None:
-    """Check an order to spawn before anything is changed by it.
-
-    Raises:
-        KeyError, TypeError, ValueError: It is malformed.
-    """
-    kind, argv, cwd = order["kind"], order.get("argv") or [], order.get("cwd", "")
-    if kind not in ("pretrain", "script") or (kind == "script" and not argv):
-        raise ValueError(f"cannot spawn a job of kind {kind!r} with {argv!r}")
-    numbers = [order["attempt"], order["epoch"], *(entry["rank"] for entry in order["ranks"])]
-    texts = [cwd, *argv]
-    for environment in (order.get("env", {}), *(entry.get("env", {}) for entry in order["ranks"])):
-        texts += [*environment.keys(), *environment.values()]
-    if not all(type(number) is int for number in numbers) or not all(isinstance(text, str) for text in texts):
-        raise TypeError("a number or a text is of another kind")
-    if any("\0" in text for text in texts):
-        raise ValueError("a text contains a zero byte")
 
 
 class Ranks:
@@ -105,6 +87,7 @@ class Ranks:
         self._stopping = False
         self._published = False
         self._on_empty: list[Callable[[], None]] = []
+        self._victims = VictimWatch()
         self.attempt = 0
         self.kind = ""
         self.epoch = 0
@@ -265,6 +248,7 @@ class Ranks:
         if rank is None:
             return
         rank.pid, rank.born = pid, process.birth(pid)
+        self._victims.begin(pid)
         if fresh:
             self._events.append({"kind": "pool", "state": "fresh", "reason": fresh, "rank": rank.rank})
         if self._stopping:
@@ -342,6 +326,7 @@ class Ranks:
     def _ended(self, rank: Rank, code: int | None, signum: int | None, reason: str) -> None:
         self._drain(rank)
         log_tail = "\n".join(filter(None, [tail(rank.log), reason]))
+        requested = self._stopping and not rank.fell
         rank.status = {
             "kind": "exit",
             "rank": rank.rank,
@@ -349,7 +334,8 @@ class Ranks:
             "pid": rank.pid,
             "code": code,
             "signal": signum,
-            "requested": self._stopping and not rank.fell,
+            "requested": requested,
+            "oom": "" if requested else self._victims.verdict(rank.pid, code, signum),
             "log_tail": log_tail,
             "time": time.time(),
         }
@@ -379,8 +365,9 @@ class Ranks:
         """Go on with killing."""
         self._killing.tick(self._pool, now)
 
-    def limit_logs(self) -> None:
-        """Cut logs that have grown too large."""
+    def look_round(self) -> None:
+        """Cut logs that have grown too large, and see whom the kernel has killed; to be called every few seconds."""
+        self._victims.look()
         for rank in self._living():
             self._logs.limit(rank.log)
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from jobs.spec import CheckpointSpec, DataSpec
 from launcher.host.environment import Environments, packages_root
 from strategies.codec import to_json
 from tests.support.agents import agents_in
+from tests.support.gpunode import entering, needs_namespaces
 from tests.support.jobspecs import GPT, make_job, make_plan
 
 pytestmark = pytest.mark.timeout(240)
@@ -62,6 +64,7 @@ def test_forked_ranks_import_nothing_and_train(tmp_path: Path) -> None:
 
 PROBE = """
 import importlib.util
+import os
 import sys
 import torch
 
@@ -75,31 +78,67 @@ for name in ("_lazy_init", "init", "current_device", "set_device", "get_device_p
              "default_stream", "manual_seed", "get_rng_state"):
     assert hasattr(torch.cuda, name), name
     setattr(torch.cuda, name, forbidden(name))
-for name in ("_cuda_init", "_cuda_getDeviceCount", "_cuda_setDevice", "_cuda_getDevice"):
-    if hasattr(torch._C, name):  # a build without CUDA has none, and must not seem to have
+for name in ("_cuda_init", "_cuda_getDeviceCount", "_cuda_setDevice", "_cuda_getDevice", "_cuda_getCurrentRawStream"):
+    # a build without CUDA has none, and must not seem to have but on a node with devices
+    if hasattr(torch._C, name) or os.environ["DS_ACCELERATOR"] == "cuda":
         setattr(torch._C, name, forbidden(name))
 
 from jobs import warm
 from launcher.host.pool import unsafe_to_fork
 getattr(warm, sys.argv[1])()
 assert sys.argv[1] == "warm" or warm.S3 in sys.modules or not importlib.util.find_spec(warm.S3)
-sys.exit(unsafe_to_fork() or 0)
+if unsafe_to_fork():
+    sys.exit(unsafe_to_fork())
+"""
+
+ON_A_GPU_NODE = (
+    PROBE
+    + """
+from deepspeed.accelerator import cuda_accelerator, get_accelerator
+
+def asked():
+    return "/dev/nvidiactl" in (os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+                                if os.path.islink(f"/proc/self/fd/{fd}"))
+
+assert get_accelerator().device_name() == "cuda"
+assert (cuda_accelerator.pynvml is not None) == (sys.argv[2] != "")
+assert torch.cuda.is_available() and torch.cuda.device_count() == 2 and asked(), "NVML is asked, CUDA is not"
+assert unsafe_to_fork() == ""
+for name in ("nvidia-uvm", "nvidia1"):
+    with open(f"/dev/{name}"):
+        assert unsafe_to_fork() == f"the pool has opened /dev/{name}"
+"""
+)
+
+DECIDE = """
+import json, os
+from launcher.host.environment import Environments
+print(json.dumps(Environments(os.environ, address="127.0.0.1").pool("test.0")))
 """
 
 
-@pytest.mark.parametrize(
-    ("accelerator", "function"), [pytest.param("cpu", "warm_s3", marks=pytest.mark.full), ("cuda", "warm")]
-)
-def test_the_warm_up_starts_no_thread_and_asks_no_device(accelerator: str, function: str, tmp_path: Path) -> None:
-    environments = Environments(os.environ, address="127.0.0.1", extra={"DS_ACCELERATOR": accelerator})
-    environment = environments.pool("test.0") | {"DS_ACCELERATOR": accelerator}
+def run(command: list[str], environment: Mapping[str, str], folder: Path) -> str:
     done = subprocess.run(
-        [sys.executable, "-P", "-c", PROBE, function],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False
     )
     assert (done.returncode, done.stderr[-2000:] if done.returncode else "") == (0, "")
+    return done.stdout
+
+
+@pytest.mark.full
+def test_the_warm_up_starts_no_thread_and_asks_no_device(tmp_path: Path) -> None:
+    environment = Environments(os.environ, address="127.0.0.1", extra={"DS_ACCELERATOR": "cpu"}).pool("test.0")
+    run([sys.executable, "-P", "-c", PROBE, "warm_s3"], environment, tmp_path)
+
+
+@needs_namespaces
+@pytest.mark.parametrize("installed", [pytest.param("", marks=pytest.mark.full, id="without"), "nvidia-ml-py"])
+def test_a_pool_with_devices_may_fork(installed: str, tmp_path: Path) -> None:
+    """As an agent starts it there: nothing is set that production does not set."""
+    enter = entering(tmp_path)
+    path = os.pathsep.join([str(packages_root()), str(tmp_path)] if installed else [str(packages_root())])
+    base = {name: value for name, value in os.environ.items() if name not in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")}
+    given = base | {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": path}
+    environment = json.loads(run([*enter, sys.executable, "-P", "-c", DECIDE], given, tmp_path))
+    assert environment["DS_ACCELERATOR"] == "cuda"
+    run([*enter, sys.executable, "-P", "-c", ON_A_GPU_NODE, "warm", installed], environment, tmp_path)

@@ -15,6 +15,7 @@ from launcher.request import Budgets, RecoverySpec
 from launcher.run import EventKind, Fall, Run, RunEvent, apply, fold
 
 K = FailureKind
+STARVED = "the kernel had just killed 1 process of the cgroup /pod, which may use 8.00 GB, for want of memory"
 
 
 def error(kind: str, message: str, trace: str = "") -> Mapping[str, Any]:
@@ -25,8 +26,9 @@ def error(kind: str, message: str, trace: str = "") -> Mapping[str, Any]:
     ("exit", "report", "kind"),
     [
         ({"signal": 9}, None, K.RANK_KILLED),
-        ({"signal": 9, "oom": True}, None, K.OUT_OF_MEMORY),
-        ({"signal": 11, "oom": True}, None, K.RANK_KILLED),
+        ({"signal": 9, "oom": ""}, None, K.RANK_KILLED),
+        ({"signal": 9, "oom": STARVED}, None, K.OUT_OF_MEMORY),
+        ({"code": 137, "oom": STARVED}, None, K.OUT_OF_MEMORY),
         ({"code": 17}, None, K.RANK_EXIT),
         ({"code": 1}, error("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB"), K.OUT_OF_MEMORY),
         ({"code": 1}, error("RuntimeError", "DefaultCPUAllocator: can't allocate memory: you tried"), K.OUT_OF_MEMORY),

@@ -121,6 +121,8 @@ class Agents:
         self.started: dict[str, subprocess.Popen[bytes]] = {}
         self.incarnations: dict[str, str] = {}
         self.watchers: list[Watcher] = []
+        self.enter: tuple[str, ...] = ()  # a command that runs the agent somewhere else
+        self.environment: dict[str, str] = {}  # what agents are told more than others
         self._tmp = root / "logs"
         self._tmp.mkdir()
 
@@ -134,9 +136,14 @@ class Agents:
             command += [f"--{name.replace('_', '-')}", str(value)]
         root = str(packages_root())
         with open(self.paths.root / f"{node}.log", "ab") as log:
-            environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+            environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"} | self.environment
             self.started[node] = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                [*self.enter, *command],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         return self.started[node]
 

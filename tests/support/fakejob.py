@@ -70,6 +70,9 @@ def _do(name: str, value: str, env: RankEnv, reporter: Reporter) -> None:
         raise ValueError(value)
     elif name == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif name == "eat":
+        eaten = [b"x" * (8 << 20) for _ in range(int(value) // 8)]
+        reporter.send("step", step=len(eaten))
     elif name == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     elif name == "daemon":
@@ -92,6 +95,7 @@ def _do(name: str, value: str, env: RankEnv, reporter: Reporter) -> None:
 
 _SEEN = frozenset(
     {"MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "GLOO_SOCKET_IFNAME", "PATH", "PHALANX_AGENT_PID"}
+    | {"DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"}
     | {f"PHALANX_{name}_FD" for name in ("REPORT", "ORDER", "STORE")}
 )
 """Not all: an exit carries no more than the end of a log."""

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jobs import frames
+from jobs.cgroup import usable_memory
 from jobs.checkpoint.layout import Token
 from jobs.checkpoint.memory import Address, Generation, StreamInfo
 from jobs.frames import FrameError, Garbled, Message, Payload
@@ -150,7 +151,7 @@ class Desk:
             self._replicator.end()
 
     def _hello(self, message: Message) -> tuple[Message, Payload, list[int]]:
-        refused = no_room(int(message.get("share", 0)), memory_of_host())
+        refused = no_room(int(message.get("share", 0)), usable_memory())
         return {"address": to_json(self._own), "refused": refused}, b"", []
 
     # -- writing ---------------------------------------------------------------------------------------------------
@@ -252,23 +253,18 @@ def other_node(own: Address, peers: Sequence[Address]) -> Address | None:
     return nodes[(nodes.index(own) + len(nodes) // 2) % len(nodes)]
 
 
-def memory_of_host() -> int:
-    """Bytes of memory of this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def no_room(share: int, host: int) -> str:
     """Why a node keeps no generations in memory; empty when there is room for them, as the planner reckons.
 
     Args:
         share: Bytes of one generation of all ranks of the node.
-        host: Bytes of its memory.
+        host: Bytes of memory that it may use.
     """
     if share * GENERATIONS <= host * HOST_SHARE:
         return ""
     return (
-        f"{GENERATIONS} copies of {share / 1e9:.2f} GB are more than {HOST_SHARE:.0%} of the {host / 1e9:.1f} GB of "
-        "this host (checkpoint.memory_every=0 asks for none)"
+        f"{GENERATIONS} copies of {share / 1e9:.2f} GB are more than {HOST_SHARE:.0%} of the {host / 1e9:.1f} GB that "
+        "this host may use (checkpoint.memory_every=0 asks for none)"
     )
 
 

@@ -31,6 +31,7 @@ from launcher.host.persist.main import Persister
 from launcher.host.persist.peering import PeerLink, PeerServer, pull
 from launcher.host.persist.service import no_room
 from launcher.host.persist.shelf import Shelf
+from tests.support.cgroups import limited
 from tests.support.persisters import Node, eventually, gang, newest_in, values
 
 MakeNode = Callable[[str], Node]
@@ -380,7 +381,20 @@ def test_a_node_that_dies_in_the_middle_of_a_restore_is_not_needed(make: MakeNod
 
 def test_a_host_without_room_keeps_nothing_and_says_why() -> None:
     assert no_room(10 * 10**9, 140 * 10**9) == ""
-    assert "7 copies of 10.10 GB are more than 50% of the 140.0 GB" in no_room(101 * 10**8, 140 * 10**9)
+    assert "7 copies of 10.10 GB are more than 50% of the 140.0 GB that this host may use" in no_room(
+        101 * 10**8, 140 * 10**9
+    )
+
+
+def test_what_a_host_has_is_what_its_cgroup_allows(make: MakeNode) -> None:
+    with limited(256 << 20) as folder:
+        node = make("a")
+        asked = {"share": 30 << 20}
+        assert node.connect().ask("hello", **asked)[0]["refused"] == ""
+        (folder / "cgroup.procs").write_text(str(node.process.pid))
+        refused = node.connect().ask("hello", **asked)[0]["refused"]
+        assert "7 copies of 0.03 GB are more than 50% of the 0.3 GB that this host may use" in refused
+        node.close()
 
 
 def test_a_stranger_is_not_served(make: MakeNode, tmp_path: Path) -> None:
