@@ -103,8 +103,8 @@ def test_what_counts_is_what_the_newest_gang_goes_back_to_whoever_writes_when(se
     run, tokens = History(rng), [Token(1 + attempt // 3, attempt) for attempt in range(1, 8)]
     for number, token in enumerate(tokens):
         run.begin(token)
-        for one in rng.choices(tokens[: number + 1], k=4):
-            run.work(one)
+        for writer in rng.choices(tokens[: number + 1], k=4):
+            run.work(writer)
         start = run.begins[token]
         counted = in_order(run.kept, run.branch)
         for one in run.kept:
