@@ -67,7 +67,7 @@ def find(
         seen = replace(disk, branch=disk.branch or known)
         return memory.better(seen, run, job)
 
-    fenced = known is not None and _fence_off(store, token)
+    fenced = not marked and _fence_off(store, token, first=known is None)
     point, passed = newest(store.paths, rejected=run.rejected, script=marked, known=known, better=better)
     why = "" if marked or point.memory is not None else _obstacle(store, run, point, passed)
     if why:
@@ -81,12 +81,15 @@ def find(
     return point, passed
 
 
-def _fence_off(store: RunStore, token: Token) -> bool:
+def _fence_off(store: RunStore, token: Token, *, first: bool) -> bool:
     """Nobody older than the next gang commits anything from here on; whether that can be said of these checkpoints."""
     try:
         store.require_checkpoints()
     except (ResumeRefused, StorageError):
         return False  # they are not the run's: whatever it goes on from, it is not from there
+    if first:  # there is nobody to be fenced off
+        fence.take_ballast(store.paths.checkpoints)
+        return False
     try:
         fence.raise_fence(store.paths.checkpoints, token, owner=json.dumps(identity()))
     except CheckpointConflict as error:

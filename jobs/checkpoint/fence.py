@@ -5,6 +5,7 @@ Beside the steps, the controller keeps two records of each gang that follows ano
     fences/
         e0002-a0003.fence.json     made before anybody looks for where the gang begins: older gangs commit nothing more
         e0002-a0003.branch.json    made when that is decided, before any of its ranks exists: what it goes on from
+        ballast                    thrown overboard where a full file system has no room for them
 
 Whoever commits looks for a higher fence before and after: what was committed without meeting one was there when the
 successor looked. What slipped in between the two looks, or was listed from a stale cache, is not taken back, for the
@@ -18,6 +19,8 @@ the youngest gang's first, and of one gang the highest step.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import re
 from collections.abc import Iterable
@@ -27,12 +30,14 @@ from typing import Any, Protocol, TypeVar
 from jobs.checkpoint.errors import CheckpointConflict, storage_error
 from jobs.checkpoint.layout import Place, Token
 from jobs.checkpoint.storage import storage_of
-from jobs.location import Location
+from jobs.location import Location, Url
 from strategies.codec import from_json, to_json
 from strategies.errors import ConfigError, StorageError
 
 FOLDER = "fences"
+BALLAST_BYTES = 1 << 16
 _RECORD = re.compile(r"e(\d{4,})-a(\d{4,})\.(fence|branch)\.json")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LOOKS = 5  # of which each may meet a record that has just made way for a newer one
 
 Row = tuple[int, int, int]
@@ -132,6 +137,17 @@ def begin(root: Location, branch: Branch) -> None:
         StorageError: It cannot be written.
     """
     _create(root, branch.token, "branch", json.dumps(to_json(branch)).encode() + b"\n")
+    take_ballast(root)
+
+
+def take_ballast(root: Location) -> None:
+    """Reserve room for the records of the next gang while there is some: it may begin because the disk is full."""
+    if isinstance(root, Url):
+        return
+    with contextlib.suppress(OSError):
+        storage = storage_of(root)
+        if _ballast(root).name not in storage.names(root / FOLDER):
+            storage.create(_ballast(root), [bytes(BALLAST_BYTES)])
 
 
 def forget_older(root: Location) -> None:
@@ -199,7 +215,13 @@ def _create(root: Location, token: Token, kind: str, content: bytes) -> None:
     storage, path = storage_of(root), _path(root, token, kind)
     try:
         try:
-            storage.create(path, [content])
+            try:
+                storage.create(path, [content])
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                storage.delete(_ballast(root))
+                storage.create(path, [content])
             storage.settle(path.parent, root)
         except FileExistsError:
             if storage.read(path) != content:
@@ -214,6 +236,10 @@ def _conflict(what: str, why: str) -> CheckpointConflict:
 
 def _path(root: Location, token: Token, kind: str) -> Location:
     return root / FOLDER / f"{token}.{kind}.json"
+
+
+def _ballast(root: Location) -> Location:
+    return root / FOLDER / "ballast"
 
 
 def _listed(root: Location) -> list[tuple[Token, str]]:

@@ -44,7 +44,7 @@ def begins(stage: Stage) -> list[str]:
 
 def test_the_first_gang_needs_no_fence(tmp_path: Path) -> None:
     stage, _ = trained(tmp_path)
-    assert not (stage.store.paths.checkpoint_dir / fence.FOLDER).exists()
+    assert fence.highest(stage.store.paths.checkpoints) is None
 
 
 def test_nothing_is_committed_by_a_gang_whose_successor_was_planned(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from jobs.checkpoint.storage import PosixStorage
 from jobs.location import Location
 from strategies.errors import StorageError
 from tests.support.checkpoints import manifest_of, write_checkpoint, write_shards
+from tests.support.fulldisk import fill, needs_root, small_disk
 
 OLD, NEW = Token(1, 1), Token(2, 2)
 
@@ -214,6 +215,7 @@ def test_only_the_newest_records_stay_once_their_gang_has_saved(tmp_path: Path) 
     write_checkpoint(tmp_path, 5, (1, 4))
     prune(tmp_path, 1, token=(1, 4))
     assert sorted(path.name for path in (tmp_path / "fences").iterdir()) == [
+        "ballast",
         "e0001-a0004.branch.json",
         "e0001-a0004.fence.json",
     ]
@@ -248,3 +250,20 @@ def test_checkpoints_of_a_run_without_fences_can_be_read(tmp_path: Path) -> None
     for step, token in [(10, (1, 1)), (20, (1, 1)), (30, (1, 2))]:
         write_checkpoint(tmp_path, step, token)
     assert listed(tmp_path) == [(30, 2), (20, 1), (10, 1)]
+
+
+@needs_root
+def test_a_full_disk_has_room_for_a_fence(tmp_path: Path) -> None:
+    """A gang may begin because the one before could not save; the younger one has what is in memory."""
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        fence.take_ballast(disk)
+        filler = fill(disk)
+        with pytest.raises(OSError, match="No space left"):
+            (disk / "more").write_bytes(b"x")
+        successor(disk, (9, 1, 1))
+        assert fence.current(disk) == Branch(epoch=2, attempt=2, history=((9, 1, 1),))
+        fill(disk)
+        with pytest.raises(StorageError, match="No space left"):
+            fence.raise_fence(disk, Token(3, 3), owner="c")
+        filler.unlink()
+        fence.raise_fence(disk, Token(3, 3), owner="c")
