@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from jobs.checkpoint import CheckpointConflict, fence
+from jobs.checkpoint.errors import is_full
 from jobs.checkpoint.fence import Branch
 from jobs.checkpoint.layout import Token
 from jobs.checkpoint.memory import generation_of
@@ -53,9 +54,9 @@ def find(
         up: Nodes that answer.
 
     Raises:
-        NothingLeft: Beginning at step 1 would throw away what was committed; or there is no room for a fence.
+        NothingLeft: Beginning at step 1 would throw away what was committed; or the storage takes no fence.
         Fenced: Another controller has taken over.
-        StorageError: The checkpoints cannot be looked at.
+        StorageError: The checkpoints cannot be looked at; or there is no room for a fence.
     """
     marked = job.kind != "pretrain"  # what is done lies in folders with a mark, not in manifests
     known = None if marked else lineage.of(run)
@@ -95,6 +96,8 @@ def _fence_off(store: RunStore, token: Token, *, first: bool) -> bool:
     except CheckpointConflict as error:
         raise Fenced from error
     except StorageError as error:
+        if is_full(error):
+            raise
         raise NothingLeft(f"earlier gangs cannot be fenced off: {in_a_line(error)}") from error
     return True
 

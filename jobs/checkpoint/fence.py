@@ -20,14 +20,13 @@ the youngest gang's first, and of one gang the highest step.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from jobs.checkpoint.errors import CheckpointConflict, storage_error
+from jobs.checkpoint.errors import FULL, CheckpointConflict, storage_error
 from jobs.checkpoint.layout import Place, Token
 from jobs.checkpoint.storage import storage_of
 from jobs.location import Location, Url
@@ -37,7 +36,6 @@ from strategies.errors import ConfigError, StorageError
 FOLDER = "fences"
 BALLAST_BYTES = 1 << 16
 _RECORD = re.compile(r"e(\d{4,})-a(\d{4,})\.(fence|branch)\.json")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LOOKS = 5  # of which each may meet a record that has just made way for a newer one
 
 Row = tuple[int, int, int]
@@ -218,7 +216,7 @@ def _create(root: Location, token: Token, kind: str, content: bytes) -> None:
             try:
                 storage.create(path, [content])
             except OSError as error:
-                if error.errno not in _FULL:
+                if error.errno not in FULL:
                     raise
                 storage.delete(_ballast(root))
                 storage.create(path, [content])

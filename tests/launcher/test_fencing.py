@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from jobs.checkpoint import CheckpointConflict, fence, list_checkpoints, manifest
 from jobs.checkpoint.layout import Place, Token, manifests
 from jobs.checkpoint.slices import whole
+from jobs.checkpoint.storage import PosixStorage
 from launcher import adoption, lineage, origin
 from launcher.gang import Gang
 from launcher.logbook import Fenced
@@ -170,18 +173,26 @@ def test_two_controllers_with_one_number_do_not_both_begin(tmp_path: Path) -> No
     assert len(stage.store.run().attempts) == 1
 
 
-def test_without_room_for_a_fence_nothing_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_fence_nothing_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outage of the storage is waited for; room does not come by waiting."""
     stage, (_, newest) = trained(tmp_path)
 
-    def full(*_: object, **__: object) -> None:
-        raise StorageError("Cannot fence earlier gangs.", why="No space left on device")
+    def refused(number: int) -> Callable[..., int]:
+        def create(*_: object) -> int:
+            raise OSError(number, os.strerror(number))
+
+        return create
 
     with monkeypatch.context() as patch:
-        patch.setattr(fence, "raise_fence", full)
+        patch.setattr(PosixStorage, "create", refused(errno.EIO))
         a_rank_falls(stage)
         assert stage.state() is RunState.RECOVERING
         (wait,) = [e.data["reason"] for e in stage.store.events() if e.data.get("action") == "wait"]
-        assert "No space left on device" in wait
+        assert "earlier gangs cannot be fenced off" in wait
+        assert "Input/output error" in wait
+        patch.setattr(PosixStorage, "create", refused(errno.ENOSPC))
+        with pytest.raises(StorageError, match="No space left on device"):
+            stage.turn()
     stage.start()
     assert begins(stage)[-1] == str(newest)
 
