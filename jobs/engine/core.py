@@ -22,6 +22,7 @@ from jobs.own_time import OwnTime
 from jobs.parallel.meta import ParamMeta
 from jobs.parallel.router_log import RouterStats
 from jobs.spec import JobSpec, RankEnv
+from strategies.schedule import full_batches
 from strategies.topology import Topology
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
@@ -67,9 +68,10 @@ class Engine:
         self.router_log = parts.router_log
         self._loss = parts.loss
         self._scale = getattr(ds.optimizer, "loss_scale_config", None)  # of the optimizer that reports scaled norms
-        self._scaler = getattr(ds.optimizer, "loss_scaler", None) or self._scale
-        if hasattr(self._scaler, "raise_error_at_min_scale"):
-            self._scaler.raise_error_at_min_scale = False  # it is a blow-up, and found as one
+        scaler: Any = getattr(ds.optimizer, "loss_scaler", self._scale)
+        self._scaler = scaler
+        if hasattr(scaler, "raise_error_at_min_scale"):
+            scaler.raise_error_at_min_scale = False  # it is a blow-up, and found as one
         self._full = job.batch
         self._own_norm: torch.Tensor | None = None
         self._expert_norm = ExpertNorm(ds, self.grid) if self.plan.ep > 1 else None
@@ -193,7 +195,9 @@ class Engine:
         self.ds.global_steps = step
         self.ds.global_samples = step * self.ds.train_batch_size()
         self.ds.micro_steps = step * self.ds.gradient_accumulation_steps()
-        self.ds.lr_scheduler.step(step + 1)  # its count is the number of the step to come, see deepspeed_config
+        self.ds.lr_scheduler.step(
+            full_batches(self._full, step + 1)
+        )  # its count is the number of the step to come, see deepspeed_config
 
     def _accumulate(self, micro_batches: int, tokens: int) -> None:
         """DeepSpeed averages over micro-batches and replicas; make that average a mean over the step's real tokens."""

@@ -247,7 +247,7 @@ def gradients_that_overflow(env: RankEnv, job: dict[str, Any], steps: int) -> li
     spec = from_json(JobSpec, job)
     engine = Engine.build(spec, env)
     for parameter in engine.module.parameters():
-        parameter.register_hook(lambda gradient: gradient * float("inf"))
+        parameter.register_hook(lambda gradient: gradient * float("inf"))  # type: ignore[no-untyped-call]
     results = [engine.train_step(step, batches(spec, step, engine.grid)) for step in range(1, steps + 1)]
     engine.close()
     return [(result.loss, result.overflow, result.grad_norm) for result in results]
