@@ -39,7 +39,7 @@ class NothingLeft(Exception):
 
 
 def find(
-    store: RunStore, job: JobSpec, memory: MemoryTier, run: Run, *, epoch: int, up: Collection[str]
+    store: RunStore, job: JobSpec, memory: MemoryTier, run: Run, epoch: int, up: Collection[str]
 ) -> tuple[ResumePoint, dict[str, str]]:
     """The newest state that can be had, as far as that can be seen without reading all of it; it is laid down.
 
