@@ -247,7 +247,7 @@ class Controller:
     def _point(self, plan: ParallelPlan, *, patient: bool) -> tuple[ResumePoint, dict[str, str]] | None:
         """Where the ranks begin; None while no checkpoint can be used, which an outage of the storage may be."""
         try:
-            return origin.find(self.store, self._job(plan), self.memory, self.run)
+            return origin.find(self.store, self._job(plan), self.memory, self.run, self.lock.epoch, self.muster.up)
         except origin.NothingLeft as nothing:
             if not (patient and self._noticed):
                 self._noticed = True

@@ -1,8 +1,8 @@
 """Which generation of the memory tier a gang goes on from. Pure.
 
-Safety is in the order. A generation counts only if the parts of all its ranks are there. Of those, the newest gang's
-win: a node that was cut off may come back with steps that the run has meanwhile done anew. What a gang has committed
-on disk tells how new it is, too, so a generation of an older gang than that is none.
+Safety is in the order, which is that of the checkpoints on disk (:mod:`jobs.checkpoint.fence`): a node that was cut off
+may come back with steps that the run has meanwhile done anew. A generation counts only if the parts of all its ranks
+are there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from jobs.checkpoint.fence import Branch, in_order
 from jobs.checkpoint.layout import Token
 from jobs.checkpoint.memory import Address, Generation, Holding, Located, MemoryPoint
 from strategies.schedule import Skip
@@ -33,8 +34,8 @@ class Stock:
 def choose(
     stocks: Sequence[Stock],
     *,
-    newer_than: int,
-    fence: Token | None,
+    beyond: Generation | None,
+    branch: Branch | None,
     skips: Sequence[Skip],
     rejected: Collection[str],
 ) -> MemoryPoint | None:
@@ -42,8 +43,8 @@ def choose(
 
     Args:
         stocks: What the surviving nodes hold.
-        newer_than: Step of the checkpoint on disk that would be restored otherwise; -1 for none.
-        fence: Highest token of all committed checkpoints: an older gang's generations are history.
+        beyond: The state on disk that would be restored otherwise; None for none.
+        branch: What decides which ones count; None where all do.
         skips: Samples that the run leaves out; a generation must have left out the same.
         rejected: Names of generations that could not be restored before.
 
@@ -51,9 +52,10 @@ def choose(
         None when the disk, or the beginning, is as good.
     """
     gathered = _gathered(stocks)
-    for generation in sorted(gathered, key=lambda one: (one.token, one.step), reverse=True):
-        late = generation.step > max(newer_than, 0) and (fence is None or generation.token >= fence)
-        if late and str(generation) not in rejected:
+    for generation in in_order(gathered, branch):
+        if beyond is not None and (generation.token, generation.step) <= (beyond.token, beyond.step):
+            break
+        if str(generation) not in rejected:
             point = _complete(generation, gathered[generation], skips)
             if point is not None:
                 return point

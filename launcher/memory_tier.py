@@ -9,6 +9,7 @@ from typing import Protocol
 
 from jobs.checkpoint.memory import Address, Holding
 from jobs.spec import JobSpec
+from launcher import lineage
 from launcher.clock import Clock
 from launcher.generations import Stock, choose
 from launcher.observation import Observation
@@ -87,8 +88,8 @@ class MemoryTier:
             return disk.point
         found = choose(
             list(self._stocks.values()),
-            newer_than=disk.point.step,
-            fence=disk.fence,
+            beyond=lineage.state_of(disk.point.path),
+            branch=disk.branch,
             skips=job.skips,
             rejected=run.rejected,
         )

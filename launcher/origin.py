@@ -3,22 +3,31 @@
 A run that has committed a checkpoint never begins again at step 1 by itself. Where none of its checkpoints can be used
 it waits for them, then ends with the reason, and nothing is put on record against them: what was not there may be there
 again when a person resumes it.
+
+Before anybody looks, the gangs before are fenced off, and what is found is laid down as what the next one goes on from
+(:mod:`jobs.checkpoint.fence`): what an older gang commits after that look counts for nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
+from jobs.checkpoint import CheckpointConflict, fence
+from jobs.checkpoint.errors import is_full
+from jobs.checkpoint.fence import Branch
 from jobs.checkpoint.layout import Token
 from jobs.checkpoint.memory import generation_of
 from jobs.paths import RunPaths
 from jobs.spec import JobSpec
-from launcher import progress
+from launcher import lineage, progress
 from launcher.ending import in_a_line
+from launcher.lock import identity
+from launcher.logbook import Fenced
 from launcher.memory_tier import MemoryTier
 from launcher.progress import OnDisk, ResumePoint
-from launcher.run import EventKind, Run
+from launcher.run import Run
 from launcher.store import RunStore
 from strategies.errors import ResumeRefused, StorageError
 
@@ -29,8 +38,10 @@ class NothingLeft(Exception):
     """There was a checkpoint, and none can be used; the message is one sentence for the log."""
 
 
-def find(store: RunStore, job: JobSpec, memory: MemoryTier, run: Run) -> tuple[ResumePoint, dict[str, str]]:
-    """The newest state that can be had, as far as that can be seen without reading all of it.
+def find(
+    store: RunStore, job: JobSpec, memory: MemoryTier, run: Run, epoch: int, up: Collection[str]
+) -> tuple[ResumePoint, dict[str, str]]:
+    """The newest state that can be had, as far as that can be seen without reading all of it; it is laid down.
 
     With it the checkpoints that are passed over for it, and why: that belongs on record when it is gone on from.
 
@@ -39,23 +50,63 @@ def find(store: RunStore, job: JobSpec, memory: MemoryTier, run: Run) -> tuple[R
         job: What the attempt will do.
         memory: What the nodes hold.
         run: The run as its log tells it.
+        epoch: The controller's.
+        up: Nodes that answer.
 
     Raises:
-        NothingLeft: Beginning at step 1 would throw away what was committed.
-        StorageError: The checkpoints cannot be looked at.
+        NothingLeft: Beginning at step 1 would throw away what was committed; or the storage takes no fence.
+        Fenced: Another controller has taken over.
+        StorageError: The checkpoints cannot be looked at; or there is no room for a fence.
     """
     marked = job.kind != "pretrain"  # what is done lies in folders with a mark, not in manifests
+    known = None if marked else lineage.of(run)
+    token = Token(epoch, len(run.attempts) + 1)
+    seen = OnDisk(point=ResumePoint())
 
     def better(disk: OnDisk) -> ResumePoint:
-        return memory.better(disk if disk.fence else replace(disk, fence=_committer(store, run)), run, job)
+        nonlocal seen
+        seen = replace(disk, branch=disk.branch or known)
+        return memory.better(seen, run, job)
 
-    point, passed = newest(store.paths, rejected=run.rejected, script=marked, better=better)
+    fenced = not marked and _fence_off(store, token, first=known is None)
+    point, passed = newest(store.paths, rejected=run.rejected, script=marked, known=known, better=better)
     why = "" if marked or point.memory is not None else _obstacle(store, run, point, passed)
     if why:
         step = promised(run)
         what = f"step {step} was committed, and no checkpoint can be used" if step else "no checkpoint can be used"
         raise NothingLeft(f"{what}: {why}. When they are back, phalanx resume {store.name} goes on from the newest")
+    if fenced:
+        there = run.attempt is not None and set(run.attempt.nodes) <= set(up)
+        over = run.absent | passed.keys()
+        _lay_down(store, lineage.following(run, token, point.path, kept=seen.writers, passed=over, finishing=there))
     return point, passed
+
+
+def _fence_off(store: RunStore, token: Token, *, first: bool) -> bool:
+    """Nobody older than the next gang commits anything from here on; whether that can be said of these checkpoints."""
+    try:
+        store.require_checkpoints()
+    except (ResumeRefused, StorageError):
+        return False  # they are not the run's: whatever it goes on from, it is not from there
+    if first:  # there is nobody to be fenced off
+        fence.take_ballast(store.paths.checkpoints)
+        return False
+    try:
+        fence.raise_fence(store.paths.checkpoints, token, owner=json.dumps(identity()))
+    except CheckpointConflict as error:
+        raise Fenced from error
+    except StorageError as error:
+        if is_full(error):
+            raise
+        raise NothingLeft(f"earlier gangs cannot be fenced off: {in_a_line(error)}") from error
+    return True
+
+
+def _lay_down(store: RunStore, branch: Branch) -> None:
+    try:
+        fence.begin(store.paths.checkpoints, branch)
+    except CheckpointConflict as error:
+        raise Fenced from error
 
 
 def newest(
@@ -63,6 +114,7 @@ def newest(
     *,
     rejected: frozenset[str],
     script: bool,
+    known: Branch | None = None,
     better: Callable[[OnDisk], ResumePoint] = lambda disk: disk.point,
 ) -> tuple[ResumePoint, dict[str, str]]:
     """The newest checkpoint that is whole at a quick look, and those that are passed over for it, with the reason.
@@ -71,6 +123,7 @@ def newest(
         paths: The run's files.
         rejected: Checkpoints that are not looked at.
         script: What is done lies in folders with a mark.
+        known: What the event log tells of the newest attempt.
         better: What to go on from instead of what is on disk.
 
     Raises:
@@ -78,7 +131,7 @@ def newest(
     """
     passed: dict[str, str] = {}
     while True:
-        disk = progress.on_disk(paths, script=script, rejected=rejected | passed.keys())
+        disk = progress.on_disk(paths, script=script, rejected=rejected | passed.keys(), known=known)
         passed |= {path: reason for path, reason in disk.damaged if path not in rejected}
         point = better(disk)
         flaw = progress.missing(point, script=script)
@@ -91,12 +144,6 @@ def promised(run: Run) -> int:
     """The newest step of which a checkpoint on disk is known to have been: committed, or gone on from; 0 for none."""
     used = [one.first_step - 1 for one in run.attempts if one.resume_from and generation_of(one.resume_from) is None]
     return max(run.committed_step, *used, 0)
-
-
-def _committer(store: RunStore, run: Run) -> Token | None:
-    """The newest gang that has committed anything, as the log knows it where no checkpoint tells."""
-    last = max((e.attempt for e in store.events() if e.kind is EventKind.CHECKPOINT_COMMITTED), default=0)
-    return next((Token(one.epoch, one.number) for one in run.attempts if one.number == last), None)
 
 
 def damaged_before(run: Run) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import checkpoint
+from jobs.checkpoint.fence import Branch, current
 from jobs.checkpoint.layout import Token
 from jobs.checkpoint.memory import MemoryPoint
 from jobs.metrics import tells_of_a_step
@@ -40,26 +41,32 @@ class OnDisk:
     """What the checkpoints of a run offer, all of them read once.
 
     Attributes:
-        point: The newest committed one that was not found damaged.
+        point: The best of the committed ones that count and were not found damaged (:mod:`jobs.checkpoint.fence`).
         damaged: Committed ones whose manifest cannot be used any more, each with the reason.
-        fence: Highest token of those that can be used; None if there is none.
+        writers: The gangs that have made those that can be used.
+        branch: What has decided which ones count; None where all do.
     """
 
     point: ResumePoint
     damaged: tuple[tuple[str, str], ...] = ()
-    fence: Token | None = None
+    writers: frozenset[Token] = frozenset()
+    branch: Branch | None = None
 
 
-def on_disk(paths: RunPaths, *, script: bool, rejected: frozenset[str] = frozenset()) -> OnDisk:
-    """Look at the checkpoints of a run."""
+def on_disk(
+    paths: RunPaths, *, script: bool, rejected: frozenset[str] = frozenset(), known: Branch | None = None
+) -> OnDisk:
+    """Look at the checkpoints of a run; ``known`` as of :func:`jobs.checkpoint.fence.current`."""
     if script:
         return OnDisk(point=_script_point(paths, rejected))
-    found, broken = checkpoint.survey(paths.checkpoints)
+    branch = current(paths.checkpoints, known)
+    found, broken = checkpoint.survey(paths.checkpoints, branch)
     points = [ResumePoint(path=str(one.path), step=one.step) for one in found if str(one.path) not in rejected]
     return OnDisk(
         point=points[0] if points else ResumePoint(),
         damaged=tuple((str(path), reason) for path, reason in broken),
-        fence=max((one.token for one in found), default=None),
+        writers=frozenset(one.token for one in found),
+        branch=branch,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from jobs.checkpoint import read_manifest
 from jobs.checkpoint.identity import differences
-from launcher import origin
+from launcher import lineage, origin
 from launcher.request import LaunchRequest
 from launcher.run import Run
 from launcher.store import RunStore
@@ -45,7 +45,7 @@ def check(store: RunStore, run: Run, request: LaunchRequest, *, clock: Callable[
         return []
     store.require_checkpoints()
     root = store.paths.checkpoints
-    point, passed = origin.newest(store.paths, rejected=run.found_damaged, script=False)
+    point, passed = origin.newest(store.paths, rejected=run.found_damaged, script=False, known=lineage.of(run))
     broken = [f"{path}: {reason}" for path, reason in passed.items()]
     manifest = read_manifest(point.path) if point.path else None
     problems = differences(manifest, request.job) if manifest else []

@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs.paths import RunPaths
 from jobs.spec import JobSpec
-from launcher import build, examination, launch, origin, progress, proposal, render, resume_checks
+from launcher import build, examination, launch, lineage, origin, progress, proposal, render, resume_checks
 from launcher.config import redraft
 from launcher.data_checks import data_spec, unprepared
 from launcher.describe import plan_line
@@ -86,7 +86,8 @@ def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None
     config, after = _renewed(store, before, words, overrides, found)
     after, shipment = _with_project(config, store.paths, before, after)
     script = after.job.kind == "script"
-    point, _ = origin.newest(store.paths, rejected=run.found_damaged, script=after.job.kind != "pretrain")
+    marked = after.job.kind != "pretrain"
+    point, _ = origin.newest(store.paths, rejected=run.found_damaged, script=marked, known=lineage.of(run))
     changes = compare(before, after, step=point.step)
     text = render.resume_text(
         name=store.name,

@@ -8,6 +8,7 @@ On disk::
                 shard-00003.safetensors        slices of rank 3: fp32 master weights and both Adam moments
                 shard-00003.json               size and digest of the shard, written once the shard is durable
             e0001-a0002.manifest.json          the commit: created exclusively, after everything above is durable
+        fences/                                which gangs may commit no more, and what counts (jobs.checkpoint.fence)
 
 The folder may as well be a prefix of an object store (:mod:`jobs.checkpoint.storage`), where ``run.json`` says whose
 checkpoints these are (:mod:`jobs.checkpoint.claim`). A shard whose data have not changed since an earlier checkpoint
@@ -17,6 +18,7 @@ What is called from outside (all other names are internal)::
 
     jobs.checkpoint.manifest   newest, survey, list_checkpoints, damaged, absent, verify        pure, no numpy
     jobs.checkpoint.retention  prune                                                            pure, no numpy
+    jobs.checkpoint.fence      raise_fence, begin, current, in_order, Branch                    pure, no numpy
     jobs.checkpoint.reader     Reader                                                           numpy
     jobs.checkpoint.digest     weights_digest                                                   numpy
     jobs.checkpoint.save       save, snapshot, persist                                          torch, collective

@@ -7,7 +7,7 @@ import errno
 from jobs.location import Location, Url
 from strategies.errors import StorageError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CorruptCheckpoint(StorageError):
@@ -63,8 +63,13 @@ def storage_error(doing: str, path: str | Location, error: OSError) -> StorageEr
     """
     if isinstance(path, Url) or "://" in str(path):
         hint = "Check checkpoint.url, that the store answers, and the credentials in the environment of every node."
-    elif error.errno in _FULL:
+    elif error.errno in FULL:
         hint = "Free space there (or lower checkpoint.keep), then resume the run: committed checkpoints are intact."
     else:
         hint = "Check that the file system is mounted, healthy and writable, then resume the run."
     return StorageError(f"Cannot {doing} at {path}.", why=f"{error.strerror or error}", hint=hint)
+
+
+def is_full(error: StorageError) -> bool:
+    """Whether there was no room: that does not pass by itself, as an outage does."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.checkpoint.errors import AbsentFile, CheckpointConflict, CorruptCheckpoint, storage_error
+from jobs.checkpoint.fence import Branch, current, in_order, refuse_if_fenced
 from jobs.checkpoint.layout import Place, Token, manifests, place_of, writers
 from jobs.checkpoint.shardfile import KINDS, DamagedShard, block_count, read_block, read_header
 from jobs.checkpoint.storage import storage_of
@@ -158,16 +159,20 @@ class Checkpoint:
     time: float
 
 
-def survey(root: str | Location) -> tuple[list[Checkpoint], list[tuple[Location, str]]]:
-    """All committed checkpoints below ``root``, and manifests that cannot be used, each with the reason; read once.
+def survey(root: str | Location, branch: Branch | None = None) -> tuple[list[Checkpoint], list[tuple[Location, str]]]:
+    """All committed checkpoints below ``root`` that count, and manifests that cannot be used, each with the reason.
 
-    Both best first: by step, then by token.
+    Both best first (:mod:`jobs.checkpoint.fence`), and each read once.
+
+    Args:
+        root: Folder of all checkpoints of the run.
+        branch: What decides which ones count; None for what is on record there.
 
     Raises:
         StorageError: The folder cannot be listed, or a manifest cannot be read.
     """
     found, broken = [], []
-    for place in _best_first(locate(root)):
+    for place in best_first(locate(root), branch):
         try:
             manifest = read_manifest(place.manifest)
         except CorruptCheckpoint as error:
@@ -198,7 +203,7 @@ def damaged(root: str | Location) -> list[tuple[Location, str]]:
 
 
 def newest(root: str | Location, exclude: Collection[str | Location] = frozenset()) -> Location | None:
-    """The checkpoint to restore: the highest step, and of that step the highest token.
+    """The checkpoint to restore: of those that count the best, by the order of :mod:`jobs.checkpoint.fence`.
 
     Args:
         root: Folder of all checkpoints of the run.
@@ -211,7 +216,7 @@ def newest(root: str | Location, exclude: Collection[str | Location] = frozenset
         StorageError: The folder cannot be listed.
     """
     excluded = {locate(path).absolute() for path in exclude}
-    for place in _best_first(locate(root)):
+    for place in best_first(locate(root)):
         if place.manifest.absolute() in excluded:
             continue
         try:
@@ -222,9 +227,10 @@ def newest(root: str | Location, exclude: Collection[str | Location] = frozenset
     return None
 
 
-def _best_first(root: Location) -> list[Place[Location]]:
+def best_first(root: Location, branch: Branch | None = None) -> list[Place[Location]]:
+    """Places of the manifests that count, intact or not, best first; arguments and errors as of :func:`survey`."""
     try:
-        return sorted(manifests(root), key=lambda place: (place.step, place.token), reverse=True)
+        return in_order(manifests(root), branch or current(root))
     except OSError as error:
         raise storage_error("list the checkpoints", root, error) from error
 
@@ -263,7 +269,9 @@ def commit(root: L, manifest: Manifest) -> L:
         Path of the manifest.
 
     Raises:
-        CheckpointConflict: It is committed already, or a higher token has written: another gang has taken over.
+        CheckpointConflict: It is committed already, or another gang has taken over: it was fenced out, or a higher
+            token has written. (If that comes to light only when the manifest is there, it counts for nothing unless the
+            other gang has begun with it.)
         StorageError: The manifest cannot be written, or a shard is not there.
     """
     place = Place(root, manifest.step, Token(manifest.epoch, manifest.attempt))
@@ -271,11 +279,12 @@ def commit(root: L, manifest: Manifest) -> L:
     document["digest"] = _digest(document)
     storage = place.storage
     try:
-        _refuse_if_fenced(place)
+        _refuse_if_replaced(place)
         _require_shards(place, manifest)
         storage.settle(place.shard_dir, place.step_dir, root)
         storage.create(place.manifest, [json.dumps(document, indent=1).encode() + b"\n"])
         storage.settle(place.step_dir)
+        refuse_if_fenced(place)
     except FileExistsError:
         raise CheckpointConflict(
             f"The checkpoint {place.manifest} is committed already.",
@@ -287,7 +296,9 @@ def commit(root: L, manifest: Manifest) -> L:
     return place.manifest
 
 
-def _refuse_if_fenced(place: Place[Any]) -> None:
+def _refuse_if_replaced(place: Place[Any]) -> None:
+    refuse_if_fenced(place)
+    # Gangs that no controller has started are known by what they write.
     highest = max((other.token for other in writers(place.root)), default=place.token)
     if highest > place.token:
         raise CheckpointConflict(

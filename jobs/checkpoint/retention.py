@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from jobs.checkpoint.errors import CorruptCheckpoint, storage_error
+from jobs.checkpoint.fence import forget_older, highest
 from jobs.checkpoint.layout import Place, Token, manifests, writers
-from jobs.checkpoint.manifest import newest, read_manifest
+from jobs.checkpoint.manifest import best_first, read_manifest
 from jobs.location import Location, locate
 from strategies.errors import StorageError
 
@@ -20,9 +21,10 @@ def prune(
 ) -> list[Location]:
     """Delete old checkpoints and what dead gangs left unfinished.
 
-    The newest ``keep`` steps of the youngest gangs stay, and always the one that a restart would pick. Folders without
-    a manifest go only when their token is lower than ``token``: those of this gang may be in the middle of being
-    written, and a higher one means that this gang has been replaced and must not touch anything.
+    Of the checkpoints that count, the best ``keep`` stay, by the order in which a restart would pick them
+    (:mod:`jobs.checkpoint.fence`). Folders without a manifest go only when their token is lower than ``token``: those
+    of this gang may be in the middle of being written, and a higher one, or a higher fence, means that this gang has
+    been replaced and must not touch anything.
 
     Args:
         root: Folder of all checkpoints of the run.
@@ -40,20 +42,20 @@ def prune(
     me = Token(*token) if token is not None else None
     try:
         committed = manifests(root)
-        if me is not None and any(place.token > me for place in [*committed, *writers(root)]):
+        if me is not None and _replaced(root, me, committed):
             return []
-        kept = _kept(committed, max(keep, 1))
+        kept = _kept(best_first(root), max(keep, 1))
         if not kept:
             return []
         protected = {locate(path).absolute() for path in protect}
         kept |= {place for place in committed if place.manifest.absolute() in protected}
-        best = newest(root)
-        doomed = [place for place in committed if place not in kept and place.manifest != best]
+        doomed = [place for place in committed if place not in kept]
         needed = _needed(place for place in committed if place not in doomed)
         removed = [place.manifest for place in doomed]
         for place in doomed:
             _remove(place, needed)
         removed += [place.shard_dir for place in _left_over(root, me, doomed) if _remove(place, needed)]
+        forget_older(root)
     except OSError as error:
         raise storage_error("prune the checkpoints", root, error) from error
     return removed
@@ -70,6 +72,13 @@ def tidied(root: str | Location, keep: int, *, token: tuple[int, int]) -> str:
     except StorageError as error:
         return f"old checkpoints stay, more than checkpoint.keep: {error.what} {error.why}"
     return ""
+
+
+def _replaced(root: Location, me: Token, committed: Iterable[Place[Location]]) -> bool:
+    fence = highest(root)
+    if fence is not None and fence > me:
+        return True
+    return any(place.token > me for place in [*committed, *writers(root)])
 
 
 def _left_over(root: Location, me: Token | None, doomed: Collection[Place[Location]]) -> list[Place[Location]]:
@@ -99,10 +108,9 @@ def _needed(places: Iterable[Place[Location]]) -> dict[Place[Location], set[str]
     return needed
 
 
-def _kept(committed: Iterable[Place[Location]], keep: int) -> set[Place[Location]]:
+def _kept(ordered: Iterable[Place[Location]], keep: int) -> set[Place[Location]]:
     kept: dict[int, Place[Location]] = {}
-    # By token first: after a fall back to an older step, the steps of the abandoned branch must not push out ours.
-    for place in sorted(committed, key=lambda place: (place.token, place.step), reverse=True):
+    for place in ordered:
         if len(kept) == keep:
             break
         if place.step not in kept and _readable(place):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.checkpoint.layout import Place, Token, manifests
+from jobs.checkpoint.layout import Place, Token, manifests, writers
 from launcher.host import process
 from launcher.lock import ControllerLock
 from launcher.run import EventKind, RunEvent, RunState
@@ -121,12 +121,21 @@ def test_survivors_decide_in_time_and_the_cut_off_node_ends_by_itself(folder: Pa
 
 @pytest.mark.full
 def test_what_a_cut_off_rank_writes_is_named_by_no_manifest(folder: Path, net: netns.Network) -> None:
-    """The cable is back in the middle of a checkpoint: the shard is there, its rank wakes up and wants it committed."""
+    """The cable is back in the middle of a checkpoint: the shard is there, its rank wakes up and wants it committed.
+
+    The gang that has taken over is held back meanwhile: it has written nothing, nor made a step.
+    """
     fault = "rank_stop@rank=3,step=6,phase=shards_written"
     run = netgang.make_run(folder, "healed", "train.steps=300", f'faults=["{fault}"]', "checkpoint.keep=1000")
     for index in range(3):
         netgang.start_agent(net, run, index, lease_s=120.0)
     written = [False]
+
+    def spawned() -> bool:
+        return any(event.attempt == 2 for event in events_of(run, EventKind.RANKS_SPAWNED))
+
+    def committed_late() -> bool:
+        return any((one.step, one.token.attempt) == (6, 1) for one in manifests(run.paths.checkpoint_dir))
 
     def cut_and_heal() -> None:
         cli.wait_for(lambda: run.paths.faults.is_dir() and any(run.paths.faults.glob("rank_stop*.json")), "the stop")
@@ -134,10 +143,17 @@ def test_what_a_cut_off_rank_writes_is_named_by_no_manifest(folder: Path, net: n
         shard = Place(run.paths.checkpoint_dir, 6, Token(1, 1)).shard(3)
         written[0] = shard.exists()
         net.cut(1)
-        cli.wait_for(lambda: any(one.token.attempt == 2 for one in manifests(run.paths.checkpoint_dir)), "attempt 2")
-        net.mend(1)
-        os.kill(zombie, signal.SIGCONT)
-        cli.wait_for(lambda: not process.is_running(zombie), "the end of the rank that was cut off")
+        cli.wait_for(spawned, "attempt 2")
+        held = next(row["pid"] for row in read_json(run.paths.ranks(2)) if row["rank"] == 0)
+        os.kill(held, signal.SIGSTOP)
+        try:
+            net.mend(1)
+            os.kill(zombie, signal.SIGCONT)
+            cli.wait_for(lambda: not process.is_running(zombie), "the end of the rank that was cut off")
+            assert not process.wait_until(committed_late, 2.0)
+            assert {one.token.attempt for one in writers(run.paths.checkpoint_dir)} == {1}, "the other has not begun"
+        finally:
+            os.kill(held, signal.SIGCONT)
 
     meanwhile = Meanwhile(cut_and_heal)
     assert ruled_here(run) is RunState.SUCCEEDED

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 
+from jobs.checkpoint.fence import Branch
 from jobs.checkpoint.layout import Token
 from jobs.checkpoint.memory import Address, Generation, Holding
 from launcher.generations import Stock, choose
@@ -21,8 +22,10 @@ def part(step: int, rank: int, *, world: int = 2, attempt: int = 1, own: bool = 
     return Holding(step=step, epoch=epoch, attempt=attempt, rank=rank, world=world, bytes=12, own=own)
 
 
-def chosen(*stocks: Stock, newer_than: int = 0, fence: Token | None = None, rejected: Iterable[str] = ()) -> object:
-    point = choose(stocks, newer_than=newer_than, fence=fence, skips=(), rejected=set(rejected))
+def chosen(
+    *stocks: Stock, disk: Generation | None = None, branch: Branch | None = None, rejected: Iterable[str] = ()
+) -> object:
+    point = choose(stocks, beyond=disk, branch=branch, skips=(), rejected=set(rejected))
     return point and (point.generation.step, point.generation.token.attempt, [one.node for one in point.parts])
 
 
@@ -48,15 +51,24 @@ def test_all_who_hold_a_part_are_known() -> None:
 
 def test_the_disk_wins_unless_memory_is_newer() -> None:
     a = stock("a", [part(5, 0, world=1)])
-    assert chosen(a, newer_than=5) is None
-    assert chosen(a, newer_than=4) == (5, 1, ["a"])
+    assert chosen(a, disk=Generation(5, Token(1, 1))) is None
+    assert chosen(a, disk=Generation(4, Token(1, 1))) == (5, 1, ["a"])
 
 
 def test_a_node_that_comes_back_does_not_win_over_a_newer_gang() -> None:
     back = stock("old", [part(9, 0, world=1, attempt=1)])
     now = stock("new", [part(7, 0, world=1, attempt=2)])
     assert chosen(back, now) == (7, 2, ["new"])
-    assert chosen(back, newer_than=7, fence=Token(1, 2)) is None
+    assert chosen(back, disk=Generation(7, Token(1, 2))) is None
+    began_from_8 = Branch(epoch=1, attempt=2, history=((8, 1, 1),))
+    assert chosen(back, branch=began_from_8) is None
+    assert chosen(stock("old", [part(8, 0, world=1), part(9, 0, world=1)]), branch=began_from_8) == (8, 1, ["old"])
+
+
+def test_the_youngest_gang_wins_over_more_steps_on_disk() -> None:
+    """What an older gang has on disk beyond the state that this one began with is of another history."""
+    now = stock("new", [part(96, 0, world=1, attempt=2)])
+    assert chosen(now, disk=Generation(100, Token(1, 1))) == (96, 2, ["new"])
 
 
 def test_an_earlier_epoch_counts_as_long_as_it_is_the_newest() -> None:
@@ -75,7 +87,7 @@ def test_what_failed_to_restore_is_not_tried_again() -> None:
 def test_other_samples_left_out_are_another_history(recorded: tuple[tuple[int, int], ...], usable: bool) -> None:
     held = Holding(step=5, epoch=1, attempt=1, rank=0, world=1, bytes=12, own=True, skips=recorded)
     skips = (Skip(step=4, samples=2), Skip(step=6, samples=1))  # the second one is still to come
-    point = choose([stock("a", [held])], newer_than=0, fence=None, skips=skips, rejected=())
+    point = choose([stock("a", [held])], beyond=None, branch=None, skips=skips, rejected=())
     assert (point is not None) is usable
 
 
@@ -92,8 +104,10 @@ def test_no_better_generation_is_ever_missed(seed: int) -> None:
                     own = rng.random() < 0.5
                     held[node].append(part(step, rank, world=world, attempt=attempt, own=own))
     alive = rng.sample(nodes, rng.randint(0, len(nodes)))
-    disk, fence = rng.randint(0, 6), rng.choice([None, Token(1, 1), Token(1, 2)])
-    point = choose([stock(n, held[n]) for n in alive], newer_than=disk, fence=fence, skips=(), rejected=())
+    disk = rng.choice([None, Generation(rng.randint(1, 6), Token(1, rng.randint(1, 2)))])
+    last = rng.randint(0, 6)
+    branch = rng.choice([None, Branch(epoch=1, attempt=2, history=((last, 1, 1),))])
+    point = choose([stock(n, held[n]) for n in alive], beyond=disk, branch=branch, skips=(), rejected=())
 
     there: dict[tuple[Token, int], set[int]] = {}
     for node in alive:
@@ -102,7 +116,9 @@ def test_no_better_generation_is_ever_missed(seed: int) -> None:
     complete = [
         (token, step)
         for (token, step), ranks in there.items()
-        if ranks == set(range(world)) and step > disk and (fence is None or token >= fence)
+        if ranks == set(range(world))
+        and (disk is None or (token, step) > (disk.token, disk.step))
+        and (branch is None or token.attempt >= 2 or step <= last)
     ]
     assert (point and (point.generation.token, point.step)) == max(complete, default=None)
     if point is not None:

@@ -241,10 +241,11 @@ def test_the_checkpoints_of_another_run_are_not_gone_on_from(tmp_path: Path) -> 
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-def hold(stage: Stage, monkeypatch: pytest.MonkeyPatch, *, step: int, attempt: int) -> None:
+def hold(stage: Stage, monkeypatch: pytest.MonkeyPatch, *, step: int, attempt: int, epoch: int = 1) -> None:
     """Node a holds every part of a generation."""
     parts = [
-        Holding(step=step, epoch=1, attempt=attempt, rank=rank, world=4, bytes=4, own=True).told() for rank in range(4)
+        Holding(step=step, epoch=epoch, attempt=attempt, rank=rank, world=4, bytes=4, own=True).told()
+        for rank in range(4)
     ]
     address = {"host": "127.0.0.1", "port": 1, "incarnation": "i"}
 

@@ -167,10 +167,10 @@ def gang(nodes: Sequence[Node], token: Token = FIRST, **options: Any) -> list[Wr
     return ranks
 
 
-def newest_in(nodes: Sequence[Node], *, newer_than: int = 0) -> MemoryPoint | None:
+def newest_in(nodes: Sequence[Node]) -> MemoryPoint | None:
     """What the controller would restore from these nodes."""
     stocks = [node.stock() for node in nodes]
-    return choose(stocks, newer_than=newer_than, fence=None, skips=(), rejected=())
+    return choose(stocks, beyond=None, branch=None, skips=(), rejected=())
 
 
 def values(point: MemoryPoint, node: Node, kind: str = "master") -> list[float]:

@@ -29,16 +29,16 @@ from strategies.errors import StorageError
 from tests.support.checkpoints import flip_bit, manifest_of, values, write_checkpoint, write_shards
 
 
-def test_what_is_committed_is_listed_newest_first(tmp_path: Path) -> None:
+def test_what_is_committed_is_listed_youngest_gang_first(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path / "none") == []
     assert newest(tmp_path) is None
     paths = [write_checkpoint(tmp_path, step, token) for step, token in [(20, (1, 1)), (10, (1, 1)), (9, (2, 2))]]
     listed = list_checkpoints(tmp_path)
-    assert [(entry.step, entry.token) for entry in listed] == [(20, (1, 1)), (10, (1, 1)), (9, (2, 2))]
-    assert listed[0].path == paths[0] == newest(tmp_path)
-    assert listed[0].bytes == sum(os.path.getsize(file) for file in place_of(paths[0]).shard_dir.iterdir())
-    assert listed[0].plan == read_manifest(paths[0]).plan
-    assert newest(tmp_path, exclude=frozenset({str(paths[0])})) == paths[1]
+    assert [(entry.step, entry.token) for entry in listed] == [(9, (2, 2)), (20, (1, 1)), (10, (1, 1))]
+    assert listed[0].path == paths[2] == newest(tmp_path)
+    assert listed[0].bytes == sum(os.path.getsize(file) for file in place_of(paths[2]).shard_dir.iterdir())
+    assert listed[0].plan == read_manifest(paths[2]).plan
+    assert newest(tmp_path, exclude=frozenset({str(paths[2])})) == paths[0]
 
 
 def test_of_one_step_the_highest_token_is_taken(tmp_path: Path) -> None:

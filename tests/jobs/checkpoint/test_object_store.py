@@ -9,12 +9,24 @@ from pathlib import Path
 
 import pytest
 
-from jobs.checkpoint import CheckpointConflict, damaged, list_checkpoints, newest, prune, read_manifest, storage, verify
+from jobs.checkpoint import (
+    CheckpointConflict,
+    damaged,
+    fence,
+    list_checkpoints,
+    manifest,
+    newest,
+    prune,
+    read_manifest,
+    storage,
+    verify,
+)
 from jobs.checkpoint.claim import claim, require_ours
 from jobs.checkpoint.digest import weights_digest
 from jobs.checkpoint.errors import CorruptCheckpoint
 from jobs.checkpoint.export import export
-from jobs.checkpoint.layout import Place, Token, place_of
+from jobs.checkpoint.fence import Branch
+from jobs.checkpoint.layout import Place, Token, manifests, place_of
 from jobs.checkpoint.manifest import commit
 from jobs.checkpoint.parts import write_part
 from jobs.checkpoint.reader import Reader
@@ -63,9 +75,9 @@ def test_what_is_committed_is_listed_newest_first(root: Url) -> None:
 def test_the_second_commit_is_refused(root: Url) -> None:
     path = write(root)
     before = client().cat_file(str(path))
-    manifest = dataclasses.replace(read_manifest(path), time=2.5)
+    again = dataclasses.replace(read_manifest(path), time=2.5)
     with pytest.raises(CheckpointConflict, match="committed already"):
-        commit(root, manifest)
+        commit(root, again)
     assert client().cat_file(str(path)) == before
 
 
@@ -124,6 +136,35 @@ def test_a_replaced_gang_may_not_commit_and_deletes_nothing(root: Url) -> None:
         commit(root, manifest_of(zombie, records, {"w": (30, 10)}))
     assert prune(root, 1, token=(1, 1)) == []
     assert newest(root) == kept
+
+
+def test_a_gang_that_was_cut_off_commits_nothing_although_its_successor_has_written_nothing(
+    root: Url, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = write(root, 90)
+    zombie, new = Place(root, 100, Token(1, 1)), Token(2, 2)
+    records = write_shards(zombie, [[whole("w", (30, 10))]])
+    late = manifest_of(zombie, records, {"w": (30, 10)})
+    for _ in range(2):  # the second time it is ours already
+        fence.raise_fence(root, new, owner="b")
+    with pytest.raises(CheckpointConflict, match="cannot begin"):
+        fence.raise_fence(root, new, owner="another")
+    with pytest.raises(CheckpointConflict, match="may not commit"):
+        commit(root, late)
+    fence.begin(root, Branch(epoch=2, attempt=2, history=((90, 1, 1),)))
+    with pytest.raises(CheckpointConflict, match="may not commit"):
+        commit(root, late)
+    assert [place.step for place in manifests(root)] == [90]
+    assert prune(root, 1, token=(1, 1)) == []
+    with monkeypatch.context() as patch:  # it had looked before, and the store has taken its time
+        patch.setattr(manifest, "refuse_if_fenced", lambda place: None)
+        commit(root, late)
+    assert sorted(place.step for place in manifests(root)) == [90, 100]
+    assert newest(root) == best
+    write(root, 96, new)
+    assert [one.step for one in list_checkpoints(root)] == [96, 90]
+    prune(root, 2, token=new)
+    assert sorted(place.step for place in manifests(root)) == [90, 96]
 
 
 def test_retention(root: Url) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from jobs.checkpoint import list_checkpoints, newest, prune, verify
-from jobs.checkpoint.layout import Place, Token, place_of
+from jobs.checkpoint.fence import Branch, begin, raise_fence
+from jobs.checkpoint.layout import Place, Token, manifests, place_of
 from jobs.checkpoint.slices import whole
 from strategies.errors import StorageError
 from tests.support.checkpoints import write_checkpoint, write_shards
@@ -54,11 +55,30 @@ def test_a_step_that_was_written_again_counts_once(tmp_path: Path) -> None:
 
 
 def test_an_abandoned_branch_does_not_push_out_ours(tmp_path: Path) -> None:
-    """After a fall back from step 30 to 20, ours are at 25 and 26; 30 stays because a restart would pick it."""
+    """After a fall back from step 30 to 20, ours are at 25 and 26, and a restart would pick ours."""
     for step, token in [(20, (1, 1)), (30, (1, 1)), (25, (1, 2)), (26, (1, 2))]:
         write_checkpoint(tmp_path, step, token)
     prune(tmp_path, 2, token=(1, 2))
-    assert listed(tmp_path) == [(30, (1, 1)), (26, (1, 2)), (25, (1, 2))]
+    assert sorted((place.step, place.token) for place in manifests(tmp_path)) == [(25, (1, 2)), (26, (1, 2))]
+
+
+def test_what_does_not_count_takes_no_room(tmp_path: Path) -> None:
+    """Of three that are kept, the third is what the gang began with, not what it left behind."""
+    for step, token in [(20, (1, 1)), (30, (1, 1)), (25, (1, 2)), (26, (1, 2))]:
+        write_checkpoint(tmp_path, step, token)
+    begin(tmp_path, Branch(epoch=1, attempt=2, history=((20, 1, 1),)))
+    prune(tmp_path, 3, token=(1, 2))
+    assert listed(tmp_path) == [(26, (1, 2)), (25, (1, 2)), (20, (1, 1))]
+    assert sorted(place.step for place in manifests(tmp_path)) == [20, 25, 26]
+
+
+def test_a_gang_that_was_fenced_off_deletes_nothing(tmp_path: Path) -> None:
+    """Its successor, which has written nothing yet, may have begun with what it would delete."""
+    for step in (1, 2, 3):
+        write_checkpoint(tmp_path, step, (1, 1))
+    raise_fence(tmp_path, Token(1, 2), owner="b")
+    assert prune(tmp_path, 1, token=(1, 1)) == []
+    assert len(list_checkpoints(tmp_path)) == 3
 
 
 def test_leftovers_of_dead_gangs_go_and_those_of_this_gang_stay(tmp_path: Path) -> None:

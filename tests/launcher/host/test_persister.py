@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from jobs.checkpoint import newest, verify
+from jobs.checkpoint import fence, newest, verify
 from jobs.checkpoint.errors import OutOfReach
+from jobs.checkpoint.fence import Branch
 from jobs.checkpoint.image import Image
-from jobs.checkpoint.layout import Token
+from jobs.checkpoint.layout import Token, manifests, writers
 from jobs.checkpoint.manifest import list_checkpoints
 from jobs.checkpoint.memory import Address, Generation, StreamInfo
 from jobs.checkpoint.memory_source import MemorySource
@@ -25,6 +26,7 @@ from jobs.checkpoint.slices import whole
 from jobs.frames import FrameError
 from jobs.paths import RunPaths
 from jobs.worker import damaged
+from launcher.generations import choose
 from launcher.host import wire
 from launcher.host.persist import main, replica, service
 from launcher.host.persist.main import Persister
@@ -79,7 +81,32 @@ def test_what_was_copied_is_written_although_its_rank_is_dead(make: MakeNode, tm
     assert (found.step, found.token) == (4, rank.token)
 
 
-def test_a_later_gang_fences_what_is_still_being_written(make: MakeNode, tmp_path: Path) -> None:
+def test_a_gang_that_was_replaced_commits_nothing_before_its_successor_has_written_anything(
+    make: MakeNode, tmp_path: Path
+) -> None:
+    """It has all of step 100 on the disk, and no link or a slow disk; the next one begins with step 90, in memory."""
+    node, root = make("a"), tmp_path / "checkpoints"
+    (old,) = gang([node])
+    old.put(90, flush=True)
+    assert old.outcome(90)["step"] == 90
+    old.put(100, flush=True, hold=True)
+    old.ask("durable")
+    fence.raise_fence(root, Token(2, 2), owner="its controller")
+    fence.begin(root, Branch(epoch=2, attempt=2, history=((90, 1, 1),)))
+    (new,) = gang([node], Token(2, 2))
+    for step in range(91, 97):
+        new.put(step)
+    assert {place.token for place in writers(root)} == {Token(1, 1)}
+    old.ask("release")
+    assert old.outcome(100)["error"]["kind"] == "conflict"
+    assert [place.step for place in manifests(root)] == [90]
+    best = Generation(list_checkpoints(root)[0].step, Token(1, 1))
+    point = choose([node.stock()], beyond=best, branch=fence.current(root), skips=(), rejected=())
+    assert point is not None
+    assert point.generation == Generation(96, Token(2, 2))
+
+
+def test_a_later_gang_that_no_controller_has_started_fences_by_what_it_writes(make: MakeNode, tmp_path: Path) -> None:
     node = make("a")
     (old,) = gang([node])
     old.put(4, flush=True, hold=True)

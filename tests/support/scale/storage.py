@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.checkpoint.fence import forget_older
 from jobs.checkpoint.layout import Place, Token
 from jobs.checkpoint.manifest import Manifest, TrainerState, commit
 from jobs.checkpoint.memory import Address, Holding
@@ -63,6 +64,7 @@ class Disk:
             extra={},
         )
         commit(self._paths.checkpoints, manifest)
+        forget_older(self._paths.checkpoints)  # as retention does after a commit
         if self._place is not None:
             shutil.rmtree(self._place.step_dir)
         self._place = place
