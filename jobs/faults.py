@@ -6,7 +6,7 @@
 ``rank_error`` ``rank``          the rank raises :class:`InjectedFault`
 ``rank_stop``  ``rank``          SIGSTOP of the rank
 ``rank_spin``  ``rank``          the rank holds the interpreter's lock for ever
-``rank_deadlock`` ``rank``       the rank waits for a message that nobody sends
+``rank_deadlock`` ``rank``       the rank enters its next collective with another group than its own
 ``rank_slow``  ``rank``          from that step on, until its process ends, the rank makes steps take 1.3 times as long
 ``nan_grad``   ``rank``          a gradient of the rank is NaN in that step
 ``loss_spike`` ``rank``          what the rank puts out is 100 times too large in that step; last pipeline stage only
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from jobs.checkpoint.layout import sync_dir, write_durably
-from jobs.fault_acts import Drag, Removable, hold_the_interpreter, spoil, wait_for_death, wait_for_nobody
+from jobs.fault_acts import Drag, Removable, go_astray, hold_the_interpreter, spoil, wait_for_death
 from jobs.numerics import LEAST_SEEN
 from jobs.paths import RunPaths
 from jobs.proctree import ancestors, descendants, kill_own_trees
@@ -182,13 +182,15 @@ def resolve(
     Raises:
         ConfigError: Lists every mistake and every value out of range.
     """
-    saved = _saved_steps(steps, checkpoint_every)
+    saved = sorted({*(range(checkpoint_every, steps + 1, checkpoint_every) if checkpoint_every > 0 else ()), steps})
     problems: list[str] = []
     resolved = []
     for number, fault in enumerate(parse(texts)):
         size = world_size if fault.scope == "rank" else nodes
         first = world_size - world_size // pp if fault.kind == "loss_spike" else 0  # stages are the outermost axis
         draw = f"{seed}|{number}|{fault}"
+        if fault.kind == "rank_deadlock" and world_size < 2:
+            problems.append(f"{str(fault)!r}: a rank that is alone waits for nobody.")
         if fault.target is None:
             fault = replace(fault, target=_draw(f"{draw}|target", range(first, size)))
         elif not first <= fault.target < size:
@@ -207,11 +209,6 @@ def resolve(
         resolved.append(str(fault))
     _refuse(problems)
     return tuple(resolved)
-
-
-def _saved_steps(steps: int, every: int) -> list[int]:
-    """Steps after which a checkpoint is made."""
-    return sorted({*(range(every, steps + 1, every) if every > 0 else ()), steps})
 
 
 def _random_step(fault: Fault, draw: str, steps: int, saved: list[int], problems: list[str]) -> int:
@@ -321,7 +318,7 @@ class FaultInjector:
             case "rank_spin":
                 hold_the_interpreter()
             case "rank_deadlock":
-                wait_for_nobody(self._env)
+                go_astray()
             case "rank_slow":
                 self._drag.begin(self._model)
             case "nan_grad" | "loss_spike":

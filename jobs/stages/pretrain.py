@@ -158,7 +158,7 @@ class Pretrain:
     def _step(self, step: int, *, then: str) -> None:
         self._counter.step = step
         self._hooks.step_begin(step)
-        self._engine.own_time.begin()
+        self._engine.own_time.begin(self._micro_batches(step))
         began = time.perf_counter()
         batches = self._batches(step)
         data_s = time.perf_counter() - began
