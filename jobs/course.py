@@ -2,7 +2,7 @@
 
 A hang is judged by this: the rank that the others wait for is the one that has not entered what they are in. A rank
 keeps it in a piece of memory of its own, which its agent finds by name and reads without the rank's help: one that is
-stopped or holds the interpreter's lock cannot answer. What a rank enters costs it about a microsecond.
+stopped or holds the interpreter's lock cannot answer. An entry costs a rank about two microseconds.
 
 A *lane* is a group of ranks and what is done in it: collectives (``all``), or transfers to or from one other rank
 (``send``, ``recv``). Ranks enter the entries of a lane in one order, so numbers identify them: the third transfer that
@@ -127,6 +127,8 @@ class Course:
         self._memory = memoryview(memory)
         self._counts = self._memory[_COUNTS_AT:_TEXT_AT].cast("Q")
         self._words = self._memory[: _WORDS.size].cast("Q")
+        self._by_host = self._memory[_HOST_AT:_DEVICE_AT].cast("Q")
+        self._by_device = self._memory[_DEVICE_AT:_COUNTS_AT].cast("Q")
         halves = [self._memory[_TRACE_AT + i * _HALF_BYTES :][:_HALF_BYTES] for i in range(2)]
         self._heads = [half[: _HALF.size].cast("Q") for half in halves]
         self._traces = [half[_HALF.size :].cast("H") for half in halves]
@@ -174,18 +176,15 @@ class Course:
 
     def wait(self, entries: Sequence[Entry]) -> None:
         """The process waits in entries; in none when there are none."""
-        self._wait(4, _HOST_AT, entries)
+        self._words[4] = 0
+        if entries:
+            self._words[4] = _put(self._by_host, entries)
 
     def wait_on_device(self, entries: Sequence[Entry]) -> None:
         """The device waits in entries; in none when there are none."""
-        self._wait(5, _DEVICE_AT, entries)
+        self._words[5] = 0
+        self._words[5] = _put(self._by_device, entries)
         self.beat()
-
-    def _wait(self, word: int, at: int, entries: Sequence[Entry]) -> None:
-        self._words[word] = 0
-        for i, entry in enumerate(entries[:_AT_ONCE]):
-            struct.pack_into("<QQ", self._memory, at + 16 * i, *entry)
-        self._words[word] = min(len(entries), _AT_ONCE)
 
     def beat(self) -> None:
         """The device was looked at."""
@@ -211,6 +210,15 @@ class Course:
     def _entered(self, half: int) -> memoryview:
         at = _TRACE_AT + half * _HALF_BYTES + _HALF.size
         return self._memory[at : at + 2 * self._heads[half][1]]
+
+
+def _put(where: memoryview, entries: Sequence[Entry]) -> int:
+    """Write entries down, as many as there is room for; returns how many."""
+    at = 0
+    for entry in entries[:_AT_ONCE]:
+        where[at], where[at + 1] = entry
+        at += 2
+    return at // 2
 
 
 def _shared() -> mmap.mmap | bytearray:

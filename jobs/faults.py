@@ -15,8 +15,9 @@
 =============  ================  ====================================================================================
 
 Every kind takes ``step`` and ``phase=step_begin|step_end|checkpoint|shards_written|restore`` (``step_begin`` by
-default; ``restore`` takes no step: it is the first restore of the run; ``nan_grad`` and ``loss_spike`` take no
-phase). ``rank``, ``node`` and ``step`` may be ``random``; :func:`resolve` replaces them by a pure function of a seed.
+default; ``restore`` takes no step: it is the first restore of the run; ``nan_grad``, ``loss_spike`` and
+``rank_deadlock`` take no phase). ``rank``, ``node`` and ``step`` may be ``random``; :func:`resolve` replaces them by a
+pure function of a seed.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ RANK_EXIT_CODE = 17
 AGENT_PID = "PHALANX_AGENT_PID"
 _TARGET: dict[str, str] = {kind: "node" if kind in ("node_kill", "agent_kill") else "rank" for kind in get_args(Kind)}
 NUMERIC = ("nan_grad", "loss_spike")
+_WITHIN_A_STEP = (*NUMERIC, "rank_deadlock")
 _SAVING = ("checkpoint", "shards_written")
 
 
@@ -135,8 +137,8 @@ def _parse(text: str, problems: list[str]) -> Fault | None:
     phase = values.get("phase", "step_begin")
     if phase not in get_args(Phase):
         problems.append(f"{text!r}: unknown phase {phase!r}. {did_you_mean(phase, get_args(Phase))}")
-    if kind in NUMERIC and "phase" in values:
-        problems.append(f"{text!r}: {kind} takes no phase; it spoils the whole step.")
+    if kind in _WITHIN_A_STEP and "phase" in values:
+        problems.append(f"{text!r}: {kind} takes no phase; it acts within a step.")
     if phase == "restore" and "step" in values:
         problems.append(f"{text!r}: phase=restore takes no step; it is the first restore of the run.")
     target = _number(text, scope, values, 0, problems)

@@ -7,6 +7,7 @@ when the streams of all are there, and the process waits for its stream where it
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -182,6 +183,7 @@ class ToyGang:
         return True
 
 
+@functools.cache
 def groups(plan: ParallelPlan) -> dict[str, tuple[int, ...]]:
     """Names and ranks of the groups of a plan."""
     topology, found = Topology(plan), {"world": tuple(range(plan.world_size))}
@@ -199,10 +201,15 @@ def groups(plan: ParallelPlan) -> dict[str, tuple[int, ...]]:
 
 def programme(plan: ParallelPlan, rank: int, steps: int) -> list[Op]:
     """What a rank does in so many steps; every step reads its result."""
-    return [op for _ in range(steps) for op in _step(plan, rank)]
+    return list(_step(plan, rank)) * steps
 
 
-def _step(plan: ParallelPlan, rank: int) -> Iterator[Op]:
+@functools.cache
+def _step(plan: ParallelPlan, rank: int) -> tuple[Op, ...]:
+    return tuple(_ops(plan, rank))
+
+
+def _ops(plan: ParallelPlan, rank: int) -> Iterator[Op]:
     topology, members = Topology(plan), groups(plan)
     at = topology.coordinates(rank)
     stride = plan.world_size // plan.pp
