@@ -19,6 +19,7 @@ from jobs.course import Lane, Progress
 
 _FRAME = re.compile(r'File "(?P<file>[^"]*)", line (?P<line>\d+|\?\?\?) in (?P<function>.+)')
 _COMMUNICATION = re.compile(r"torch/distributed/|deepspeed/comm/|deepspeed/runtime/pipe/p2p|/multiprocessing/")
+_UNSEEN = re.compile(r"torch/distributed/")
 _STORAGE = re.compile(r"jobs/(checkpoint/|sample\.py)")
 _INJECTED = re.compile(r"jobs/fault(s|_acts)\.py$")  # no accident has such frames, so they are no evidence
 _INNERMOST = 8  # a collective is entered a few frames above the wait
@@ -28,7 +29,7 @@ _STOPPED = {
     "Z": "is dead but not reaped",
     "": "has no process any more",
 }
-_IN_KERNEL = "is stuck in the kernel (disk, driver)"
+_IN_KERNEL = "stuck in the kernel (disk, driver)"
 
 Meeting = tuple[str, str, int, int, int]  # kind, group, sender, receiver (-1 for collectives), number
 
@@ -72,15 +73,16 @@ def culprit(standings: Mapping[int, Standing]) -> tuple[int, str]:
     Returns:
         (-1, why) when the evidence points at nobody.
     """
-    return _stopped(standings) or _silent(standings) or _waited_for(standings)
+    found = _stopped(standings) or _silent(standings) or _waited_for(standings)
+    stuck = [rank for rank, at in standings.items() if at.state == "D"]
+    return (stuck[0], f"is {_IN_KERNEL}") if found[0] < 0 and len(stuck) == 1 else found
 
 
 def _stopped(standings: Mapping[int, Standing]) -> tuple[int, str] | None:
     for rank, at in sorted(standings.items()):
         if at.state in _STOPPED:
             return rank, _STOPPED[at.state]
-    stuck = [rank for rank, at in standings.items() if at.state == "D"]
-    return (stuck[0], _IN_KERNEL) if len(stuck) == 1 else None
+    return None
 
 
 def _silent(standings: Mapping[int, Standing]) -> tuple[int, str] | None:
@@ -100,6 +102,8 @@ def _waited_for(standings: Mapping[int, Standing]) -> tuple[int, str]:
     busy = waits.awaited - waits.waiting
     if len(busy) == 1 and waits.reach(busy) == waits.waiting and not waits.stuck:
         (rank,) = busy
+        if any(_UNSEEN.search(file) for file, _ in standings[rank].frames[:_INNERMOST]):
+            return -1, f"nobody can be named: rank {rank} is in a communication that is not counted"
         missed = waits.missed(rank)
         others = "1 other rank waits" if len(waits.waiting) == 1 else f"{len(waits.waiting)} other ranks wait"
         return rank, f"does not come to what {others} for, {missed}: it is in {_top(standings[rank])}"
@@ -233,4 +237,5 @@ def _meeting(rank: int, lane: Lane, number: int) -> Meeting:
 
 def _top(at: Standing) -> str:
     file, function = at.frames[0] if at.frames else ("", "an unknown place")
-    return f"{function} ({file.rsplit('/', 1)[-1]})" if file else function
+    where = f"{function} ({file.rsplit('/', 1)[-1]})" if file else function
+    return f"{where}, {_IN_KERNEL}" if at.state == "D" else where

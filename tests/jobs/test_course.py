@@ -81,7 +81,7 @@ def test_steps_of_another_size_are_not_compared() -> None:
     course = Course()
     steps(course, [0, 0], [0, 0])
     course.end()
-    assert steps(course, [0, 0, 1], [0, 0, 1], [0, 0], micro_batches=2) == ""
+    assert steps(course, [0, 0, 1], [0, 0, 1], [0, 0, 1], micro_batches=2) == ""
     course.end()
     assert steps(course, [1], micro_batches=3) == ""
 
