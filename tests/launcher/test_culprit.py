@@ -215,6 +215,11 @@ def recorded(path: Path) -> dict[int, Standing]:
     return {int(rank): from_json(Standing, at) for rank, at in ranks.items()}
 
 
+def test_there_are_recorded_hangs_of_every_kind() -> None:
+    kinds = [path.name.partition("-")[0] for path in RECORDED.glob("*.json")]
+    assert {*kinds} == {"stop", "spin", "deadlock"}
+
+
 @pytest.mark.parametrize("name", [path.name for path in sorted(RECORDED.glob("*.json"))])
 def test_real_hangs_are_judged_without_a_look_at_their_stacks(name: str) -> None:
     """``KIND-RANK-PLAN``: recorded from ranks on gloo that were stopped, held the lock or were deadlocked."""
