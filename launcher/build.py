@@ -14,7 +14,7 @@ from jobs.spec import InferenceSpec, JobSpec, TrainSpec, engine_config
 from jobs.weights import find
 from launcher.data_checks import data_spec
 from launcher.request import LaunchRequest
-from launcher.saving import address, checkpoint_spec, disk_steps
+from launcher.saving import address, checkpoint_spec, disk_steps, patient
 from launcher.schema import Config
 from launcher.schema_job import JobConfig
 from strategies import rules
@@ -231,7 +231,7 @@ def build_request(config: Config, overrides: Sequence[str], cluster: ClusterSpec
         run_dir=str(run_dir),
         job=_job(config, sketch, run_dir),
         cluster=sketch.cluster,
-        recovery=config.recovery,
+        recovery=patient(config.recovery, workload(config, sketch), sketch.plan),
         tracking=config.tracking,
         overrides=tuple(overrides),
     )
@@ -250,7 +250,7 @@ def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
         train=train,
         data=data_spec(config),
         checkpoint=checkpoint_spec(config, workload(config, sketch), sketch.plan, run_dir),
-        deepspeed=engine_config(sketch.plan, train) if config.job.kind == "pretrain" else {},
+        deepspeed=engine_config(sketch.plan, train, sketch.batch) if config.job.kind == "pretrain" else {},
         skips=config.train.skips,
         faults=resolved_faults(config, sketch),
         command=config.job.command or "" if script else "",
@@ -296,7 +296,7 @@ def resolved_faults(config: Config, sketch: Outline) -> tuple[str, ...]:
 
 def outline_deepspeed(config: Config, plan: ParallelPlan) -> dict[str, object]:
     """DeepSpeed's configuration of a plan, for people who want to look at it."""
-    return engine_config(plan, train_spec(config)) if config.job.kind == "pretrain" else {}
+    return engine_config(plan, train_spec(config), batch_spec(config)) if config.job.kind == "pretrain" else {}
 
 
 def model_spec(config: Config) -> ModelSpec:

@@ -1,15 +1,22 @@
-"""When a run makes its checkpoints, and where: from the configuration to what the ranks are told."""
+"""When a run makes its checkpoints, where, and how long reading them may take: what is left to derive."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from jobs.location import locate
 from jobs.spec import CheckpointSpec
+from launcher.request import START_TIMEOUT_S, RecoverySpec
 from launcher.schema import Config
 from strategies.plan import ParallelPlan
+from strategies.reliability import restart_from_disk_s
 from strategies.workload import Workload
+
+RESTARTS = 3.0
+"""An attempt may take so many times what the planner expects of a restart from disk (a choice: it is no promise)."""
 
 
 def address(url: str | None, absolute: Callable[[str], str]) -> str | None:
@@ -42,3 +49,13 @@ def disk_steps(config: Config, work: Workload | None, plan: ParallelPlan) -> int
     from strategies.estimate import best_disk_steps  # only here: other configurations need no planner
 
     return CheckpointSpec().every if work is None else best_disk_steps(work, plan)
+
+
+def patient(recovery: RecoverySpec, work: Workload | None, plan: ParallelPlan) -> RecoverySpec:
+    """The same, waiting for a first step as long as reading the checkpoint may take on this cluster."""
+    if recovery.start_timeout_s is not None:
+        return recovery
+    expected_s = 0.0
+    if work is not None and work.hardware.storage_bandwidth and work.hardware.host_bandwidth:
+        expected_s = restart_from_disk_s(work, plan)
+    return replace(recovery, start_timeout_s=float(math.ceil(max(START_TIMEOUT_S, RESTARTS * expected_s))))

@@ -186,6 +186,15 @@ def plan_process(
     return what, Standby(_standing_by(work, nodes), *shrink_unit(plan, work.batch, slots))
 
 
+def restart_from_disk_s(work: Workload, plan: ParallelPlan) -> float:
+    """Seconds from a failure until the ranks train again with a checkpoint from disk, without a wait for a node.
+
+    Arguments and errors are those of :func:`plan_process`.
+    """
+    what, _ = plan_process(work, plan, step_s=1.0)  # which this does not depend on
+    return what.recover_disk_s
+
+
 def _standing_by(work: Workload, nodes: int) -> int:
     """Spares of a gang of ``nodes``: as many as are wanted, of the nodes that it leaves."""
     idle = work.cluster.nodes + work.cluster.spares - nodes
