@@ -337,9 +337,7 @@ def test_of_twenty_hangs_every_culprit_is_named(plan: str, folder: Path) -> None
     run = cli.store(folder, name)
     found = [event.data["failure"] for event in run.events() if event.kind is EventKind.FAILURE_DETECTED]
     assert [(one["kind"], one["rank"]) for one in found] == [("hang", rank) for rank in ranks]
-    job = run.request().job
-    assert job is not None
-    topology = Topology(job.plan)
+    topology = Topology(run.request().job.plan)
     for one, at in zip(found, map(topology.coordinates, ranks), strict=True):
         assert f"(pipe {at.pipe}, data {at.data}, model {at.model})" in one["detail"]
     assert run.run().steps_lost <= 20
