@@ -156,7 +156,7 @@ class _Waits:
                 found.lanes.update(meetings)
         for meeting, lane in found.lanes.items():
             expected = lane.members if meeting[0] == "all" else meeting[2:4]
-            absent = (rank for rank in expected if not found._has_come(rank, meeting, known, lanes))
+            absent = (rank for rank in known.keys() & {*expected} if not found._has_come(rank, meeting, known, lanes))
             found.missing[meeting] = frozenset(absent)
         return found
 
