@@ -13,18 +13,17 @@ import statistics
 import time
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from jobs.checkpoint.layout import sync_dir
-from jobs.spec import RankEnv
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
     from torch import nn
 
 SLOWDOWN = 1.3  # a step of a slow rank takes this many times as long as before
 SPIKE = 100.0  # the output of the rank's layers becomes this many times larger
-_UNUSED_TAG = 7919
 
 
 class Removable(Protocol):
@@ -96,12 +95,38 @@ def hold_the_interpreter() -> NoReturn:
         library.sleep(3600)
 
 
-def wait_for_nobody(env: RankEnv) -> None:
-    """Wait for a message that no rank sends."""
-    import torch
+def go_astray() -> None:
+    """Let this process enter its next ``all_reduce`` with another group than its own, once.
+
+    Nobody else comes there, and those who wait for this rank in its own group wait for ever: what a branch that depends
+    on the rank does to real gangs.
+    """
     import torch.distributed as dist
 
-    dist.recv(torch.zeros(1), src=(env.rank + 1) % env.world_size, tag=_UNUSED_TAG)
+    right = dist.all_reduce
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        given = arguments[2] if len(arguments) > 2 else options.get("group")
+        other = _another_group(given)
+        if other is None:
+            return right(*arguments, **options)
+        dist.all_reduce = right
+        options["group"] = other
+        return right(*arguments[:2], **options)
+
+    dist.all_reduce = wrong
+
+
+def _another_group(given: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """A group of this rank that is not ``given``; None where it has no other, or where ``given`` is of one rank."""
+    import torch.distributed as dist
+
+    given = given or dist.group.WORLD
+    if given is None or dist.get_world_size(given) < 2:
+        return None
+    groups = dist.distributed_c10d._world.pg_map
+    others = [group for group in groups if group is not given and dist.get_world_size(group) > 1]
+    return max(others, key=dist.get_world_size, default=None)
 
 
 def wait_for_death() -> NoReturn:

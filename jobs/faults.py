@@ -7,7 +7,7 @@
 ``device_lost`` ``rank``         the rank raises what torch does whose device has fallen off the bus
 ``rank_stop``  ``rank``          SIGSTOP of the rank
 ``rank_spin``  ``rank``          the rank holds the interpreter's lock for ever
-``rank_deadlock`` ``rank``       the rank waits for a message that nobody sends
+``rank_deadlock`` ``rank``       the rank enters its next collective with another group than its own
 ``rank_slow``  ``rank``          from that step on, until its process ends, the rank makes steps take 1.3 times as long
 ``nan_grad``   ``rank``          a gradient of the rank is NaN in that step
 ``loss_spike`` ``rank``          what the rank puts out is 100 times too large in that step; last pipeline stage only
@@ -16,8 +16,9 @@
 =============  ================  ====================================================================================
 
 Every kind takes ``step`` and ``phase=step_begin|step_end|checkpoint|shards_written|restore`` (``step_begin`` by
-default; ``restore`` takes no step: it is the first restore of the run; ``nan_grad`` and ``loss_spike`` take no
-phase). ``rank``, ``node`` and ``step`` may be ``random``; :func:`resolve` replaces them by a pure function of a seed.
+default; ``restore`` takes no step: it is the first restore of the run; ``nan_grad``, ``loss_spike`` and
+``rank_deadlock`` take no phase). ``rank``, ``node`` and ``step`` may be ``random``; :func:`resolve` replaces them by a
+pure function of a seed.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from jobs.checkpoint.layout import write_durably
 from jobs.fault_acts import (
     Drag,
     Removable,
+    go_astray,
     hold_the_interpreter,
     name_exclusively,
     spoil,
     wait_for_death,
-    wait_for_nobody,
 )
 from jobs.numerics import LEAST_SEEN
 from jobs.paths import RunPaths
@@ -69,6 +70,7 @@ RANK_EXIT_CODE = 17
 AGENT_PID = "PHALANX_AGENT_PID"
 _TARGET: dict[str, str] = {kind: "node" if kind in ("node_kill", "agent_kill") else "rank" for kind in get_args(Kind)}
 NUMERIC = ("nan_grad", "loss_spike")
+_WITHIN_A_STEP = (*NUMERIC, "rank_deadlock")
 _SAVING = ("checkpoint", "shards_written")
 
 
@@ -144,8 +146,8 @@ def _parse(text: str, problems: list[str]) -> Fault | None:
     phase = values.get("phase", "step_begin")
     if phase not in get_args(Phase):
         problems.append(f"{text!r}: unknown phase {phase!r}. {did_you_mean(phase, get_args(Phase))}")
-    if kind in NUMERIC and "phase" in values:
-        problems.append(f"{text!r}: {kind} takes no phase; it spoils the whole step.")
+    if kind in _WITHIN_A_STEP and "phase" in values:
+        problems.append(f"{text!r}: {kind} takes no phase; it acts within a step.")
     if phase == "restore" and "step" in values:
         problems.append(f"{text!r}: phase=restore takes no step; it is the first restore of the run.")
     target = _number(text, scope, values, 0, problems)
@@ -191,13 +193,15 @@ def resolve(
     Raises:
         ConfigError: Lists every mistake and every value out of range.
     """
-    saved = _saved_steps(steps, checkpoint_every)
+    saved = sorted({*(range(checkpoint_every, steps + 1, checkpoint_every) if checkpoint_every > 0 else ()), steps})
     problems: list[str] = []
     resolved = []
     for number, fault in enumerate(parse(texts)):
         size = world_size if fault.scope == "rank" else nodes
         first = world_size - world_size // pp if fault.kind == "loss_spike" else 0  # stages are the outermost axis
         draw = f"{seed}|{number}|{fault}"
+        if fault.kind == "rank_deadlock" and world_size < 2:
+            problems.append(f"{str(fault)!r}: a rank that is alone waits for nobody.")
         if fault.target is None:
             fault = replace(fault, target=_draw(f"{draw}|target", range(first, size)))
         elif not first <= fault.target < size:
@@ -216,11 +220,6 @@ def resolve(
         resolved.append(str(fault))
     _refuse(problems)
     return tuple(resolved)
-
-
-def _saved_steps(steps: int, every: int) -> list[int]:
-    """Steps after which a checkpoint is made."""
-    return sorted({*(range(every, steps + 1, every) if every > 0 else ()), steps})
 
 
 def _random_step(fault: Fault, draw: str, steps: int, saved: list[int], problems: list[str]) -> int:
@@ -332,7 +331,7 @@ class FaultInjector:
             case "rank_spin":
                 hold_the_interpreter()
             case "rank_deadlock":
-                wait_for_nobody(self._env)
+                go_astray()
             case "rank_slow":
                 self._drag.begin(self._model)
             case "nan_grad" | "loss_spike":

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from jobs.course import Progress
 from launcher.hang import Standing, culprit
 from launcher.notice import Present
 from launcher.observation import Observation
@@ -243,6 +244,15 @@ class HangWatch:
                 step=steps.get(rank, 0),
                 state=str(self._answers.get(rank, {}).get("state", "?")),
                 stack=str(self._answers.get(rank, {}).get("stack", "")),
+                progress=_progress(self._answers.get(rank, {}).get("progress")),
             )
             for rank in range(world_size)
         }
+
+
+def _progress(told: Any) -> Progress | None:
+    """What an agent has read in the memory of a rank; None when that makes no sense."""
+    try:
+        return Progress.from_json(told)
+    except (KeyError, TypeError, ValueError):
+        return None

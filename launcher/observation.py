@@ -38,8 +38,8 @@ class Observation:
             ``left``: what was killed and has not ended, rows of ``rank``, ``pid`` and ``state``; ``waited_s``),
             ``leaving`` (``reason``), ``notice`` (``reason``, ``within_s``: the node will be taken away after so many
             seconds), ``pool`` (``state``, ``reason``), ``stack`` (``rank``, ``attempt``, ``state``, ``stack``: where a
-            rank stands, see :mod:`launcher.host.stacks`), ``holdings`` (``id``, ``address``, ``held``: what the node holds
-            in memory, see :mod:`launcher.memory_tier`), ``fenced`` (``epoch``: who owns the agent now).
+            rank stands, see :mod:`launcher.host.stacks`), ``holdings`` (``id``, ``address``, ``held``: what the node
+            holds in memory, see :mod:`launcher.memory_tier`), ``fenced`` (``epoch``: who owns the agent now).
         node: The node.
         time: When it happened, UTC seconds: by the agent's clock if the agent said it, else by ours.
         data: The facts.

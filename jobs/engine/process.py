@@ -49,7 +49,10 @@ def join(env: RankEnv, *, deterministic: bool) -> OwnTime:
     os.environ["LOCAL_RANK"] = str(env.local_rank)  # DeepSpeed reads it in several places
     distributed.init_process_group(env, accelerator.communication_backend_name())
     immediate = accelerator.is_synchronized_device()
-    own_time = OwnTime(None if immediate else lambda: accelerator.Event(enable_timing=True))
+    own_time = OwnTime(
+        None if immediate else lambda: accelerator.Event(enable_timing=True),
+        set_device=lambda: accelerator.set_device(env.local_rank),
+    )
     own_time.install()  # before DeepSpeed looks the functions up
     with silence():
         deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)

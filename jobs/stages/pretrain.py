@@ -159,7 +159,7 @@ class Pretrain:
         """One step; ``due``: a checkpoint follows. Returns whether the ranks have been told to leave after it."""
         self._counter.step = step
         self._hooks.step_begin(step)
-        self._engine.own_time.begin()
+        self._engine.own_time.begin(self._micro_batches(step))
         began = time.perf_counter()
         batches = self._batches(step)
         data_s = time.perf_counter() - began

@@ -75,7 +75,7 @@ RANKS = (
     ),
     Case(
         name="deadlock",
-        what="a rank waits for a message that nobody sends",
+        what="a rank enters a collective of another group than its own, and all wait for each other",
         faults=("rank_deadlock@rank={rank},step={step}",),
         failures=(FailureKind.HANG,),
         needs=(Need.TWO_NODES,),

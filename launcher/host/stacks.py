@@ -1,5 +1,6 @@
 """Where do the ranks of this node stand? Asked when the gang makes no progress; answered without their help.
 
+How far a rank has come in every group it communicates with is read from its memory (:mod:`jobs.course`).
 SIGUSR1 makes a rank of ours write the stacks of its threads to its log: from a C handler, so that one that holds the
 interpreter's lock answers, too. One that is stopped cannot; the kernel's word for its state says so.
 """
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.course import progress_of
 from launcher.host.logs import read_piece
 
 ANSWER_S = 0.5
@@ -65,14 +67,24 @@ class Stacks:
         self._due = now + ANSWER_S
 
     def collect(self, now: float) -> list[dict[str, Any]]:
-        """The answers, once they are due: ``rank``, ``state`` (the kernel's letter) and ``stack`` (may be empty)."""
+        """The answers, once they are due.
+
+        ``rank``, ``state`` (the kernel's letter), ``stack`` (may be empty) and ``progress`` (None when unknown).
+        """
         if self._due is None or now < self._due:
             return []
         asked, self._open, self._due = self._open, [], None
-        return [
-            {"rank": one.rank, "state": state_of(one.pid), "stack": main_stack(_written(one))[:_MAX_TEXT]}
-            for one in asked
-        ]
+        return [_answer(one) for one in asked]
+
+
+def _answer(one: Question) -> dict[str, Any]:
+    progress = progress_of(one.pid)
+    return {
+        "rank": one.rank,
+        "state": state_of(one.pid),
+        "stack": main_stack(_written(one))[:_MAX_TEXT],
+        "progress": progress and progress.to_json(),
+    }
 
 
 def state_of(pid: int) -> str:

@@ -10,16 +10,21 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher import render
 from launcher.account import CLASSES, INCIDENT_CLASSES
 from launcher.describe import describe
+from launcher.hang import Standing, culprit
 from launcher.run import EventKind, RunState
 from launcher.store import RunStore
+from strategies.codec import from_json
 from strategies.errors import PhalanxError
+from strategies.topology import Topology
 from tests.support import cli
 
 pytestmark = pytest.mark.timeout(420)
@@ -314,22 +319,41 @@ def test_the_rank_that_hangs_is_named(fault: str, folder: Path, undisturbed: Run
     standings = json.loads(run.paths.hang(1).read_text())["ranks"]
     assert len(standings) == 4
     assert all("jobs/stages/pretrain.py" in standings[str(other)]["stack"] for other in range(4) if other != rank)
+    assert_judged_by_what_was_entered(standings, rank, waits=name == "rank_deadlock")
     assert_same(run, undisturbed)
     cli.assert_nothing_left(run.paths.root)
 
 
+def assert_judged_by_what_was_entered(found: dict[str, Any], rank: int, *, waits: bool) -> None:
+    """No stack is needed to know the culprit; one that is deadlocked waits in a collective like all others."""
+    standings = {int(other): from_json(Standing, at) for other, at in found.items()}
+    assert culprit({other: replace(at, stack="?") for other, at in standings.items()})[0] == rank
+    progress = standings[rank].progress
+    assert progress is not None
+    assert bool(progress.waits) == waits
+    assert not any("jobs/fault" in file for at in standings.values() for file, _ in at.frames)
+
+
+PLANS = {"tp2 pp2": (), "dp2 pp2": ("strategy.tp=1",), "tp2 dp2": ("strategy.pp=1",)}
+
+
 @pytest.mark.full
 @pytest.mark.timeout(1200)
-def test_of_twenty_hangs_every_culprit_is_named(folder: Path) -> None:
+@pytest.mark.parametrize("plan", PLANS)
+def test_of_twenty_hangs_every_culprit_is_named(plan: str, folder: Path) -> None:
     """Stopped, holding the lock and deadlocked, on every rank; each gang makes steps enough to know its pace."""
     kinds = ("rank_stop", "rank_spin", "rank_deadlock")
     ranks = [(number + number // 4) % 4 for number in range(20)]
     faults = [f"{kinds[number % 3]}@rank={rank},step={8 * (number + 1)}" for number, rank in enumerate(ranks)]
     budgets = ("recovery.exclude_after=null", "recovery.max_restarts=20", "recovery.budgets.hang=20")
-    words = ("train.steps=168", "checkpoint.every=24", *budgets, f"faults={json.dumps(faults)}")
-    done = cli.end(cli.start(*cli.tiny(folder, "twenty", *words), cwd=folder), timeout_s=1100)
+    words = ("train.steps=168", "checkpoint.every=24", *budgets, *PLANS[plan], f"faults={json.dumps(faults)}")
+    name = f"twenty-{plan.replace(' ', '-')}"
+    done = cli.end(cli.start(*cli.tiny(folder, name, *words), cwd=folder), timeout_s=1100)
     assert done.code == 0, done.err
-    run = cli.store(folder, "twenty")
+    run = cli.store(folder, name)
     found = [event.data["failure"] for event in run.events() if event.kind is EventKind.FAILURE_DETECTED]
     assert [(one["kind"], one["rank"]) for one in found] == [("hang", rank) for rank in ranks]
+    topology = Topology(run.request().job.plan)
+    for one, at in zip(found, map(topology.coordinates, ranks), strict=True):
+        assert f"(pipe {at.pipe}, data {at.data}, model {at.model})" in one["detail"]
     assert run.run().steps_lost <= 20

@@ -65,6 +65,7 @@ def test_a_fault_prints_as_it_is_written(text: str) -> None:
         ("rank_kill@rank=1,step=2,phase=restore", ["phase=restore takes no step"]),
         ("nan_grad@rank=1,step=2,phase=step_end", ["nan_grad takes no phase"]),
         ("loss_spike@rank=1,phase=restore", ["loss_spike takes no phase"]),
+        ("rank_deadlock@rank=1,step=2,phase=step_end", ["rank_deadlock takes no phase"]),
         ("", ["unknown kind ''"]),
     ],
 )
@@ -103,6 +104,12 @@ def test_resolve_leaves_exact_faults_alone() -> None:
 def test_resolve_checks_ranges(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         resolve([text], **RUN, pp=2)
+
+
+def test_a_rank_that_is_alone_cannot_deadlock() -> None:
+    alone = {**RUN, "world_size": 1, "nodes": 1}
+    with pytest.raises(ConfigError, match="alone waits for nobody"):
+        resolve(["rank_deadlock@rank=0,step=2"], **alone)
 
 
 def test_a_random_spike_is_one_that_can_be_seen() -> None:

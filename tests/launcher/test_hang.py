@@ -1,17 +1,23 @@
-"""Who holds the gang up, and when is it held up: judged from stacks and step reports, without any process."""
+"""When is a gang held up, and what is made of the answers: without any process. Who it is: ``test_culprit.py``."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from launcher.hang import Standing, culprit
+from jobs.course import Lane, Progress
+from launcher.exclusion import after_failure
 from launcher.hang_watch import ASK_S, EARLY_MARGIN_S, FACTOR, MARGIN_S, TURN_S, HangWatch, StepClock
 from launcher.host.stacks import main_stack
 from launcher.observation import Observation
 from launcher.recovery import FailureKind
+from launcher.request import RecoverySpec
+from launcher.run import Run
 from strategies.plan import ParallelPlan
 
 PLAN = ParallelPlan(tp=2, pp=2, zero_stage=1, stages=(1, 1), micro_batch=1, grad_accum=2)
@@ -24,41 +30,17 @@ def stack(*inner: str) -> str:
     return "\n".join(f'File "/x/{w.partition(":")[0]}", line 7 in {w.partition(":")[2]}' for w in reversed(frames))
 
 
+def came(number: int, *, waits: bool) -> dict[str, Any]:
+    """What a rank has entered that came so far in the collectives of all."""
+    lane = Lane(kind="all", group="0", ranks=((0, 3, 1),), entered=number, left=number - waits)
+    return Progress(lanes=(lane,), waits=((0, number),) if waits else ()).to_json()
+
+
+WAITS, MISSING = came(9, waits=True), came(8, waits=False)
 TRAINING = "engine.py:train_step"
 ALL_REDUCE = stack(TRAINING, "linear.py:forward", "torch/distributed/distributed_c10d.py:all_reduce")
 RECEIVE = stack(TRAINING, "deepspeed/runtime/pipe/p2p.py:recv", "torch/distributed/distributed_c10d.py:recv")
-NOBODY = stack("faults.py:_wait_for_nobody", "torch/distributed/distributed_c10d.py:recv")
-SPIN = stack("faults.py:_hold_the_interpreter")
-COMPUTE = stack(TRAINING, "gpt.py:forward")
-
-
-@pytest.mark.parametrize(
-    ("odd", "why"),
-    [
-        (Standing(step=4, state="T"), "stopped by a signal"),
-        (Standing(step=4, state="D", stack=ALL_REDUCE), "stuck in the kernel"),
-        (Standing(step=4, state="S"), "does not say where it stands"),
-        (Standing(step=4, state="S", stack=SPIN), "_hold_the_interpreter (faults.py)"),
-        (Standing(step=4, state="R", stack=COMPUTE), "does not communicate"),
-        (Standing(step=3, state="S", stack=RECEIVE), "has completed step 3 only"),
-        (Standing(step=4, state="S", stack=NOBODY), "waits in another place"),
-    ],
-)
-@pytest.mark.parametrize("rank", [0, 3])
-def test_the_one_that_is_different_is_named(odd: Standing, why: str, rank: int) -> None:
-    others = {0: ALL_REDUCE, 1: ALL_REDUCE, 2: RECEIVE, 3: RECEIVE}
-    standings = {one: Standing(step=4, state="S", stack=text) for one, text in others.items()} | {rank: odd}
-    found, reason = culprit(standings)
-    assert found == rank
-    assert why in reason
-
-
-def test_nobody_is_accused_without_evidence() -> None:
-    standings = {rank: Standing(step=4, state="S", stack=ALL_REDUCE) for rank in range(4)}
-    assert culprit(standings)[0] == -1
-    standings |= {rank: Standing(step=4, state="S", stack=RECEIVE) for rank in (2, 3)}
-    assert culprit(standings)[0] == -1
-    assert culprit({rank: Standing(step=4, state="S") for rank in range(4)})[0] == -1
+LOADING = stack("jobs/data/samples.py:sample")
 
 
 def test_the_training_thread_is_found_among_others() -> None:
@@ -259,7 +241,7 @@ def test_a_hang_is_asked_about_and_then_named() -> None:
     assert watch.look(gang, 1, 4, now=asked, wall=5000.0) is None
     assert gang.asked == [1]
     for rank in (0, 1, 2):
-        say(watch, "stack", rank, asked, state="S", stack=ALL_REDUCE)
+        say(watch, "stack", rank, asked, state="S", stack=ALL_REDUCE, progress=WAITS)
     assert watch.look(gang, 1, 4, now=now + limit, wall=5000.0) is None
     say(watch, "stack", 3, asked, state="T", stack="")
     assert watch.look(gang, 1, 4, now=now + limit - TURN_S - 0.1, wall=5000.0) is None
@@ -302,7 +284,7 @@ def test_a_rank_that_never_answers_is_not_waited_for() -> None:
     now = quiet(watch, 10) + 20
     watch.look(gang, 1, 4, now=now, wall=0.0)
     for rank in (0, 2, 3):
-        say(watch, "stack", rank, now, state="S", stack=RECEIVE)
+        say(watch, "stack", rank, now, state="S", stack=RECEIVE, progress=WAITS)
     found = watch.look(gang, 1, 4, now=now + 3.1, wall=0.0)
     assert found is not None
     assert (found.rank, found.node) == (1, "node-0")
@@ -317,7 +299,8 @@ def saving(watch: HangWatch) -> float:
 
 def answers(watch: HangWatch, now: float, odd: str) -> None:
     for rank in range(4):
-        say(watch, "stack", rank, now, state="S", stack=odd if rank == 2 else AGREE)
+        told = {"stack": odd, "progress": MISSING} if rank == 2 else {"stack": AGREE, "progress": WAITS}
+        say(watch, "stack", rank, now, state="S", **told)
 
 
 def test_slow_storage_has_a_patience_of_its_own() -> None:
@@ -339,7 +322,36 @@ def test_a_rank_that_does_not_come_to_the_save_hangs() -> None:
     watch, gang = HangWatch(first_s=300, save_s=900), AskedGang()
     now = saving(watch) + 20
     watch.look(gang, 1, 4, now=now, wall=0.0)
-    answers(watch, now, SPIN)
+    answers(watch, now, LOADING)
     found = watch.look(gang, 1, 4, now=now + 1, wall=0.0)
     assert found is not None
     assert found.rank == 2
+
+
+def test_a_hang_without_a_culprit_is_held_against_no_node() -> None:
+    watch, gang = HangWatch(first_s=300, save_s=900), AskedGang()
+    now = quiet(watch, 10) + 20
+    watch.look(gang, 1, 4, now=now, wall=0.0)
+    for rank in range(4):
+        say(watch, "stack", rank, now, state="S", stack=ALL_REDUCE, progress=WAITS)
+    found = watch.look(gang, 1, 4, now=now + 1, wall=5000.0)
+    assert found is not None
+    assert (found.kind, found.rank, found.node) == (FailureKind.HANG, -1, "")
+    assert "a link or a device, not a process, is stuck" in found.detail
+    run = SimpleNamespace(failures=[found] * 3, excluded={})
+    assert after_failure(cast(Run, run), RecoverySpec(exclude_after=1)) is None
+    blamed = SimpleNamespace(failures=[replace(found, node="node-1")] * 3, excluded={})
+    assert after_failure(cast(Run, blamed), RecoverySpec(exclude_after=1)) is not None
+
+
+@pytest.mark.parametrize("told", [None, {}, {"lanes": [[]]}, {**WAITS, "waits": [[7, 1]]}, "x"])
+def test_what_makes_no_sense_is_not_known(told: object) -> None:
+    watch, gang = HangWatch(first_s=300, save_s=900), AskedGang()
+    now = quiet(watch, 10) + 20
+    watch.look(gang, 1, 4, now=now, wall=0.0)
+    for rank in range(4):
+        say(watch, "stack", rank, now, state="S", stack=ALL_REDUCE, progress=told)
+    found = watch.look(gang, 1, 4, now=now + 1, wall=0.0)
+    assert found is not None
+    assert found.rank == -1
+    assert "it is not known what 4 of 4 ranks have entered" in found.detail
