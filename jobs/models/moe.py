@@ -7,7 +7,7 @@ in :mod:`jobs.parallel.deal` and :mod:`jobs.parallel.experts`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,24 @@ class Router(nn.Module):
         self._dealers = Deal.of(recipe.make.grid).group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else copy_to_ranks(self.bias.float(), self._dealers)
-        return F.linear(x.float(), copy_to_ranks(self.weight.float(), self._dealers), bias)
+        weight = copy_to_ranks(self.weight.float(), self._dealers)
+        logits = cast(torch.Tensor, _Scores.apply(x, weight))  # type: ignore[no-untyped-call]
+        return logits if self.bias is None else logits + copy_to_ranks(self.bias.float(), self._dealers)
+
+
+class _Scores(torch.autograd.Function):
+    """``x @ weight.T`` in fp32, which keeps ``x`` as it is and not a wide copy of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        return (grad @ weight).to(x.dtype), rows.T @ x.flatten(0, -2).float()
 
 
 class Expert(nn.Module):
