@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jobs.location import locate
-from jobs.spec import CheckpointSpec, InferenceSpec, JobSpec, TrainSpec, engine_config
+from jobs.spec import InferenceSpec, JobSpec, TrainSpec, engine_config
 from jobs.weights import find
 from launcher.data_checks import data_spec
 from launcher.request import LaunchRequest
+from launcher.saving import address, checkpoint_spec, disk_steps, patient
 from launcher.schema import Config
 from launcher.schema_job import JobConfig
 from strategies import rules
@@ -23,6 +23,7 @@ from strategies.errors import ConfigError, PlanInfeasible, Violation
 from strategies.plan import ParallelPlan
 from strategies.resolve import resolve_plan
 from strategies.rotary import scaled_base
+from strategies.saving import Saving
 from strategies.schedule import SampleSchedule
 from strategies.specs import BatchSpec, ClusterSpec, ModelSpec
 from strategies.workload import Workload, run_tokens
@@ -78,7 +79,7 @@ def settle(config: Config, *, name: str, cwd: Path) -> Config:
         model=replace(config.model, from_hf=_place(config.model.from_hf, absolute)),
         train=replace(config.train, init_from=_place(config.train.init_from, absolute)),
         job=replace(config.job, **_places(config.job, absolute)),
-        checkpoint=replace(config.checkpoint, url=_address(config.checkpoint.url, absolute)),
+        checkpoint=replace(config.checkpoint, url=address(config.checkpoint.url, absolute)),
         strategy=replace(strategy, offload_path=absolute(strategy.offload_path) if strategy.offload_path else None),
     )
 
@@ -96,18 +97,6 @@ def _place(path: str | None, absolute: Callable[[str], str]) -> str | None:
         return path
     kind = "hf:" if path.startswith("hf:") else ""
     return kind + absolute(path.removeprefix(kind))
-
-
-def _address(url: str | None, absolute: Callable[[str], str]) -> str | None:
-    """Where checkpoints are kept, checked; None for the run directory.
-
-    Raises:
-        ConfigError: Nothing is known of such a place, or it carries credentials.
-    """
-    if not url:
-        return None
-    place = locate(url)
-    return absolute(str(place)) if isinstance(place, Path) else str(place)
 
 
 def default_name(config: Config, stamp: str, token: str) -> str:
@@ -188,6 +177,7 @@ def work_of(config: Config, model: ModelSpec, batch: BatchSpec, machine: Cluster
         precision=config.train.precision,
         framework=config.planner.framework,
         tokens=float(run_tokens(batch, config.train.steps)) if tokens is None else tokens,
+        saving=Saving(config.checkpoint.every, config.checkpoint.memory_every),
     )
 
 
@@ -241,7 +231,7 @@ def build_request(config: Config, overrides: Sequence[str], cluster: ClusterSpec
         run_dir=str(run_dir),
         job=_job(config, sketch, run_dir),
         cluster=sketch.cluster,
-        recovery=config.recovery,
+        recovery=patient(config.recovery, workload(config, sketch), sketch.plan),
         tracking=config.tracking,
         overrides=tuple(overrides),
     )
@@ -259,7 +249,7 @@ def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
         batch=sketch.batch,
         train=train,
         data=data_spec(config),
-        checkpoint=_checkpoints(config, run_dir),
+        checkpoint=checkpoint_spec(config, workload(config, sketch), sketch.plan, run_dir),
         deepspeed=engine_config(sketch.plan, train) if config.job.kind == "pretrain" else {},
         skips=config.train.skips,
         faults=resolved_faults(config, sketch),
@@ -283,12 +273,6 @@ def inference_spec(config: Config) -> InferenceSpec | None:
     return InferenceSpec(**values, **numbers)
 
 
-def _checkpoints(config: Config, run_dir: Path) -> CheckpointSpec:
-    """The checkpoint policy; what only computes has nothing that is worth keeping in memory."""
-    policy = replace(config.checkpoint, memory_every=0) if config.job.infers else config.checkpoint
-    return replace(policy, url=f"{policy.url}/{run_dir.name}") if policy.url else policy
-
-
 def resolved_faults(config: Config, sketch: Outline) -> tuple[str, ...]:
     """The faults to inject, without ``random``.
 
@@ -303,7 +287,7 @@ def resolved_faults(config: Config, sketch: Outline) -> tuple[str, ...]:
         config.faults,
         seed=config.fault_seed,
         steps=config.train.steps,
-        checkpoint_every=config.checkpoint.every,
+        checkpoint_every=disk_steps(config, workload(config, sketch), sketch.plan),
         nodes=-(-sketch.plan.world_size // sketch.cluster.slots_per_node),
         world_size=sketch.plan.world_size,
         pp=sketch.plan.pp,

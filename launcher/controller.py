@@ -86,7 +86,7 @@ class Controller:
         self.muster = Muster(backend, request.cluster, clock)
         self.sizing = Sizing(request)
         self.memory = MemoryTier(clock)
-        self.hangs = HangWatch(first_s=request.recovery.start_timeout_s, save_s=request.recovery.save_timeout_s)
+        self.hangs = HangWatch(first_s=request.recovery.first_step_s, save_s=request.recovery.save_timeout_s)
         self.departure = Departure(
             request, store.paths, sizing=self.sizing, muster=self.muster, clock=clock, record=self.record
         )
@@ -265,7 +265,7 @@ class Controller:
         self.memory.settle(paths.memory(self.state.attempt), point)
         self.record(EventKind.ATTEMPT_PLANNED, **told(self.run, self.state, wanted.plan, reason=self.start_reason))
         self.start_reason = "restart"
-        self.first_step_by = self.clock.monotonic() + self.request.recovery.start_timeout_s
+        self.first_step_by = self.clock.monotonic() + self.request.recovery.first_step_s
         self.enter(Phase.RUN)
         try:
             spawn(self.gang, self.request, self.state, self.lock.epoch)
@@ -281,7 +281,7 @@ class Controller:
         if self.state.all_finished:
             self._finish(self.state)
         elif self.first_step_by is not None and self.clock.monotonic() > self.first_step_by:
-            detail = f"no first step within {self.request.recovery.start_timeout_s:.0f} s (recovery.start_timeout_s)"
+            detail = f"no first step within {self.request.recovery.first_step_s:.0f} s (recovery.start_timeout_s)"
             self._suspect(Failure(kind=FailureKind.START_TIMEOUT, time=self.clock.time(), detail=detail))
         else:
             self._watch_for_hangs(self.state)

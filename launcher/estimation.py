@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launcher.quantities import span, storage
-from strategies import reliability, replan, rules
+from strategies import reliability_terms, replan, rules
 from strategies.advice import Advice, Change, advise
 from strategies.codec import to_json
 from strategies.estimate import CostEstimate, Estimator
@@ -177,7 +177,7 @@ def estimate_document(
             "time": [to_json(term) for term in estimator.timing.explain(plan)],
             "memory": [to_json(term) for term in estimator.memory.explain(plan, stage)],
             "memory_stage": stage,
-            "failures": [to_json(term) for term in reliability.explain(work, plan, estimate.step_s)],
+            "failures": [to_json(term) for term in reliability_terms.explain(work, plan, estimate.step_s)],
         }
     return document
 

@@ -5,8 +5,8 @@
 ``stall_s``      seconds that a step waits for one checkpoint on disk (measured: mean)
 ``detect_s``     seconds from a failure until the controller knows (measured: mean over incidents)
 ``restart_s``    seconds from then until the ranks train again (measured: mean over incidents that recovered)
-``goodput``      share of the wall time that is productive (predicted: at the best checkpoint intervals and the
-                 cluster's failure rate, over a long run)
+``goodput``      share of the wall time that is productive (predicted: at the run's own checkpoint intervals and
+                 the cluster's failure rate, over a long run)
 ===============  ======================================================================================================
 
 The prediction has ``step_low_s`` and ``step_high_s``, the 90 % band, as well.
@@ -40,6 +40,7 @@ def predicted(request: LaunchRequest, plan: ParallelPlan) -> dict[str, Any]:
     if request.cluster.hardware is None:
         return {"why": f"nothing is known about the hardware of cluster={request.cluster.name} (phalanx cluster probe)"}
     from strategies.estimate import Estimator  # only here: most that is shown of runs needs no planner
+    from strategies.saving import Saving
     from strategies.workload import Workload, run_tokens
 
     work = Workload(
@@ -48,6 +49,7 @@ def predicted(request: LaunchRequest, plan: ParallelPlan) -> dict[str, Any]:
         cluster=request.cluster,
         precision=job.train.precision,
         tokens=float(run_tokens(job.batch, job.train.steps)),
+        saving=Saving(job.checkpoint.every, job.checkpoint.memory_every),
     )
     try:
         estimate = Estimator(work).estimate(plan)

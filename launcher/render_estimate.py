@@ -9,6 +9,7 @@ from typing import Any
 
 from launcher.quantities import days, digits, dollars, extent, gain, percent, span, storage
 from launcher.render import count, plural, table
+from strategies.saving import ENDLESS_S
 
 VAGUE = 2.0
 """Upper over lower end of the band of a step from which on finish and cost are a range and no point: mixtures of
@@ -18,6 +19,7 @@ _STAGES_SHOWN = 8
 _BAR = 28
 _RUNGS_SHOWN = 3
 _WIDE = 110
+_WORTH_SAYING = 0.001  # goodput
 _MEMORY_COLUMNS = (
     ("WEIGHTS", ("weights",)),
     ("GRADIENTS", ("gradients",)),
@@ -243,11 +245,24 @@ def _checkpoints(failures: Mapping[str, Any]) -> list[tuple[str, str]]:
         return [("checkpoint", f"{size}; where nothing fails, one at the end is enough")]
     text = f"{size}; to disk every {span(failures['disk_interval_s'])}"
     text += f" ({plural(failures['disk_interval_steps'], 'step')}), which stalls {span(failures['save_disk_s'])}"
+    if failures["disk_interval_s"] >= ENDLESS_S:
+        text = f"{size}; to disk after the last step only (checkpoint.every=0)"
+    better = _better(failures)
     if not failures["memory_tier"]:
-        return [("checkpoint", text)]
+        return [("checkpoint", text), *better]
     memory = f"to a peer's memory every {span(failures['memory_interval_s'])}"
     memory += f" ({plural(failures['memory_interval_steps'], 'step')}), which stalls {span(failures['save_memory_s'])}"
-    return [("checkpoint", text), ("", memory)]
+    return [("checkpoint", text), ("", memory), *better]
+
+
+def _better(failures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the best intervals would bring, where they bring something."""
+    if failures["best_goodput"] - failures["goodput"] < _WORTH_SAYING:
+        return []
+    best = plural(failures["best_disk_steps"], "step")
+    keys = "checkpoint.every=null" if failures["memory_tier"] else "checkpoint.every=null checkpoint.memory_every=1"
+    text = f"best: to disk every {best} ({keys}), a goodput of {percent(failures['best_goodput'])}"
+    return [("", text)]
 
 
 def _spares(failures: Mapping[str, Any]) -> str:

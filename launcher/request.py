@@ -11,6 +11,9 @@ from jobs.spec import JobSpec
 from strategies.codec import to_json
 from strategies.specs import ClusterSpec
 
+START_TIMEOUT_S = 300.0
+"""From placing the ranks to their first step, where nothing says that it takes longer."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budgets:
@@ -59,7 +62,8 @@ class RecoverySpec:
         shrink_after_s: How long to wait before that; null means as long as waiting is cheaper than one more restart.
         grow: Go back to the larger plan, at a checkpoint, when its nodes are there again.
         min_nodes: With fewer nodes it waits; null means whatever is legal.
-        start_timeout_s: From placing the ranks to their first step.
+        start_timeout_s: From placing the ranks to their first step; null means three times what the planner expects of
+            a restart from disk, and never less than :data:`START_TIMEOUT_S`.
         save_timeout_s: A checkpoint that takes longer is taken for stuck.
         detect_s: An agent that is silent for so long is lost.
         lease_s: Without controller and without progress for so long, an agent kills its ranks and leaves.
@@ -83,13 +87,18 @@ class RecoverySpec:
     shrink_after_s: float | None = 60.0
     grow: bool = True
     min_nodes: int | None = None
-    start_timeout_s: float = 300.0
+    start_timeout_s: float | None = None
     save_timeout_s: float = 1800.0
     detect_s: float = 5.0
     lease_s: float = 60.0
     grace_s: float = 5.0
     backoff_s: float = 1.0
     backoff_max_s: float = 60.0
+
+    @property
+    def first_step_s(self) -> float:
+        """How long an attempt may take to its first step."""
+        return START_TIMEOUT_S if self.start_timeout_s is None else self.start_timeout_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from jobs.spec import CheckpointSpec
 from launcher.data_schema import DataConfig
 from launcher.request import Budgets, RecoverySpec, TrackingSpec
 from launcher.schema_job import JobConfig
@@ -253,6 +252,24 @@ class PlannerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are made, how many stay, and where.
+
+    Attributes:
+        every: Steps between checkpoints on disk; 0 leaves only the one after the last step. Null for the interval that
+            the planner finds best for the plan on the cluster.
+        memory_every: Steps between checkpoints in memory; 0 for none.
+        keep: Number of newest committed checkpoints kept.
+        url: See :class:`jobs.spec.CheckpointSpec`.
+    """
+
+    every: int | None = 10
+    memory_every: int = 0
+    keep: int = 3
+    url: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """The whole configuration, one field per group or section.
 
@@ -281,7 +298,7 @@ class Config:
     cluster: ClusterConfig
     strategy: StrategyConfig
     train: TrainConfig
-    checkpoint: CheckpointSpec
+    checkpoint: CheckpointConfig
     job: JobConfig
     recovery: RecoverySpec
     tracking: TrackingSpec

@@ -13,7 +13,7 @@ from typing import Literal
 from strategies import capabilities
 from strategies.memory import Memory, StageMemory
 from strategies.plan import ParallelPlan
-from strategies.reliability import Outlook, billed_nodes, checkpoint_bytes, outlook, plan_goodput
+from strategies.reliability import Outlook, billed_nodes, checkpoint_bytes, outlook, plan_goodput, plan_process
 from strategies.timing import StepTime, Timing
 from strategies.workload import Workload
 
@@ -131,3 +131,14 @@ class Estimator:
         if self.work.precision == "fp8":
             return hardware.flops_fp8 or hardware.flops_16
         return hardware.flops_fp32 if self.work.precision == "fp32" else hardware.flops_16
+
+
+def best_disk_steps(work: Workload, plan: ParallelPlan) -> int:
+    """Steps between two saves to disk that lose least, with the saves to memory that the run is told to make.
+
+    Raises:
+        ConfigError: The cluster has no hardware figures, or no bandwidth to the storage or the host.
+    """
+    step_s = sum(Timing(work).step(plan))
+    what, _ = plan_process(work, plan, step_s, saving=work.saving._replace(disk_steps=None))
+    return round(what.rounded(step_s).disk_s / step_s)

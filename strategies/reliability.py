@@ -17,8 +17,6 @@ from strategies.failures import (
     HOST_SHARE,
     LEAST,
     LEAST_GOODPUT,
-    SAVE_LATENCY_S,
-    STORAGE_SHARE,
     Process,
     Shares,
     Standby,
@@ -30,9 +28,10 @@ from strategies.finish import finish_range
 from strategies.hardware import Hardware
 from strategies.plan import ParallelPlan, accumulation
 from strategies.repair import spares_for
+from strategies.saving import BEST, Saving, saved
 from strategies.specs import BatchSpec, ModelSpec
 from strategies.topology import nodes_needed
-from strategies.workload import Term, Workload
+from strategies.workload import Workload
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """fp32 master and both Adam moments; 16-bit weights are not stored, they are the masters' rounding."""
@@ -60,6 +59,9 @@ class Outlook:
         disk_interval_s: Work between two saves to disk.
         memory_interval_steps: Steps between two saves to memory; 0 without a memory tier.
         memory_interval_s: Work between two saves to memory; 0 without a memory tier.
+        best_disk_steps: Steps between two saves to disk that lose least; the intervals above are those that the run is
+            told (:attr:`strategies.workload.Workload.saving`). With its own interval of the memory tier, if it uses it.
+        best_goodput: The goodput with them.
         spares: Nodes that stand by.
         spares_wanted: What would be enough for 99 % of the failures.
         shrinks: Short of spares, the gang goes on with fewer replicas, because that is cheaper than waiting.
@@ -90,6 +92,8 @@ class Outlook:
     disk_interval_s: float
     memory_interval_steps: int
     memory_interval_s: float
+    best_disk_steps: int
+    best_goodput: float
     spares: int
     spares_wanted: int
     shrinks: bool
@@ -152,7 +156,9 @@ def goodput_bound(nodes: int, step_s: float, ckpt_bytes: float, hardware: Hardwa
     )
 
 
-def plan_process(work: Workload, plan: ParallelPlan, step_s: float, ckpt_bytes: float = 0.0) -> tuple[Process, Standby]:
+def plan_process(
+    work: Workload, plan: ParallelPlan, step_s: float, ckpt_bytes: float = 0.0, saving: Saving = BEST
+) -> tuple[Process, Standby]:
     """The failure process of a plan on its cluster, and who stands by.
 
     Args:
@@ -160,6 +166,7 @@ def plan_process(work: Workload, plan: ParallelPlan, step_s: float, ckpt_bytes: 
         plan: A legal plan.
         step_s: Seconds of one step.
         ckpt_bytes: One checkpoint, over all ranks; 0 means that of the model (which takes a while to count).
+        saving: What the run is told about its checkpoints.
 
     Raises:
         ConfigError: The cluster has no hardware figures, or no bandwidth to the storage or the host.
@@ -169,11 +176,23 @@ def plan_process(work: Workload, plan: ParallelPlan, step_s: float, ckpt_bytes: 
     nodes = nodes_needed(plan, slots)
     size = ckpt_bytes or checkpoint_bytes(work.model)
     copies = GENERATIONS + (plan.offload != "none")  # an optimizer in host memory takes the place of one more copy
-    memory_tier = nodes > 1 and copies * size / nodes <= HOST_SHARE * hardware.host_memory_bytes
+    fits = copies * size / nodes <= HOST_SHARE * hardware.host_memory_bytes
+    memory_tier = nodes > 1 and fits and saving.memory_steps != 0
     what = process(nodes, step_s, size, hardware, slots_per_node=slots, memory_tier=memory_tier)
-    if what.replica_s > what.write_s:  # a storage that is faster than the network is the better tier
+    if saving.memory_steps is None and what.replica_s > what.write_s:  # a storage that is faster is the better tier
         what = process(nodes, step_s, size, hardware, slots_per_node=slots, memory_tier=False)
+    if saving != BEST:
+        what = saved(what, saving, step_s)
     return what, Standby(_standing_by(work, nodes), *shrink_unit(plan, work.batch, slots))
+
+
+def restart_from_disk_s(work: Workload, plan: ParallelPlan) -> float:
+    """Seconds from a failure until the ranks train again with a checkpoint from disk, without a wait for a node.
+
+    Arguments and errors are those of :func:`plan_process`.
+    """
+    what, _ = plan_process(work, plan, step_s=1.0)  # which this does not depend on
+    return what.recover_disk_s
 
 
 def _standing_by(work: Workload, nodes: int) -> int:
@@ -211,7 +230,7 @@ def shrink_unit(plan: ParallelPlan, batch: BatchSpec, slots: int) -> tuple[int, 
 
 
 def plan_goodput(work: Workload, plan: ParallelPlan, step_s: float, ckpt_bytes: float = 0.0) -> float:
-    """Share of the wall clock that is work which counted: what plans are ranked by, and :attr:`Outlook.goodput`.
+    """Share of the wall clock that is work which counted: with the best intervals, what plans are ranked by.
 
     Arguments and errors are those of :func:`plan_process`.
     """
@@ -239,7 +258,9 @@ def outlook(
         ConfigError: The cluster has no hardware figures, or no bandwidth to the storage or the host.
     """
     size = ckpt_bytes or checkpoint_bytes(work.model)
-    what, standby = plan_process(work, plan, step_s, size)
+    what, standby = plan_process(work, plan, step_s, size, work.saving)
+    told = work.saving._replace(disk_steps=None)
+    best, _ = plan_process(work, plan, step_s, size, told if told.memory_steps else BEST)
     parts, whole = shares(what, standby), what.rounded(step_s)
     kept, tier = max(LEAST, parts.goodput), what.correlated < 1
     nodes = nodes_needed(plan, work.cluster.slots_per_node)
@@ -263,6 +284,8 @@ def outlook(
         disk_interval_s=whole.disk_s,
         memory_interval_steps=round(whole.memory_s / step_s) if tier else 0,
         memory_interval_s=whole.memory_s if tier else 0.0,
+        best_disk_steps=round(best.rounded(step_s).disk_s / step_s),
+        best_goodput=max(LEAST, shares(best, standby).goodput),
         spares=standby.spares,
         spares_wanted=spares_for(what.rate * what.repair_s),
         shrinks=shortage(what, standby).shrinks,
@@ -297,93 +320,3 @@ def losses(what: Process, parts: Shares) -> dict[str, float]:
         "restart": down - detect,
         "wait": 1 - parts.staffed,
     }
-
-
-def _term(kind: str, value: float, unit: str, formula: str, numbers: str) -> Term:
-    return Term(kind=kind, value=value, unit=unit, formula=formula, numbers=numbers)
-
-
-def explain(work: Workload, plan: ParallelPlan, step_s: float) -> tuple[Term, ...]:
-    """The arithmetic of checkpoint, intervals and goodput; arguments and errors are those of :func:`outlook`."""
-    what, standby = plan_process(work, plan, step_s)
-    parts, hardware = shares(what, standby), work.hardware
-    nodes, slots = nodes_needed(plan, work.cluster.slots_per_node), work.cluster.slots_per_node
-    size = checkpoint_bytes(work.model)
-    count, per_day = work.model.parameters, hardware.failures_per_node_day
-    copying = f"{SAVE_LATENCY_S:g} + {size:.4g} / ({nodes} * {slots} * {hardware.host_bandwidth:.3g})"
-    stored = "bytes per parameter (fp32 master, two Adam moments) * parameters"
-    return (
-        _term("checkpoint", size, "bytes", stored, f"{CHECKPOINT_BYTES_PER_PARAMETER} * {count:,}"),
-        _term("failures", what.rate * DAY_S, "per day", "nodes * failures per node-day", f"{nodes} * {per_day:g}"),
-        _term("save", what.copy_s, "s", "latency + bytes / (nodes * devices * host bandwidth)", copying),
-        *_tier_terms(what, step_s),
-        *_goodput_terms(what, parts, standby),
-    )
-
-
-def _tier_terms(what: Process, step_s: float) -> list[Term]:
-    daly = f"sqrt(2 * {what.copy_s:.4g} * {_mtbf(what.rate)})"
-    best = "sqrt(2 * save * MTBF) with Daly's corrections"
-    written = f"{what.write_s:.4g} / {STORAGE_SHARE:g}"
-    every = f"max({step_s:.4g}, {daly}"
-    overlapped = "write / share of the storage"
-    if what.correlated == 1:
-        formula = f"max(step, {best}, {overlapped})"
-        return [_term("disk interval", what.disk_s, "s", formula, f"{every}, {written})")]
-    memory = f"max(step, {best}, replica)"
-    return [
-        _term("memory interval", what.memory_s, "s", memory, f"{every}, {what.replica_s:.4g})"),
-        _term(
-            "disk interval",
-            what.disk_s,
-            "s",
-            f"max(memory interval, {overlapped})",
-            f"max({what.memory_s:.4g}, {written})",
-        ),
-    ]
-
-
-def _mtbf(rate: float) -> str:
-    return f"{1 / rate:.4g}" if rate else "never"
-
-
-def _goodput_terms(what: Process, parts: Shares, standby: Standby) -> list[Term]:
-    exposed = what.rate * (1 - what.correlated) * what.memory_s
-    policy = "going on smaller" if shortage(what, standby).shrinks else "waiting for a repair"
-    return [
-        _term(
-            "staffed",
-            parts.staffed,
-            "share",
-            f"1 - {policy}",
-            f"{standby.spares} spares, {what.rate * what.repair_s:.3g} nodes under repair on average",
-        ),
-        _term(
-            "running",
-            parts.running,
-            "share",
-            "1 / (1 + E[exp(rate * recovery) - 1])",
-            f"rate {what.rate:.3g}/s, memory {what.recover_memory_s:.4g} s, disk {what.recover_disk_s:.4g} s",
-        ),
-        _term(
-            "kept (memory)",
-            parts.memory,
-            "share",
-            "1 / (1 + stalls) * x / (exp(x) - 1) * exp(-rate * write), x = rate * interval",
-            f"stalls {what.stall:.3g}, x {exposed if math.isfinite(exposed) else 0:.3g}",
-        ),
-        _term(
-            "kept (disk)",
-            parts.disk,
-            "share",
-            "x / (exp(x) - 1) * exp(-rate * write), x = rate * interval",
-            f"x {what.rate * what.correlated * what.disk_s:.3g}",
-        ),
-        _term(
-            "goodput",
-            parts.goodput,
-            "share",
-            "staffed * running * kept (memory) * kept (disk)",
-            f"{parts.staffed:.4f} * {parts.running:.4f} * {parts.memory:.4f} * {parts.disk:.4f}",
-        ),
-    ]

@@ -64,7 +64,7 @@ def simulate(
     Raises:
         ConfigError: The cluster has no hardware figures, or no bandwidth to the storage or the host.
     """
-    what, standby = plan_process(work, plan, step_s)
+    what, standby = plan_process(work, plan, step_s, saving=work.saving)
     count = math.ceil(work.step_count(plan)) if steps is None else steps
     return simulate_process(what, standby, step_s, max(1, count), seed=seed, runs=runs)
 

@@ -9,6 +9,7 @@ from typing import Literal
 from strategies.errors import ConfigError
 from strategies.hardware import Hardware
 from strategies.plan import ParallelPlan
+from strategies.saving import BEST, Saving
 from strategies.schedule import SampleSchedule
 from strategies.specs import BatchSpec, ClusterSpec, ModelSpec, Precision
 
@@ -33,6 +34,7 @@ class Workload:
         deepspeed: A ``megatron`` workload has the costs of Megatron-DeepSpeed as published runs of 2021 and 2022 show
             them (BLOOM-176B): shards that wait for each other, reduction in buckets. False: those of Megatron-LM.
         tokens: Tokens of the whole run; 0 when unknown: then there is no finish date.
+        saving: What the run is told about its checkpoints. Plans are compared with the best intervals of each.
     """
 
     model: ModelSpec
@@ -42,6 +44,7 @@ class Workload:
     framework: Framework = "megatron"
     deepspeed: bool = False
     tokens: float = 0.0
+    saving: Saving = BEST
 
     @property
     def hardware(self) -> Hardware:

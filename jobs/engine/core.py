@@ -35,7 +35,8 @@ class StepResult:
         loss: Mean cross entropy over the real tokens of the global batch, before the update.
         grad_norm: Global gradient norm before clipping; inf when the gradients are not finite.
         lr: Learning rate of this update.
-        overflow: The update was left out because the fp16 loss scale was too large; that is normal.
+        overflow: The update was left out because the fp16 loss scale was too large; that is normal, unless it is as
+            small as it may be: then this is false.
         moe: What the routers have done; None without experts. Their losses are in the gradient, not in ``loss``.
     """
 
@@ -66,6 +67,10 @@ class Engine:
         self.router_log = parts.router_log
         self._loss = parts.loss
         self._scale = getattr(ds.optimizer, "loss_scale_config", None)  # of the optimizer that reports scaled norms
+        scaler: Any = getattr(ds.optimizer, "loss_scaler", self._scale)
+        self._scaler = scaler
+        if hasattr(scaler, "raise_error_at_min_scale"):
+            scaler.raise_error_at_min_scale = False  # it is a blow-up, and found as one
         self._full = job.batch
         self._own_norm: torch.Tensor | None = None
         self._expert_norm = ExpertNorm(ds, self.grid) if self.plan.ep > 1 else None
@@ -144,6 +149,7 @@ class Engine:
         self.set_position(step - 1)
         lr = float(self.ds.get_lr()[0])
         scale = float(self._scale.cur_scale) if self._scale is not None else 1.0
+        lowest = self._scale_is_lowest()
         if self.router_log is not None and self.ds.fp16_enabled():
             self.router_log.loss_scale = float(self.ds.optimizer.loss_scale)
         loss = self._train_pipelined(batches) if self.plan.pp > 1 else self._train_unpipelined(batches)
@@ -151,7 +157,7 @@ class Engine:
             loss=loss,
             grad_norm=self._grad_norm() / scale,
             lr=lr,
-            overflow=self._overflow(),
+            overflow=not lowest and self._overflow(),
             moe=None if self.router_log is None else self.router_log.take(self.grid),
         )
 
@@ -233,6 +239,10 @@ class Engine:
         norm = self.ds.get_global_grad_norm() if self._own_norm is None else self._own_norm
         value = float(norm)
         return value if math.isfinite(value) and value >= 0 else math.inf  # DeepSpeed says -1 for not finite
+
+    def _scale_is_lowest(self) -> bool:
+        least = getattr(self._scaler, "min_scale", None) or getattr(self._scaler, "min_loss_scale", None)
+        return least is not None and bool(self._scaler.cur_scale <= least)
 
     def _overflow(self) -> bool:
         # DeepSpeed sets the flag without fp16, too; there is no loss scale then that could be to blame

@@ -193,8 +193,11 @@ class Pretrain:
             self._metrics.append(line)
 
     def _judge(self, step: int, result: StepResult) -> None:
-        """Every rank comes to the same verdict, and a checkpoint needs all of them: nothing bad is ever committed."""
-        why = "" if result.overflow else self._watch.judge(result.loss, result.grad_norm)
+        """Every rank comes to the same verdict, and a checkpoint needs all of them: nothing bad is ever committed.
+
+        A loss scale that is too large excuses gradients that are not finite, but no loss: it is not in the forward.
+        """
+        why = self._watch.judge(result.loss, 0.0 if result.overflow else result.grad_norm)
         if why:
             raise BlowUp(step, why, self._schedule.batch_at(step))
 

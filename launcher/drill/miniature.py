@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.drill.changes import changes_text, same_text
-from launcher.drill.toy import SUBMIT, Toy, shrink
+from launcher.drill.toy import EVERY, SUBMIT, Toy, shrink
 from launcher.render import plural, seconds, shorten_ids
 from launcher.schema import Config
 from strategies.codec import to_json
@@ -77,7 +77,7 @@ def difference(toy: Toy, faults: Sequence[str]) -> dict[str, Any]:
 
 def most_lost(toy: Toy) -> int:
     """Steps that one failure may cost: those since the last copy in memory, or on disk where there is none."""
-    return toy.config.checkpoint.memory_every or toy.config.checkpoint.every
+    return toy.config.checkpoint.memory_every or EVERY
 
 
 def judge(toy: Toy, run: Mapping[str, Any]) -> PhalanxError | None:

@@ -14,6 +14,7 @@ from launcher.report.placement import placement
 from launcher.report.style import CSS
 from launcher.verdict import fastest_text, tight, tight_text
 from strategies.plan import ParallelPlan
+from strategies.saving import ENDLESS_S
 from strategies.specs import ClusterSpec
 
 _RUNGS_SHOWN = 6
@@ -217,7 +218,9 @@ def _failures(estimate: Mapping[str, Any]) -> str:
     if not failures["mtbf_s"]:
         lead = "No failures expected: the cluster gives no rate (cluster.hardware.failures_per_node_day)."
         return _section("Failures and restarts", lead, name="failures")
-    lead = f"{_failure_rate(failures).capitalize()}. A save to disk every {span(failures['disk_interval_s'])}"
+    disk_s = failures["disk_interval_s"]
+    often = "after the last step only" if disk_s >= ENDLESS_S else f"every {span(disk_s)}"
+    lead = f"{_failure_rate(failures).capitalize()}. A save to disk {often}"
     if failures["memory_tier"]:
         lead += f", to the memory of a peer every {span(failures['memory_interval_s'])}"
     have, wanted = failures["spares"], failures["spares_wanted"]

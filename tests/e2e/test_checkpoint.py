@@ -227,6 +227,21 @@ def test_the_loss_scale_goes_on_bit_identically(pool: WarmPool, tmp_path: Path, 
         assert scaler["last_overflow_iter"] >= 0
 
 
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="this CPU does not compute in fp16")
+@pytest.mark.parametrize(
+    "plan", [{"zero_stage": 1}, pytest.param({"zero_stage": 0, "grad_dtype": "fp16"}, marks=pytest.mark.full)]
+)
+def test_the_smallest_loss_scale_excuses_no_gradients(pool: WarmPool, plan: dict[str, Any]) -> None:
+    """DeepSpeed would end the rank with an error of its own; phalanx tells of a blow-up and goes back."""
+    job, world = job_of(plan, precision="fp16")
+    job["deepspeed"]["fp16"] |= {"initial_scale_power": 2, "hysteresis": 1}
+    arguments = {"job": job, "steps": 4}
+    found = pool.run("tests.support.ranks:gradients_that_overflow", world_size=world, arguments=arguments)[0]
+    assert [overflow for _, overflow, _ in found] == [True, True, False, False], "the scale: 4, 2, 1, 1"
+    assert all(math.isfinite(loss) for loss, _, _ in found)
+    assert [norm for _, _, norm in found[2:]] == [math.inf, math.inf]
+
+
 MANY = [
     pytest.param(
         {"pp": pp, "tp": tp, "dp": dp, "zero_stage": stage, "grad_dtype": grad},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -164,15 +165,23 @@ def judging(job: JobSpec) -> Pretrain:
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (2.0, float("inf")), (50.0, 1.0)])
-def test_a_blow_up_ends_the_rank_unless_fp16_only_lowers_its_scale(loss: float, norm: float, job: JobSpec) -> None:
+def test_a_blow_up_ends_the_rank(loss: float, norm: float, job: JobSpec) -> None:
     result = SimpleNamespace(loss=loss, grad_norm=norm, lr=0.1, overflow=False)
     loop = judging(job)
     with pytest.raises(BlowUp) as caught:
         loop._judge(9, result)  # type: ignore[arg-type]
     assert (caught.value.step, caught.value.samples) == (9, 8)
-    result.overflow = True
-    loop._judge(9, result)  # type: ignore[arg-type]
     assert loop._watch.state == [2.0] * 20
+
+
+def test_a_loss_scale_that_is_lowered_excuses_the_gradients_alone(job: JobSpec) -> None:
+    """The scale is not in the forward: a loss that is not finite has another cause, and no smaller scale mends it."""
+    loop = judging(job)
+    loop._judge(9, SimpleNamespace(loss=2.5, grad_norm=math.inf, lr=0.1, overflow=True))  # type: ignore[arg-type]
+    assert loop._watch.state == [*[2.0] * 20, 2.5]
+    for loss in (math.nan, 50.0):
+        with pytest.raises(BlowUp):
+            loop._judge(10, SimpleNamespace(loss=loss, grad_norm=1.0, lr=0.1, overflow=True))  # type: ignore[arg-type]
 
 
 def test_what_routers_do_is_in_the_metrics(job: JobSpec) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from strategies.codec import from_json, to_json
 from strategies.errors import ConfigError
+from strategies.estimate import Estimator, best_disk_steps
 from strategies.failures import (
     Process,
     Standby,
@@ -24,7 +25,6 @@ from strategies.finish import finish_days
 from strategies.reliability import (
     Outlook,
     checkpoint_bytes,
-    explain,
     goodput,
     goodput_bound,
     outlook,
@@ -32,7 +32,10 @@ from strategies.reliability import (
     plan_process,
     shrink_unit,
 )
+from strategies.reliability_terms import explain
 from strategies.repair import spares_for
+from strategies.saving import Saving, saved
+from strategies.simulation import simulate
 from tests.strategies.runs import A100, GPT3, GPT4, plan_of, work
 
 STEP_S = 20.0
@@ -372,3 +375,47 @@ def test_gpt4_takes_its_days_and_dollars_because_of_failures() -> None:
     assert 90 <= found.days_50 <= 100
     assert found.cost_50 == pytest.approx(63e6, rel=0.15)
     assert found.failures_expected == pytest.approx(1900, rel=0.1)
+
+
+# ---- what a run is told ---------------------------------------------------------------------------------------------
+
+
+def told(disk: int | None, memory: int | None) -> Any:
+    what = work(nodes=128, tokens=300e9)
+    return outlook(replace(what, saving=Saving(disk, memory)), plan_of(what, tp=8, pp=8, dp=15), STEP_S)
+
+
+def test_the_outlook_is_that_of_the_intervals_that_the_run_is_told() -> None:
+    best, rare, often, memory = told(None, None), told(1000, 0), told(1, 0), told(1000, 1)
+    assert (rare.disk_interval_steps, rare.memory_tier) == (1000, False)
+    assert rare.lost["replay"] > 20 * best.lost["replay"], "half of a thousand steps per failure"
+    assert rare.goodput < memory.goodput < best.goodput == best.best_goodput
+    assert rare.days_50 > memory.days_50 > best.days_50
+    assert (often.disk_interval_steps, often.best_disk_steps) == (1, rare.best_disk_steps)
+    assert told(0, 1).goodput < memory.goodput, "only after the last step: what takes the memory takes everything"
+
+
+def test_what_is_left_to_the_planner_is_the_interval_that_it_finds_best() -> None:
+    what = replace(work(nodes=128, tokens=300e9), saving=Saving(7, 1))
+    plan = plan_of(what, tp=8, pp=8, dp=15)
+    found = Estimator(what).estimate(plan).outlook
+    assert (found.disk_interval_steps, found.best_disk_steps) == (7, best_disk_steps(what, plan))
+    assert found.best_disk_steps > 7
+
+
+def test_a_save_that_is_due_waits_for_the_one_before() -> None:
+    what = process(128, STEP_S, 2e12, replace(A100, storage_total_bandwidth=2e9))
+    assert what.write_s == pytest.approx(1000)
+    often = saved(what, Saving(10, 1), STEP_S)
+    waits_s = (1000 - 10 * STEP_S) / 10
+    assert often.copy_s == pytest.approx(what.copy_s + waits_s), "shared out over the saves of ten steps"
+    assert saved(what, Saving(200, 1), STEP_S).copy_s == what.copy_s
+
+
+def test_the_planner_and_the_simulation_agree_on_what_a_run_is_told() -> None:
+    what = replace(work(nodes=128, tokens=30e9), saving=Saving(150, 3))
+    plan = plan_of(what, tp=8, pp=8, dp=15)
+    expected = outlook(what, plan, 20.0)
+    found = simulate(what, plan, 20.0, seed=1, runs=100)
+    assert found.goodput == pytest.approx(expected.goodput, abs=0.01)
+    assert found.days_50 == pytest.approx(expected.days_50, rel=0.01)

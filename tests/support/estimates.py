@@ -75,6 +75,8 @@ def estimate_document(plan: ParallelPlan = PLAN) -> dict[str, Any]:
             "disk_interval_s": 1095.0,
             "memory_interval_steps": 60,
             "memory_interval_s": 219.0,
+            "best_disk_steps": 300,
+            "best_goodput": 0.972,
             "spares": 0,
             "spares_wanted": 1,
             "shrinks": False,

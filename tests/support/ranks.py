@@ -240,3 +240,14 @@ def fingerprints(env: RankEnv, job: dict[str, Any], steps: int) -> list[list[Any
 
 def _meta(parameter: torch.Tensor) -> ParamMeta:
     return cast(ParamMeta, parameter.phalanx)  # type: ignore[attr-defined]
+
+
+def gradients_that_overflow(env: RankEnv, job: dict[str, Any], steps: int) -> list[tuple[float, bool, float]]:
+    """Train with gradients that are infinite at any loss scale: (loss, overflow, gradient norm) of every step."""
+    spec = from_json(JobSpec, job)
+    engine = Engine.build(spec, env)
+    for parameter in engine.module.parameters():
+        parameter.register_hook(lambda gradient: gradient * float("inf"))  # type: ignore[no-untyped-call]
+    results = [engine.train_step(step, batches(spec, step, engine.grid)) for step in range(1, steps + 1)]
+    engine.close()
+    return [(result.loss, result.overflow, result.grad_norm) for result in results]
