@@ -48,6 +48,7 @@ class Cut(NamedTuple):
         row: Tokens of a sequence that a rank's queries look at.
         tp: Tensor-parallel degree.
         whole: Ranks that share what tensor parallelism leaves whole: tp with Megatron's sequence parallelism, else 1.
+        dealt: Ranks that share the tokens on their way to experts: tp where experts are spread over replicas, else 1.
         width: Bytes of a number.
     """
 
@@ -55,6 +56,7 @@ class Cut(NamedTuple):
     row: int
     tp: int
     whole: int
+    dealt: int
     width: int
 
 
@@ -65,6 +67,7 @@ def cut(plan: ParallelPlan, seq: int, precision: Precision) -> Cut:
         row=seq,
         tp=plan.tp,
         whole=plan.tp if plan.sequence_parallel else 1,
+        dealt=plan.tp if plan.ep > 1 else 1,
         width=4 if precision == "fp32" else 2,
     )
 
@@ -76,6 +79,7 @@ class Kernels(NamedTuple):
         dropout: Masks of dropout are kept after attention and after the feed-forward part.
         fused_gate: The gate's activation is recomputed, not kept.
         fp8_inputs: Inputs of linear layers are kept in fp8.
+        shards_gather: Experts are cut over the tensor-parallel ranks, which keep all tokens that they gathered.
         torch_parallel: torch's own tensor parallelism and checkpointing: linear layers keep the inputs that sequence
             parallelism gathered, selective recomputation keeps every second product.
     """
@@ -83,6 +87,7 @@ class Kernels(NamedTuple):
     dropout: bool
     fused_gate: bool
     fp8_inputs: bool
+    shards_gather: bool
     torch_parallel: bool
 
 
@@ -107,6 +112,7 @@ def kernels(model: ModelSpec, precision: Precision, framework: Framework) -> Ker
         dropout=framework == "megatron" and model.flavour == "gpt3",
         fused_gate=engine,
         fp8_inputs=engine and precision == "fp8",
+        shards_gather=framework == "megatron",
         torch_parallel=framework == "fsdp",
     )
 
@@ -122,7 +128,7 @@ def block_bytes(model: ModelSpec, plan: ParallelPlan, at: Cut, code: Kernels, *,
         dense: The block has the plain feed-forward part, not experts.
     """
     moe = None if dense else model.moe
-    wide = _feed_forward(model, model.ffn, at, code) if moe is None else _experts(model, moe, at, code)
+    wide = _feed_forward(model, model.ffn, at, code) if moe is None else expert_bytes(model, moe, at, code)
     whole = at.tokens * (_stream(model, at, code) + _attention(model, at, code) + wide)
     score = 0.0 if plan.flash else at.tokens * at.width * model.heads * at.row / at.tp
     scores = _SCORE_BYTES * score
@@ -167,15 +173,21 @@ def _feed_forward(model: ModelSpec, ffn: int, at: Cut, code: Kernels) -> float:
     return (at.width * before + (1 if code.fp8_inputs else at.width)) * ffn / at.tp
 
 
-def _experts(model: ModelSpec, moe: MoeSpec, at: Cut, code: Kernels) -> float:
+def expert_bytes(model: ModelSpec, moe: MoeSpec, at: Cut, code: Kernels) -> float:
     """Bytes per token of routing, of the busiest rank's experts, and of the shared experts.
 
     A routed token is kept as the experts' input and output (the gates' gradients need it), once per expert it visits.
+    Shards that gather have all inputs, but only the outputs of the tokens that they send on; where they send none on,
+    they have gathered the sequence before the router, which keeps it.
     """
-    visits = moe.top_k * moe.imbalance
-    routed = visits * (2 * at.width * model.hidden / at.whole + _feed_forward(model, moe.ffn, at, code))
-    shared = _feed_forward(model, moe.shared_ffn, at, code)
-    return routed + shared + 4 * moe.experts / at.whole
+    visits, routing = moe.top_k * moe.imbalance, 4 * moe.experts / at.whole
+    ends = 2 / at.whole
+    if code.shards_gather:
+        ends, routing = 1 + 1 / at.dealt, 4 * moe.experts
+        if at.dealt == 1:
+            routing += at.width * model.hidden * (1 - 1 / at.whole)
+    routed = visits * (ends * at.width * model.hidden + _feed_forward(model, moe.ffn, at, code))
+    return routed + _feed_forward(model, moe.shared_ffn, at, code) + routing
 
 
 def _feed_backward(model: ModelSpec, moe: MoeSpec | None, at: Cut) -> float:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from strategies.calibration import Calibration
-from strategies.collectives import Network, all_reduce_s, all_to_all_s, send_s
+from strategies.collectives import Network, all_reduce_s, all_to_all_s, gather_s, send_s
 from strategies.kernels import Device, flash_s, gemm_s, moved_s
 from strategies.plan import Recompute
-from strategies.specs import ModelSpec
+from strategies.specs import ModelSpec, MoeSpec
 
 
 class BlockTime(NamedTuple):
@@ -127,12 +127,40 @@ def expert_products(model: ModelSpec, shard: Shard, imbalance: float, *, padded:
     return products
 
 
+def _arriving(shard: Shard, moe: MoeSpec) -> float:
+    """How often a shard of experts reads or writes a visit that arrived, beside the products with it.
+
+    It sorts what arrived from several ranks by expert, if it has several, and back. Where nothing arrives, every shard
+    gathers all visits for itself, not just its part of them.
+    """
+    if shard.ep == 1:
+        return 4.0 * (1.0 - 1.0 / shard.tp)
+    return 4.0 if moe.experts > shard.ep else 0.0
+
+
 class Blocks:
     """The time of blocks of one model on one machine, for any shard."""
 
-    def __init__(self, model: ModelSpec, device: Device, network: Network, calibration: Calibration) -> None:
-        """Prepare."""
+    def __init__(
+        self,
+        model: ModelSpec,
+        device: Device,
+        network: Network,
+        calibration: Calibration,
+        *,
+        shards_gather: bool = False,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            model: The model.
+            device: What computes.
+            network: What lies between devices.
+            calibration: Constants.
+            shards_gather: Experts are cut over the tensor-parallel ranks, which gather the tokens that visit them.
+        """
         self.model, self.device, self.network, self.calibration = model, device, network, calibration
+        self.shards_gather = shards_gather
         self._products: dict[tuple[float, ...], tuple[float, float, float]] = {}
         self._attentions: dict[tuple[float, ...], tuple[float, float]] = {}
         self._ends: dict[tuple[float, ...], tuple[BlockTime, BlockTime]] = {}
@@ -153,6 +181,13 @@ class Blocks:
         """Weights of a block that a rank computes with."""
         return sum(product.weights for product in self.products(shard, moe=moe))
 
+    def expert_weights(self, shard: Shard) -> float:
+        """Those of them that are the experts' of this rank."""
+        moe = self.model.moe
+        if moe is None:
+            return 0.0
+        return moe.experts / shard.ep * (3.0 if self.model.has_gate else 2.0) * moe.ffn / shard.tp * self.model.hidden
+
     def flops_per_token(self, shard: Shard, *, moe: bool) -> float:
         """Forward operations of a block's products with weights, per token; for an uncut shard."""
         return sum(2.0 * p.m * p.n * p.k * p.copies for p in self.products(shard, moe=moe, even=True)) / shard.tokens
@@ -166,7 +201,7 @@ class Blocks:
         forward, backward, last = self._linear(shard, moe=moe)
         attention_f, attention_b = self._attention(shard)
         memory_f, memory_b = self._memory(shard, moe=moe)
-        tp, ep = 0.5 * self._tp(shard), 0.5 * self._ep(shard) if moe else 0.0
+        tp, ep = 0.5 * self._tp(shard, moe=moe), 0.5 * self._ep(shard) if moe else 0.0
         cp_f, cp_b = self._cp(shard, attention_f, attention_b)
         host = self.calibration.host_experts_s if moe else self.calibration.host_block_s
         launch = self._launch(host, forward + attention_f + memory_f + tp + ep + cp_f)
@@ -235,12 +270,15 @@ class Blocks:
         per_token = model.ffn
         if moe and model.moe is not None:
             per_token = round(model.moe.top_k * model.moe.ffn * model.moe.imbalance) + model.moe.shared_ffn
-            narrow += 4.0 * model.moe.top_k * model.hidden / tp  # gather into the experts' order and back
+            visits = model.moe.top_k * model.hidden
+            narrow += 4.0 * visits / tp  # gather into the experts' order and back
+            if self.shards_gather:
+                narrow += visits * _arriving(shard, model.moe)
         active = (3.0 if model.has_gate else 2.0) * per_token / tp
         moved = 2.0 * tokens * (narrow + wide + active) * self.calibration.traffic
         return moved_s(self.device, moved), 1.5 * moved_s(self.device, moved)
 
-    def _tp(self, shard: Shard) -> float:
+    def _tp(self, shard: Shard, *, moe: bool) -> float:
         """Exposed seconds of tensor-parallel collectives, forward and backward: four sums of the activations.
 
         With sequence parallelism each is a reduce-scatter and an all-gather, which move as much (arXiv 2205.05198).
@@ -249,7 +287,35 @@ class Blocks:
             return 0.0
         size = 2.0 * shard.tokens * self.model.hidden
         skew = shard.tp * self.calibration.skew_s if shard.deepspeed else 0.0
-        return 4.0 * (all_reduce_s(self.network, size, shard.tp) * self.calibration.tp_exposed + skew)
+        one = all_reduce_s(self.network, size, shard.tp) * self.calibration.tp_exposed + skew
+        experts = self.model.moe if moe and self.shards_gather else None
+        if experts is None:
+            return 4.0 * one
+        routed = self._routed_s(shard, experts) * self.calibration.tp_exposed + 2.0 * skew
+        return (4.0 if experts.shared_ffn else 2.0) * one + routed
+
+    def _routed_s(self, shard: Shard, moe: MoeSpec) -> float:
+        """Seconds of what the shards of experts exchange, forward and backward.
+
+        They gather what arrived for them and add up what they have made of it; what they know of the routing they make
+        known, and where the sequence is not split, every rank needs all of the output, and of the gradient. Where
+        nothing arrives from elsewhere, there is one sum each way, over whole sequences.
+        """
+        size = 2.0 * shard.tokens * self.model.hidden
+        if shard.ep == 1:
+            around = 2.0 * gather_s(self.network, size, shard.tp) if shard.sequence_parallel else 0.0
+            return 2.0 * all_reduce_s(self.network, size, shard.tp) + around
+        around = 0.0 if shard.sequence_parallel else 2.0 * gather_s(self.network, size, shard.tp)
+        routing = gather_s(self.network, 4.0 * shard.tokens * moe.experts, shard.tp)
+        return 2.0 * all_reduce_s(self.network, self.visits_bytes(shard), shard.tp) + routing + around
+
+    def visits_bytes(self, shard: Shard) -> float:
+        """Bytes of the tokens that visit the experts of the busiest tensor-parallel group, once per visit.
+
+        Each of its ranks gets its part of them from other groups; then each of them has all.
+        """
+        moe = self.model.moe
+        return 0.0 if moe is None else 2.0 * shard.tokens * moe.top_k * self.model.hidden * moe.imbalance
 
     def _cp(self, shard: Shard, attention_f: float, attention_b: float) -> tuple[float, float]:
         """Exposed seconds of the ring of keys and values, and of Ulysses' exchanges, forward and backward."""
@@ -273,7 +339,7 @@ class Blocks:
         moe = self.model.moe
         if moe is None or shard.ep == 1:
             return 0.0
-        size = 2.0 * shard.tokens * moe.top_k * self.model.hidden * moe.imbalance / shard.tp
+        size = self.visits_bytes(shard) / shard.tp
         copies = 1.0
         domains = shard.ep * shard.tp / self.network.domain
         if self.calibration.ep_once and domains > 1:  # distinct nodes among top_k experts, against one message for each

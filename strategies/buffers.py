@@ -81,7 +81,8 @@ def in_transit(work: Workload, plan: ParallelPlan, at: Cut) -> float:
     """Bytes of tensors that come from or go to other ranks while a block works.
 
     Between stages an activation and its gradient, for which torch's pipelines have buffers per micro-batch; with
-    sequence parallelism a gathered input and a sum that is not scattered yet; in a ring two pairs of keys and values.
+    sequence parallelism a gathered input and a sum that is not scattered yet; in a ring two pairs of keys and values;
+    of tokens that shards of experts gather, a rank's own, once for each of the others, and all.
     """
     model = work.model
     stream = at.width * at.tokens * model.hidden
@@ -92,4 +93,6 @@ def in_transit(work: Workload, plan: ParallelPlan, at: Cut) -> float:
         buffers += 2.0 * stream
     if plan.cp > 1:
         buffers += 4.0 * at.width * at.tokens * max(model.kv_heads / plan.tp, 1.0) * model.head_dim
+    if model.moe is not None and at.dealt > 1 and work.framework == "megatron":
+        buffers += 2.0 * stream * model.moe.top_k * model.moe.imbalance
     return buffers

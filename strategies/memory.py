@@ -256,7 +256,7 @@ class Memory:
         """What one micro-batch takes, whatever the stage is."""
         key = (
             *(plan.tp, plan.sp, plan.cp, plan.micro_batch, plan.recompute, plan.flash, plan.sequence_parallel),
-            *(plan.pp > 1, plan.grad_accum),
+            *(plan.ep > 1, plan.pp > 1, plan.grad_accum),
         )
         found = self._micro_batches.get(key)
         if found is None:

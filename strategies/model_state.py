@@ -100,6 +100,14 @@ def replicas(plan: ParallelPlan) -> tuple[int, int]:
     return ranks, max(1, ranks // expert_parallel(plan))
 
 
+def owned_parameters(plan: ParallelPlan, weights: float, experts: float) -> float:
+    """Of how many of a rank's ``weights``, ``experts`` of them of experts, it has the optimizer state."""
+    if not plan.zero_stage:
+        return weights
+    ranks, sharing = replicas(plan)
+    return weights / ranks + experts * (1.0 / sharing - 1.0 / ranks)
+
+
 def _total(states: Iterable[State]) -> State:
     return State(*(sum(kind) for kind in zip(*states, strict=True)))
 

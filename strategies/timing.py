@@ -21,6 +21,7 @@ from strategies.blocks import Blocks, BlockTime, Shard
 from strategies.calibration import Calibration
 from strategies.collectives import all_reduce_s, gather_s, send_s
 from strategies.kernels import moved_s
+from strategies.model_state import owned_parameters
 from strategies.plan import ParallelPlan
 from strategies.timing_terms import explain
 from strategies.workload import Term, Workload
@@ -71,6 +72,7 @@ class Unit(NamedTuple):
     head_s: float
     dense_weights: float
     moe_weights: float
+    expert_weights: float
 
 
 class Part(NamedTuple):
@@ -140,7 +142,8 @@ class Timing:
         self.hardware = hardware
         self.device = calibrations.device_of(work, self.calibration)
         self.network = calibrations.network_of(work, self.calibration)
-        self.blocks = Blocks(work.model, self.device, self.network, self.calibration)
+        gather = work.framework == "megatron"  # as phalanx does
+        self.blocks = Blocks(work.model, self.device, self.network, self.calibration, shards_gather=gather)
         moe = work.model.moe
         self._experts = moe is not None
         self._dense_layers = work.model.layers if moe is None else min(moe.dense_layers, work.model.layers)
@@ -167,8 +170,8 @@ class Timing:
             self._bubble(unit, stage, plan),
             self._p2p(shard, plan),
             self._dp(stage.seconds, plan, weights),
-            self._optimizer(plan, weights),
-            self._offload(plan, weights),
+            self._optimizer(plan, owned := self.owned(unit, stage, plan)),
+            self._offload(plan, owned),
         )
         return StepTime._make(work)
 
@@ -176,6 +179,10 @@ class Timing:
         """Parameters that a rank of ``stage`` holds."""
         weights = stage.dense * unit.dense_weights + stage.moe * unit.moe_weights
         return weights + self._table / plan.tp if stage.first or stage.last else weights
+
+    def owned(self, unit: Unit, stage: Stage, plan: ParallelPlan) -> float:
+        """Those of which a rank of ``stage`` has the optimizer state."""
+        return owned_parameters(plan, self.stage_weights(unit, stage, plan), stage.moe * unit.expert_weights)
 
     def shard(self, plan: ParallelPlan) -> Shard:
         """What of a plan the time of one micro-batch depends on."""
@@ -209,6 +216,7 @@ class Timing:
             sum(head),
             blocks.weights(shard, moe=False) if self._dense_layers else 0.0,
             blocks.weights(shard, moe=True) if self._experts else 0.0,
+            blocks.expert_weights(shard),
         )
         self._units[shard] = unit
         return unit
@@ -334,24 +342,20 @@ class Timing:
         size = self._table / plan.tp * self._grad_bytes[plan.grad_dtype]
         return all_reduce_s(self.network, size, 2, max(1, plan.world_size // 2))
 
-    def _optimizer(self, plan: ParallelPlan, weights: float) -> float:
-        if plan.offload != "none":
-            return 0.0
-        share = plan.dp * plan.sp * plan.cp if plan.zero_stage else 1
-        return moved_s(self.device, _OPTIMIZER_BYTES * weights / share)
+    def _optimizer(self, plan: ParallelPlan, owned: float) -> float:
+        return 0.0 if plan.offload != "none" else moved_s(self.device, _OPTIMIZER_BYTES * owned)
 
     def accumulate_s(self, plan: ParallelPlan, weights: float) -> float:
         """Adding one micro-batch's gradients to the sum: written and read once, the sum read and written."""
         own = 0.0 if self.calibration.fused_gradients else 2.0 * self._itemsize
         return moved_s(self.device, (own + 2.0 * self._grad_bytes[plan.grad_dtype]) * weights)
 
-    def _offload(self, plan: ParallelPlan, weights: float) -> float:
+    def _offload(self, plan: ParallelPlan, owned: float) -> float:
         """Gradients down, parameters up, the update in host memory; and what disks have to read and write for it."""
         if plan.offload == "none":
             return 0.0
-        local = weights / (plan.dp * plan.sp * plan.cp if plan.zero_stage else 1)
-        host = local * sum(size for _, size in self.offloaded(plan)) / self.hardware.host_bandwidth
-        return host + local * sum(size for _, size in self.on_disks(plan)) / self.disk_bandwidth(plan)
+        host = owned * sum(size for _, size in self.offloaded(plan)) / self.hardware.host_bandwidth
+        return host + owned * sum(size for _, size in self.on_disks(plan)) / self.disk_bandwidth(plan)
 
     def offloaded(self, plan: ParallelPlan) -> offload.Parts:
         """Bytes per parameter that cross the link to the host in a step, or move at about its speed there."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from strategies.calibration import Calibration
 from strategies.collectives import gather_s, ring_link
+from strategies.model_state import replicas
 from strategies.offload import Parts
 from strategies.plan import ParallelPlan
 from strategies.workload import Term
@@ -82,7 +83,6 @@ def _rest(
 ) -> Iterator[tuple[str, tuple[str, str]]]:
     """Kinds of time around the slowest stage."""
     weights = timing.stage_weights(unit, stage, plan)
-    replicas = plan.dp * plan.sp * plan.cp
     divisor = {"1f1b": "1", "interleaved": f"{plan.vpp} virtual stages", "dualpipev": "3 (DualPipeV)"}[plan.schedule]
     whole = timing.whole_s(unit)
     yield (
@@ -99,18 +99,17 @@ def _rest(
         + ((f"{sends} x {_s(step.p2p / sends)}",) if plan.pp > 1 else ("one stage",)),
     )
     yield "dp", _data_parallel(timing, plan, stage, weights)
-    share = replicas if plan.zero_stage else 1
-    device, held = timing.device, f"{weights / 1e9:.4g} G parameters"
+    device, held = timing.device, _owned(plan, weights, stage.moe * unit.expert_weights)
     yield (
         "optimizer",
         (
             "bytes per parameter x parameters / replicas that share them / memory bandwidth",
-            f"{timing.optimizer_bytes:g} B x {held} / {share} / {_rate(device.bandwidth)}"
+            f"{timing.optimizer_bytes:g} B x {held} / {_rate(device.bandwidth)}"
             if plan.offload == "none"
             else "in host memory",
         ),
     )
-    yield "offload", _offload(timing, plan, f"{held} / {share}")
+    yield "offload", _offload(timing, plan, held)
 
 
 def _offload(timing: Timing, plan: ParallelPlan, held: str) -> tuple[str, str]:
@@ -127,6 +126,15 @@ def _offload(timing: Timing, plan: ParallelPlan, held: str) -> tuple[str, str]:
 
 def _parts(parts: Parts) -> str:
     return " + ".join(f"{size:g} {kind}" for kind, size in parts)
+
+
+def _owned(plan: ParallelPlan, weights: float, experts: float) -> str:
+    """A rank's parameters over those that share their state; of experts these are fewer."""
+    ranks, sharing = replicas(plan) if plan.zero_stage else (1, 1)
+    if ranks == sharing or not experts:
+        return f"{weights / 1e9:.4g} G parameters / {ranks}"
+    rest = (weights - experts) / 1e9
+    return f"({rest:.4g} G parameters / {ranks} + {experts / 1e9:.4g} G parameters of experts / {sharing})"
 
 
 def _data_parallel(timing: Timing, plan: ParallelPlan, stage: Stage, weights: float) -> tuple[str, str]:

@@ -1,12 +1,13 @@
 """Mixture of experts: a feed-forward block of which every token passes through a few parts, chosen by a router.
 
 Experts are dealt to the replicas of an expert-parallel group, each split over its tensor-parallel ranks along the inner
-width as a dense feed-forward block is. The router is on every rank and computes in fp32.
+width as a dense feed-forward block is. The router is on every rank and computes in fp32. What is sent, and by whom, is
+in :mod:`jobs.parallel.deal` and :mod:`jobs.parallel.experts`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from torch import nn
 
 from jobs.models.packing import Layout
 from jobs.models.routing import balance_loss, choose, visits, z_loss
-from jobs.parallel.collectives import copy_to_ranks, reduce_from_ranks
+from jobs.parallel.collectives import copy_to_ranks
+from jobs.parallel.deal import Deal
 from jobs.parallel.experts import Dispatch
 from jobs.parallel.router_log import Seen
 
@@ -30,10 +32,27 @@ class Router(nn.Module):
         model, moe = recipe.model, recipe.moe
         self.weight = recipe.make.make(f"{name}.weight", (moe.experts, model.hidden))
         self.bias = recipe.make.make(f"{name}.bias", (moe.experts,), std=0.0) if moe.router_bias else None
+        self._dealers = Deal.of(recipe.make.grid).group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        return F.linear(x.float(), self.weight.float(), bias)
+        weight = copy_to_ranks(self.weight.float(), self._dealers)
+        logits = cast(torch.Tensor, _Scores.apply(x, weight))  # type: ignore[no-untyped-call]
+        return logits if self.bias is None else logits + copy_to_ranks(self.bias.float(), self._dealers)
+
+
+class _Scores(torch.autograd.Function):
+    """``x @ weight.T`` in fp32, which keeps ``x`` as it is and not a wide copy of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        return (grad @ weight).to(x.dtype), rows.T @ x.flatten(0, -2).float()
 
 
 class Expert(nn.Module):
@@ -86,28 +105,34 @@ class MixtureOfExperts(nn.Module):
         self._moe = moe
         self._grid = grid
         self._log = recipe.router_log
+        self._deal = Deal.of(grid)
 
     def forward(self, x: torch.Tensor, layout: Layout | None = None) -> torch.Tensor:
-        out = self._grid.region.part(self._routed(self._grid.region.whole(x), layout))
+        out = self._routed(x, layout)
         return out if self.shared is None else out + self.shared(x)
 
     def _routed(self, x: torch.Tensor, layout: Layout | None) -> torch.Tensor:
-        """What the chosen experts make of sequences that are whole on all tensor-parallel ranks."""
-        logits, ranks = self.router(x), self._grid.sequence
+        """What the chosen experts make of the tokens."""
+        ranks, deal = self._grid.sequence, self._deal
+        own = deal.take(x)
+        # Of a sequence all is decided alike on all tensor-parallel ranks, whichever of its tokens they have.
+        logits = deal.whole(self.router(own), x)
         choice = choose(logits, self._moe, self._length, ranks, layout)
-        kept = None if choice.kept is None else choice.kept.flatten(0, 1)
-        way = Dispatch(choice.experts.flatten(0, 1), kept, self._moe.experts, self._grid)
-        rows = way.send(copy_to_ranks(x, self._grid.model_group).flatten(0, 1))
+        kept = choice.kept
+        if kept is None and deal.fills(x):
+            kept = torch.ones_like(choice.experts, dtype=torch.bool)
+        parts = None if kept is None else deal.parts(kept)
+        way = Dispatch(deal.parts(choice.experts), parts, self._moe.experts, self._grid)
+        rows = way.send(own.flatten(0, 1))
         # Experts that no token visits compute, too: on nothing. Their gradient is zero then, under every plan.
         made = [cast(torch.Tensor, expert(part)) for expert, part in zip(self.experts, rows, strict=True)]
-        # Still parts of a sum over the shards; weights are whole on each, so their gradient is what comes in parts.
-        weights = copy_to_ranks(choice.weights, self._grid.model_group).flatten(0, 1)
-        out = reduce_from_ranks(way.collect(made, weights), self._grid.model_group).view_as(x)
+        out = deal.give(way.collect(made, deal.parts(choice.weights)[deal.rank]), x)
         if self._log is None or not torch.is_grad_enabled():
             return out
         with torch.no_grad():
             seen = self._see(choice.experts, choice.kept)
-        return self._log.watch(out, balance_loss(choice, ranks), z_loss(logits, ranks), seen)
+        group = self._grid.model_group if self._grid.split else None
+        return self._log.watch(out, balance_loss(choice, ranks), z_loss(logits, ranks), seen, group)
 
     def _see(self, experts: torch.Tensor, kept: torch.Tensor | None) -> Seen:
         load = visits(experts, self._moe.experts, kept)

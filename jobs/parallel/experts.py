@@ -1,7 +1,8 @@
 """Tokens on their way to the experts and back: sorted by expert, traded between the ranks that share the experts.
 
 The order is a function of the choices alone: by expert, and for one expert by (rank, token, choice). Nothing is added
-up on the way but what one token gets from its own experts, so results do not depend on timing.
+up on the way but what one token gets from its own experts, and the shards of an expert's output, so results do not
+depend on timing.
 """
 
 from __future__ import annotations
@@ -13,61 +14,98 @@ import torch
 import torch.distributed as dist
 
 from jobs.distributed import Grid
+from jobs.parallel.collectives import copy_to_ranks, reduce_from_ranks
 
 
 class Dispatch:
     """The way of the tokens of one rank through one layer.
 
+    Where tensor-parallel ranks deal the tokens among them (:mod:`jobs.parallel.deal`), each trades its own with the
+    ranks of its shard; what arrived is then spread over the shards, and their outputs are added up on the way back.
+
     Args:
-        experts: ``[tokens, k]`` numbers of the experts that each token visits.
-        kept: ``[tokens, k]`` whether it really does; None for always.
+        experts: ``[parts, tokens, k]`` numbers of the experts that each token visits: one part of the tokens for each
+            tensor-parallel rank, or just one part, which all of them have.
+        kept: ``[parts, tokens, k]`` whether it really does; None for always.
         count: Number of experts over all ranks; each rank of ``grid.expert_group`` has an equal share, in order.
         grid: This rank's place.
     """
 
     def __init__(self, experts: torch.Tensor, kept: torch.Tensor | None, count: int, grid: Grid) -> None:
-        self._choices = experts.shape[1]
+        parts, _, self._choices = experts.shape
         self._group = grid.expert_group
-        number = experts.flatten()
+        self._dealers = grid.model_group if parts > 1 else None
+        self._shards = None if parts > 1 else grid.model_group
+        number = experts.flatten(1)
         if kept is not None:
             number = torch.where(
-                kept.flatten(), number, count
+                kept.flatten(1), number, count
             )  # to an expert that does not exist: sorted last, cut off
-        order = number.argsort(stable=True)
+        mine = grid.model if parts > 1 else 0
+        order = number[mine].argsort(stable=True)
         self._place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        counts = torch.bincount(number, minlength=count)[:count]
-        self._sent = counts.view(grid.ep, -1)
-        arriving = self._sent
+        sent = _loads(number, count).view(parts, grid.ep, -1).transpose(0, 1).contiguous()  # by where they go
+        arriving = sent
         if self._group is not None:
-            arriving = torch.empty_like(self._sent)
-            dist.all_to_all_single(arriving, self._sent, group=self._group)
+            arriving = torch.empty_like(sent)
+            dist.all_to_all_single(arriving, sent, group=self._group)
         # One look at the numbers: where the experts are on a device, everything up to here has to be done first.
-        self._send = self._sent.sum(dim=1).tolist()
-        self._receive = arriving.sum(dim=1).tolist()
-        self._sizes: list[int] = arriving.sum(dim=0).tolist()
+        self._send: list[int] = sent[:, mine].sum(dim=1).tolist()
+        self._receive: list[int] = arriving[:, mine].sum(dim=1).tolist()
+        self._arrived: list[int] = arriving.sum(dim=(0, 2)).tolist()  # on each of the dealers
+        self._sizes: list[int] = arriving.sum(dim=(0, 1)).tolist()
         if self._group is not None:
-            self._shares = torch.split(_by_expert(arriving), self._sizes)
+            self._shares = torch.split(_by_expert(arriving.transpose(0, 1).flatten(0, 1)), self._sizes)
         self._order = order[: sum(self._send)]
 
     def send(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """Bring ``[tokens, width]`` to the experts: what each of this rank's experts gets, ``[rows, width]``."""
-        rows = _gather(tokens, self._order, self._place, self._choices)
+        rows = _gather(copy_to_ranks(tokens, self._shards), self._order, self._place, self._choices)
         if self._group is None:
             return list(torch.split(rows, self._sizes))
-        return _deal(trade(rows, self._send, self._receive, self._group), self._shares)
+        rows = trade(rows, self._send, self._receive, self._group)
+        return _deal(self._spread(rows), self._shares)
 
     def collect(self, made: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
         """Bring back what the experts have made of the tokens, and add up what each token gets: ``[tokens, width]``.
 
         Args:
-            made: ``[rows, width]`` of each of this rank's experts.
+            made: ``[rows, width]`` of each of this rank's experts, part of a sum over the shards.
             weights: ``[tokens, k]`` what the output of each is multiplied with, fp32.
         """
         if self._group is None:
             rows = torch.cat(list(made))
         else:
-            rows = trade(_merge(made, self._shares), self._receive, self._send, self._group)
-        return _add_up(rows, weights, self._order, self._place)
+            rows = self._added(_merge(made, self._shares))
+            rows = trade(rows, self._receive, self._send, self._group)
+        # Of parts of a sum the gradient of the weights comes in parts, too; they are whole on every shard.
+        weights = copy_to_ranks(weights, self._shards)
+        return reduce_from_ranks(_add_up(rows, weights, self._order, self._place), self._shards)
+
+    def _spread(self, rows: torch.Tensor) -> torch.Tensor:
+        """What arrived on all of the dealers, in their order. An exchange, for no two have equally many rows."""
+        if self._dealers is None:
+            return rows
+        parts = len(self._arrived)
+        copies = rows.expand(parts, *rows.shape).flatten(0, 1)
+        return trade(copies, [len(rows)] * parts, self._arrived, self._dealers)
+
+    def _added(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of the sum over the dealers, whose shards of the experts have each made a part of it, the rows that arrived
+        here."""
+        if self._dealers is None:
+            return rows
+        parts, own = len(self._arrived), sum(self._receive)
+        shares = trade(rows, self._arrived, [own] * parts, self._dealers)
+        return shares.view(parts, own, rows.shape[1]).sum(dim=0)
+
+
+def _loads(number: torch.Tensor, count: int) -> torch.Tensor:
+    """``[parts, visits] -> [parts, count]``: how many visits of each part go to each expert; others do not count."""
+    parts = number.shape[0]
+    first = torch.arange(parts, device=number.device).unsqueeze(1) * (count + 1)
+    loads = torch.bincount((number + first).flatten(), minlength=parts * (count + 1))
+    return loads.view(parts, count + 1)[:, :count].contiguous()
 
 
 def _by_expert(arriving: torch.Tensor) -> torch.Tensor:
@@ -141,10 +179,14 @@ class _Merge(torch.autograd.Function):
 
 
 def _deal(rows: torch.Tensor, shares: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    if len(shares) == 1:  # all are for one expert, and in order
+        return [rows]
     return list(_Deal.apply(rows, *shares))  # type: ignore[no-untyped-call]
 
 
 def _merge(parts: Sequence[torch.Tensor], shares: Sequence[torch.Tensor]) -> torch.Tensor:
+    if len(shares) == 1:
+        return parts[0]
     return cast(torch.Tensor, _Merge.apply(len(parts), *parts, *shares))  # type: ignore[no-untyped-call]
 
 

@@ -118,7 +118,7 @@ def gather_sequence(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 def scatter_sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """``[b, s, ...] -> [b, s / ranks, ...]``: this rank's part of the sum over the ranks; not differentiable."""
-    parts = _parts(x, group).contiguous()
+    parts = parts_of(x, dist.get_world_size(group)).contiguous()
     out = x.new_empty(parts.shape[1:])
     dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=group)
     return out
@@ -126,10 +126,9 @@ def scatter_sum(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 def own_part(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """``[b, s, ...] -> [b, s / ranks, ...]``: this rank's part; not differentiable."""
-    return _parts(x, group)[dist.get_rank(group)].contiguous()
+    return parts_of(x, dist.get_world_size(group))[dist.get_rank(group)].contiguous()
 
 
-def _parts(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def parts_of(x: torch.Tensor, ranks: int) -> torch.Tensor:
     """``[b, s, ...] -> [ranks, b, s / ranks, ...]``."""
-    ranks = dist.get_world_size(group)
     return x.reshape(x.shape[0], ranks, x.shape[1] // ranks, *x.shape[2:]).transpose(0, 1)

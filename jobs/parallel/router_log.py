@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 
 from jobs.distributed import Grid
 from jobs.parallel.collectives import all_reduce
@@ -76,9 +77,25 @@ class RouterLog:
         # Per layer: load of each expert, then dropped, crossed, balance loss, z-loss, sequences
         self._table = torch.zeros(model.layers, moe.experts + 5, dtype=torch.float64)
 
-    def watch(self, x: torch.Tensor, balance: torch.Tensor, z: torch.Tensor, seen: Seen) -> torch.Tensor:
-        """Identity on ``x [b, s, width]``; in backward, the losses ``[b]`` get their gradient and all is noted."""
-        return cast(torch.Tensor, _Watch.apply(x, balance, z, seen, self))  # type: ignore[no-untyped-call]
+    def watch(
+        self,
+        x: torch.Tensor,
+        balance: torch.Tensor,
+        z: torch.Tensor,
+        seen: Seen,
+        group: dist.ProcessGroup | None = None,
+    ) -> torch.Tensor:
+        """Identity on ``x [b, s, width]``; in backward, the losses ``[b]`` get their gradient and all is noted.
+
+        Args:
+            x: What the gradient of the token loss passes through.
+            balance: Load-balancing loss of each sequence.
+            z: Its z-loss.
+            seen: What the router has done.
+            group: The ranks that have the other tokens of the same sequences but the same losses; None where all have
+                all tokens. Backward is collective among them.
+        """
+        return cast(torch.Tensor, _Watch.apply(x, balance, z, seen, self, group))  # type: ignore[no-untyped-call]
 
     def gradients(self, real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of balance and z-loss of each sequence; ``real`` is 0 for padding and 1 else."""
@@ -115,15 +132,22 @@ class RouterLog:
 class _Watch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, balance: torch.Tensor, z: torch.Tensor, seen: Seen, log: RouterLog
+        ctx: Any,
+        x: torch.Tensor,
+        balance: torch.Tensor,
+        z: torch.Tensor,
+        seen: Seen,
+        log: RouterLog,
+        group: dist.ProcessGroup | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(balance, z)
-        ctx.seen, ctx.log = seen, log
+        ctx.seen, ctx.log, ctx.group = seen, log, group
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None, None]:
         balance, z = ctx.saved_tensors
         real = grad.flatten(1).abs().amax(dim=1).ne(0).to(balance.dtype)
+        real = all_reduce(real, ctx.group, dist.ReduceOp.MAX)
         ctx.log.note(ctx.seen, balance, z, real)
-        return grad, *ctx.log.gradients(real), None, None
+        return grad, *ctx.log.gradients(real), None, None, None

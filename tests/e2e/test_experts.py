@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import pytest
 
+from strategies.activations import cut, expert_bytes, kernels
 from strategies.codec import to_json
 from strategies.specs import ModelSpec, MoeSpec
+from strategies.timing import Timing
 from tests.e2e.test_parity import Curve, curve, differences
+from tests.strategies import runs
 from tests.support.gang import WarmPool
 from tests.support.jobspecs import GPT, LLAMA, make_job, make_plan
 
@@ -157,6 +161,73 @@ def test_capacity_does_not_depend_on_the_plan(pool: WarmPool) -> None:
         for one, other in zip(alone[0]["moe"], spread[0]["moe"], strict=True):
             assert one["dropped"] == other["dropped"] > 0
             assert one["load"] == other["load"]
+
+
+CASES: list[dict[str, Any]] = [
+    {"rows": 2, "tokens": 16, "split": False, "aside": False},
+    {"rows": 2, "tokens": 16, "split": True, "aside": False},
+    {"rows": 1, "tokens": 5, "split": False, "aside": False},  # does not go round
+    {"rows": 1, "tokens": 1, "split": False, "aside": False},  # one of two ranks has no token
+    {"rows": 1, "tokens": 6, "split": True, "aside": True},  # nothing arrives at the experts of one replica
+    {"rows": 1, "tokens": 5, "split": False, "aside": True},
+]
+
+
+@pytest.mark.parametrize("capacity", [0.0, 0.75])
+def test_dealt_tokens_come_back_as_if_one_rank_had_them(pool: WarmPool, capacity: float) -> None:
+    """Output, every gradient, what is dropped, the losses: TP2 x EP2 against the layer on one rank."""
+    moe = dataclasses.replace(EXPERTS, experts=4, capacity_factor=capacity, router_bias=True)
+    model = dataclasses.replace(SOFTMAX, layers=2, moe=moe)
+    job = to_json(make_job(model, make_plan(model, 2, dp=2, ep=2, tp=2), global_batch=2))
+    ranks = pool.run("tests.support.deal_ranks:dealt", world_size=4, arguments={"job": job, "cases": CASES})
+    for case, found in ((case, found) for rank in ranks for case, found in zip(CASES, rank, strict=True)):
+        assert all(found.values()), (case, [name for name, right in found.items() if not right])
+
+
+WIDE = dataclasses.replace(
+    LLAMA,
+    layers=2,
+    hidden=256,
+    heads=8,
+    kv_heads=8,
+    ffn=256,
+    vocab=64,
+    seq=128,
+    init_std=0.02,
+    moe=MoeSpec(experts=8, top_k=2, ffn=256, imbalance=1.0),
+)
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {"dp": 2, "ep": 2},
+        {"dp": 2, "ep": 2, "tp": 2},
+        pytest.param({"dp": 2, "ep": 2, "tp": 2, "sequence_parallel": True}, marks=pytest.mark.full),
+        {"dp": 2, "ep": 2, "tp": 4, "sequence_parallel": True},
+        pytest.param({"tp": 2, "sequence_parallel": True}, marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_ranks_send_and_keep_what_the_planner_says(pool: WarmPool, degrees: dict[str, Any]) -> None:
+    """Bytes of one layer: in exchanges the mean over the ranks is exact, for no token is dropped."""
+    moe = WIDE.moe
+    assert moe is not None
+    the_plan = make_plan(WIDE, 4, zero_stage=1, micro_batch=2, **degrees)
+    job = to_json(make_job(WIDE, the_plan, global_batch=4, precision="bf16"))
+    ranks = pool.run("tests.support.deal_ranks:traffic", world_size=the_plan.world_size, arguments={"job": job})
+    timing = Timing(dataclasses.replace(runs.work(WIDE), precision="bf16"))
+    visits = timing.blocks.visits_bytes(timing.shard(the_plan))
+    for way in ("forward", "backward"):  # there and back again
+        if the_plan.ep > 1:
+            assert mean(rank[way]["experts"] for rank in ranks) == 2 * visits / the_plan.tp
+        assert mean(rank[way].get("shards", 0) for rank in ranks) == (
+            2 * visits if the_plan.ep * the_plan.tp > 2 else 0
+        )
+    at, code = cut(the_plan, WIDE.seq, "bf16"), kernels(WIDE, "bf16", "megatron")
+    stream = at.tokens * at.width * WIDE.hidden / at.whole  # what is counted for the input of any feed-forward part
+    kept = mean(rank["kept"] + max(0, rank["input"] - stream) for rank in ranks)
+    assert kept == pytest.approx(at.tokens * expert_bytes(WIDE, moe, at, code), rel=0.05)
 
 
 @pytest.mark.full

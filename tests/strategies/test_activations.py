@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from strategies.activations import block_bytes, cut, in_flight, kernels, logit_bytes
+from strategies.activations import block_bytes, cut, expert_bytes, in_flight, kernels, logit_bytes
 from strategies.plan import ParallelPlan
 from strategies.specs import ModelSpec, MoeSpec
+from strategies.workload import Framework
 from tests.strategies.support import LLAMA3_8B, plan
 
 GPT = ModelSpec(name="gpt", layers=8, hidden=6144, heads=64, kv_heads=64, ffn=24576, vocab=51200, seq=2048)
@@ -74,6 +75,26 @@ def test_experts_keep_what_their_tokens_take() -> None:
     assert extra == pytest.approx(tokens * (2 * 4 * 6144 + 4 * 24576 + 4 * 16))
     uneven = replace(model, moe=replace(moe, imbalance=1.3))
     assert kept(model=uneven, dense=False, flash=True) > kept(model=model, dense=False, flash=True)
+
+
+@pytest.mark.parametrize(("ep", "split"), [(1, False), (1, True), (2, False), (2, True)])
+def test_shards_that_gather_keep_all_that_visits_them(ep: int, split: bool) -> None:
+    """But only their own of what the experts give back, where they have dealt the tokens among them."""
+    model = replace(GPT, moe=MoeSpec(experts=16, top_k=2, ffn=24576, imbalance=1.0))
+    the_plan = replace(_plan(tp=4, sequence_parallel=split), ep=ep)
+    at = cut(the_plan, model.seq, "bf16")
+    ours, others = (
+        expert_bytes(model, cast(MoeSpec, model.moe), at, kernels(model, "bf16", family)) for family in FAMILIES
+    )
+    hidden = 2 * 2 * 6144  # of both visits of a token
+    whole = 4 if split else 1
+    inner = 2 * 24576 * 2 * 2 / 4
+    assert others == pytest.approx(2 * hidden / whole + inner + 4 * 16 / whole)
+    router = 2 * 6144 * (1 - 1 / whole) if ep == 1 else 0
+    assert ours == pytest.approx(hidden * (1 + 1 / (4 if ep > 1 else 1)) + inner + 4 * 16 + router)
+
+
+FAMILIES: tuple[Framework, ...] = ("megatron", "mcore")
 
 
 def test_full_recomputation_moves_a_block_to_the_working_set() -> None:

@@ -85,3 +85,12 @@ def test_tensors_between_ranks(degrees: dict[str, Any], streams: float) -> None:
     if the_plan.pp > 1:
         many = in_transit(work("fsdp"), the_plan, cut(the_plan, 4096, "bf16"))
         assert many == streams * stream * the_plan.grad_accum
+
+
+@pytest.mark.parametrize(("ep", "tp", "streams"), [(1, 2, 0), (2, 1, 0), (2, 2, 4.4)])
+def test_shards_of_experts_hand_on_what_visits_them(ep: int, tp: int, streams: float) -> None:
+    """A rank's own visits once for every shard, and those of all: two visits of a token, and 1.1 times as many."""
+    model = replace(LLAMA2_7B, moe=MoeSpec(experts=4, top_k=2, ffn=1024))
+    the_plan = replace(_plan(tp=tp), ep=ep, dp=2)
+    found = in_transit(work("megatron", model=model), the_plan, cut(the_plan, 4096, "bf16"))
+    assert found == pytest.approx(streams * 2 * 4096 * 4096)

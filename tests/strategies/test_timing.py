@@ -12,7 +12,9 @@ import pytest
 
 from strategies import calibrated
 from strategies.calibration import BEST, STRUCTURE, Calibration, assemble, generation, lookup
+from strategies.collectives import all_reduce_s, gather_s
 from strategies.errors import ConfigError
+from strategies.model_state import model_state_bytes
 from strategies.plan import ParallelPlan, accumulation, split_layers
 from strategies.specs import LatentAttention, ModelSpec, MoeSpec
 from strategies.timing import StepTime, Timing
@@ -249,6 +251,39 @@ def test_disks_read_and_write_the_state_once_a_step() -> None:
     faster = replace(work.hardware, disk_bandwidth=2 * work.hardware.disk_bandwidth)
     fast = Timing(replace(work, cluster=replace(work.cluster, hardware=faster)))
     assert fast.step(swapped).offload - fast.step(plan).offload == pytest.approx(added / 2)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize("ep", [1, 4, 16])
+def test_what_is_updated_is_the_state_that_a_rank_has(ep: int, zero: int) -> None:
+    """Experts' state is shared by the replicas that hold the same experts, which are fewer."""
+    work = runs.work(runs.GPT4)
+    plan = plan_of(work, tp=8, dp=64, ep=ep, zero_stage=zero)
+    (state,) = model_state_bytes(work.model, plan, work.precision)
+    step, away = Timing(work).step(plan), Timing(work).step(replace(plan, offload="optimizer"))
+    bandwidth = Timing(work).device.bandwidth
+    assert step.optimizer * bandwidth / 40 == pytest.approx(state["optimizer"] / 12, rel=1e-2)
+    assert away.offload * work.hardware.host_bandwidth / 34 == pytest.approx(state["optimizer"] / 12, rel=1e-2)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("ep", [1, 4])
+def test_shards_of_experts_gather_what_visits_them(ep: int, split: bool) -> None:
+    """As phalanx runs them; Megatron-Core's experts are whole, so their tokens stay where attention left them."""
+    work = runs.work(runs.GPT4)
+    plan = plan_of(work, tp=8, dp=4, ep=ep, sequence_parallel=split)
+    timing, others = Timing(work), Timing(replace(work, framework="mcore"))
+    net, stream = timing.network, 2 * 8192 * 10752
+    sums = 2 * all_reduce_s(net, stream, 8)  # of attention
+    if ep == 1:
+        routed = 2 * all_reduce_s(net, stream, 8) + split * 2 * gather_s(net, stream, 8)
+    else:
+        routed = 2 * all_reduce_s(net, 2 * 1.1 * stream, 8) + gather_s(net, 4 * 8192 * 16, 8)
+        routed += (not split) * 2 * gather_s(net, stream, 8)
+    assert timing.unit_of(plan).moe.tp == pytest.approx(sums + routed)
+    assert others.unit_of(plan).moe.tp == pytest.approx(
+        4 * others.calibration.tp_exposed * all_reduce_s(others.network, stream, 8)
+    )
 
 
 def test_a_context_ring_hides_under_attention() -> None:

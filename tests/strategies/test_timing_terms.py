@@ -15,7 +15,7 @@ from tests.strategies import runs
 from tests.strategies.test_timing import plan_of
 
 UNITS = {"G parameters": 1e9, "GB/s": 1e9, "GB": 1e9, "B": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
-WORDS = r" (parameters per pass|gradients|parameters|update|state|tied embeddings|one replica \\+)"
+WORDS = r" (of experts|parameters per pass|gradients|parameters|update|state|tied embeddings|one replica \\+)"
 
 
 def amount(text: str) -> float:
@@ -53,6 +53,18 @@ def test_communication_update_and_offload_add_up(framework: Framework, zero: int
             computed, said = closes(terms[kind].numbers)
             assert computed == pytest.approx(said, rel=2e-3), terms[kind].numbers
             assert said == pytest.approx(terms[kind].value, rel=1e-3)
+
+
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+@pytest.mark.parametrize("ep", [1, 4, 16])
+def test_state_of_experts_adds_up(ep: int, offload: Offload) -> None:
+    work = runs.work(runs.GPT4)
+    plan = plan_of(work, tp=8, dp=16, ep=ep, offload=offload)
+    kind = "optimizer" if offload == "none" else "offload"
+    term = next(term for term in Timing(work).explain(plan) if term.kind == kind)
+    computed, said = closes(term.numbers)
+    assert computed == pytest.approx(said, rel=2e-3), term.numbers
+    assert (f"of experts / {16 // ep}" in term.numbers) == (ep > 1)
 
 
 def test_what_does_not_happen_is_named() -> None:
