@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from typing import cast
 
 import pytest
 import torch
@@ -98,10 +97,9 @@ def test_the_mask_is_what_attention_makes_of_what_tokens_see() -> None:
     found = []
     for mask in (layout.sees(), layout.mask(torch.float32, keep=False)):
         generator.manual_seed(0)
-        qkv = [torch.randn(1, 2, 12, 16, generator=generator, requires_grad=True) for _ in range(3)]
-        out = F.scaled_dot_product_attention(*qkv, attn_mask=mask)
-        out.square().sum().backward()
-        found.append([out, *(cast(torch.Tensor, one.grad) for one in qkv)])
+        q, k, v = (torch.randn(1, 2, 12, 16, generator=generator, requires_grad=True) for _ in range(3))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

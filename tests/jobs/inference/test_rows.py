@@ -130,7 +130,7 @@ def test_no_token_stands_before_a_document_where_documents_were_apart(
     model = dataclasses.replace(LLAMA, vocab=320, layers=1)
     weights = find(str(write_model_checkpoint(tmp_path / "checkpoints", model, samples=samples)))
     text, question = "return x + 1\n", {"question": "q?", "choices": ["a", "b"], "answer": 0}
-    files = {"text": write(tmp_path / "t.jsonl", {"text": text})}
+    files: dict[str, Any] = {"text": write(tmp_path / "t.jsonl", {"text": text})}
     files |= {"choices": write(tmp_path / "q.jsonl", question), "prompt": text}
     for stop in (False, True):
         asked = InferenceSpec(tokenizer=str(folder / "tokenizer.json"), **files)
