@@ -16,6 +16,7 @@ from torch import nn
 from jobs.checkpoint.slices import clip
 from jobs.distributed import Grid
 from jobs.models.gpt import Recipe, TokenEmbedding, layer_specs, stage_bounds
+from jobs.models.packing import Documents
 from jobs.parallel.meta import ParamMeta
 from jobs.parallel.region import TensorRegion
 from jobs.parallel.vocabulary import VocabParallelProjection, vocab_parallel_cross_entropy
@@ -35,6 +36,7 @@ class Forward:
         stages: Blocks per pipeline stage.
         device: Where to compute.
         dtype: In which type.
+        documents: What keeps the documents in a row apart, as in the training of the model; None where a row is one.
 
     Raises:
         CorruptCheckpoint: The weights are damaged.
@@ -50,13 +52,15 @@ class Forward:
         stages: tuple[int, ...] = (),
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        documents: Documents | None = None,
     ) -> None:
         self.model = model
         self.grid = grid or Grid()
         self.device = device or torch.device("cpu")
         self._dtype = dtype
         bounds = stage_bounds(model, stages or (model.layers,))
-        recipe = Recipe.of(model, self.grid, seed=0)
+        self._documents = documents
+        recipe = Recipe.of(model, self.grid, seed=0, documents=documents)
         self._layers = nn.ModuleList()
         for spec in layer_specs(recipe)[bounds[self.grid.pipe] : bounds[self.grid.pipe + 1]]:
             first = self._layers[0] if len(self._layers) else None
@@ -133,6 +137,8 @@ class Forward:
     def _run(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor | None:
         """Local logits on the last stage; at one position of each row, if positions are given."""
         grid, group = self.grid, self.grid.pipe_group
+        if self._documents is not None:
+            self._documents.show(tokens.to(self.device))
         if grid.first_stage:
             x = tokens.to(self.device)
         else:

@@ -6,6 +6,7 @@ from jobs.data import Samples
 from jobs.forward import Forward
 from jobs.inference.generation import Sampling, generate
 from jobs.location import Location
+from jobs.models.packing import Documents
 from jobs.spec import JobSpec, WeightsSpec
 from jobs.weights import open_weights
 
@@ -29,4 +30,6 @@ def sample(job: JobSpec, manifest: Location, store: Samples) -> str:
 
 def load(job: JobSpec, manifest: Location) -> Forward:
     """The model of a checkpoint as one rank, in fp32 on the CPU."""
-    return Forward(job.model, open_weights(WeightsSpec(kind="checkpoint", path=str(manifest)), job.model))
+    documents = Documents(job.data.end_id) if job.data.packing else None
+    weights = WeightsSpec(kind="checkpoint", path=str(manifest))
+    return Forward(job.model, open_weights(weights, job.model), documents=documents)

@@ -183,6 +183,7 @@ class InferenceSpec:
         tokenizer: The ``tokenizer.json``.
         start: The token that begins a document; None for none.
         end: The token that ends one; None for none.
+        packing: The model was trained with documents apart (:attr:`DataSpec.packing`), so it computes with them apart.
         rows: File of the prepared rows; empty until prepared.
         digest: SHA-256 of that file.
         count: Number of rows.
@@ -200,6 +201,7 @@ class InferenceSpec:
     tokenizer: str = ""
     start: int | None = None
     end: int | None = None
+    packing: bool = False
     rows: str = ""
     digest: str = ""
     count: int = 0

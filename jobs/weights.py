@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -75,6 +76,19 @@ def data_of(weights: WeightsSpec) -> dict[str, Any]:
     request = RunPaths(Path(weights.run) if weights.run else beside).request
     found: dict[str, Any] = json.loads(request.read_text())["job"]["data"] if request.is_file() else {}
     return found
+
+
+def samples_of(weights: WeightsSpec) -> Mapping[str, Any]:
+    """What a checkpoint says of the samples that it was made with: ``packing`` and ``end_id`` of :class:`DataSpec`.
+
+    Empty for a folder; checkpoints of earlier versions do not say so either.
+
+    Raises:
+        CorruptCheckpoint: The manifest is damaged.
+        StorageError: It cannot be read.
+    """
+    found = read_manifest(weights.path).extra.get("data") if weights.kind == "checkpoint" else None
+    return found or {}
 
 
 def model_of(weights: WeightsSpec) -> ModelSpec:

@@ -155,7 +155,14 @@ def _balanced(config: Config, plan: ParallelPlan, machine: ClusterSpec) -> Paral
     from strategies.balance import balanced
 
     framework = config.planner.framework
-    work = Workload(model=model, batch=batch, cluster=machine, precision=precision, framework=framework)
+    work = Workload(
+        model=model,
+        batch=batch,
+        cluster=machine,
+        precision=precision,
+        framework=framework,
+        packing=config.data.packing,
+    )
     return balanced(plan, work, balance)
 
 
@@ -177,6 +184,7 @@ def work_of(config: Config, model: ModelSpec, batch: BatchSpec, machine: Cluster
         framework=config.planner.framework,
         tokens=float(run_tokens(batch, config.train.steps)) if tokens is None else tokens,
         saving=Saving(config.checkpoint.every, config.checkpoint.memory_every),
+        packing=config.data.packing,
     )
 
 

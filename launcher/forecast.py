@@ -50,6 +50,7 @@ def predicted(request: LaunchRequest, plan: ParallelPlan) -> dict[str, Any]:
         precision=job.train.precision,
         tokens=float(run_tokens(job.batch, job.train.steps)),
         saving=Saving(job.checkpoint.every, job.checkpoint.memory_every),
+        packing=job.data.packing,
     )
     try:
         estimate = Estimator(work).estimate(plan)

@@ -216,6 +216,18 @@ def logit_bytes(model: ModelSpec, at: Cut, code: Kernels) -> float:
     return at.tokens * (columns * (at.width + 4 * copies) + ends)
 
 
+def masks(plan: ParallelPlan, at: Cut) -> BlockBytes:
+    """Masks that keep documents apart: a number for every pair of tokens of a sequence, whatever shares its tokens.
+
+    Attention gets one in the precision of its scores, made of one that has a byte for every pair. Blocks share one and
+    keep it, unless they recompute.
+    """
+    pairs = float(plan.micro_batch * at.row**2)
+    if plan.recompute == "none":
+        return BlockBytes(at.width * pairs, pairs)
+    return BlockBytes(0.0, (1 + at.width) * pairs)
+
+
 def in_flight(plan: ParallelPlan, stage: int) -> float:
     """Micro-batches whose activations a stage holds at once, in units of all its blocks.
 

@@ -269,13 +269,14 @@ class Memory:
         dense = activations.block_bytes(work.model, plan, at, code, dense=True)
         mixed = activations.block_bytes(work.model, plan, at, code, dense=False) if work.model.moe else dense
         stream = at.tokens * work.model.hidden / at.whole
+        mask = activations.masks(plan, at) if work.packing else BlockBytes(0.0, 0.0)
         return MicroBatch(
             at=at,
-            dense=dense,
-            mixed=mixed,
+            dense=dense._replace(working=dense.working + mask.working),
+            mixed=mixed._replace(working=mixed.working + mask.working),
             first=8.0 * at.tokens + stream * code.dropout,  # token numbers, the mask of the embedding's dropout
             # DeepSpeed and torch keep the output of a stage, Megatron-Core frees it
-            every=at.width * stream if plan.pp > 1 and work.framework != "mcore" else 0.0,
+            every=mask.kept + (at.width * stream if plan.pp > 1 and work.framework != "mcore" else 0.0),
             loss=activations.logit_bytes(work.model, at, code),
             buffers=buffers.in_transit(work, plan, at),
         )

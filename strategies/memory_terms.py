@@ -20,7 +20,7 @@ def terms(memory: Memory, plan: ParallelPlan, stage: int) -> tuple[Term, ...]:
     found, layout, batch = memory.stage(plan, stage), memory.layout(plan, stage), memory.micro_batch(plan)
     lines = {
         **_state(found, layout, plan),
-        **_passing(found, layout, batch, plan, stage),
+        **_passing(found, layout, batch, plan, stage, masked=memory.work.packing),
         "gathered": ("weights and gradients that ZeRO-3 has whole for a moment", _size(found.gathered)),
         "buffers": (
             "copies of gradients + tensors between ranks",
@@ -57,7 +57,7 @@ def _state(found: StageMemory, layout: Layout, plan: ParallelPlan) -> dict[str, 
 
 
 def _passing(
-    found: StageMemory, layout: Layout, batch: MicroBatch, plan: ParallelPlan, stage: int
+    found: StageMemory, layout: Layout, batch: MicroBatch, plan: ParallelPlan, stage: int, *, masked: bool
 ) -> dict[str, tuple[str, str]]:
     parts = [
         f"{blocks} x {_size(one.kept)}"
@@ -65,11 +65,11 @@ def _passing(
         if blocks
     ]
     ends = batch.every + (batch.first if stage == 0 else 0.0)
-    flying = in_flight(plan, stage)
+    flying, masks = in_flight(plan, stage), " and masks of documents" if masked else ""
     kept = flying * (layout.dense * batch.dense.kept + layout.mixed * batch.mixed.kept + ends)
     return {
         "activations": (
-            "micro-batches in flight x (blocks x kept + ends) + working set beyond the logits",
+            f"micro-batches in flight x (blocks x kept + ends{masks}) + working set beyond the logits",
             f"{flying:g} x ({' + '.join([*parts, _size(ends)])}) + {_size(found.activations - kept)}",
         ),
         "logits": (

@@ -35,6 +35,7 @@ class Workload:
             them (BLOOM-176B): shards that wait for each other, reduction in buckets. False: those of Megatron-LM.
         tokens: Tokens of the whole run; 0 when unknown: then there is no finish date.
         saving: What the run is told about its checkpoints. Plans are compared with the best intervals of each.
+        packing: Documents in a sequence are kept apart, by a mask of every sequence.
     """
 
     model: ModelSpec
@@ -45,6 +46,7 @@ class Workload:
     deepspeed: bool = False
     tokens: float = 0.0
     saving: Saving = BEST
+    packing: bool = False
 
     @property
     def hardware(self) -> Hardware:

@@ -7,6 +7,7 @@ import torch
 from jobs.checkpoint.gang import agree
 from jobs.engine import assembly, process
 from jobs.forward import Forward
+from jobs.models.packing import Documents
 from jobs.spec import JobSpec, RankEnv
 from jobs.weights import open_weights, verify
 from strategies.errors import ConfigError, StorageError
@@ -22,7 +23,9 @@ def join(job: JobSpec, env: RankEnv) -> Forward:
         CorruptCheckpoint: They are damaged; on every rank.
         StorageError: They cannot be read, or are others than at the submit; on every rank.
     """
+    asked = job.inference
     assert job.initial is not None, "the configuration was checked"
+    assert asked is not None, "it is a job that only computes"
     process.join(env, deterministic=job.train.deterministic)
     grid = assembly.grid_of(job.plan)
     error: Exception | None = None
@@ -30,7 +33,10 @@ def join(job: JobSpec, env: RankEnv) -> Forward:
         verify(job.initial, env.rank, env.world_size)
         device, dtype = torch.device(process.device()), _TYPES[job.train.precision]
         source = open_weights(job.initial, job.model, env.rank)
-        forward = Forward(job.model, source, grid, stages=job.plan.stages, device=device, dtype=dtype)
+        documents = Documents(asked.end) if asked.packing and asked.end is not None else None
+        forward = Forward(
+            job.model, source, grid, stages=job.plan.stages, device=device, dtype=dtype, documents=documents
+        )
     except (StorageError, ConfigError) as caught:
         error = caught
     agree(error)

@@ -20,13 +20,15 @@ from jobs.data.tokenizer import END_OF_TEXT_ID, vocabulary
 from jobs.hf.folder import CONFIG
 from jobs.inference.questions import Question, read_prompts, read_questions, read_texts
 from jobs.spec import InferenceSpec, WeightsSpec
-from jobs.weights import data_of, tokenizer_of
+from jobs.weights import data_of, samples_of, tokenizer_of
 from strategies.codec import from_json, to_json
 from strategies.errors import ConfigError, PhalanxError, StorageError
 from strategies.specs import ModelSpec
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+_TOLD = 10  # choices, the others are counted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +75,16 @@ class Encoder:
             raise StorageError(f"The tokenizer {path} cannot be read.", why=str(error)) from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()  # whatever its file says: every token of a text counts
+
+    def document(self, text: str) -> tuple[list[int], int]:
+        """Tokens of a whole document, and how many bytes of its text all but the first of them stand for.
+
+        Nothing is predicted of what comes first; where no token begins a document, that is text. A character that the
+        first two tokens share is one that is predicted.
+        """
+        found = self.tokenizer.encode(text, add_special_tokens=False)
+        given = 0 if self.start or len(found) < 2 else min(found.offsets[0][1], found.offsets[1][0])
+        return self.start + list(found.ids), len(text[given:].encode())
 
     def __call__(self, text: str) -> list[int]:
         """Tokens of a text, as it stands within a document."""
@@ -141,22 +153,26 @@ def prepare(spec: InferenceSpec, weights: WeightsSpec, model: ModelSpec, cache: 
         stop: Whether prompts are wanted, not texts and questions.
 
     Returns:
-        ``spec`` with ``tokenizer``, ``start``, ``end``, ``rows``, ``digest`` and ``count`` filled.
+        ``spec`` with all from ``tokenizer`` on filled.
 
     Raises:
-        ConfigError: A file has bad lines, or the tokenizer does not fit the model; all of it is told.
+        ConfigError: A file has bad lines, or the tokenizer does not fit the model; all of it is told. Or a choice is
+            longer than the model's sequence, or there is nothing to predict.
         StorageError: A file cannot be read or written.
     """
     require(spec, weights, model, stop=stop)
     path = _place_of(spec, weights)
-    start, end = _ends_of(weights, model)
+    start, end, packing = _ends_of(weights, model)
     encode = Encoder(path, start)
     found = list(_prompt_rows(spec, encode, model) if stop else _scored_rows(spec, encode, model))
+    if not found:
+        raise ConfigError("There is nothing to predict.", why="no text has more than one token")
     data = "".join(json.dumps(to_json(row), separators=(",", ":")) + "\n" for row in found).encode()
     digest = hashlib.sha256(data).hexdigest()
     file = cache.absolute() / f"rows-{digest[:32]}.jsonl"
     _keep(file, data)
-    return replace(spec, tokenizer=str(path), start=start, end=end, rows=str(file), digest=digest, count=len(found))
+    spec = replace(spec, tokenizer=str(path), start=start, end=end, packing=packing)
+    return replace(spec, rows=str(file), digest=digest, count=len(found))
 
 
 def read_rows(spec: InferenceSpec) -> list[Row]:
@@ -177,32 +193,52 @@ def read_rows(spec: InferenceSpec) -> list[Row]:
 
 def _scored_rows(spec: InferenceSpec, encode: Encoder, model: ModelSpec) -> Iterator[Row]:
     for item, text in enumerate(read_texts(spec.text) if spec.text else []):
-        yield from _windows(encode.start + encode(text), len(text.encode()), item, model.seq, bool(encode.start))
+        yield from _windows(*encode.document(text), item, model.seq)
     questions = read_questions(spec.choices, spec.shots) if spec.choices else []
     examples = "".join(question.solved() for question in questions[: spec.shots])
-    for item, question in enumerate(questions[spec.shots :]):
-        yield from _choices(examples, question, item, encode, model.seq)
+    whole = [
+        row
+        for item, question in enumerate(questions[spec.shots :])
+        for row in _choices(examples, question, item, encode)
+    ]
+    yield from _cut(whole, spec, model.seq)
 
 
-def _windows(tokens: list[int], size: int, item: int, seq: int, started: bool) -> Iterator[Row]:
+def _windows(tokens: list[int], size: int, item: int, seq: int) -> Iterator[Row]:
     """A document in pieces of ``seq`` predictions; every token but the first is predicted exactly once."""
     for first in range(0, len(tokens) - 1, seq):
         piece = tuple(tokens[first : first + seq + 1])
         yield Row(tokens=piece, begin=1, item=item, bytes=size if first == 0 else 0)
 
 
-def _choices(examples: str, question: Question, item: int, encode: Encoder, seq: int) -> Iterator[Row]:
+def _choices(examples: str, question: Question, item: int, encode: Encoder) -> Iterator[Row]:
     context = examples + question.prompt()
     before = len(encode.start) + len(encode(context))
     for index, choice in enumerate(question.choices):
         whole = encode.start + encode(f"{context} {choice}")
         begin = max(1, min(before, len(whole) - 1))  # a choice that merges into its context has at least a token
-        cut = max(0, len(whole) - seq - 1)  # what is too long loses its beginning
         right = index == question.answer
         size = len(f" {choice}".encode())
-        yield Row(
-            tokens=tuple(whole[cut:]), begin=max(1, begin - cut), item=item, choice=index, bytes=size, right=right
-        )
+        yield Row(tokens=tuple(whole), begin=begin, item=item, choice=index, bytes=size, right=right)
+
+
+def _cut(rows: list[Row], spec: InferenceSpec, seq: int) -> Iterator[Row]:
+    """Choices with what stands before them; what is too long loses its beginning.
+
+    Raises:
+        ConfigError: A choice alone is too long: it would be judged by a part of it, which stands behind nothing.
+    """
+    long = [row for row in rows if len(row.tokens) - row.begin > seq]
+    if long:
+        lines = [
+            f"  - choice {row.choice + 1} of question {row.item + spec.shots + 1}: {len(row.tokens) - row.begin} tokens"
+            for row in long[:_TOLD]
+        ] + ([f"  - and {len(long) - _TOLD} more"] if len(long) > _TOLD else [])
+        what = f"{spec.choices} has {len(long)} choices that are longer than the {seq} tokens of the model's sequence:"
+        raise ConfigError("\n".join([what, *lines]), hint="Shorten them, or leave their questions out.")
+    for row in rows:
+        cut = max(0, len(row.tokens) - seq - 1)
+        yield replace(row, tokens=row.tokens[cut:], begin=row.begin - cut)
 
 
 def _prompt_rows(spec: InferenceSpec, encode: Encoder, model: ModelSpec) -> Iterator[Row]:
@@ -244,16 +280,22 @@ def _check_tokenizer(path: Path, vocab: int) -> None:
         )
 
 
-def _ends_of(weights: WeightsSpec, model: ModelSpec) -> tuple[int | None, int | None]:
-    """The tokens that begin and end a document: one for both in a run; a folder's config.json may name them."""
+def _ends_of(weights: WeightsSpec, model: ModelSpec) -> tuple[int | None, int | None, bool]:
+    """The tokens that begin and end a document, and whether documents were apart where the weights were trained.
+
+    In a run one token is both, as it stands between documents; but where these are apart, none sees the token before
+    its first. A folder's config.json may name them.
+    """
     if weights.kind == "checkpoint":
-        end = int(data_of(weights).get("end_id", END_OF_TEXT_ID))
-        return end, end
+        samples = samples_of(weights)
+        packing = bool(samples.get("packing", False))
+        end = int(samples.get("end_id", data_of(weights).get("end_id", END_OF_TEXT_ID)))
+        return None if packing else end, end, packing
     config: Any = json.loads((Path(weights.path) / CONFIG).read_text())
     first, last = (config.get(name) for name in ("bos_token_id", "eos_token_id"))
     last = last[0] if isinstance(last, list) and last else last  # of several the first is that of documents
     begins, ends = (one if isinstance(one, int) and 0 <= one < model.vocab else None for one in (first, last))
-    return begins, ends
+    return begins, ends, False
 
 
 def _keep(file: Path, data: bytes) -> None:

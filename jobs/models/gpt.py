@@ -180,6 +180,7 @@ class Attention(nn.Module):
         self._region = make.grid.region
         self._sequence = make.grid.sequence
         self._recompute = recipe.recompute == "selective"
+        self._keep_mask = recipe.recompute == "none"
 
     def forward(self, x: torch.Tensor, layout: Layout | None = None) -> torch.Tensor:
         x = self._region.enter(x)
@@ -201,7 +202,7 @@ class Attention(nn.Module):
         if shared > 1:
             k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
         if layout is not None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask(q.dtype, keep=self._keep_mask))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 

@@ -4,13 +4,15 @@ Which tokens belong together is seen from the tokens alone, and every stage of a
 So every stage is given the tokens of its replica before a step, and takes them micro-batch by micro-batch, in the order
 in which forward passes come. Between stages nothing more than the activations travels. Ranks that each have a part of a
 sequence put its tokens together first.
+
+What waits for a backward pass are the positions, and no mask where attention is recomputed: a mask grows with the
+square of the sequence.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -18,30 +20,47 @@ import torch.distributed as dist
 from jobs.parallel.region import gather_sequence
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
     """How the documents of a micro-batch lie.
 
-    Attributes:
+    Args:
         positions: Position of every token in its document, ``[b, s]``.
-        mask: Which tokens (last axis) a token (the axis before) sees, ``[b, 1, s, s]``.
     """
 
-    positions: torch.Tensor
-    mask: torch.Tensor
+    def __init__(self, positions: torch.Tensor) -> None:
+        self.positions = positions
+        self._mask: torch.Tensor | None = None
+
+    def sees(self) -> torch.Tensor:
+        """Which tokens (last axis) a token (the axis before) sees, ``[b, 1, s, s]``."""
+        place = torch.arange(self.positions.shape[1], device=self.positions.device)
+        begins = (place - self.positions)[:, :, None]
+        return ((place >= begins) & (place <= place[:, None]))[:, None]
+
+    def mask(self, dtype: torch.dtype, *, keep: bool) -> torch.Tensor:
+        """What is added to the scores of attention, ``[b, 1, s, s]``: 0 for what a token sees, else minus infinity.
+
+        Args:
+            dtype: That of the scores; of another one, every call of attention would make a copy and keep that.
+            keep: All blocks get the same one, which each needs until its backward pass. Else it is made anew.
+        """
+        if self._mask is not None and self._mask.dtype == dtype:
+            return self._mask
+        hidden = self.sees().logical_not_()
+        made = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+        if keep:
+            self._mask = made
+        return made
 
 
 def layout_of(tokens: torch.Tensor, end_id: int) -> Layout:
     """The documents in rows of tokens, each of which ends with ``end_id``, the last of a row perhaps without."""
-    ends = tokens == end_id
-    number = ends.cumsum(dim=1) - ends.long()  # an end belongs to the document that it ends
+    ends = tokens == end_id  # an end belongs to the document that it ends
     place = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     first = torch.ones_like(ends)
     first[:, 1:] = ends[:, :-1]
     begins = torch.where(first, place, torch.zeros_like(place)).cummax(dim=1).values
-    causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
-    same = number[:, :, None] == number[:, None, :]
-    return Layout(positions=place - begins, mask=(same & causal)[:, None])
+    return Layout(place - begins)
 
 
 class Documents:

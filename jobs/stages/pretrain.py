@@ -250,7 +250,12 @@ class Pretrain:
         initial = {} if self._job.initial is None else {"initial": to_json(self._job.initial)}
         return initial | {
             "sampler": self._schedule.state(step + 1),
-            "data": {"digest": self._job.data.digest, "vocab": self._job.data.vocab},
+            "data": {
+                "digest": self._job.data.digest,
+                "vocab": self._job.data.vocab,
+                "packing": self._job.data.packing,
+                "end_id": self._job.data.end_id,
+            },
             "seed": self._job.train.seed,
             "losses": self._watch.state,
             "tracking": {"step": step},

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from jobs.distributed import Grid
 from jobs.models.gpt import Decoder, LossFunction, Recipe
@@ -37,7 +39,7 @@ def decoder(model: ModelSpec, *, packing: bool, recompute: Recompute = "none") -
 def test_the_layout_of_a_row() -> None:
     layout = layout_of(ROW, END)
     assert layout.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 0, 1, 2, 3]]
-    mask = layout.mask[0, 0]
+    mask = layout.sees()[0, 0]
     assert mask[4].tolist() == [False] * 3 + [True] * 2 + [False] * 7
     assert mask[2].tolist() == [True] * 3 + [False] * 9, "an end sees the document that it ends"
     assert mask.diagonal().all()
@@ -87,6 +89,37 @@ def test_recomputation_changes_nothing_even_when_another_micro_batch_has_begun(
         torch.autograd.backward(second)
         grads.append([parameter.grad for parameter in net.parameters()])
     assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_the_mask_is_what_attention_makes_of_what_tokens_see() -> None:
+    """Bit by bit, forward and backward."""
+    layout, generator = layout_of(ROW, END), torch.Generator().manual_seed(0)
+    found = []
+    for mask in (layout.sees(), layout.mask(torch.float32, keep=False)):
+        generator.manual_seed(0)
+        q, k, v = (torch.randn(1, 2, 12, 16, generator=generator, requires_grad=True) for _ in range(3))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("recompute", "kept"), [("full", 0), ("selective", 0), ("none", 1)])
+def test_masks_do_not_wait_for_a_backward_pass_that_makes_them_again(recompute: Recompute, kept: int) -> None:
+    """They grow with the square of the sequence; where nothing is recomputed all blocks share the one they need."""
+    net, square, waiting = decoder(TINY, packing=True, recompute=recompute), (12, 12), dict[int, torch.Tensor]()
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-2:] == square:
+            waiting[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = net(ROW, ROW)
+    assert len(waiting) == kept
+    gc.collect()
+    held = [one for one in gc.get_objects() if type(one) is torch.Tensor and one.shape[-2:] == square]
+    assert {one.data_ptr() for one in held} == set(waiting)
+    loss.backward()
 
 
 def test_stages_take_the_micro_batches_in_order() -> None:

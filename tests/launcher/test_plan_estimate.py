@@ -42,6 +42,18 @@ def numbers(value: Any) -> list[float]:
     return [float(value)] if isinstance(value, int | float) else []
 
 
+def test_packed_documents_take_memory(invoke: Invoke) -> None:
+    peaks = []
+    for packing in ("false", "true"):
+        code, out, _ = invoke("--json", "--explain", *FITS, "data=text", "data.path=x", f"data.packing={packing}")
+        assert code == 0
+        estimate = json.loads(out)["estimate"]
+        peaks.append(estimate["memory"]["peak_bytes"])
+        told = next(term for term in estimate["arithmetic"]["memory"] if term["kind"] == "activations")
+        assert ("masks of documents" in told["formula"]) == (packing == "true")
+    assert peaks[1] >= peaks[0] + 3 * 2048**2
+
+
 def test_estimate_of_a_plan_that_fits(invoke: Invoke) -> None:
     code, out, _ = invoke("--json", *FITS)
     assert code == 0

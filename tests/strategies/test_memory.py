@@ -11,7 +11,7 @@ import pytest
 
 from strategies.memory import OVERHEADS, Memory, StageMemory
 from strategies.model_state import model_state_bytes
-from strategies.plan import ParallelPlan, Schedule, split_layers
+from strategies.plan import ParallelPlan, Recompute, Schedule, split_layers
 from strategies.specs import BatchSpec, ClusterSpec, ModelSpec, MoeSpec, Precision
 from strategies.workload import Framework, Workload
 from tests.strategies.support import LLAMA2_7B, LLAMA3_8B, TINY
@@ -63,6 +63,19 @@ def any_case(seed: int) -> tuple[Memory, ParallelPlan]:
         sequence_parallel=rng.random() < 0.5,
     )
     return memory(model, precision, framework), plan
+
+
+@pytest.mark.parametrize(("recompute", "kept", "once"), [("none", 2, 1), ("selective", 0, 3), ("full", 0, 3)])
+def test_masks_that_keep_documents_apart_are_counted(recompute: Recompute, kept: int, once: int) -> None:
+    """``kept`` bytes for each pair of tokens and micro-batch in flight, ``once`` while a block works; never cut."""
+    plain = memory(LLAMA3_8B)
+    packed = Memory(replace(plain.work, packing=True))
+    pairs = 2 * LLAMA3_8B.seq**2
+    for degrees in ({}, {"tp": 4}, {"sp": 2}):
+        plan = spread(LLAMA3_8B, pp=4, micro_batch=2, recompute=recompute, **degrees)
+        more = packed.stage(plan, 0).activations - plain.stage(plan, 0).activations
+        assert more == pytest.approx((4 * kept + once) * pairs), "four micro-batches are in flight on the first stage"
+        assert sum(term.value for term in packed.explain(plan, 0)) == pytest.approx(sum(packed.stage(plan, 0)))
 
 
 @pytest.mark.parametrize("seed", range(200))

@@ -56,7 +56,11 @@ def write_shards(
 
 
 def manifest_of(
-    place: Place[L], records: Sequence[ShardRecord], tensors: Mapping[str, tuple[int, ...]], model: ModelSpec = GPT
+    place: Place[L],
+    records: Sequence[ShardRecord],
+    tensors: Mapping[str, tuple[int, ...]],
+    model: ModelSpec = GPT,
+    samples: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """A manifest, uncommitted."""
     return Manifest(
@@ -70,7 +74,7 @@ def manifest_of(
         tensors=tensors,
         shards=tuple(records),
         trainer=TrainerState(optimizer_steps=place.step, learning_rates=(0.1,), counters={}, loss_scaler={}),
-        extra={"sample_index": 8 * place.step},
+        extra={"sample_index": 8 * place.step} | ({} if samples is None else {"data": samples}),
     )
 
 
@@ -82,21 +86,33 @@ def write_checkpoint(
     *,
     model: ModelSpec = GPT,
     scale: float = 1.0,
+    samples: Mapping[str, Any] | None = None,
 ) -> L:
     """A committed checkpoint; by default of one tensor in two shards. Returns its manifest."""
     place = Place(root, step, Token(*token))
     ranks = ranks or [[whole("w", (30, 10), 0, 120)], [whole("w", (30, 10), 120, 300)]]
     records = write_shards(place, ranks, scale=scale)
     tensors = {piece.name: piece.shape for part in ranks for piece in part}
-    return commit(root, manifest_of(place, records, tensors, model))
+    return commit(root, manifest_of(place, records, tensors, model, samples))
 
 
-def write_model_checkpoint(root: L, model: ModelSpec, *, step: int = 1, scale: float = 0.3) -> L:
-    """A committed checkpoint of a whole model with random weights, dealt to two shards. Returns its manifest."""
+def write_model_checkpoint(
+    root: L, model: ModelSpec, *, step: int = 1, scale: float = 0.3, samples: Mapping[str, Any] | None = None
+) -> L:
+    """A committed checkpoint of a whole model with random weights, dealt to two shards. Returns its manifest.
+
+    Args:
+        root: Folder of the checkpoints.
+        model: The model.
+        step: Its step.
+        scale: Deviation of the weights.
+        samples: What it says of the samples that it was made with.
+    """
     decoder = Decoder(Recipe.of(model, Grid(), seed=0))
     metas = {p.phalanx.name: p.phalanx for p in decoder.parameters()}  # type: ignore[attr-defined]
     pieces = [whole(name, meta.shape) for name, meta in metas.items()]
-    return write_checkpoint(root, step=step, ranks=[pieces[::2], pieces[1::2]], model=model, scale=scale)
+    halves = [pieces[::2], pieces[1::2]]
+    return write_checkpoint(root, step=step, ranks=halves, model=model, scale=scale, samples=samples)
 
 
 def flip_bit(path: Path, at: int) -> None:

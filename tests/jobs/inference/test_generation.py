@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,12 @@ import torch
 from jobs.forward import Forward
 from jobs.hf.folder import model_of
 from jobs.inference.generation import Sampling, draw, generate
+from jobs.sample import load
 from jobs.weights import find, open_weights
+from strategies.specs import ModelSpec
 from tests.support import hf_models
+from tests.support.checkpoints import write_model_checkpoint
+from tests.support.jobspecs import GPT, LLAMA, make_job
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0, -5.0])
 
@@ -75,6 +80,32 @@ def test_a_text_longer_than_the_sequence_slides_on(tmp_path: Path) -> None:
     forward = Forward(model, open_weights(find(str(tmp_path / "hf")), model))
     ((tokens, _),) = generate(forward, [[1, 2, 3]], ["a"], count=20, how=Sampling())
     assert len(tokens) == 23
+
+
+@pytest.mark.parametrize("model", [GPT, LLAMA], ids=["gpt", "llama"])
+def test_the_model_of_a_packed_run_sees_each_document_alone(tmp_path: Path, model: ModelSpec) -> None:
+    """As in training, also where rows are padded."""
+    manifest = write_model_checkpoint(tmp_path / "checkpoints", model)
+    forwards = []
+    for packing in (True, False):
+        job = make_job(model)
+        data = dataclasses.replace(job.data, packing=packing, end_id=9)
+        forwards.append(load(dataclasses.replace(job, data=data), manifest))
+    packed, plain = forwards
+    row = torch.tensor([[3, 4, 9, 5, 6, 7, 9, 9, 8, 2, 3, 4]])
+    logits, alone, whole = packed.logits(row), plain.logits(row[:, 3:7]), plain.logits(row)
+    assert logits is not None
+    assert alone is not None
+    assert whole is not None
+    assert torch.allclose(logits[:, 3:7], alone, atol=1e-5)
+    assert not torch.allclose(logits[:, 3:7], whole[:, 3:7], atol=1e-2)
+    prompts, keys = [row[0, :5].tolist(), row[0, :10].tolist()], ["a", "b"]
+    found = generate(packed, prompts, keys, count=6, how=Sampling())
+    for (tokens, _), prompt, part in zip(found, prompts, ([5, 6], [8, 2]), strict=True):
+        ((wanted, _),) = generate(plain, [part], ["a"], count=6, how=Sampling())
+        added = wanted[2:]
+        cut = added.index(9) + 1 if 9 in added else 6  # behind an end begins another document
+        assert tokens[len(prompt) :][:cut] == added[:cut]
 
 
 def test_a_text_ends_with_the_token_that_ends_texts(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -17,6 +18,8 @@ from jobs.spec import InferenceSpec
 from jobs.weights import find
 from strategies.errors import ConfigError, StorageError
 from tests.support import hf_models
+from tests.support.checkpoints import write_model_checkpoint
+from tests.support.jobspecs import LLAMA
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,68 @@ def test_what_is_too_long_loses_its_beginning(folder: Path, tmp_path: Path) -> N
     for row in rows(folder, tmp_path, choices=file):
         assert len(row.tokens) == 49
         assert row.begin < 49
+
+
+def test_choices_longer_than_the_sequence_are_refused(folder: Path, tmp_path: Path) -> None:
+    """They would be judged by a part of them."""
+    short = {"question": "q?", "choices": ["a", "b"], "answer": 0}
+    long = {"question": "z?", "choices": ["a", "&%" * 40, "$" * 60], "answer": 0}
+    file = write(tmp_path / "q.jsonl", short, short, long)
+    with pytest.raises(ConfigError) as caught:
+        rows(folder, tmp_path, choices=file, shots=1)
+    told = str(caught.value)
+    assert "has 2 choices that are longer than the 48 tokens of the model's sequence" in told
+    assert "choice 2 of question 3: 81 tokens" in told
+    assert "choice 3 of question 3:" in told
+    assert not (tmp_path / "cache").exists()
+    just = {"question": "z?", "choices": ["a", "&%" * 23 + "&"], "answer": 0}
+    last = rows(folder, tmp_path, choices=write(tmp_path / "q.jsonl", just))[1]
+    assert (len(last.tokens), last.begin) == (49, 1), "it fills the sequence"
+
+
+def test_nothing_is_counted_of_the_token_that_nothing_predicts(folder: Path, tmp_path: Path) -> None:
+    plain = Encoder(folder / "tokenizer.json", None)
+    first = plain.tokenizer.decode([plain("return x")[0]])
+    assert len(first) > 1
+    assert plain.document("return x") == (plain("return x"), len("return x") - len(first))
+    assert plain.document("é") == (plain("é"), 2), "a character of two tokens"
+    assert Encoder(folder / "tokenizer.json", 0).document("return x")[1] == len("return x")
+
+
+SAMPLES = {"digest": "d", "vocab": 300, "packing": True, "end_id": 3}
+
+
+@pytest.mark.parametrize(
+    ("samples", "start", "end"),
+    [(SAMPLES, None, 3), (SAMPLES | {"packing": False}, 3, 3), ({"digest": "d", "vocab": 300}, 0, 0)],
+    ids=["packed", "unpacked", "of an earlier version"],
+)
+def test_no_token_stands_before_a_document_where_documents_were_apart(
+    folder: Path, tmp_path: Path, samples: dict[str, Any], start: int | None, end: int
+) -> None:
+    model = dataclasses.replace(LLAMA, vocab=320, layers=1)
+    weights = find(str(write_model_checkpoint(tmp_path / "checkpoints", model, samples=samples)))
+    text, question = "return x + 1\n", {"question": "q?", "choices": ["a", "b"], "answer": 0}
+    files: dict[str, Any] = {"text": write(tmp_path / "t.jsonl", {"text": text})}
+    files |= {"choices": write(tmp_path / "q.jsonl", question), "prompt": text}
+    for stop in (False, True):
+        asked = InferenceSpec(tokenizer=str(folder / "tokenizer.json"), **files)
+        spec = prepare(asked, weights, model, tmp_path / "cache", stop=stop)
+        assert (spec.start, spec.end, spec.packing) == (start, end, start is None)
+        found = read_rows(spec)
+        before = [] if start is None else [start]
+        tokens = Encoder(folder / "tokenizer.json", None)(text)
+        assert found[0].tokens == (*before, *tokens)
+        assert all((row.tokens[0] == start) == bool(before) for row in found)
+
+
+def test_texts_of_which_nothing_is_predicted_are_refused(folder: Path, tmp_path: Path) -> None:
+    model = dataclasses.replace(LLAMA, vocab=320, layers=1)
+    weights = find(str(write_model_checkpoint(tmp_path / "checkpoints", model, samples=SAMPLES)))
+    (tmp_path / "t.txt").write_text("x")
+    asked = InferenceSpec(text=str(tmp_path / "t.txt"), tokenizer=str(folder / "tokenizer.json"))
+    with pytest.raises(ConfigError, match="There is nothing to predict"):
+        prepare(asked, weights, model, tmp_path / "cache", stop=False)
 
 
 def test_bad_questions_are_told_all_at_once(tmp_path: Path) -> None:
