@@ -64,8 +64,7 @@ class EventKind(enum.StrEnum):
     NODE_READMITTED = "node_readmitted"  # nodes, reason
     STRAGGLER_FOUND = "straggler_found"  # failure, ratio: own time of a step over that of its peers
     POOL_UNSAFE = "pool_unsafe"  # node, reason: ranks there start as fresh processes
-    # overrides, changes, request: digest; last_step of an attempt that has no recorded end
-    RESUME_REQUESTED = "resume_requested"
+    RESUME_REQUESTED = "resume_requested"  # overrides, changes, request: digest; last_step if its end is not recorded
     CANCEL_REQUESTED = "cancel_requested"  # by
     RUN_SUCCEEDED = "run_succeeded"  # step, weights_digest
     RUN_FAILED = "run_failed"  # reason
