@@ -275,6 +275,8 @@ def _astray(data: bytes, half: int, lanes: Sequence[Lane]) -> str:
     if not before.over or now.micro_batches != before.micro_batches:
         return ""
     for number, (here, there) in enumerate(zip(now.entries, before.entries, strict=False), 1):
+        if here // _OPERATIONS == there // _OPERATIONS and here != there:
+            return f"entry {number} of its step is another operation with {_of(here, lanes)} than in the step before"
         if here != there:
             return f"entry {number} of its step is with {_of(here, lanes)}, in the step before with {_of(there, lanes)}"
     if len(now.entries) > len(before.entries) < TRACE:
@@ -300,7 +302,7 @@ def _trace(data: bytes, half: int) -> _Trace:
 
 def _of(entry: int, lanes: Sequence[Lane]) -> str:
     lane = entry // _OPERATIONS
-    return str(lanes[lane]) if lane < len(lanes) else "others"
+    return f"{lanes[lane]} (group {lanes[lane].group})" if lane < len(lanes) else "others"
 
 
 def runs(ranks: Sequence[int]) -> tuple[tuple[int, int, int], ...]:

@@ -71,10 +71,20 @@ def test_a_step_that_departs_from_the_one_before_is_seen() -> None:
     assert steps(Course(), [0, 0, 1], [0, 0, 1]) == ""
     assert steps(Course(), [0, 0, 1], [0, 0, 1], [0]) == "", "it is not over"
     assert steps(Course(), [0, 0, 1], [0, 1]) == (
-        "entry 2 of its step is with ranks 0, 2, in the step before with ranks 0 to 3"
+        "entry 2 of its step is with ranks 0, 2 (group 1), in the step before with ranks 0 to 3 (group 0)"
     )
     assert "3 things in its step, 2 in the step before" in steps(Course(), [0, 0], [0, 0], [0, 0, 1])
     assert "in the one before that" in steps(Course(), [0, 0, 1], [0, 0], [0])
+
+
+def test_another_operation_of_the_same_group_is_seen() -> None:
+    course = Course()
+    steps(course, [0, 0])
+    course.end()
+    course.begin(1)
+    course.enter(0, 7)
+    told = "entry 1 of its step is another operation with ranks 0 to 3 (group 0) than in the step before"
+    assert read(course).astray == told
 
 
 def test_steps_of_another_size_are_not_compared() -> None:
