@@ -17,7 +17,7 @@ from strategies.codec import from_json
 from strategies.deepspeed_config import deepspeed_config
 from strategies.errors import StorageError
 from strategies.plan import ParallelPlan
-from strategies.schedule import SampleSchedule, Skip
+from strategies.schedule import SampleSchedule, Skip, full_batches
 from strategies.specs import BatchSpec, ModelSpec, Precision
 
 
@@ -30,7 +30,7 @@ class TrainSpec:
         seed: Seed of initial weights and of the order of samples.
         lr: Peak learning rate.
         min_lr: Learning rate at the last step (cosine decay).
-        warmup_steps: Steps of linear warm-up.
+        warmup_steps: Steps of linear warm-up; where the batch grows, full batches.
         precision: Arithmetic of forward and backward.
         clip: Largest global gradient norm; 0 switches clipping off.
         beta1: Adam, decay of the first moment.
@@ -266,11 +266,13 @@ class JobSpec:
         """The same job under another plan, with the DeepSpeed configuration that goes with it."""
         if plan == self.plan:
             return self
-        return replace(self, plan=plan, deepspeed=engine_config(plan, self.train) if self.kind == "pretrain" else {})
+        return replace(
+            self, plan=plan, deepspeed=engine_config(plan, self.train, self.batch) if self.kind == "pretrain" else {}
+        )
 
 
-def engine_config(plan: ParallelPlan, train: TrainSpec) -> dict[str, Any]:
-    """DeepSpeed's configuration of a recipe under a plan."""
+def engine_config(plan: ParallelPlan, train: TrainSpec, batch: BatchSpec) -> dict[str, Any]:
+    """DeepSpeed's configuration of a recipe for batches of samples under a plan."""
     return deepspeed_config(
         plan=plan,
         precision=train.precision,
@@ -280,7 +282,7 @@ def engine_config(plan: ParallelPlan, train: TrainSpec) -> dict[str, Any]:
         eps=train.eps,
         weight_decay=train.weight_decay,
         warmup_steps=train.warmup_steps,
-        steps=train.steps,
+        steps=full_batches(batch, train.steps),
         min_lr=train.min_lr,
     )
 

@@ -250,7 +250,7 @@ def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
         train=train,
         data=data_spec(config),
         checkpoint=checkpoint_spec(config, workload(config, sketch), sketch.plan, run_dir),
-        deepspeed=engine_config(sketch.plan, train) if config.job.kind == "pretrain" else {},
+        deepspeed=engine_config(sketch.plan, train, sketch.batch) if config.job.kind == "pretrain" else {},
         skips=config.train.skips,
         faults=resolved_faults(config, sketch),
         command=config.job.command or "" if script else "",
@@ -296,7 +296,7 @@ def resolved_faults(config: Config, sketch: Outline) -> tuple[str, ...]:
 
 def outline_deepspeed(config: Config, plan: ParallelPlan) -> dict[str, object]:
     """DeepSpeed's configuration of a plan, for people who want to look at it."""
-    return engine_config(plan, train_spec(config)) if config.job.kind == "pretrain" else {}
+    return engine_config(plan, train_spec(config), batch_spec(config)) if config.job.kind == "pretrain" else {}
 
 
 def model_spec(config: Config) -> ModelSpec:

@@ -35,7 +35,7 @@ def deepspeed_config(
     eps: float,
     weight_decay: float,
     warmup_steps: int,
-    steps: int,
+    steps: float,
     min_lr: float,
 ) -> dict[str, Any]:
     """DeepSpeed's config for one plan; plain JSON values, a pure function of its arguments.
@@ -48,8 +48,8 @@ def deepspeed_config(
         betas: Adam's decay rates.
         eps: Adam's epsilon.
         weight_decay: AdamW's decay, on every parameter.
-        warmup_steps: Steps of linear warm-up.
-        steps: Optimizer steps of the whole run.
+        warmup_steps: Steps of linear warm-up; where the batch grows, full batches.
+        steps: Optimizer steps of the whole run; where the batch grows, full batches.
         min_lr: Learning rate at step ``steps``.
     """
     config: dict[str, Any] = {
@@ -140,7 +140,7 @@ def _offload(plan: ParallelPlan) -> dict[str, Any]:
     return section
 
 
-def _cosine(lr: float, min_lr: float, warmup_steps: int, steps: int) -> dict[str, Any]:
+def _cosine(lr: float, min_lr: float, warmup_steps: int, steps: float) -> dict[str, Any]:
     return {
         # DeepSpeed's cosine reaches its floor one iteration before total_num_steps; step ``steps`` shall have min_lr.
         "total_num_steps": steps + 1,
@@ -152,8 +152,10 @@ def _cosine(lr: float, min_lr: float, warmup_steps: int, steps: int) -> dict[str
     }
 
 
-def learning_rate(step: int, *, lr: float, min_lr: float, warmup_steps: int, steps: int) -> float:
+def learning_rate(step: float, *, lr: float, min_lr: float, warmup_steps: int, steps: float) -> float:
     """The rate of optimizer step ``step`` (counted from 1), as DeepSpeed computes it, to the last bit.
+
+    Where the batch grows, ``step`` and ``steps`` are full batches (:func:`strategies.schedule.full_batches`).
 
     Linear from ``lr / warmup_steps`` up to step ``warmup_steps - 1``, then a cosine that ends at ``min_lr`` at step
     ``steps``. DeepSpeed's cosine starts one notch below the peak when there is a warm-up; without one (0 or 1 steps),

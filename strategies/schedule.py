@@ -231,3 +231,11 @@ def ramp_changes(levels: Sequence[Level], *, step: int = 1, trained: int = 0) ->
             steps = -(-(end - trained) // level.global_batch)
             step, trained = step + steps, trained + steps * level.global_batch
     return found
+
+
+def full_batches(batch: BatchSpec, step: int) -> float:
+    """Samples of the first ``step`` steps, in full batches: ``step``, unless the batch grows.
+
+    The learning rate goes by it, as published recipes do, which give their warm-up and decay in tokens.
+    """
+    return step if batch.ramp is None else SampleSchedule.of(batch).trained(step + 1) / batch.global_batch

@@ -18,6 +18,7 @@ from launcher.schema import GROUPS
 from strategies.errors import ConfigError, PlanInfeasible
 from strategies.estimate import Estimator
 from strategies.rules import check
+from strategies.schedule import full_batches
 from strategies.specs import ModelSpec
 from strategies.workload import run_tokens
 from tests.support import hf_models
@@ -239,6 +240,17 @@ def test_every_figure_of_a_cluster_says_where_it_is_from() -> None:
             key = line.strip().partition(":")[0]
             if key in ("flops_16", "price_per_device_hour", "failures_per_node_day", "device_memory_bytes"):
                 assert "#" in line + before or KEYS[name] == "CPU", (name, line)
+
+
+def test_gpt3_warms_up_over_the_tokens_of_its_account() -> None:
+    """Over the first 375 M tokens (appendix B): thousands of the small steps that the batch begins with."""
+    config = compose(["experiment=gpt3_175b"])
+    batch, train = build.batch_spec(config), build.train_spec(config)
+    params = build.outline_deepspeed(config, build.outline(config).plan)["scheduler"]["params"]  # type: ignore[index]
+    assert params["total_num_steps"] - 1 == pytest.approx(300e9 / (1536 * 2048), rel=1e-4), "in full batches"
+    first = next(step for step in range(1, train.steps) if full_batches(batch, step) >= train.warmup_steps)
+    assert run_tokens(batch, first) == pytest.approx(375e6, rel=0.01)
+    assert first > 6000
 
 
 def test_the_reference_runs_have_the_sizes_of_their_accounts() -> None:

@@ -22,6 +22,7 @@ from jobs.own_time import OwnTime
 from jobs.parallel.meta import ParamMeta
 from jobs.parallel.router_log import RouterStats
 from jobs.spec import JobSpec, RankEnv
+from strategies.schedule import full_batches
 from strategies.topology import Topology
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor]
@@ -194,7 +195,9 @@ class Engine:
         self.ds.global_steps = step
         self.ds.global_samples = step * self.ds.train_batch_size()
         self.ds.micro_steps = step * self.ds.gradient_accumulation_steps()
-        self.ds.lr_scheduler.step(step + 1)  # its count is the number of the step to come, see deepspeed_config
+        self.ds.lr_scheduler.step(
+            full_batches(self._full, step + 1)
+        )  # its count is the number of the step to come, see deepspeed_config
 
     def _accumulate(self, micro_batches: int, tokens: int) -> None:
         """DeepSpeed averages over micro-batches and replicas; make that average a mean over the step's real tokens."""

@@ -142,10 +142,15 @@ def _export(store: RunStore, one: Checkpoint, kind: str, target: Path, dtype: An
         return export(one.path, target, dtype=dtype, data=data if data.store else None, progress=_Progress())
     from jobs.checkpoint.universal import export_universal
     from strategies.deepspeed_config import learning_rate
+    from strategies.schedule import full_batches
 
-    train = store.request().job.train
+    train, batch = store.request().job.train, store.request().job.batch
     rate = learning_rate(
-        one.step + 1, lr=train.lr, min_lr=train.min_lr, warmup_steps=train.warmup_steps, steps=train.steps
+        full_batches(batch, one.step + 1),
+        lr=train.lr,
+        min_lr=train.min_lr,
+        warmup_steps=train.warmup_steps,
+        steps=full_batches(batch, train.steps),
     )
     learning = {
         "lr": rate,

@@ -6,6 +6,7 @@ The ramp has steps of 2, 3, 4 and 5 sequences, so that two replicas have padding
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ import pytest
 from jobs.checkpoint import newest
 from jobs.data import prepare
 from jobs.paths import RunPaths
-from jobs.spec import CheckpointSpec, DataSpec, JobSpec
+from jobs.spec import CheckpointSpec, DataSpec, JobSpec, engine_config
 from strategies.codec import to_json
+from strategies.deepspeed_config import learning_rate
 from strategies.ramp import Ramp
 from tests.support.gang import ROOT, GangFailed, WarmPool
 from tests.support.jobspecs import GPT, make_job, make_plan
@@ -46,9 +48,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataSpec:
 
 
 def job_of(data: DataSpec, *, faults: tuple[str, ...] = (), **degrees: Any) -> JobSpec:
-    job = make_job(MODEL, make_plan(MODEL, FULL, **degrees), global_batch=FULL, steps=STEPS, clip=0.5, eps=1e-6)
+    job = make_job(
+        MODEL, make_plan(MODEL, FULL, **degrees), global_batch=FULL, steps=STEPS, clip=0.5, eps=1e-6, warmup_steps=2
+    )
     batch = dataclasses.replace(job.batch, ramp=RAMP)
-    return dataclasses.replace(job, batch=batch, data=data, checkpoint=CheckpointSpec(every=3), faults=faults)
+    engine = engine_config(job.plan, job.train, batch)
+    saving = CheckpointSpec(every=3)
+    return dataclasses.replace(job, batch=batch, data=data, checkpoint=saving, deepspeed=engine, faults=faults)
 
 
 def attempt(pool: WarmPool, root: Path, job: JobSpec, number: int = 1, resume_from: str = "") -> None:
@@ -80,6 +86,14 @@ def check_parity(found: dict[int, list[float]], wanted: dict[int, list[float]]) 
         assert rate == wanted[step][2]
 
 
+def rates(job: JobSpec) -> list[float]:
+    """Learning rates of the steps."""
+    train, whole = job.train, sum(SIZES) / FULL
+    done = itertools.accumulate(size / FULL for size in SIZES)
+    recipe: dict[str, Any] = {"lr": train.lr, "min_lr": train.min_lr, "warmup_steps": train.warmup_steps}
+    return [learning_rate(position, steps=whole, **recipe) for position in done]
+
+
 def test_a_ramp_is_the_same_under_every_plan_and_after_every_restart(
     pool: WarmPool, data: DataSpec, tmp_path: Path
 ) -> None:
@@ -91,6 +105,9 @@ def test_a_ramp_is_the_same_under_every_plan_and_after_every_restart(
     attempt(pool, tmp_path / "whole", job)
     wanted = lines(tmp_path / "whole")
     assert samples(tmp_path / "whole", 1) == list(range(sum(SIZES)))
+    assert [rate for _, _, rate in wanted.values()] == pytest.approx(rates(job), rel=1e-12), (
+        "by samples, in full batches"
+    )
     attempt(pool, tmp_path / "alone", job_of(data))
     check_parity(lines(tmp_path / "alone"), wanted)
 

@@ -33,15 +33,15 @@ def make_job(
 ) -> JobSpec:
     """A pretraining job with the DeepSpeed config that belongs to it; keywords go to :class:`TrainSpec`."""
     recipe = dataclasses.replace(TrainSpec(steps=20, lr=1e-3, min_lr=1e-4), **train)
-    plan = plan or make_plan(model, global_batch)
+    plan, batch = plan or make_plan(model, global_batch), BatchSpec(global_batch=global_batch, seq=model.seq)
     return JobSpec(
         run_id="test",
         kind="pretrain",
         model=model,
         plan=plan,
-        batch=BatchSpec(global_batch=global_batch, seq=model.seq),
+        batch=batch,
         train=recipe,
         data=DataSpec(kind="text"),
         checkpoint=CheckpointSpec(),
-        deepspeed=engine_config(plan, recipe),
+        deepspeed=engine_config(plan, recipe, batch),
     )
