@@ -98,7 +98,8 @@ class Environments:
             mark: Mark of the process.
         """
         path = self._ours() if ours else {"PYTHONPATH": self._user_path}
-        environment = self._plain | path | self._dealt(variables.get("NODE_RANK", "")) | dict(variables) | {MARK: mark}
+        dealt = dict(self._dealt(variables.get("NODE_RANK", "")))
+        environment = self._plain | path | dealt | dict(variables) | {MARK: mark}
         environment["PATH"] = _with_our_python(environment["PATH"])
         if ours:
             environment |= path | self._copies

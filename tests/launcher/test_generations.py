@@ -44,7 +44,7 @@ def test_a_replica_stands_in_for_a_lost_node_and_only_for_that() -> None:
 
 def test_all_who_hold_a_part_are_known() -> None:
     a = stock("a", [part(5, 0), part(5, 1, own=False)])
-    point = choose([a, stock("b", [part(5, 1)])], newer_than=0, fence=None, skips=(), rejected=())
+    point = choose([a, stock("b", [part(5, 1)])], beyond=None, branch=None, skips=(), rejected=())
     assert point is not None
     assert [[node for node, _ in one.holders] for one in point.parts] == [["a"], ["b", "a"]]
 

@@ -40,12 +40,12 @@ def _counted(grid: Grid) -> Iterator[Counter[str]]:
     names = {grid.expert_group: "experts", grid.model_group: "shards"}
     sent, real = Counter[str](), dist.all_to_all_single
 
-    def count(out: torch.Tensor, given: torch.Tensor, *sizes: Any, group: Any) -> Any:
+    def count(out: torch.Tensor, given: torch.Tensor, *sizes: Any, **group: Any) -> Any:
         if given.is_floating_point():
-            sent[names[group]] += given.nbytes
-        return real(out, given, *sizes, group=group)
+            sent[names[group["group"]]] += given.nbytes
+        return real(out, given, *sizes, **group)
 
-    dist.all_to_all_single = count
+    dist.all_to_all_single = count  # type: ignore[assignment]
     try:
         yield sent
     finally:
