@@ -271,6 +271,7 @@ def plan_document(
     """
     from launcher.build import outline_deepspeed
     from launcher.data_checks import absent, sources_outline
+    from launcher.cautions import cautions
     from strategies import memory
     from strategies.codec import to_json
 
@@ -298,6 +299,7 @@ def plan_document(
         "batch": to_json(sketch.batch),
         "sources": sources_outline(config),
         "absent_data": absent(config),
+        "warnings": list(cautions(config, sketch.model)),
         "cluster": to_json(sketch.cluster),
         "estimate": estimate,
         "search": searched,

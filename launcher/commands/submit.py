@@ -67,6 +67,7 @@ def _submit(
     from launcher.finish import finish
     from launcher.follow import screen
     from launcher.preparation import prepare_data
+    from launcher.cautions import cautions
     from strategies.errors import ConfigError
 
     config = examined(overrides)
@@ -85,6 +86,8 @@ def _submit(
     launch.check_place(Path(request.run_dir))
     launch.check_disks(request)
     with interruptible(), launch.closing(screen()) as shown:
+        for text in cautions(config, request.job.model):
+            shown.say(f"warning: {text}")
         if toy:
             _announce(toy, request, shown)
         request = prepare_data(config, request, shown)
