@@ -7,8 +7,8 @@ from strategies.specs import ModelSpec
 
 _UNBALANCED = (
     "nothing keeps the experts evenly loaded: model.moe.balance_weight and model.moe.z_weight are 0, so training may "
-    "end with a few of the {experts} experts doing all the work. Switch Transformer takes model.moe.balance_weight=0.01, "
-    "ST-MoE model.moe.z_weight=0.001"
+    "end with a few of the {experts} experts doing all the work. Switch Transformer takes "
+    "model.moe.balance_weight=0.01, ST-MoE model.moe.z_weight=0.001"
 )
 
 

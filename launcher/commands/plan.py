@@ -270,8 +270,8 @@ def plan_document(
         searched: The search that the plan came from.
     """
     from launcher.build import outline_deepspeed
-    from launcher.data_checks import absent, sources_outline
     from launcher.cautions import cautions
+    from launcher.data_checks import absent, sources_outline
     from strategies import memory
     from strategies.codec import to_json
 

@@ -63,11 +63,11 @@ def _submit(
 ) -> int:
     """Everything; returns the exit code."""
     from launcher import build, launch
+    from launcher.cautions import cautions
     from launcher.examination import examined
     from launcher.finish import finish
     from launcher.follow import screen
     from launcher.preparation import prepare_data
-    from launcher.cautions import cautions
     from strategies.errors import ConfigError
 
     config = examined(overrides)
