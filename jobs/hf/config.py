@@ -6,6 +6,7 @@ models do not have and that would silently change every logit.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -114,7 +115,10 @@ def pooled_weight(moe: MoeSpec, layers: int) -> float:
 
 def _summed_weight(coefficient: float, top_k: int, layers: int) -> float:
     """The other way round: ``balance_weight`` that weighs as a ``router_aux_loss_coef``."""
-    return coefficient * top_k / layers
+    try:
+        return coefficient * (top_k / layers)
+    except OverflowError:  # of sizes that no model has; rules refuse it
+        return math.inf
 
 
 def read_config(document: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[Flaw]]:
