@@ -51,6 +51,8 @@ def plan_text(
             blocks.append(arithmetic_text(estimate["arithmetic"]))
     elif document["memory"]:
         blocks.append(_memory(document))
+    if document.get("warnings"):
+        blocks.append("\n".join(f"warning: {one}" for one in document["warnings"]))
     if not refused:
         if not document.get("search"):
             blocks.append(_picture(plan, cluster, script=document["job"] == "script", brief=estimate is not None))

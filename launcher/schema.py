@@ -185,7 +185,7 @@ class TrainConfig:
         lr: Peak learning rate.
         min_lr: Learning rate at the last step (cosine decay); null means a tenth of ``lr``.
         warmup_steps: Steps of linear warm-up; where the batch grows, full batches: both go by samples.
-        precision: Arithmetic of forward and backward; ``fp16`` and ``fp8`` can be planned only.
+        precision: Arithmetic of forward and backward; ``fp8`` can be planned only.
         clip: Largest global gradient norm; 0 switches clipping off.
         beta1: Adam, decay of the first moment.
         beta2: Adam, decay of the second moment.

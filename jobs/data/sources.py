@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs.data.corpus import GENERATED, SKIPPED_FOLDERS, walk
 from jobs.data.documents import COMPRESSED, Part, arrow, batches
+from jobs.data.splits import TRAIN, trained
 from jobs.spec import SourceSpec
 from strategies.errors import ConfigError, StorageError
 
@@ -56,10 +57,11 @@ def units(source: SourceSpec) -> list[Unit]:
     """All there is to do for a source, in the order of its documents.
 
     Raises:
-        ConfigError: It is missing or holds nothing of its kind, or its records have no such field.
+        ConfigError: It is missing or holds nothing of its kind, or its records have no such field, or nobody can tell
+            which of its splits is meant.
         StorageError: A folder or file cannot be read.
     """
-    kind, paths = _files(source)
+    kind, paths, _ = _files(source)
     limit = max(UNIT_BYTES, sum(_size(path) for path in paths) // MAX_UNITS)
     found: list[Unit] = []
     gathered: list[Part] = []
@@ -76,24 +78,38 @@ def units(source: SourceSpec) -> list[Unit]:
     return found
 
 
-def _files(source: SourceSpec) -> tuple[str, list[Path]]:
+def held_out(source: SourceSpec) -> str:
+    """What of a dataset's folder is left out because it is not the split to train on, in a line; "" for nothing.
+
+    Raises:
+        ConfigError, StorageError: As :func:`units`.
+    """
+    left = _files(source)[2]
+    told = " and ".join(f"{split} ({number} {'file' if number == 1 else 'files'})" for split, number in left.items())
+    return f"of {source.path} the split {TRAIN} is taken, {told} left out" if told else ""
+
+
+def _files(source: SourceSpec) -> tuple[str, list[Path], Mapping[str, int]]:
+    """The kind of a source, its files, and how many are left out by the split that they are of."""
     if source.kind == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        return "text", walk(root, suffix=".py", skipped=SKIPPED_FOLDERS | GENERATED)
+        return "text", walk(root, suffix=".py", skipped=SKIPPED_FOLDERS | GENERATED), {}
     root = Path(source.path).expanduser().absolute()
     if not root.exists():
         raise ConfigError(f"{root}: there is no such file or folder")
     if not root.is_dir():
         kind = _kind_of(root) if source.kind == "auto" else source.kind
-        return kind, [root]
+        return kind, [root], {}
     if source.kind in ("auto", "arrow") and (dataset := _dataset(root)):
-        return "arrow", [dataset / name for name in _shards(dataset)]
+        return "arrow", [dataset / name for name in _shards(dataset)], {}
     paths = walk(root)
     kind = _kind_of_all(root, paths) if source.kind == "auto" else source.kind
     chosen = [path for path in paths if kind == "text" or _kind_of(path) == kind]
     if not chosen:
         raise ConfigError(f"{root}: holds no files of kind {kind} ({len(paths)} files were found)")
-    return kind, chosen
+    if source.kind == "text":
+        return kind, chosen, {}  # a folder of any texts, asked for as such
+    return kind, *trained(root, chosen, strict=kind != "text")
 
 
 def _kind_of_all(root: Path, paths: Sequence[Path]) -> str:

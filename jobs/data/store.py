@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.data.order import SampleOrder
+from jobs.data.tokenizer import read_tokenizer
 from jobs.spec import DataSpec
 from strategies.codec import from_json
 from strategies.errors import ConfigError, StorageError
@@ -150,15 +151,13 @@ class TokenStore:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the store; raises StorageError when its file is damaged."""
-        from tokenizers import Tokenizer
-
         path = self._folder / TOKENIZER
         try:
             if file_digest(path) != self.meta.tokenizer_digest:
                 raise _broken(self._folder, f"{TOKENIZER} was changed")
         except OSError as error:
             raise _broken(self._folder, str(error)) from error
-        return Tokenizer.from_file(str(path))
+        return read_tokenizer(path)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of ``text``."""

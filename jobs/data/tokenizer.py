@@ -94,11 +94,15 @@ def train_on(texts: Iterator[str], vocab: int, *, where: str, size: int) -> Toke
             why=f"The corpus {where} ({size} bytes) runs out of pairs to merge at {found} tokens.",
             hint=f"Set model.vocab to {found} or less, or use a larger corpus.",
         )
+    tokenizer.encode_special_tokens = True  # as :func:`read_tokenizer` does
     return tokenizer
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """A ``tokenizer.json`` as it is used here: it neither pads nor cuts, whatever the file says.
+    """A ``tokenizer.json`` as it is used here: it neither pads nor cuts, and text is text, whatever the file says.
+
+    What spells a special token, as an article about ``<|endoftext|>`` does, is not that token: a document could else
+    end itself, and what follows would be another one.
 
     Raises:
         ConfigError: It is none.
@@ -111,6 +115,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise ConfigError(f"{path}: is no tokenizer.json ({str(error).splitlines()[0]})") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 

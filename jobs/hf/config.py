@@ -6,6 +6,7 @@ models do not have and that would silently change every logit.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from typing import Any, TypeGuard
 from jobs.hf.names import require_layout
 from strategies.codec import to_json
 from strategies.errors import did_you_mean
-from strategies.specs import ModelSpec
+from strategies.specs import ModelSpec, MoeSpec
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM", "gpt2": "GPT2LMHeadModel"}
 _STRETCH = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of ours, in order
+_AUX_LOSS = 0.001  # what transformers takes for Mixtral where the file does not say it
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 
@@ -96,9 +98,27 @@ def _llama_config(model: ModelSpec) -> dict[str, Any]:
         "intermediate_size": model.moe.ffn,
         "num_local_experts": model.moe.experts,
         "num_experts_per_tok": model.moe.top_k,
+        "router_aux_loss_coef": pooled_weight(model.moe, model.layers),
         "sliding_window": None,
     }
     return {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"} | common | own
+
+
+def pooled_weight(moe: MoeSpec, layers: int) -> float:
+    """``router_aux_loss_coef`` of transformers that weighs as ``balance_weight`` does here.
+
+    Ours is a sum over the layers, each of which gives 1 when its experts are evenly loaded. Theirs takes all layers as
+    one, which gives ``top_k``, because the visits of a token are not divided by their number.
+    """
+    return moe.balance_weight * layers / moe.top_k
+
+
+def _summed_weight(coefficient: float, top_k: int, layers: int) -> float:
+    """The other way round: ``balance_weight`` that weighs as a ``router_aux_loss_coef``."""
+    try:
+        return coefficient * (top_k / layers)
+    except OverflowError:  # of sizes that no model has; rules refuse it
+        return math.inf
 
 
 def read_config(document: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[Flaw]]:
@@ -159,6 +179,14 @@ class _Look:
         value = self._document.get(key, default)
         if not _is_positive(value):
             self.refuse(key, f"expected a number above 0, found {value!r}")
+            return default
+        return float(value)
+
+    def weight(self, key: str, default: float) -> float:
+        """A number from 0."""
+        value = self._document.get(key, default)
+        if not _is_positive(value) and (isinstance(value, bool) or value != 0):
+            self.refuse(key, f"expected a number from 0, found {value!r}")
             return default
         return float(value)
 
@@ -247,7 +275,11 @@ def _read_mixtral(look: _Look) -> dict[str, Any]:
         look.refuse("num_experts_per_tok", f"{top_k} of {experts} experts", f"At most {experts}.")
     if top_k == 1:
         look.refuse("num_experts_per_tok", "1 is not implemented: a single expert counts whole there")
-    return _rotary(look, eps=1e-5) | {"ffn": inner, "moe": {"experts": experts, "top_k": top_k, "ffn": inner}}
+    coefficient = look.weight("router_aux_loss_coef", _AUX_LOSS)
+    values = _rotary(look, eps=1e-5)
+    balance = _summed_weight(coefficient, top_k, values["layers"])
+    moe = {"experts": experts, "top_k": top_k, "ffn": inner, "balance_weight": balance}
+    return values | {"ffn": inner, "moe": moe}
 
 
 def _rotary(look: _Look, *, eps: float) -> dict[str, Any]:

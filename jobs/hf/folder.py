@@ -231,6 +231,8 @@ def _weight_files(path: Path) -> tuple[list[Path], list[Flaw]]:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            if not all(isinstance(name, str) for name in weight_map.values()):
+                raise TypeError("a file name is not text")
             names = sorted(set(weight_map.values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return [], [Flaw(message=f"{_INDEX} cannot be used: {type(error).__name__}: {error}")]

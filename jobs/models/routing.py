@@ -55,15 +55,29 @@ def choose(
         ranks: Those that have the other tokens of the same sequences.
         layout: How documents lie in whole sequences, each of which is then routed as it is alone; None for one in each.
     """
-    scores = logits.softmax(dim=-1) if moe.routing == "softmax" else logits.sigmoid()
-    weights, experts = scores.topk(moe.top_k, dim=-1)
-    if moe.normalize and moe.top_k > 1:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    shares = scores if moe.routing == "softmax" else scores / scores.sum(dim=-1, keepdim=True)
+    weights, experts, shares = _softmax(logits, moe) if moe.routing == "softmax" else _sigmoid(logits, moe)
     room = capacity(moe, length or logits.shape[1] * ranks.size)
     if room is None:
         return Choice(experts, weights, shares, None)
     return Choice(experts, weights, shares, within(experts, moe.experts, room, ranks, layout))
+
+
+def _softmax(logits: torch.Tensor, moe: MoeSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights and experts of the visits, and the shares of all experts."""
+    shares = logits.softmax(dim=-1)
+    weights, experts = shares.topk(moe.top_k, dim=-1)
+    if moe.normalize and moe.top_k > 1:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights, experts, shares
+
+
+def _sigmoid(logits: torch.Tensor, moe: MoeSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same; as logarithms, because scores may be too small for a number, all of a token's at once, too."""
+    logs = F.logsigmoid(logits)
+    experts = logits.topk(moe.top_k, dim=-1).indices
+    best = logs.gather(-1, experts)
+    weights = best.softmax(dim=-1) if moe.normalize and moe.top_k > 1 else best.exp()
+    return weights, experts, logs.softmax(dim=-1)
 
 
 def capacity(moe: MoeSpec, tokens: int) -> int | None:

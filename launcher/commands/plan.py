@@ -271,6 +271,7 @@ def plan_document(
         searched: The search that the plan came from.
     """
     from launcher.build import outline_deepspeed
+    from launcher.cautions import cautions
     from launcher.data_checks import absent, sources_outline
     from strategies import memory
     from strategies.codec import to_json
@@ -299,6 +300,7 @@ def plan_document(
         "batch": to_json(sketch.batch),
         "sources": sources_outline(config),
         "absent_data": absent(config),
+        "warnings": list(cautions(config, sketch.model)),
         "cluster": to_json(sketch.cluster),
         "estimate": estimate,
         "search": searched,

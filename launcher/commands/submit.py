@@ -59,6 +59,7 @@ def _submit(
 ) -> int:
     """Everything; returns the exit code."""
     from launcher import launch
+    from launcher.cautions import cautions
     from launcher.finish import finish
     from launcher.follow import screen
     from launcher.preparation import prepare_data
@@ -67,6 +68,8 @@ def _submit(
     submitted = submission(overrides, ray, rehearse=rehearse, detach=detach)
     config, request, toy = submitted.config, submitted.request, submitted.toy
     with interruptible(), launch.closing(screen()) as shown:
+        for text in cautions(config, request.job.model):
+            shown.say(f"warning: {text}")
         if toy:
             _announce(toy, request, shown)
         request = prepare_data(config, request, shown)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from jobs.distributed import Grid
+from jobs.hf.config import pooled_weight
 from jobs.models.gpt import Decoder, LossFunction, Recipe
 from jobs.models.moe import Expert, MixtureOfExperts
 from jobs.models.routing import balance_loss, capacity, choose, visits, within, z_loss
@@ -74,6 +75,23 @@ def test_sigmoid_scores_experts_one_by_one() -> None:
     assert torch.allclose(choice.shares.sum(-1), torch.ones(2, 5))
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("far", [-120.0, 120.0])
+def test_sigmoid_scores_that_no_number_tells_apart(far: float, normalize: bool) -> None:
+    """In fp32 all of them are 0, or 1: the best are still the best, and nothing is divided by 0."""
+    logits = (noise(2, 4, 6) + far).requires_grad_()
+    choice = choose(logits, dataclasses.replace(MOE, routing="sigmoid", normalize=normalize))
+    assert torch.equal(choice.experts, logits.topk(2, dim=-1).indices)
+    assert torch.allclose(choice.shares.sum(dim=-1), torch.ones(2, 4))
+    if normalize:
+        exact = logits.double().sigmoid().gather(-1, choice.experts)
+        assert torch.allclose(choice.weights.double(), exact / exact.sum(dim=-1, keepdim=True), rtol=1e-5)
+    loss = (choice.weights * noise(2, 4, 2, seed=1)).sum() + balance_loss(choice).sum() + z_loss(logits).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
 def test_capacity_is_a_share_of_the_sequence() -> None:
     assert capacity(MOE, 12) is None
     assert capacity(dataclasses.replace(MOE, capacity_factor=1.0), 12) == 4  # 12 tokens x 2 visits / 6 experts
@@ -115,6 +133,26 @@ def test_the_balance_loss_is_its_formula(routing: str) -> None:
                 scores = [1 / (1 + (-logits[row, token]).exp()) for token in range(7)]
             wanted += share * sum((score[expert] / score.sum()).item() for score in scores) / 7
         assert balance_loss(choice)[row].item() == pytest.approx(6 * wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize(("experts", "top_k", "layers"), [(8, 2, 1), (8, 2, 3), (4, 3, 2)])
+def test_the_balance_loss_weighs_as_that_of_transformers(experts: int, top_k: int, layers: int) -> None:
+    """For layers that route alike: theirs is one loss for all layers, whose shares sum to top_k, ours one for each."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    moe = MoeSpec(experts=experts, top_k=top_k, ffn=8, balance_weight=0.3)
+    logits = [noise(1, 16, experts, seed=7).requires_grad_() for _ in range(layers)]
+    ours = moe.balance_weight * sum(balance_loss(choose(one, moe)).sum() for one in logits)
+    assert isinstance(ours, torch.Tensor)
+    own = torch.autograd.grad(ours, logits)
+    theirs = load_balancing_loss_func(tuple(one.flatten(0, 1) for one in logits), experts, top_k)
+    assert isinstance(theirs, torch.Tensor)
+    theirs = pooled_weight(moe, layers) * theirs
+    other = torch.autograd.grad(theirs, logits)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    for mine, their in zip(own, other, strict=True):
+        assert torch.allclose(mine, their, rtol=1e-4, atol=1e-8)
+        assert mine.abs().max() > 1e-4
 
 
 def test_the_z_loss_is_its_formula() -> None:

@@ -54,6 +54,17 @@ def test_packed_documents_take_memory(invoke: Invoke) -> None:
     assert peaks[1] >= peaks[0] + 3 * 2048**2
 
 
+def test_experts_that_nothing_keeps_evenly_loaded_are_warned_of(invoke: Invoke) -> None:
+    words = ["model=moe_tiny", "cluster=process", "model.moe.balance_weight=0", "model.moe.z_weight=0"]
+    code, out, _ = invoke(*words)
+    assert code == 0
+    assert "warning: nothing keeps the experts evenly loaded" in out
+    assert len(json.loads(invoke("--json", *words)[1])["warnings"]) == 1
+    assert "evenly loaded" not in invoke(*words[:2])[1]
+    assert "evenly loaded" not in invoke(*words[:3])[1]
+    assert "evenly loaded" not in invoke(*words, "model.moe.experts=1", "model.moe.top_k=1")[1]
+
+
 def test_estimate_of_a_plan_that_fits(invoke: Invoke) -> None:
     code, out, _ = invoke("--json", *FITS)
     assert code == 0

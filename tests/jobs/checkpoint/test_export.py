@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from jobs.checkpoint.export import export
+from jobs.hf.folder import model_of
 from jobs.sample import load
 from jobs.spec import DataSpec
 from strategies.errors import ConfigError, StorageError
@@ -55,6 +56,16 @@ def test_transformers_gives_the_same_logits(tmp_path: Path, name: str) -> None:
         logits = other(tokens).logits
     assert ours.std() > 0.1
     assert torch.allclose(ours, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_balance_of_experts_survives_the_way_out_and_in(tmp_path: Path) -> None:
+    moe = MoeSpec(experts=4, top_k=2, ffn=96, balance_weight=0.013)
+    model = dataclasses.replace(LLAMA, moe=moe)
+    done = export(write_model_checkpoint(tmp_path / "checkpoints", model), tmp_path / "hf")
+    assert theirs(done.path).config.router_aux_loss_coef == pytest.approx(0.013 * model.layers / 2)
+    again = model_of(done.path).moe
+    assert again is not None
+    assert again.balance_weight == pytest.approx(0.013, rel=1e-12)
 
 
 def test_the_tokenizer_goes_with_the_weights(tmp_path: Path) -> None:

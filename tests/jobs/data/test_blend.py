@@ -287,6 +287,26 @@ def test_a_tokenizer_that_is_given(sources: tuple[SourceSpec, ...], tmp_path: Pa
             prepared(mixture([*sources, short], tokenizer=str(path)), tmp_path / "stores")
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_documents_cannot_forge_boundaries(sources: tuple[SourceSpec, ...], tmp_path: Path, given: bool) -> None:
+    """What spells the end of a document is text, under a tokenizer of ours and one that is given."""
+    path = None
+    if given:
+        own = prepared(mixture(sources), tmp_path / "first")
+        tokenizer = read_tokenizer(Path(own.store, "tokenizer.json"))
+        tokenizer.add_special_tokens(["<|im_end|>"])
+        tokenizer.save(str(path := tmp_path / "given.json"))
+    forged = [f"{text} <|endoftext|> and <|im_end|> more" for text in documents("forged", 50)]
+    source = SourceSpec(path=str(write(tmp_path / "forged.jsonl", forged)), weight=1)
+    data = mixture([*sources, source], tokenizer=str(path) if path else None)
+    data = prepare_mixture(data, tmp_path / "s", 301, seq=SEQ, samples=4000, runner=Inline())
+    folder = Path(data.sources[-1].store)
+    tokens = Tokens(folder, read_source(folder), "train").slice(0, data.sources[-1].tokens)
+    assert (tokens == data.end_id).sum() == len(forged)
+    assert (tokens == 300).sum() == 0 or not given
+    assert Mixture(data, SEQ).decode(tokens.tolist()) == "".join(forged)
+
+
 def test_damaged_files_are_told_with_all_else(tmp_path: Path) -> None:
     whole = gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in documents("x", 2000)).encode())
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])

@@ -52,6 +52,17 @@ def test_the_store_holds_the_corpus(corpus: Path, tmp_path: Path) -> None:
     assert store.encode(TEXT) == tokens[: ends[0]].tolist()
 
 
+def test_a_document_that_spells_its_own_end_goes_on(tmp_path: Path) -> None:
+    """An end that is written in the text is text: it forges no boundary, and can be read again."""
+    (tmp_path / "a.txt").write_text(TEXT + "<|endoftext|> forged" + TEXT)
+    data = prepare(text(tmp_path / "a.txt"), tmp_path / "stores", 300)
+    tokens = np.fromfile(Path(data.store) / "tokens.bin", dtype="<u2").astype(np.int64)
+    assert np.flatnonzero(tokens == END_OF_TEXT_ID).tolist() == [len(tokens) - 1]
+    store = TokenStore(data, 8)
+    assert store.decode(tokens.tolist()) == TEXT + "<|endoftext|> forged" + TEXT
+    assert END_OF_TEXT_ID not in store.encode("<|endoftext|>")
+
+
 def test_windows_overlap_by_the_target_of_the_last_token(corpus: Path, tmp_path: Path) -> None:
     data = prepare(text(corpus), tmp_path / "stores", 300)
     store = TokenStore(data, 16)

@@ -224,6 +224,36 @@ def test_no_value_of_a_config_is_an_internal_error(value: Any) -> None:
             assert all(math.isfinite(one) for one in values.values() if isinstance(one, float))
 
 
+@pytest.mark.parametrize(("said", "coefficient"), [({}, 0.001), ({"router_aux_loss_coef": 0.02}, 0.02)])
+def test_the_balance_of_experts_comes_along(said: dict[str, Any], coefficient: float) -> None:
+    """Of 3 layers with 2 experts per token; where the file says nothing it is transformers' own default."""
+    from transformers import MixtralConfig
+
+    assert said or MixtralConfig().router_aux_loss_coef == coefficient
+    values, flaws = read_config(hf_models.MIXTRAL | said | {"model_type": "mixtral"}, "tiny")
+    assert not flaws
+    assert values["moe"]["balance_weight"] == pytest.approx(coefficient * 2 / 3)
+    off, _ = read_config(hf_models.MIXTRAL | {"model_type": "mixtral", "router_aux_loss_coef": 0}, "tiny")
+    assert off["moe"]["balance_weight"] == 0
+
+
+@pytest.mark.parametrize("value", [-0.1, True, "x", None, [], float("nan"), float("inf")])
+def test_a_balance_that_is_no_number_is_refused(value: Any) -> None:
+    document = hf_models.MIXTRAL | {"model_type": "mixtral", "router_aux_loss_coef": value}
+    _, (flaw,) = read_config(document, "tiny")
+    assert "router_aux_loss_coef: expected a number from 0" in flaw.message
+
+
+@pytest.mark.parametrize("name", [5, None, ["a"], {}, ""])
+def test_an_index_of_names_that_are_none_is_refused(tmp_path: Path, name: Any) -> None:
+    hf_models.make(tmp_path / "hf", "llama", shard="20KB")
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    document["weight_map"]["lm_head.weight"] = name
+    index.write_text(json.dumps(document))
+    assert "model.safetensors.index.json" in refusal(tmp_path / "hf")
+
+
 def test_pickles_are_refused(tmp_path: Path) -> None:
     hf_models.make(tmp_path / "hf", "llama")
     (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")

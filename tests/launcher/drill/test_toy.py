@@ -34,7 +34,8 @@ EXPERIMENTS = {
     "experts over parts": ["model=moe_tiny", "strategy.sp=2", "strategy.tp=2", "strategy.ep=2"],
     "bf16": ["cluster=process", "cluster.nodes=2", "strategy.tp=2", "strategy.dp=2", "train.precision=bf16"],
 }
-DEGREES = ("tp", "pp", "dp", "ep", "sp", "cp")
+INTERLEAVED = ("experiment=gpt4_1800b", "strategy.schedule=interleaved", "strategy.vpp=8")  # can only be planned
+DEGREES = ("tp", "pp", "dp", "ep", "sp", "cp", "vpp")
 
 
 @cache
@@ -96,8 +97,14 @@ def test_experts_in_shares_stay_in_shares(dp: int, sp: int) -> None:
             assert all((small[name] > 1) == (was > 1) for name, was in (("tp", tp), ("dp", dp)))
 
 
-def test_what_can_only_be_planned_is_replaced_and_said_so() -> None:
+def test_the_schedule_stays() -> None:
     toy = of("gpt4_1800b")[1]
+    assert (toy.same["strategy.schedule"], toy.same["strategy.vpp"]) == ("dualpipev", 1)
+    assert toy.plan.grad_accum >= 2 * toy.plan.pp, "or the pipeline would never be full"
+
+
+def test_what_can_only_be_planned_is_replaced_and_said_so() -> None:
+    toy = shrink(compose(INTERLEAVED))
     said = {change.key: (change.was, change.now) for change in toy.changes}
     assert said["strategy.ep"] == (16, 2)
     assert said["strategy.schedule"] == ("interleaved", "1f1b")
@@ -122,7 +129,7 @@ def test_only_what_cannot_run_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
         return Violation(rule="combination_runs", message="not yet", hint="") if refused else None
 
     monkeypatch.setattr(capabilities, "runnable", runnable)
-    toy = shrink(compose(EXPERIMENTS["gpt4_1800b"]))
+    toy = shrink(compose(INTERLEAVED))
     assert set(sent) >= {"interleaved", "1f1b"}
     assert (toy.plan.schedule, toy.plan.vpp, toy.plan.grad_accum) == ("1f1b", 1, 12)
     assert (toy.plan.tp, toy.plan.pp, toy.plan.dp, toy.plan.ep, toy.plan.world_size) == (2, 2, 2, 2, 8)
@@ -139,7 +146,7 @@ def test_what_makes_a_run_what_it_is_stays(name: str) -> None:
     config, toy = of(name)
     was, now = build.outline(config), build.outline(toy.config)
     assert toy.config.train.precision == config.train.precision
-    for key in ("zero_stage", "recompute", "grad_dtype", "flash", "offload"):
+    for key in ("zero_stage", "schedule", "recompute", "grad_dtype", "flash", "offload"):
         assert getattr(now.plan, key) == getattr(was.plan, key), key
     for key in ("micro_batch", "grad_accum"):
         assert (getattr(now.plan, key) > 1) == (getattr(was.plan, key) > 1), key
