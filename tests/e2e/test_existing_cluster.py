@@ -337,6 +337,7 @@ def test_a_killed_or_interrupted_controller_is_restarted_and_adopts_the_gang(
     assert process.wait_until(lambda: quiet(cluster), 20.0)
 
 
+@pytest.mark.full  # tests/e2e/test_departure.py has a notice on processes
 def test_sigterm_at_an_agent_gives_its_node_up_and_the_spare_takes_over(
     cluster: netns.RayCluster, tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ FAULTS = {
 
 
 COVERED = {
+    "three_in_a_row",
     "rank_exit",
     "rank_error",
     "agent_kill",
@@ -124,6 +125,7 @@ def test_node_lost_takes_the_spare(folder: Path, undisturbed: RunStore) -> None:
     assert_same(cli.store(folder, "spare"), undisturbed)
 
 
+@pytest.mark.full
 def test_a_node_whose_device_is_gone_is_left_and_the_spare_takes_its_place(folder: Path, undisturbed: RunStore) -> None:
     """The node itself is well: what it holds in memory is still of use."""
     done = cli.phalanx(*cli.tiny(folder, "device", 'faults=["device_lost@rank=2,step=5"]'), cwd=folder)

@@ -315,7 +315,7 @@ def test_an_interrupted_command_says_so_in_both_forms(invoke: Invoke, monkeypatc
 
     monkeypatch.setattr("launcher.build.outline", interrupted)
     code, out, err = invoke("plan", "--json")
-    assert (code, err) == (130, "Interrupted.\n")
+    assert (code, err) == (130, "\nInterrupted.\n")
     assert json.loads(out)["error"]["kind"] == "Interrupted"
 
 

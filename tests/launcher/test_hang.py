@@ -338,9 +338,9 @@ def test_a_hang_without_a_culprit_is_held_against_no_node() -> None:
     assert found is not None
     assert (found.kind, found.rank, found.node) == (FailureKind.HANG, -1, "")
     assert "a link or a device, not a process, is stuck" in found.detail
-    run = SimpleNamespace(failures=[found] * 3, excluded={})
+    run = SimpleNamespace(failures=[found] * 3, excluded={}, attempt=None)
     assert after_failure(cast(Run, run), RecoverySpec(exclude_after=1)) is None
-    blamed = SimpleNamespace(failures=[replace(found, node="node-1")] * 3, excluded={})
+    blamed = SimpleNamespace(failures=[replace(found, node="node-1")] * 3, excluded={}, attempt=None)
     assert after_failure(cast(Run, blamed), RecoverySpec(exclude_after=1)) is not None
 
 

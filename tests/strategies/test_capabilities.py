@@ -112,6 +112,7 @@ def test_some_rows_can_be_tried_again(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "python -m jobs.engine first" in capsys.readouterr().err
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_a_sample_of_the_table_is_what_deepspeed_does() -> None:
     """Rows drawn with ``CAPABILITY_SEED``; the whole table is compared with ``-m full``."""
