@@ -259,19 +259,19 @@ def build_request(
     if config.cluster.kind == "existing":
         existing_address(config)
     assert config.run.name is not None
-    run_dir = Path(config.run.dir) / config.run.name
+    run_dir, work = Path(config.run.dir) / config.run.name, workload(config, sketch)
     return LaunchRequest(
         run_name=config.run.name,
         run_dir=str(run_dir),
-        job=_job(config, sketch, run_dir),
+        job=_job(config, sketch, work, run_dir),
         cluster=sketch.cluster,
-        recovery=patient(config.recovery, workload(config, sketch), sketch.plan),
+        recovery=patient(config.recovery, work, sketch.plan),
         tracking=config.tracking,
         overrides=tuple(overrides),
     )
 
 
-def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
+def _job(config: Config, sketch: Outline, work: Workload | None, run_dir: Path) -> JobSpec:
     script, weights = config.job.kind == "script", config.job.weights if config.job.infers else config.train.init_from
     train = train_spec(config)
     return JobSpec(
@@ -282,7 +282,7 @@ def _job(config: Config, sketch: Outline, run_dir: Path) -> JobSpec:
         batch=sketch.batch,
         train=train,
         data=data_spec(config),
-        checkpoint=checkpoint_spec(config, workload(config, sketch), sketch.plan, run_dir),
+        checkpoint=checkpoint_spec(config, work, sketch.plan, run_dir),
         deepspeed=engine_config(sketch.plan, train, sketch.batch) if config.job.kind == "pretrain" else {},
         skips=config.train.skips,
         faults=resolved_faults(config, sketch),

@@ -8,6 +8,7 @@ of weight 0.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -238,4 +239,10 @@ def full_batches(batch: BatchSpec, step: int) -> float:
 
     The learning rate goes by it, as published recipes do, which give their warm-up and decay in tokens.
     """
-    return step if batch.ramp is None else SampleSchedule.of(batch).trained(step + 1) / batch.global_batch
+    return step if batch.ramp is None else _unskipped(batch).trained(step + 1) / batch.global_batch
+
+
+@functools.lru_cache(maxsize=8)
+def _unskipped(batch: BatchSpec) -> SampleSchedule:
+    """Of a batch that grows, which every step asks about: its levels are counted once."""
+    return SampleSchedule.of(batch)

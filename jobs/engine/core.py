@@ -197,9 +197,8 @@ class Engine:
         self.ds.global_steps = step
         self.ds.global_samples = step * self.ds.train_batch_size()
         self.ds.micro_steps = step * self.ds.gradient_accumulation_steps()
-        self.ds.lr_scheduler.step(
-            full_batches(self._full, step + 1)
-        )  # its count is the number of the step to come, see deepspeed_config
+        # Its count is the number of the step to come, see deepspeed_config.
+        self.ds.lr_scheduler.step(full_batches(self._full, step + 1))
 
     def _accumulate(self, micro_batches: int, tokens: int) -> None:
         """DeepSpeed averages over micro-batches and replicas; make that average a mean over the step's real tokens."""
