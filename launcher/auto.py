@@ -88,6 +88,7 @@ def auto_document(
         "evaluated": result.evaluated,
         "pruned": dict(result.pruned),
         "rejected": dict(result.rejected),
+        "fixed": to_json(_fixed(config, machine or build.cluster_spec(config))),
         "ranked": [summary(one) for one in ranked],
         "best_runnable": summary(result.best_runnable) if result.best_runnable else None,
         "runner_up": _lost(ranked[0], ranked[1], result.objective) if len(ranked) > 1 else None,

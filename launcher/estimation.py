@@ -14,6 +14,7 @@ not known is null. Arithmetic is left to :mod:`strategies`; nothing here reads f
 ``advice``       changes of the ``plan`` and of the ``hardware`` that gain most
 ``warnings``     what the numbers cannot be trusted about
 ``arithmetic``   with ``--explain``: formula and numbers of every kind
+``best``         with ``--explain`` or ``--report``: the best plan by the objective, and by how much it is better
 ``search``       with ``--report``: counts, the best plan, points (seconds, bytes) of the scatter plot
 ===============  ======================================================================================================
 """
@@ -23,19 +24,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.quantities import span, storage
 from strategies import reliability_terms, replan, rules
 from strategies.advice import Advice, Change, advise
 from strategies.codec import to_json
-from strategies.estimate import CostEstimate, Estimator
+from strategies.estimate import CostEstimate, Estimator, Objective
 from strategies.plan import ParallelPlan
 from strategies.replan import Candidate, Find, Rung
 from strategies.shrink import smaller_plans
 from strategies.specs import ClusterSpec
 from strategies.topology import nodes_needed
 from strategies.workload import Workload
+
+if TYPE_CHECKING:
+    from launcher.contest import Contest
 
 _RUNGS = 4
 """Times that the ladder gives up a replica (with experts: a set of them that holds all)."""
@@ -54,16 +58,17 @@ def estimated(
     explain: bool = False,
     report: bool = False,
     searched: Mapping[str, Any] | None = None,
+    objective: Objective = "goodput",
 ) -> dict[str, Any]:
     """The estimate of a legal plan.
 
     Args:
         work: Model, batch and machine.
         plan: The plan.
-        explain: With the arithmetic of every number.
-        report: With what only the report draws: the search, and plans around this one.
-        searched: What :func:`launcher.auto.auto_document` says about the search that the plan came from; None searches
-            for a plan to compare it with.
+        explain: With the arithmetic of every number, and the best plan to compare this one with.
+        report: With that plan, and what only the report draws: the search, and plans around this one.
+        searched: What :func:`launcher.auto.auto_document` says about the search that the plan came from.
+        objective: What the best plan is best at.
     """
     estimator = Estimator(work)
     estimate = estimator.estimate(plan)
@@ -71,37 +76,33 @@ def estimated(
     lost = min(_LOST_NODES, _RUNGS * max(1, replicas))
     rungs = replan.ladder(work, plan, estimate.step_s, next_plan(estimator, plan), lost) if estimate.fits else ()
     document = estimate_document(estimator, estimate, rungs=rungs, explain=explain)
+    if explain or report:
+        from launcher.contest import best_document, contest
+
+        found = contest(estimator, estimate, objective)
+        document["best"] = best_document(estimator, estimate, found)
     if report:
         from launcher.auto import label
 
-        document |= {"plan_text": label(plan), "search": _search(estimator, estimate, searched)}
+        document |= {"plan_text": label(plan), "search": _search(estimator, found, searched)}
     return document
 
 
-def _search(estimator: Estimator, estimate: CostEstimate, searched: Mapping[str, Any] | None) -> dict[str, Any]:
+def _search(estimator: Estimator, found: Contest, searched: Mapping[str, Any] | None) -> dict[str, Any]:
     """A search for the report: its counts, the best plan, and a sample of all plans.
 
-    A given plan that runs is compared with plans that run, another one with all.
+    It is the search that a given plan is compared by, or the one that the plan came from.
     """
-    from launcher.auto import summary
+    from launcher.contest import search_document
     from launcher.report.sample import sample
-    from strategies.search import search
     from strategies.space import Space
 
-    space = Space(estimator.work, runnable_only=searched is None and estimate.runnable)
-    if searched is None:
-        result = search(estimator.work, top=1, space=space, estimator=estimator)
-        searched = {
-            "objective": result.objective,
-            "space": result.space,
-            "evaluated": result.evaluated,
-            "pruned": result.pruned,
-            "rejected": result.rejected,
-            "ranked": [summary(one) for one in result.ranked],
-        }
+    space = found.space if searched is None else Space(estimator.work, searched["fixed"])
+    searched = search_document(found) if searched is None else searched
     return {
-        **{name: searched[name] for name in ("objective", "space", "evaluated")},
+        **{name: searched[name] for name in ("objective", "space", "evaluated", "fixed", "best_runnable")},
         **{name: sum(searched[name].values()) for name in ("pruned", "rejected")},
+        "among_runnable": space.runnable_only,
         "best": searched["ranked"][0] if searched["ranked"] else None,
         "points": sample(estimator, space, _POINTS),
     }
@@ -169,6 +170,7 @@ def estimate_document(
         "ladder": _ladder(work, plan, rungs),
         "advice": _advice(advice),
         "warnings": list(estimate.warnings),
+        "best": None,
         "search": None,
     }
     if explain:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launcher.render import count, plural, size, table
-from launcher.verdict import fastest_text, tight, tight_text
+from launcher.verdict import best_text, tight, tight_text
 from strategies.capabilities import MODELLED_ONLY
 from strategies.codec import from_json
 from strategies.plan import ParallelPlan
@@ -45,19 +45,26 @@ def plan_text(
         if not document.get("search"):
             blocks.append(estimate_text(estimate, today or datetime.date.min))
             blocks.append(
-                fastest_text(estimate) or "Is there a faster one? --explain says so; strategy=auto finds the best."
+                best_text(estimate) or "Is there a better one? --explain says so; strategy=auto finds the best."
             )
         if "arithmetic" in estimate:
             blocks.append(arithmetic_text(estimate["arithmetic"]))
     elif document["memory"]:
         blocks.append(_memory(document))
-    if document.get("warnings"):
-        blocks.append("\n".join(f"warning: {one}" for one in document["warnings"]))
+    warnings = [*_warnings_of_chosen(document), *(document.get("warnings") or ())]
+    if warnings:
+        blocks.append("\n".join(f"warning: {one}" for one in warnings))
     if not refused:
         if not document.get("search"):
             blocks.append(_picture(plan, cluster, script=document["job"] == "script", brief=estimate is not None))
         blocks.append(_last_word(document, cluster))
     return "\n\n".join(blocks)
+
+
+def _warnings_of_chosen(document: Mapping[str, Any]) -> Sequence[str]:
+    """What the numbers of a searched plan cannot be trusted about; those of a given one stand with its numbers."""
+    estimate = document["estimate"]
+    return estimate["warnings"] if document.get("search") and estimate is not None else ()
 
 
 def _last_word(document: Mapping[str, Any], cluster: ClusterSpec) -> str:

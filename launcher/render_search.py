@@ -7,6 +7,7 @@ from typing import Any
 
 from launcher.quantities import dollars, percent, span, storage
 from launcher.render import count, indent, plural, table
+from launcher.verdict import BEST_AT
 
 _MEANING = {
     "slower": "slower than the plans above: their lower bound says so",
@@ -32,13 +33,6 @@ _NAMES = {
     "offload": "offload traffic",
 }
 
-_BEST_AT = {
-    "goodput": "tokens per second that survive failures",
-    "time": "seconds per step without failures",
-    "cost": "dollars per token that survives failures",
-    "memory": "bytes per rank",
-}
-
 
 def ranking_text(document: Mapping[str, Any]) -> str:
     """Everything about a search.
@@ -48,7 +42,7 @@ def ranking_text(document: Mapping[str, Any]) -> str:
     """
     ranked = document["ranked"]
     priced = document["objective"] == "cost"
-    blocks = [f"best plans by {_BEST_AT[document['objective']]}:\n{_table(ranked, priced=priced)}"]
+    blocks = [f"best plans by {BEST_AT[document['objective']]}:\n{_table(ranked, priced=priced)}"]
     runnable = document["best_runnable"]
     if runnable is None:
         blocks.append("phalanx runs none of these: they are modelled only.")

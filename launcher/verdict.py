@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.quantities import gain, percent, span, storage
-from strategies.plan import ParallelPlan
-from strategies.workload import Workload
+from launcher.quantities import percent, span, storage
 
 MEMORY_ERROR = 0.07
 """How far predicted memory is off, as a fraction: about the mean over the published runs (``plan --validate``)."""
 
 _ENOUGH = 0.01
-"""A step that is shorter by less than this fraction beats nothing: predictions are not that good."""
+"""A plan that is better by less than this fraction beats nothing: predictions are not that good."""
+
+BEST_AT = {
+    "goodput": "tokens per second that survive failures",
+    "time": "seconds per step without failures",
+    "cost": "dollars per token that survives failures",
+    "memory": "bytes per rank",
+}
+"""What plans are best by, of each objective."""
 
 
 def tight(estimate: Mapping[str, Any]) -> bool:
@@ -39,50 +45,35 @@ def tight_text(estimate: Mapping[str, Any]) -> str:
     )
 
 
-def fastest(work: Workload, plan: ParallelPlan, estimate: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The plan with the shortest step that fits, proven by a search; None if nothing fits.
-
-    A plan that phalanx runs is compared with plans that it runs, another one with all; gradients are summed as in the
-    plan, because 16-bit sums change the numbers that training gives.
-
-    Args:
-        work: Model, batch and machine.
-        plan: The given plan.
-        estimate: Its ``estimate``, as in ``plan --json``.
-
-    Returns:
-        The plan in the words of a ranking; ``faster`` is the fraction of steps that it makes more per second.
-    """
-    from launcher.auto import senseless, summary
-    from strategies.search import search
-    from strategies.space import Space
-
-    fixed = {"grad_dtype": plan.grad_dtype, **senseless(work.cluster)}
-    space = Space(work, fixed, runnable_only=estimate["runnable"])
-    found = search(work, objective="time", top=1, space=space).ranked
-    if not found:
-        return None
-    best = summary(found[0])
-    kept = ("plan", "plan_text", "overrides", "runnable", "modelled_reason", "step_s", "peak_bytes")
-    faster = estimate["time"]["step_s"] / best["step_s"] - 1
-    return {name: best[name] for name in kept} | {"faster": faster, "among_runnable": estimate["runnable"]}
-
-
-def fastest_text(estimate: Mapping[str, Any]) -> str:
+def best_text(estimate: Mapping[str, Any]) -> str:
     """One line: what beats the plan, or that nothing does; empty if nobody has looked.
 
     Args:
         estimate: The ``estimate`` of ``plan --json``.
     """
-    best = estimate.get("fastest")
+    best = estimate.get("best")
     if best is None:
         return ""
-    numbers = f"{span(best['step_s'])}, {storage(best['peak_bytes'])} per rank"
+    numbers = f"{span(best['step_s'])} per step, {storage(best['peak_bytes'])} per rank"
     numbers += "; fits tightly" if _near(best["peak_bytes"], estimate["memory"]["budget_bytes"]) else ""
     numbers += "" if best["runnable"] else "; modelled only"
+    measure = BEST_AT[best["objective"]]
     if not estimate["fits"]:
-        return f"the fastest plan that fits: {best['plan_text']} ({numbers})"
-    if best["faster"] <= _ENOUGH:
-        which = "plan that phalanx runs" if best["among_runnable"] else "plan"
-        return f"no {which} has a step that is more than {percent(_ENOUGH, 0)} faster"
-    return f"beaten by {best['plan_text']} ({gain(best['faster']).removeprefix('+')} faster step: {numbers})"
+        return f"the best plan that fits, by {measure}: {best['plan_text']} ({numbers})"
+    among = f"compared with {contenders_text(best)}"
+    if best["better"] <= _ENOUGH:
+        return f"no other plan is more than {percent(_ENOUGH, 0)} better in {measure} ({among})"
+    gained = f"{percent(best['better'], 0)} better in {measure}"
+    return f"beaten by {best['plan_text']} ({gained}: {numbers}; {among})"
+
+
+def contenders_text(found: Mapping[str, Any]) -> str:
+    """Which plans a search looked at.
+
+    Args:
+        found: With ``among_runnable``, and ``fixed``: the knobs that had one value.
+    """
+    named = {"grad_dtype": "gradients in", "offload": "offload"}
+    words = [f"{named.get(name, name)} {value}" for name, value in found["fixed"].items()]
+    which = "the plans that phalanx runs" if found["among_runnable"] else "all plans, modelled ones too"
+    return which + (f", with {', '.join(words)}" if words else "")

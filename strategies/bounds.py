@@ -89,8 +89,8 @@ class Bounds:
         self._rates: dict[tuple[object, ...], Pace] = {}
         self._divisors: dict[tuple[int, Pipe], float] = {}
         self._best_divisors: dict[tuple[int, int], float] = {}
-        self._lean: dict[tuple[bool, bool], tuple[State, ...]] = {}
-        self._quiet: dict[tuple[int, int, int, int], tuple[State, ...]] = {}
+        self._lean: dict[tuple[bool, ...], tuple[State, ...]] = {}
+        self._quiet: dict[tuple[object, ...], tuple[State, ...]] = {}
         self._whole: dict[tuple[int, int], float] = {}
         self._passes: dict[tuple[object, ...], float] = {}
         self._quicker: dict[tuple[int, int, Recompute], tuple[bool, ...]] = {}
@@ -252,7 +252,7 @@ class Bounds:
         With a pipeline the lowest ZeRO stage sends least; without one, any may. Narrow gradients always send less.
         """
         replicas = most * shape.sp * shape.cp
-        key = (shape.tp, shape.pp, shape.ep, replicas)
+        key = (shape.tp, shape.pp, shape.ep, replicas, self.space.kind(shape))
         found = self._quiet.get(key)
         if found is None:
             stages = [one.zero_stage for one in self.lean(shape) if self._may_fit(shape, replicas, one)]
@@ -329,7 +329,7 @@ class Bounds:
 
     def lean(self, shape: Shape) -> tuple[State, ...]:
         """Of each ZeRO stage, the highest first, the state that holds least: no other state holds less than all."""
-        key = (shape.tp > 1, shape.pp > 1)
+        key = self.space.kind(shape)
         found = self._lean.get(key)
         if found is None:
             states = sorted(self.space.states(shape), key=lambda one: (one.zero_stage, _off(one), -_width(one)))

@@ -276,6 +276,8 @@ def _rare(work: Workload, plan: ParallelPlan) -> Iterator[str]:
         yield f"tp={plan.tp} leaves the {domain} devices of a fast domain: no fitted run has that"
     if plan.ep > 1:
         yield f"ep={plan.ep}: only {EXPERT_RUNS} fitted runs have expert parallelism"
+    if plan.sp > 1:
+        yield f"sp={plan.sp}: no fitted run has sequence parallelism"
     if plan.cp > 1:
         yield f"cp={plan.cp}: only {CONTEXT_RUNS} fitted runs have context parallelism"
 

@@ -6,7 +6,7 @@ plan of it. Every level multiplies the one above it, so that whole subtrees are 
 
 - ``tp`` divides every tensor of the model; ``pp`` is anything up to the number of blocks; ``stages`` is the even split
   and, where the output projection weighs as much as blocks do, the split that makes up for it;
-- ``cp``, ZeRO-2 and 3 only without a pipeline, which runs none of them, and ``sp``, so that the space can be proved;
+- ``cp``, ZeRO-2 and 3 only without a pipeline, which runs none of them;
 - ``micro_batch`` is 1, 2, 3, 4, 6, 8, 12, ... (2^k and 3 x 2^k);
 - for each count of accumulated micro-batches the fewest replicas that need it, as few as one: a larger machine has all
   the plans of a smaller one and more, so it can never be predicted to be slower;
@@ -151,17 +151,18 @@ class Space:
         self.fixed = dict(fixed or {})
         self.runnable_only = runnable_only
         self.flash = bool(self.fixed.get("flash", True))
-        model, lone = work.model, runnable_only
+        model = work.model
         self.tp: tuple[int, ...] = self._keep("tp", tuple(legal_tp(model)))
         self.pp: tuple[int, ...] = self._keep("pp", tuple(range(1, model.layers + 1)))
-        self.sp: tuple[int, ...] = self._keep("sp", (1,) if lone else tuple(divisors(model.heads)))
-        self.cp: tuple[int, ...] = self._keep("cp", (1,) if lone else tuple(divisors(work.batch.seq // 2)) or (1,))
+        self.sp: tuple[int, ...] = self._keep("sp", tuple(divisors(model.heads)))
+        rings = [1] if runnable_only else divisors(work.batch.seq // 2) or [1]
+        self.cp: tuple[int, ...] = self._keep("cp", tuple(rings))
         self.ep: tuple[int, ...] = self._keep("ep", tuple(divisors(model.moe.experts)) if model.moe else (1,))
         self.recompute: tuple[Recompute, ...] = self._keep("recompute", self._recomputes())
         self.offload: tuple[Offload, ...] = self._keep("offload", get_args(Offload))
         size = self.fixed.get("micro_batch")
         self.micro_batch = micro_batches(work.batch.smallest) if size is None else (cast(int, size),)
-        self._known_states: dict[tuple[bool, bool], tuple[State, ...]] = {}
+        self._known_states: dict[tuple[bool, ...], tuple[State, ...]] = {}
         self._known_pipes: dict[tuple[int, bool], tuple[Pipe, ...]] = {}
 
     def _keep(self, knob: str, choices: tuple) -> tuple:  # type: ignore[type-arg]
@@ -177,10 +178,10 @@ class Space:
 
     def shapes(self) -> Iterator[Shape]:
         """Every way to cut the model, whether the machine is large enough or not."""
-        whole = tuple(product(self.sp, self.cp))
+        rings = {True: self.cp, False: (1,) * (1 in self.cp)}  # a pipeline runs no context parallelism
         for pp in self.pp:
             for stages, tp in product(self.splits(pp), self.tp):
-                for (sp, cp), ep in product(whole if pp == 1 else ((1, 1),) * ((1, 1) in whole), self.ep):
+                for sp, cp, ep in product(self.sp, rings[pp == 1], self.ep):
                     shape = Shape(tp, pp, sp, cp, ep, stages)
                     if self._cuts(shape) and self.states(shape):
                         yield shape
@@ -200,11 +201,16 @@ class Space:
 
     def states(self, shape: Shape) -> tuple[State, ...]:
         """Every way to keep the state of a shape."""
-        key = (shape.tp > 1, shape.pp > 1)
-        found = self._known_states.get(key)
-        if found is None:
-            found = self._known_states[key] = tuple(self._states(shape))
-        return found
+        key = self.kind(shape)
+        if key not in self._known_states:
+            self._known_states[key] = tuple(self._states(shape))
+        return self._known_states[key]
+
+    def kind(self, shape: Shape) -> tuple[bool, ...]:
+        """Shapes of one kind have the same states; where plans need not run, only a pipeline makes a difference."""
+        if not self.runnable_only:
+            return (shape.pp > 1,)
+        return (shape.tp > 1, shape.pp > 1, shape.ep > 1, shape.sp > 1)
 
     def _states(self, shape: Shape) -> Iterator[State]:
         stages = self._keep("zero_stage", (0, 1) if shape.pp > 1 else (0, 1, 2, 3))
@@ -217,17 +223,12 @@ class Space:
 
     def _runs(self, shape: Shape, state: State) -> bool:
         """Whether the engine trains with such a state, whatever the replicas, the recomputation and the schedule."""
-        work = self.work
-        return all(
-            capabilities.runnable(
-                self.plan(shape, state, Inner(1, recompute, False), Pipe("1f1b", 1), Replicas(dp, 1)),
-                work.precision,
-                work.model,
-            )
-            is None
-            for dp in (1, 2)
-            for recompute in self.recompute
+        made = product(self.recompute, (False, True)[: 1 + (shape.tp > 1)], (1, 2))
+        plans = (
+            self.plan(shape, state, Inner(1, recompute, split), Pipe("1f1b", 1), Replicas(dp, 1))
+            for recompute, split, dp in made
         )
+        return all(capabilities.runnable(plan, self.work.precision, self.work.model) is None for plan in plans)
 
     def inners(self, shape: Shape) -> Iterator[Inner]:
         """Every kind of micro-batch of a shape, the smallest first."""
@@ -237,7 +238,7 @@ class Space:
     def sequence_parallel(self, shape: Shape) -> tuple[bool, ...]:
         """Megatron's sequence parallelism rides on tensor parallelism."""
         held = self.work.batch.seq // (shape.sp * shape.cp)
-        free = shape.tp > 1 and not self.runnable_only and held % shape.tp == 0
+        free = shape.tp > 1 and held % shape.tp == 0
         return self._keep("sequence_parallel", (False, True) if free else (False,))
 
     def pipes(self, shape: Shape) -> tuple[Pipe, ...]:
@@ -247,10 +248,9 @@ class Space:
         each stage in two and needs ``2 pp`` micro-batches (DeepSeek's DualPipe asserts it).
         """
         key = (shape.pp, len(set(shape.stages)) == 1)
-        found = self._known_pipes.get(key)
-        if found is None:
-            found = self._known_pipes[key] = tuple(self._pipes(*key))
-        return found
+        if key not in self._known_pipes:
+            self._known_pipes[key] = tuple(self._pipes(*key))
+        return self._known_pipes[key]
 
     def _pipes(self, pp: int, equal: bool) -> Iterator[Pipe]:
         layers = self.work.model.layers

@@ -60,7 +60,7 @@ def command(ctx: click.Context, /, overrides: tuple[str, ...], **options: Any) -
     per step, failures, finish and cost.
 
     OVERRIDES are in Hydra's grammar: model=llama_tiny strategy.tp=2 ++train.lr=1e-3; strategy=auto searches for the
-    best plan. Exit code 3 if the plan breaks a rule or does not fit. --explain and --report also name the fastest plan.
+    best plan. Exit code 3 if the plan breaks a rule or does not fit. --explain and --report also name the best one.
 
     --validate reads the columns of launcher/calibration/published_runs.csv; rows without flash attention and with a
     zero_stage above 0 are taken for Megatron-DeepSpeed.
@@ -313,7 +313,7 @@ def _estimate(
 ) -> dict[str, Any] | None:
     """What the planner predicts; None without hardware figures, and for plans that make no sense.
 
-    ``fastest`` is what beats the plan; the search for it takes a second or two, so that it has to be asked for.
+    The search for the best plan takes a second or two, so that it has to be asked for.
     """
     from launcher.build import workload
 
@@ -321,7 +321,5 @@ def _estimate(
     if work is None or sketch.broken:
         return None
     from launcher.estimation import estimated
-    from launcher.verdict import fastest
 
-    document = estimated(work, sketch.plan, explain=explain, report=report, searched=searched)
-    return document | {"fastest": fastest(work, sketch.plan, document) if explain or report else None}
+    return estimated(work, sketch.plan, explain=explain, report=report, searched=searched, objective=config.objective)

@@ -12,7 +12,7 @@ from launcher.render_estimate import between
 from launcher.report import charts, gantt
 from launcher.report.placement import placement
 from launcher.report.style import CSS
-from launcher.verdict import fastest_text, tight, tight_text
+from launcher.verdict import BEST_AT, best_text, contenders_text, tight, tight_text
 from strategies.plan import ParallelPlan
 from strategies.saving import ENDLESS_S
 from strategies.specs import ClusterSpec
@@ -118,7 +118,7 @@ def _verdict(estimate: Mapping[str, Any]) -> str:
     elif tight(estimate):
         css, words = " half", f"It {tight_text(estimate)}, and phalanx can run it."
     lines = [words, estimate["bottleneck"]["sentence"]]
-    if beaten := fastest_text(estimate):
+    if beaten := best_text(estimate):
         lines.append(f"{beaten[0].upper()}{beaten[1:]}.")
     return f'<div class="verdict{css}">{"".join(f"<p>{escape(one)}</p>" for one in lines)}</div>'
 
@@ -269,6 +269,16 @@ def _advice(estimate: Mapping[str, Any]) -> str:
     return _section("What would help most", lead, f'<div class="grid">{"".join(parts)}</div>', wide=True, name="advice")
 
 
+def _best_words(search: Mapping[str, Any]) -> str:
+    best, runs = search["best"], search["best_runnable"]
+    if best is None:
+        return "none"
+    if best["runnable"]:
+        return str(best["plan_text"])
+    other = f"; of those that phalanx runs: {runs['plan_text']}" if runs else ""
+    return f"{best['plan_text']} (modelled only)" + other
+
+
 def _search(document: Mapping[str, Any], estimate: Mapping[str, Any]) -> str:
     search = estimate["search"]
     if not search or not search["points"]:
@@ -280,8 +290,9 @@ def _search(document: Mapping[str, Any], estimate: Mapping[str, Any]) -> str:
         marks.append(("best", best["step_s"], best["peak_bytes"]))
     else:
         marks = [("best", time["step_s"], memory["peak_bytes"])]
-    lead = f"{search['space']:,} plans; {search['evaluated']:,} evaluated, {search['pruned']:,} ruled out by bounds, "
-    lead += f"{search['rejected']:,} rejected. Best by {search['objective']}: {best['plan_text'] if best else 'none'}."
+    lead = f"{search['space']:,} plans ({contenders_text(search)}); {search['evaluated']:,} evaluated, "
+    lead += f"{search['pruned']:,} ruled out by bounds, {search['rejected']:,} rejected. "
+    lead += f"Best by {BEST_AT[search['objective']]}: {_best_words(search)}."
     points = charts.near(search["points"], marks)
     picture = charts.search_scatter(points, budget=memory["budget_bytes"], marks=marks)
     shown = f"Dots: {len(search['points']):,} legal plans drawn at random, each with as many replicas as the machine "

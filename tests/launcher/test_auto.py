@@ -47,7 +47,7 @@ def test_the_plan_of_an_outline_is_the_best_that_runs() -> None:
     sketch = build.outline(config)
     assert sketch.violations == ()
     work = work_of(config)
-    best = search(work, top=1, space=Space(work, {"grad_dtype": "fp32"}), runnable_only=True).ranked[0]
+    best = search(work, top=1, space=Space(work, {"grad_dtype": "fp32"}, runnable_only=True)).ranked[0]
     assert sketch.plan == best.plan
 
 

@@ -122,6 +122,7 @@ def estimate_document(plan: ParallelPlan = PLAN) -> dict[str, Any]:
             "hardware": [_change("matrix units 2x", "", 0.38), _change("network cards 2x", "", 0.02)],
         },
         "warnings": ["hidden 64 is outside of the calibrated range (1024 to 25600)"],
+        "best": None,
         "search": None,
     }
 
@@ -135,7 +136,16 @@ def search_document() -> dict[str, Any]:
         "evaluated": 1_000,
         "pruned": 90_000,
         "rejected": 9_000,
-        "best": {"plan": to_json(best), "plan_text": best.describe(), "step_s": 3.4, "peak_bytes": 55 * GB},
+        "fixed": {"grad_dtype": "fp32"},
+        "among_runnable": True,
+        "best": {
+            "plan": to_json(best),
+            "plan_text": best.describe(),
+            "runnable": True,
+            "step_s": 3.4,
+            "peak_bytes": 55 * GB,
+        },
+        "best_runnable": None,
         "points": [(3.4 + 0.3 * i, (30 + 2 * i) * GB) for i in range(40)],
     }
 
