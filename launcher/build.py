@@ -132,8 +132,14 @@ def outline(config: Config, cluster: ClusterSpec | None = None, *, plan: Paralle
     else:
         plan = _balanced(config, resolve_plan(model, batch, machine, precision, **config.strategy.asked()), machine)
     ours = config.planner.framework == "megatron"  # else what is planned with is other training code
-    found = rules.check(model=model, plan=plan, batch=batch, cluster=machine, precision=precision, engine=ours)
+    parts: dict[str, Any] = {"model": model, "plan": plan, "batch": batch, "cluster": machine, "precision": precision}
+    found = rules.check(**parts, engine=ours, left_open=_left_open(config))
     return Outline(model=model, batch=batch, cluster=machine, plan=plan, violations=(*missing, *found))
+
+
+def _left_open(config: Config) -> frozenset[str]:
+    """What :func:`strategies.resolve.resolve_plan` derives of the plan because nobody gave it."""
+    return frozenset({"dp", "zero_stage", "stages", "grad_accum", "grad_dtype"} - set(config.strategy.asked()))
 
 
 def _balanced(config: Config, plan: ParallelPlan, machine: ClusterSpec) -> ParallelPlan:
@@ -150,7 +156,8 @@ def _balanced(config: Config, plan: ParallelPlan, machine: ClusterSpec) -> Paral
     )
     if balance is None or balance == "blocks":
         return plan
-    if rules.check(model=model, plan=plan, batch=batch, cluster=machine, precision=precision, modelled=True):
+    parts: dict[str, Any] = {"model": model, "plan": plan, "batch": batch, "cluster": machine, "precision": precision}
+    if rules.check(**parts, modelled=True, brief=True):
         return plan  # is refused anyway
     from strategies.balance import balanced
 

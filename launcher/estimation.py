@@ -122,6 +122,7 @@ def next_plan(estimator: Estimator, plan: ParallelPlan) -> Find:
             precision=work.precision,
             modelled=True,
             engine=work.framework == "megatron",
+            brief=True,
         )
         if broken or estimator.memory.peak(smaller) > budget:
             return None

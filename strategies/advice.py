@@ -183,6 +183,7 @@ def _legal(
             cluster=work.cluster,
             precision=work.precision,
             modelled=not runnable,
+            brief=True,
         )
         if not broken:
             yield plan

@@ -22,6 +22,9 @@ class Case:
         cluster: Where it shall run; None leaves the rules about the cluster out.
         precision: Arithmetic of forward and backward.
         engine: The plan is for our own engine; False leaves out what only that one refuses.
+        left_open: Knobs of the plan that nobody asked for: they follow from the other values.
+        judge: Names of the rules that a case breaks, so that a rule proposes only what is legal
+            (:mod:`strategies.remedy`); None while such a proposal is judged.
     """
 
     model: ModelSpec
@@ -30,9 +33,12 @@ class Case:
     cluster: ClusterSpec | None
     precision: Precision
     engine: bool = True
+    left_open: frozenset[str] = frozenset()
+    judge: Judge | None = None
 
 
 Rule = Callable[[Case], Violation | None]
+Judge = Callable[[Case], frozenset[str]]
 
 
 def divisors(number: int) -> list[int]:

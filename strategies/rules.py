@@ -10,11 +10,14 @@ the end.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from strategies import capabilities
-from strategies.cases import Case, Rule
+from strategies.cases import Case, Judge, Rule
 from strategies.errors import PlanInfeasible, Violation
 from strategies.plan import ParallelPlan, accumulation
-from strategies.resolve import largest_plan
+from strategies.remedy import REACH, at_most, hint_of, mends, offered
+from strategies.resolve import largest_plan, with_replicas
 from strategies.rules_hardware import HARDWARE_RULES
 from strategies.rules_model import MODEL_RULES
 from strategies.rules_offload import OFFLOAD_RULES
@@ -42,15 +45,27 @@ def world_size_fits_cluster(case: Case) -> Violation | None:
     cluster, plan = case.cluster, case.plan
     if cluster is None or cluster.slots < 1 or plan.world_size <= cluster.slots:
         return None
-    fits = largest_plan(model=case.model, plan=plan, batch=case.batch, cluster=cluster)
+    fits = _largest(case, cluster)
     nodes = -(-plan.world_size // cluster.slots_per_node)
+    more = offered(case, "world_size_fits_cluster", (f"cluster.nodes={nodes}", {"cluster.nodes": nodes}))
+    best = [f"the largest plan that fits: {_overrides(fits)} ({fits.world_size} ranks)"] if fits else []
     return Violation(
         rule="world_size_fits_cluster",
         message=f"{_product(plan)} = {plan.world_size} ranks, the cluster has {cluster.nodes} nodes x "
         f"{cluster.slots_per_node} slots = {cluster.slots}",
-        hint=(f"the largest plan that fits: {_overrides(fits)} ({fits.world_size} ranks)" if fits else "")
-        + f"{'; or ' if fits else ''}cluster.nodes={nodes}",
+        hint=hint_of([*best, *more], "; or "),
     )
+
+
+def _largest(case: Case, cluster: ClusterSpec) -> ParallelPlan | None:
+    """The largest legal plan that fits, next to the given one; with experts its replicas may be fewer than fit."""
+    fits = largest_plan(model=case.model, plan=case.plan, batch=case.batch, cluster=cluster)
+    if fits is None:
+        return None
+    for dp in range(fits.dp, max(0, fits.dp - REACH), -1):
+        if mends(case, "world_size_fits_cluster", {"tp": fits.tp, "pp": fits.pp, "dp": dp}):
+            return with_replicas(fits, case.batch, dp)
+    return None
 
 
 def _product(plan: ParallelPlan) -> str:
@@ -94,13 +109,15 @@ def replicas_within_batch(case: Case) -> Violation | None:
     plan, size = case.plan, case.batch.global_batch
     if min(plan.dp, plan.micro_batch, size) < 1 or plan.dp * plan.micro_batch <= size:
         return None
-    dp, micro_batch = size // plan.micro_batch, size // plan.dp
-    options = [f"dp at most {dp}"] * (dp > 0) + [f"micro_batch at most {micro_batch}"] * (micro_batch > 0)
+    rule, rows = "replicas_within_batch", plan.dp * plan.micro_batch
+    options = at_most(case, rule, "dp", size // plan.micro_batch)
+    options += at_most(case, rule, "micro_batch", size // plan.dp)
+    options += offered(case, rule, (f"train.global_batch of {rows} or more", {"batch.global_batch": rows}))
     return Violation(
-        rule="replicas_within_batch",
-        message=f"dp {plan.dp} x micro_batch {plan.micro_batch} = {plan.dp * plan.micro_batch} rows at a time, "
+        rule=rule,
+        message=f"dp {plan.dp} x micro_batch {plan.micro_batch} = {rows} rows at a time, "
         f"the global batch has {size}: a replica would compute on padding alone",
-        hint="; or ".join([*options, f"train.global_batch of {plan.dp * plan.micro_batch} or more"]),
+        hint=hint_of(options, "; or "),
     )
 
 
@@ -134,10 +151,12 @@ def zero_with_pipeline(case: Case) -> Violation | None:
     """A pipeline keeps whole gradients between micro-batches, so ZeRO-2 and 3 cannot cut them."""
     if case.plan.pp <= 1 or case.plan.zero_stage not in (2, 3) or not case.engine:
         return None
+    rule = "zero_with_pipeline"
+    ways = ("strategy.zero_stage=1", {"zero_stage": 1}), ("strategy.pp=1", {"pp": 1})
     return Violation(
-        rule="zero_with_pipeline",
+        rule=rule,
         message=f"zero_stage {case.plan.zero_stage} with pp {case.plan.pp}: DeepSpeed's pipeline runs ZeRO 0 and 1",
-        hint="strategy.zero_stage=1, or strategy.pp=1",
+        hint=hint_of(offered(case, rule, *ways)),
     )
 
 
@@ -146,28 +165,33 @@ def sequence_parallel_with_pipeline(case: Case) -> Violation | None:
     plan = case.plan
     if plan.pp <= 1 or plan.cp <= 1 or not case.engine:
         return None
+    rule, alone = "sequence_parallel_with_pipeline", "strategy.cp=1 (strategy.sp cuts sequences in a pipeline, too)"
     return Violation(
-        rule="sequence_parallel_with_pipeline",
+        rule=rule,
         message=f"cp {plan.cp} with pp {plan.pp}: the pipeline grid has no context axis",
-        hint="strategy.cp=1 (strategy.sp cuts sequences in a pipeline, too), or strategy.pp=1",
+        hint=hint_of(offered(case, rule, (alone, {"cp": 1}), ("strategy.pp=1", {"pp": 1}))),
     )
 
 
 def schedule_fits(case: Case) -> Violation | None:
     """DualPipeV keeps two streams of micro-batches in flight, and virtual stages belong to the interleaved schedule."""
-    plan = case.plan
+    plan, rule = case.plan, "schedule_fits"
     if plan.schedule == "dualpipev" and plan.pp > 1 and plan.grad_accum < 2 * plan.pp:
+        rows = plan.micro_batch * plan.dp * (2 * plan.pp - 1) + 1
+        options = offered(case, rule, (f"train.global_batch of {rows} or more", {"batch.global_batch": rows}))
+        options += at_most(case, rule, "micro_batch", plan.micro_batch - 1) + at_most(case, rule, "dp", plan.dp - 1)
+        plain = ("strategy.schedule=1f1b" + " strategy.vpp=1" * (plan.vpp > 1), {"schedule": "1f1b", "vpp": 1})
         return Violation(
-            rule="schedule_fits",
+            rule=rule,
             message=f"dualpipev needs grad_accum of 2 x pp {plan.pp} = {2 * plan.pp} or more, found {plan.grad_accum}",
-            hint=f"train.global_batch of {plan.micro_batch * plan.dp * (2 * plan.pp - 1) + 1} or more, "
-            "a smaller micro_batch or dp, or strategy.schedule=1f1b",
+            hint=hint_of([*options, *offered(case, rule, plain)]),
         )
     if plan.vpp > 1 and plan.schedule != "interleaved":
+        ways = ("vpp 1", {"vpp": 1}), ("strategy.schedule=interleaved", {"schedule": "interleaved"})
         return Violation(
-            rule="schedule_fits",
+            rule=rule,
             message=f"vpp {plan.vpp} with schedule {plan.schedule}: only the interleaved schedule has virtual stages",
-            hint="vpp 1, or strategy.schedule=interleaved",
+            hint=hint_of(offered(case, rule, *ways)),
         )
     return None
 
@@ -176,11 +200,12 @@ def gradient_dtype_matches(case: Case) -> Violation | None:
     """Gradients accumulate in fp32 or in the precision of the backward pass."""
     if case.plan.grad_dtype in ("fp32", case.precision):
         return None
-    legal = dict.fromkeys(("fp32", case.precision))
+    rule, widths = "gradient_dtype_matches", dict.fromkeys(("fp32", case.precision))
+    ways = [(f"strategy.grad_dtype={one}", {"grad_dtype": one}) for one in widths if one != "fp8"]  # no sums in fp8
     return Violation(
-        rule="gradient_dtype_matches",
+        rule=rule,
         message=f"grad_dtype {case.plan.grad_dtype} with precision {case.precision}",
-        hint=" or ".join(f"strategy.grad_dtype={dtype}" for dtype in legal),
+        hint=hint_of(offered(case, rule, *ways), " or "),
     )
 
 
@@ -189,10 +214,13 @@ def mixed_precision_needs_zero(case: Case) -> Violation | None:
     plan = case.plan
     if case.precision == "fp32" or plan.zero_stage != 0 or plan.grad_dtype != "fp32" or not case.engine:
         return None
+    rule, low = "mixed_precision_needs_zero", case.precision
+    ways: list[tuple[str, dict[str, object]]] = [("strategy.zero_stage=1 (legal at dp 1, too)", {"zero_stage": 1})]
+    ways += [(f"strategy.grad_dtype={low}", {"grad_dtype": low})] * (low != "fp8")
     return Violation(
-        rule="mixed_precision_needs_zero",
-        message=f"precision {case.precision} with zero_stage 0 and grad_dtype fp32 is not implemented by DeepSpeed",
-        hint=f"strategy.zero_stage=1 (legal at dp 1, too), or strategy.grad_dtype={case.precision}",
+        rule=rule,
+        message=f"precision {low} with zero_stage 0 and grad_dtype fp32 is not implemented by DeepSpeed",
+        hint=hint_of(offered(case, rule, *ways)),
     )
 
 
@@ -227,6 +255,8 @@ def check(
     precision: Precision,
     modelled: bool = False,
     engine: bool = True,
+    left_open: frozenset[str] = frozenset(),
+    brief: bool = False,
 ) -> tuple[Violation, ...]:
     """Every broken rule, none missing and none twice.
 
@@ -239,14 +269,35 @@ def check(
         modelled: Accept what can be modelled but not run.
         engine: The plan is for our own engine (DeepSpeed); False leaves out what only that one refuses, for runs of
             other training code.
+        left_open: Knobs of the plan that nobody asked for, so that they follow from the other values.
+        brief: For whoever reads no hints: what they propose is not judged, which takes time.
     """
-    case = Case(model=model, plan=plan, batch=batch, cluster=cluster, precision=precision, engine=engine)
+
+    def judge(some: Case) -> frozenset[str]:
+        return frozenset(one.rule for one in _broken(some, modelled=modelled))
+
+    case = Case(
+        model=model,
+        plan=plan,
+        batch=batch,
+        cluster=cluster,
+        precision=precision,
+        engine=engine,
+        left_open=left_open,
+        judge=None if brief else judge,
+    )
+    return tuple(_broken(case, modelled=modelled, judge=case.judge))
+
+
+def _broken(case: Case, *, modelled: bool, judge: Judge | None = None) -> list[Violation]:
+    """What a case breaks; without a judge, hints are worth nothing."""
+    case = replace(case, judge=judge)
     broken = [violation for rule in RULES if (violation := rule(case)) is not None]
     if not modelled:
-        verdict = capabilities.runnable(plan, precision, model)
+        verdict = capabilities.runnable(case.plan, case.precision, case.model)
         if verdict is not None and (not broken or verdict.rule != "combination_probed"):
             broken.append(verdict)
-    return tuple(broken)
+    return broken
 
 
 def require(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-from strategies.cases import Case, Rule, divisors, either, legal_tp, nearest
+from strategies.cases import Case, Rule, divisors, either, legal_tp
 from strategies.errors import Violation
 from strategies.plan import split_layers
+from strategies.remedy import REACH, hint_of, legal, nearest_legal
 
 # --- the model -------------------------------------------------------------------------------------------------------
 
@@ -37,12 +38,21 @@ def hidden_divisible_by_heads(case: Case) -> Violation | None:
     hidden, heads = case.model.hidden, case.model.heads
     if min(hidden, heads) < 1 or hidden % heads == 0 or case.model.head_width or case.model.latent:
         return None
+    rule, options = "hidden_divisible_by_heads", []
+    for knob, value, choices in (("heads", heads, divisors(hidden)), ("hidden", hidden, _multiples(hidden, heads))):
+        if legal(case, rule, f"model.{knob}", choices):
+            found = nearest_legal(case, rule, f"model.{knob}", value, choices, knob)
+            options.append(found + _alike(case) * (knob == "heads"))
     return Violation(
-        rule="hidden_divisible_by_heads",
+        rule=rule,
         message=f"hidden {hidden} is not divisible by heads {heads} (rest {hidden % heads})",
-        hint=f"nearest legal heads: {either(nearest(heads, divisors(hidden)))}; "
-        f"nearest legal hidden: {either(dict.fromkeys(_multiples(hidden, heads)))}",
+        hint=hint_of(options, "; "),
     )
+
+
+def _alike(case: Case) -> str:
+    """Key/value heads that are as many as heads are taken to stay so (:func:`strategies.remedy.changed`)."""
+    return " (kv_heads alike)" if case.model.kv_heads == case.model.heads else ""
 
 
 def _multiples(value: int, of: int) -> tuple[int, ...]:
@@ -58,7 +68,9 @@ def heads_divisible_by_kv_heads(case: Case) -> Violation | None:
     return Violation(
         rule="heads_divisible_by_kv_heads",
         message=f"heads {heads} is not divisible by kv_heads {kv_heads} (rest {heads % kv_heads})",
-        hint=f"nearest legal kv_heads: {either(nearest(kv_heads, divisors(heads)))}",
+        hint=nearest_legal(
+            case, "heads_divisible_by_kv_heads", "model.kv_heads", kv_heads, divisors(heads), "kv_heads"
+        ),
     )
 
 
@@ -69,15 +81,19 @@ def rotary_head_width_even(case: Case) -> Violation | None:
         return None
     if model.head_dim % 2 == 0 or (not model.head_width and model.hidden % model.heads):
         return None
+    rule = "rotary_head_width_even"
     if model.head_width:
         message = f"head_width {model.head_width} is odd, rotary positions need pairs"
-        hint = f"nearest legal head_width: {model.head_width - 1} or {model.head_width + 1}"
-        return Violation(rule="rotary_head_width_even", message=message, hint=hint)
+        near = [width for width in (model.head_width - 1, model.head_width + 1) if width > 0]
+        hint = nearest_legal(case, rule, "model.head_width", model.head_width, near, "head_width")
+        return Violation(rule=rule, message=message, hint=hint)
     even = [heads for heads in divisors(model.hidden) if model.hidden // heads % 2 == 0]
     return Violation(
-        rule="rotary_head_width_even",
+        rule=rule,
         message=f"hidden {model.hidden} / heads {model.heads} = {model.head_dim} is odd, rotary positions need pairs",
-        hint=f"nearest legal heads: {either(nearest(model.heads, even))}" if even else "choose an even hidden",
+        hint=nearest_legal(case, rule, "model.heads", model.heads, even, "heads") + _alike(case)
+        if even
+        else "choose an even hidden",
     )
 
 
@@ -128,7 +144,7 @@ def _divisible_by_tp(case: Case, name: str) -> Violation | None:
     return Violation(
         rule=f"{name}_divisible_by_tp",
         message=f"{name} {size} is not divisible by tp {tp} (rest {size % tp})",
-        hint=f"nearest legal tp: {either(nearest(tp, legal_tp(case.model)))}",
+        hint=nearest_legal(case, f"{name}_divisible_by_tp", "tp", tp, legal_tp(case.model)),
     )
 
 
@@ -163,7 +179,7 @@ def experts_divisible_by_tp(case: Case) -> Violation | None:
     return Violation(
         rule="experts_divisible_by_tp",
         message=f"experts of inner width {widths} are not divisible by tp {tp}",
-        hint=f"nearest legal tp: {either(nearest(tp, legal_tp(case.model)))}",
+        hint=nearest_legal(case, "experts_divisible_by_tp", "tp", tp, legal_tp(case.model)),
     )
 
 
@@ -175,7 +191,7 @@ def pp_at_most_layers(case: Case) -> Violation | None:
     return Violation(
         rule="pp_at_most_layers",
         message=f"pp {pp} is larger than layers {layers}: {pp - layers} stages would be empty",
-        hint=f"nearest legal pp: {layers}",
+        hint=nearest_legal(case, "pp_at_most_layers", "pp", pp, [1, *range(max(2, layers - REACH), layers + 1)]),
     )
 
 

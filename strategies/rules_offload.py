@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from strategies.cases import Case, Rule
 from strategies.errors import Violation
+from strategies.remedy import hint_of, offered
 
 
 def offload_needs_zero(case: Case) -> Violation | None:
@@ -15,11 +16,12 @@ def offload_needs_zero(case: Case) -> Violation | None:
     if plan.zero_stage >= least:
         return None
     what, stages = ("parameters", "3") if least == 3 else ("the optimizer's state", "1, 2 and 3")
-    options = [f"strategy.zero_stage={least}"] + ["strategy.offload=optimizer"] * (least == 3 and plan.zero_stage > 0)
+    rule, stage = "offload_needs_zero", (f"strategy.zero_stage={least}", {"zero_stage": least})
+    others = ("strategy.offload=optimizer", {"offload": "optimizer"}), ("strategy.offload=none", {"offload": "none"})
     return Violation(
-        rule="offload_needs_zero",
+        rule=rule,
         message=f"offload {plan.offload} with zero_stage {plan.zero_stage}: DeepSpeed moves {what} in stage {stages}",
-        hint=", or ".join([*options, "strategy.offload=none"]),
+        hint=hint_of(offered(case, rule, stage, *others[least != 3 :])),
     )
 
 
@@ -28,10 +30,11 @@ def disks_need_zero_three(case: Case) -> Violation | None:
     plan = case.plan
     if not plan.offload_path or plan.offload == "none" or not case.engine or plan.zero_stage == 3:
         return None
+    rule, memory = "disks_need_zero_three", ("strategy.offload_path=null (host memory)", {"offload_path": ""})
     return Violation(
-        rule="disks_need_zero_three",
+        rule=rule,
         message=f"offload_path {plan.offload_path} with zero_stage {plan.zero_stage}: only ZeRO-3 swaps state to disks",
-        hint="strategy.zero_stage=3, or strategy.offload_path=null (host memory)",
+        hint=hint_of(offered(case, rule, ("strategy.zero_stage=3", {"zero_stage": 3}), memory)),
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 
-from strategies.cases import Case, Rule, divisors, either, nearest
+from strategies.cases import Case, Rule, divisors
 from strategies.errors import Violation
+from strategies.remedy import REACH, at_most, hint_of, mends, nearest_legal
 
 
 def ramp_ends(case: Case) -> Violation | None:
@@ -38,10 +39,13 @@ def ramp_ascends(case: Case) -> Violation | None:
     if not ramp.points:
         if 1 <= ramp.start < full:
             return None
+        starts, rule = (range(1, min(full, REACH)) if ramp.start < 1 else _below(full)), "ramp_ascends"
         return Violation(
-            rule="ramp_ascends",
+            rule=rule,
             message=f"train.ramp.start {ramp.start} does not ascend to the global batch of {full}",
-            hint=f"nearest legal start: {1 if ramp.start < 1 else full - 1}" if full > 1 else "leave train.ramp out",
+            hint=nearest_legal(case, rule, "ramp.start", ramp.start, starts, "start")
+            if full > 1
+            else "leave train.ramp out",
         )
     sizes, tokens = [*(point.global_batch for point in ramp.points), full], [point.tokens for point in ramp.points]
     wrong = []
@@ -71,8 +75,13 @@ def ramp_whole(case: Case) -> Violation | None:
     return Violation(
         rule="ramp_whole",
         message=f"train.ramp.increment {ramp.increment} does not lead from {ramp.start} to {full} in whole steps",
-        hint=f"nearest legal increment: {either(nearest(ramp.increment, divisors(way)))}",
+        hint=nearest_legal(case, "ramp_whole", "ramp.increment", ramp.increment, divisors(way), "increment"),
     )
+
+
+def _below(full: int) -> range:
+    """The numbers just below a full batch."""
+    return range(max(1, full - REACH), full)
 
 
 def ramp_feeds_replicas(case: Case) -> Violation | None:
@@ -84,14 +93,25 @@ def ramp_feeds_replicas(case: Case) -> Violation | None:
     if size < 1 or size >= room or room > full:  # the last is the business of replicas_within_batch
         return None
     rows = f"dp {plan.dp} x micro_batch {plan.micro_batch} = {room} rows at a time"
-    starts = f"a ramp that starts at {room} or more"
-    options = [f"dp at most {size // plan.micro_batch}"] * (size >= plan.micro_batch)
-    options += [f"micro_batch at most {size // plan.dp}"] * (size >= plan.dp)
+    rule = "ramp_feeds_replicas"
+    options = _later_start(case, rule, room)
+    options += at_most(case, rule, "dp", size // plan.micro_batch)
+    options += at_most(case, rule, "micro_batch", size // plan.dp)
     return Violation(
-        rule="ramp_feeds_replicas",
+        rule=rule,
         message=f"the ramp starts with {size} sequences per step, {rows}: a replica would compute on padding alone",
-        hint="; or ".join([starts, *options]),
+        hint=hint_of(options, "; or "),
     )
+
+
+def _later_start(case: Case, rule: str, room: int) -> list[str]:
+    """The smallest start that feeds every replica, from which the increments lead to the full batch."""
+    ramp, full = case.batch.ramp, case.batch.global_batch
+    if ramp is None or ramp.points:
+        return [f"a ramp that starts at {room} or more"]
+    first = full - (full - room) // ramp.increment * ramp.increment if ramp.increment > 0 else room
+    found = next((one for one in (room, first) if one < full and mends(case, rule, {"ramp.start": one})), None)
+    return [] if found is None else [f"a ramp that starts at {found} or more"]
 
 
 RAMP_RULES: tuple[Rule, ...] = (ramp_ends, ramp_ascends, ramp_whole, ramp_feeds_replicas)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from strategies.cases import Case, Rule, divisors, either, nearest
+import math
+
+from strategies.cases import Case, Rule, divisors
 from strategies.errors import Violation
+from strategies.remedy import hint_of, legal, nearest_legal, offered
 
 # --- the sequence ----------------------------------------------------------------------------------------------------
 
@@ -16,7 +19,7 @@ def heads_divisible_by_sp(case: Case) -> Violation | None:
     return Violation(
         rule="heads_divisible_by_sp",
         message=f"heads {heads} / tp {tp} = {heads // tp} is not divisible by sp {sp}",
-        hint=f"nearest legal sp: {either(nearest(sp, divisors(heads // tp)))}",
+        hint=nearest_legal(case, "heads_divisible_by_sp", "sp", sp, divisors(heads // tp)),
     )
 
 
@@ -28,13 +31,16 @@ def sequence_divisible(case: Case) -> Violation | None:
     parts = sp * (2 * cp if cp > 1 else 1)
     if seq % parts == 0:
         return None
-    legal = [part for part in divisors(seq) if part % sp == 0 and (part // sp) % 2 == 0]
-    near = [value // (2 * sp) for value in nearest(parts, legal)] if cp > 1 else list(nearest(sp, divisors(seq)))
+    whole = [part for part in divisors(seq) if part % sp == 0 and (part // sp) % 2 == 0 and part > 2 * sp]
+    rings, rule = [value // (2 * sp) for value in whole], "sequence_divisible"
+    if seq % sp == 0:
+        rings.append(1)
+    knob, choices = ("cp", rings) if cp > 1 else ("sp", divisors(seq))
     return Violation(
-        rule="sequence_divisible",
+        rule=rule,
         message=f"sequences of {seq} tokens are not divisible by sp {sp}"
         + (f" x 2 x cp {cp} = {parts}" if cp > 1 else ""),
-        hint=f"nearest legal {'cp' if cp > 1 else 'sp'}: {either(near or [1])}",
+        hint=nearest_legal(case, rule, knob, cp if cp > 1 else sp, choices),
     )
 
 
@@ -43,18 +49,19 @@ def sequence_parallel_fits(case: Case) -> Violation | None:
     plan, seq = case.plan, case.batch.seq
     if not plan.sequence_parallel or min(plan.tp, plan.sp, plan.cp, seq) < 1:
         return None
+    rule, plain = "sequence_parallel_fits", ("strategy.sequence_parallel=false", {"sequence_parallel": False})
+    held = seq // (plan.sp * plan.cp)
+    shards = divisors(held)[1:] if plan.tp == 1 else divisors(held)
     if plan.tp == 1:
         message = "sequence_parallel with tp 1: there is no tensor-parallel rank to share with"
-        hint = "strategy.sequence_parallel=false, or strategy.tp of 2 or more"
-        return Violation(rule="sequence_parallel_fits", message=message, hint=hint)
-    held = seq // (plan.sp * plan.cp)
-    if held < 1 or held % plan.tp == 0:
+    elif held < 1 or held % plan.tp == 0:
         return None
-    return Violation(
-        rule="sequence_parallel_fits",
-        message=f"sequence_parallel: {held} tokens of a sequence per rank are not divisible by tp {plan.tp}",
-        hint=f"strategy.sequence_parallel=false; or nearest legal tp: {either(nearest(plan.tp, divisors(held)))}",
-    )
+    else:
+        message = f"sequence_parallel: {held} tokens of a sequence per rank are not divisible by tp {plan.tp}"
+    options = offered(case, rule, plain)
+    if legal(case, rule, "tp", shards):
+        options.append(nearest_legal(case, rule, "tp", plan.tp, shards))
+    return Violation(rule=rule, message=message, hint=hint_of(options, "; or "))
 
 
 # --- experts ---------------------------------------------------------------------------------------------------------
@@ -79,7 +86,7 @@ def experts_divisible_by_ep(case: Case) -> Violation | None:
     return Violation(
         rule="experts_divisible_by_ep",
         message=f"experts {moe.experts} is not divisible by ep {ep} (rest {moe.experts % ep})",
-        hint=f"nearest legal ep: {either(nearest(ep, divisors(moe.experts)))}",
+        hint=nearest_legal(case, "experts_divisible_by_ep", "ep", ep, divisors(moe.experts)),
     )
 
 
@@ -92,12 +99,11 @@ def ep_divides_replicas(case: Case) -> Violation | None:
     room = plan.dp * plan.sp * plan.cp * (1 if case.engine else plan.tp)
     if moe is None or min(plan.dp, plan.sp, plan.cp, plan.tp, plan.ep) < 1 or room % plan.ep == 0:
         return None
-    legal = [size for size in divisors(room) if moe.experts % size == 0]
     product = " x ".join(f"{name} {getattr(plan, name)}" for name in ("dp", "sp", "cp") if getattr(plan, name) > 1)
     return Violation(
         rule="ep_divides_replicas",
         message=f"ep {plan.ep} does not divide {product or 'dp 1'}" + (f" = {room}" if " x " in product else ""),
-        hint=f"nearest legal ep: {either(nearest(plan.ep, legal))}",
+        hint=nearest_legal(case, "ep_divides_replicas", "ep", plan.ep, divisors(math.gcd(room, moe.experts))),
     )
 
 
@@ -119,11 +125,12 @@ def virtual_stages_divide_blocks(case: Case) -> Violation | None:
     ]
     if all(whole) or (not case.engine and min(plan.stages) >= plan.vpp):
         return None
-    stage = whole.index(False)
+    stage, rule = whole.index(False), "virtual_stages_divide_blocks"
+    parts = sorted({*divisors(max(plan.stages)), *divisors(plan.stages[stage]), *divisors(max(plan.stages) + 1)})
     return Violation(
-        rule="virtual_stages_divide_blocks",
+        rule=rule,
         message=f"stage {stage} has {plan.stages[stage]} blocks, not divisible into vpp {plan.vpp} virtual stages",
-        hint=f"nearest legal vpp: {either(nearest(plan.vpp, divisors(plan.stages[stage])))}",
+        hint=nearest_legal(case, rule, "vpp", plan.vpp, parts),
     )
 
 
@@ -136,10 +143,15 @@ def interleaving_in_rounds(case: Case) -> Violation | None:
         return None
     rounds = plan.grad_accum // plan.pp
     sizes = [count * plan.pp * plan.micro_batch * plan.dp for count in (rounds, rounds + 1) if count]
+    rule, knob, size = "interleaving_in_rounds", "batch.global_batch", case.batch.global_batch
+    options = [nearest_legal(case, rule, knob, size, sizes, "train.global_batch")] * bool(
+        legal(case, rule, knob, sizes)
+    )
+    plain = ("strategy.schedule=1f1b strategy.vpp=1", {"schedule": "1f1b", "vpp": 1})
     return Violation(
-        rule="interleaving_in_rounds",
+        rule=rule,
         message=f"grad_accum {plan.grad_accum} is not divisible by pp {plan.pp}, as the interleaved schedule needs",
-        hint=f"nearest legal train.global_batch: {either(sizes)}; or strategy.schedule=1f1b strategy.vpp=1",
+        hint=hint_of([*options, *offered(case, rule, plain)], "; or "),
     )
 
 

@@ -49,7 +49,7 @@ def test_values_plan_and_data_come_together(folder: Path, capsys: pytest.Capture
         "model.safetensors cannot be used",
         "experts_consistent: the model has top_k 99 of 8 experts; nearest legal model.moe.top_k: 8",
         "experts_divisible_by_ep: experts 8 is not divisible by ep 3",
-        "sequence_divisible: sequences of 30 tokens are not divisible by sp 4; nearest legal sp: 3 or 5",
+        "sequence_divisible: sequences of 30 tokens are not divisible by sp 4; nearest legal sp: 2",
         "ramp_whole: train.ramp.increment 4 does not lead from 9 to 16 in whole steps; nearest legal increment: 1 or 7",
         "empty: has weight 2, but no documents",
         "gone: there is no such file or folder",

@@ -113,8 +113,8 @@ def test_dualpipev_pads_small_steps_to_the_micro_batches_that_it_needs() -> None
     [
         (Ramp(start=2, increment=2), "ramp_ends", "neither of samples and tokens", "train.ramp.samples=N"),
         (Ramp(start=2, increment=2, samples=8, tokens=8.0), "ramp_ends", "both of samples and tokens", "tokens=N"),
-        (Ramp(start=8, increment=2, samples=9), "ramp_ascends", "start 8 does not ascend", "nearest legal start: 7"),
-        (Ramp(increment=2, samples=9), "ramp_ascends", "start 0", "nearest legal start: 1"),
+        (Ramp(start=8, increment=2, samples=9), "ramp_ascends", "start 8 does not ascend", "nearest legal start: 6"),
+        (Ramp(increment=2, samples=9), "ramp_ascends", "start 0", "nearest legal start: 2"),
         (Ramp(start=2, increment=4, samples=9), "ramp_whole", "increment 4", "nearest legal increment: 3 or 6"),
         (Ramp(start=2, samples=9), "ramp_whole", "increment 0 does not lead from 2 to 8", "increment: 1"),
         (

@@ -99,7 +99,7 @@ def test_rotary_heads_are_even() -> None:
     violation = _only(_check(plan(model=model), model=model))
     assert violation.rule == "rotary_head_width_even"
     assert violation.message == "hidden 30 / heads 6 = 5 is odd, rotary positions need pairs"
-    assert violation.hint == "nearest legal heads: 5 or 15"
+    assert violation.hint == "nearest legal heads: 5 or 15 (kv_heads alike)"
     learned = replace(model, flavour="gpt3", seq=32)
     assert _check(plan(model=learned), model=learned) == ()
 
@@ -303,7 +303,7 @@ def test_experts_are_spread_evenly_over_replicas() -> None:
     assert _check(plan(model=MOE, dp=4, ep=4), model=MOE, modelled=True) == ()
     violation = _only(_check(plan(model=MOE, dp=5, ep=5), model=MOE, modelled=True))
     assert violation.rule == "experts_divisible_by_ep"
-    assert violation.hint == "nearest legal ep: 4 or 6"
+    assert violation.hint == "nearest legal ep: 1"  # 4 and 6 divide the experts, and not dp 5
     violation = _only(_check(plan(model=MOE, dp=4, ep=3), model=MOE, modelled=True))
     assert violation.rule == "ep_divides_replicas"
     assert violation.message == "ep 3 does not divide dp 4"
@@ -409,18 +409,18 @@ def test_the_sequence_is_cut_evenly() -> None:
     assert violation.hint == "nearest legal cp: 6 or 12"
     batch = BatchSpec(global_batch=16, seq=30)
     violation = _only(_check(plan(batch=batch, sp=4), batch=batch, modelled=True))
-    assert violation.hint == "nearest legal sp: 3 or 5"
+    assert violation.hint == "nearest legal sp: 2"  # 3 and 5 divide the sequence, and not the 4 heads
 
 
 def test_sequence_parallelism_needs_tensor_parallelism() -> None:
     violation = _only(_check(plan(sequence_parallel=True), modelled=True))
     assert violation.rule == "sequence_parallel_fits"
-    assert "strategy.tp of 2 or more" in violation.hint
+    assert violation.hint == "strategy.sequence_parallel=false; or nearest legal tp: 2"
     assert _check(plan(tp=2, sequence_parallel=True), modelled=True) == ()
     batch = BatchSpec(global_batch=16, seq=30)
     violation = _only(_check(plan(batch=batch, tp=4, sequence_parallel=True), batch=batch, modelled=True))
     assert violation.message == "sequence_parallel: 30 tokens of a sequence per rank are not divisible by tp 4"
-    assert violation.hint == "strategy.sequence_parallel=false; or nearest legal tp: 3 or 5"
+    assert violation.hint == "strategy.sequence_parallel=false; or nearest legal tp: 2"
 
 
 def test_virtual_stages_cut_every_stage_evenly() -> None:
