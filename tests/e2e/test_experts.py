@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from strategies.activations import cut, expert_bytes, kernels
 from strategies.codec import to_json
@@ -148,6 +149,45 @@ def test_parity(pool: WarmPool, reference: Callable[[ModelSpec], Run]) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_parity_of_every_plan(pool: WarmPool, reference: Callable[[ModelSpec], Run], model: str, plan: str) -> None:
     check_parity(pool, reference, MODELS[model], PLANS[plan])
+
+
+NO_FP16 = not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+HALF_TOLERANCE = 5e-3  # of fp16 against fp32, over the steps below
+HEAVY = dataclasses.replace(SOFTMAX, moe=dataclasses.replace(EXPERTS, balance_weight=0.5, z_weight=0.05))
+HALF: list[dict[str, Any]] = [
+    {"dp": 2, "zero_stage": 1},
+    {"dp": 2, "ep": 2, "zero_stage": 1},
+    {"dp": 2, "ep": 2, "zero_stage": 2},
+    {"dp": 2, "ep": 2, "tp": 2, "zero_stage": 1},
+    {"dp": 2, "ep": 2, "pp": 2, "zero_stage": 1},
+    {"dp": 2, "zero_stage": 3},
+]
+
+
+def few(pool: WarmPool, model: ModelSpec, degrees: dict[str, Any], precision: str = "fp32") -> np.ndarray[Any, Any]:
+    """Loss, gradient norm and auxiliary loss of the first steps; none is skipped for its loss scale."""
+    job = make_job(model, make_plan(model, BATCH, **degrees), global_batch=BATCH, precision=precision, **RECIPE)
+    document = to_json(job)
+    if precision == "fp16":
+        document["deepspeed"]["fp16"] |= {"initial_scale_power": 8}
+    arguments = {"job": document, "steps": 4}
+    rank = pool.run("tests.support.ranks:train", world_size=job.plan.world_size, arguments=arguments, timeout_s=240)[0]
+    rows = [[float.fromhex(text) for text in rank[key]] for key in ("loss", "grad_norm")]
+    return np.array([*rows, [step["aux_loss"] for step in rank["moe"]]])
+
+
+@pytest.mark.full
+@pytest.mark.skipif(NO_FP16, reason="this CPU does not compute in fp16")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("degrees", HALF, ids=str)
+def test_fp16_with_experts(pool: WarmPool, degrees: dict[str, Any]) -> None:
+    """The loss is scaled, the auxiliary losses with it: their part of the norm is there, to the rounding of fp16."""
+    wanted = few(pool, HEAVY, {"micro_batch": 2})
+    found = np.abs(few(pool, HEAVY, degrees, "fp16") / wanted - 1).max(axis=1)
+    assert (found < HALF_TOLERANCE).all(), found
+    light = dataclasses.replace(HEAVY, moe=dataclasses.replace(EXPERTS, balance_weight=0.0))
+    without = few(pool, light, degrees, "fp16")
+    assert np.abs(without / wanted - 1).max(axis=1)[1] > 4 * HALF_TOLERANCE, "the oracle sees a part that is missing"
 
 
 @pytest.mark.full

@@ -58,9 +58,11 @@ def check_same(found: tuple[list[float], list[float]], wanted: tuple[list[float]
     assert found == wanted, "where state lives changes no bit"
 
 
-def check_offload(pool: WarmPool, plan: dict[str, Any], precision: str, model: Any = TINY) -> None:
-    """Training with the optimizer in host memory is what it is without."""
-    found = numbers(pool, plan | {"offload": "optimizer"}, precision, model)
+def check_offload(
+    pool: WarmPool, plan: dict[str, Any], precision: str, model: Any = TINY, offload: str = "optimizer"
+) -> None:
+    """Training with state in host memory is what it is without."""
+    found = numbers(pool, plan | {"offload": offload}, precision, model)
     wanted = numbers(pool, plan, precision, model)
     if plan["zero_stage"] == 1 and precision == "bf16":
         # without offload that is another of DeepSpeed's optimizers (BF16_Optimizer), which sums in another order
@@ -87,6 +89,22 @@ IN_MEMORY = [
 def test_state_in_host_memory_changes_nothing(pool: WarmPool, plan: dict[str, Any], precision: str) -> None:
     """Several micro-batches, clipping that bites, and embeddings of which two stages hold a copy."""
     check_offload(pool, plan, precision)
+
+
+PARAMETERS = [
+    pytest.param({"dp": 2, "zero_stage": 3}, "bf16", id="dp2-bf16"),
+    pytest.param({"dp": 2, "zero_stage": 3}, "fp32", id="dp2-fp32", marks=FULL),
+    pytest.param({"tp": 2, "dp": 2, "zero_stage": 3}, "fp32", id="tp2-dp2-fp32", marks=FULL),
+    pytest.param({"dp": 2, "zero_stage": 3, "recompute": "full"}, "fp32", id="dp2-recompute-fp32", marks=FULL),
+    pytest.param({"sp": 2, "zero_stage": 3}, "bf16", id="sp2-bf16", marks=FULL),
+]
+
+
+@pytest.mark.parametrize(("plan", "precision"), PARAMETERS)
+def test_parameters_and_optimizer_in_host_memory_change_nothing(
+    pool: WarmPool, plan: dict[str, Any], precision: str
+) -> None:
+    check_offload(pool, plan, precision, offload="optimizer+params")
 
 
 OF_EXPERTS = [

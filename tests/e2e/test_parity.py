@@ -72,6 +72,8 @@ MORE_PLANS: dict[str, dict[str, Any]] = {
     "dp2-zero2-recompute": {"dp": 2, "zero_stage": 2, "recompute": "full"},
     "dp2-zero3-recompute": {"dp": 2, "zero_stage": 3, "recompute": "full"},
     "tp2-pp2-recompute": {"tp": 2, "pp": 2, "recompute": "full", "micro_batch": 4},
+    "dp2-zero3-host": {"dp": 2, "zero_stage": 3, "offload": "optimizer+params"},
+    "tp2-dp2-zero3-host": {"tp": 2, "dp": 2, "zero_stage": 3, "offload": "optimizer+params", "micro_batch": 2},
     "dp2-zero3-selective": {"dp": 2, "zero_stage": 3, "recompute": "selective"},
     "pp2-selective": {"pp": 2, "recompute": "selective"},
     "tp2-pp2-dp2-dualpipev": {"tp": 2, "pp": 2, "dp": 2, "zero_stage": 1, "schedule": "dualpipev"},
