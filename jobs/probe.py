@@ -1,6 +1,6 @@
 """What every rank of ``phalanx cluster probe`` runs: it measures its device, its disk and its links.
 
-    python -P -m jobs.probe [--quick]
+    python -P -m jobs.probe [--quick] [--disk FOLDER]
 
 A rank leaves ``<run dir>/probe/rank-<R>.json`` (:func:`record_path`), rank 0 tells in ``<run dir>/probe/progress`` what
 it is at, and a rank that fails leaves its reason in ``<run dir>/probe/error-<R>.txt``. All ranks measure their devices
@@ -15,9 +15,10 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,12 +49,14 @@ class Probe:
         device: Its device.
         effort: How much is measured.
         quick: A short probe.
+        disk: Folder on a disk of the node itself, where state may be offloaded to.
     """
 
     env: RankEnv
     device: torch.device
     effort: Effort
     quick: bool
+    disk: Path
 
     @property
     def nodes(self) -> int:
@@ -101,9 +104,12 @@ def _run(env: RankEnv, *, quick: bool) -> None:
     distributed.set_threads()
     device = measure.device_of(env.local_rank)
     effort = measure.effort_for(device, quick=quick)
-    probe = Probe(env=env, device=device, effort=effort, quick=quick)
+    words = sys.argv[1:]
+    disk = Path(words[words.index("--disk") + 1] if "--disk" in words else tempfile.gettempdir())
+    probe = Probe(env=env, device=device, effort=effort, quick=quick, disk=disk)
     distributed.init_process_group(env, measure.backend_of(device), timeout_s=WAIT_S)
-    record = _identity(probe) | _device_figures(probe) | _disk_figures(probe) | _link_figures(probe)
+    record = _identity(probe) | _device_figures(probe) | _disk_figures(probe)
+    record |= _folder_figures(probe) | _link_figures(probe)
     _replace(record_path(env.run_dir, env.rank), json.dumps(record))
     probe.step("done")
     distributed.shutdown()
@@ -220,6 +226,35 @@ def _write_s(path: Path, size: int) -> float:
             file.write(memoryview(block)[: size - begin])
         os.fsync(file.fileno())
     return time.perf_counter() - began
+
+
+def _folder_figures(probe: Probe) -> Record:
+    """What the first node's ranks write into and read from the checkpoints' storage and a local disk, all at once.
+
+    ``store`` and ``local`` have sizes and seconds (:class:`jobs.disk_rate.DiskTimes`), or ``error``: why they have not.
+    """
+    found: Record = {"local_folder": str(probe.disk)}
+    for name, folder in (("store", Path(probe.env.run_dir) / FOLDER), ("local", probe.disk)):
+        probe.step(f"disk, reading and writing {name}")
+        if probe.env.node_rank == 0 and probe.env.local_rank < DISK_WRITERS:
+            found[name] = _folder_times(probe, folder)
+    return found
+
+
+def _folder_times(probe: Probe, folder: Path) -> Record:
+    from jobs import disk_rate
+
+    try:
+        kind = disk_rate.file_system(folder)
+        if kind in disk_rate.IN_MEMORY:
+            return {"error": f"{folder} is memory ({kind}), no disk"}
+        status = os.statvfs(folder)
+        free = status.f_bavail * status.f_frsize * _FREE_SHARE / min(probe.env.local_world_size, DISK_WRITERS)
+        if free < disk_rate.BLOCK_BYTES:
+            return {"error": f"{folder} has no room"}
+        return asdict(disk_rate.largest(folder, min(_DISK_BYTES[1], int(free)), probe.effort.seconds))
+    except OSError as error:
+        return {"error": f"{folder}: {error.strerror or error}"}
 
 
 # ---- links ------------------------------------------------------------------------------------------------------

@@ -84,17 +84,19 @@ def _settled(config: Config, *, quick: bool) -> Config:
     named = replace(config, run=replace(config.run, name=f"probe-{stamp}-{secrets.token_hex(2)}"), recovery=recovery)
     settled = build.settle(named, name="", cwd=Path.cwd())
     code = RunPaths(Path(settled.run.dir) / str(settled.run.name)).code
-    job = replace(settled.job, kind="script", command=_command(code, quick=quick))
+    command = _command(code, quick=quick, disk=config.strategy.offload_path or "")
+    job = replace(settled.job, kind="script", command=command)
     # Every node is measured, the spares too, and every slot of it.
     cluster, strategy = replace(settled.cluster, spares=0), type(settled.strategy)()
     tracking = replace(settled.tracking, kind="none")
     return replace(settled, job=job, cluster=cluster, strategy=strategy, tracking=tracking, faults=())
 
 
-def _command(code: Path, *, quick: bool) -> str:
-    """A script sees none of our packages, and this one is ours."""
+def _command(code: Path, *, quick: bool, disk: str) -> str:
+    """A script sees none of our packages, and this one is ours; without a disk it takes the temporary folder."""
     path = f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    return shlex.join(["sh", "-c", f"{path}; exec python -P -m jobs.probe {'--quick' if quick else ''}"])
+    options = ["--quick"] * quick + ["--disk", shlex.quote(disk)] * bool(disk)
+    return shlex.join(["sh", "-c", f"{path}; exec python -P -m jobs.probe {' '.join(options)}"])
 
 
 @contextlib.contextmanager

@@ -146,6 +146,7 @@ def summarise(records: Sequence[Record], *, detect_s: float) -> Probed:
         **_link_figures("intra", intra, "there is one device per node only"),
         **_link_figures("inter", inter, "there is one node only"),
         **_storage(records),
+        "disk_bandwidth": _local_disk(records),
         **_host(records),
         **_unmeasured(detect_s),
     }
@@ -275,7 +276,9 @@ def _link_figures(where: str, link: Link | None, why: str) -> dict[str, Figure]:
 def _storage(records: Sequence[Record]) -> dict[str, Figure]:
     alone, writers, _ = _written(records, "disk_alone")
     found = {
-        "storage_bandwidth": _measured(alone, f"write and fsync in run.dir, {_ranks(writers)} of one node"),
+        "storage_bandwidth": _measured(
+            alone, f"write and fsync in run.dir, {_ranks(writers)} of one node{_read(records)}"
+        ),
         "storage_total_bandwidth": Figure(value=0.0, source="assumed", note="not measured: grows with the nodes"),
     }
     total, _, nodes = _written(records, "disk_together")
@@ -284,6 +287,56 @@ def _storage(records: Sequence[Record]) -> dict[str, Figure]:
         note = f"{nodes} nodes wrote {total / 1e9:.3g} GB/s together" + (": it grows with them" if grows else "")
         found["storage_total_bandwidth"] = _measured(0.0 if grows else total, note)
     return found
+
+
+def _read(records: Sequence[Record]) -> str:
+    """What is told of reading the checkpoints' storage; the planner has no key for it."""
+    found = _folder(records, "store")
+    return f"; read at {found.read / 1e9:.3g} GB/s, {found.how}" if isinstance(found, Folder) else ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Folder:
+    """Rates of a folder, of all ranks of one node together, in bytes per second.
+
+    Attributes:
+        write: Writing and syncing.
+        read: Reading what was written.
+        ranks: Ranks at work.
+        how: Whether the page cache was in between.
+    """
+
+    write: float
+    read: float
+    ranks: int
+    how: str
+
+
+def _folder(records: Sequence[Record], name: str) -> Folder | str:
+    """What was measured in a folder, or why nothing was."""
+    rows = [record[name] for record in records if record.get(name)]
+    wrong = next((str(row["error"]) for row in rows if "error" in row), "" if rows else "not tried")
+    if wrong:
+        return wrong
+    total = sum(int(row["size"]) for row in rows)
+    direct = all(row["direct"] for row in rows)
+    return Folder(
+        write=total / max(float(row["write_s"]) for row in rows),
+        read=total / max(float(row["read_s"]) for row in rows),
+        ranks=len(rows),
+        how="past the page cache (O_DIRECT)" if direct else "after dropping it from the page cache",
+    )
+
+
+def _local_disk(records: Sequence[Record]) -> Figure:
+    """State on disks is read as much as it is written: the rate of doing both in turn."""
+    found, folder = _folder(records, "local"), next((str(one["local_folder"]) for one in records), "")
+    if isinstance(found, str):
+        default = float(_DEFAULTS["disk_bandwidth"])  # type: ignore[arg-type]
+        return Figure(value=default, source="assumed", note=f"one NVMe disk; not measured: {found}")
+    both = 2 / (1 / found.write + 1 / found.read)
+    note = f"in {folder}, {_ranks(found.ranks)} of one node: write and fsync {found.write / 1e9:.3g} GB/s, read "
+    return _measured(both, note + f"{found.read / 1e9:.3g} GB/s, {found.how}; as much of either")
 
 
 def _written(records: Sequence[Record], key: str) -> tuple[float, int, int]:
@@ -309,7 +362,6 @@ def _unmeasured(detect_s: float) -> dict[str, Figure]:
     assumed = {
         key: Figure(value=_DEFAULTS[key], source="assumed", note=f"not measured: {why}")  # type: ignore[arg-type]
         for key, why in {
-            "disk_bandwidth": "one NVMe disk",
             "restart_s": "a published figure of large jobs",
             "repair_s": "four hours, as with a person on call",
         }.items()

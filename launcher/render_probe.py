@@ -109,8 +109,8 @@ def _at(link: Link | None, count: int) -> str | None:
 
 
 def _others(found: Probed) -> str:
-    keys = ("memory_bandwidth", "host_bandwidth", "storage_bandwidth", "storage_total_bandwidth")
-    names = ("device memory", "host to device", "disk, one node", "disk, all nodes")
+    keys = ("memory_bandwidth", "host_bandwidth", "storage_bandwidth", "storage_total_bandwidth", "disk_bandwidth")
+    names = ("device memory", "host to device", "disk, one node", "disk, all nodes", "local disk")
     rows = [
         (name, _rate_of(found.figures[key]), found.figures[key].note) for key, name in zip(keys, names, strict=True)
     ]

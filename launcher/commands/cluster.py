@@ -37,7 +37,8 @@ def probe(
     """Measure matmuls, memory, links and disk on every node, and write a cluster file that the planner reads.
 
     The cluster must be idle. What cannot be measured (prices, failure rates) is zero in the file and has to be filled
-    in. Checkpoints go to run.dir, so its disk is the one measured; with cluster=existing every node must see it.
+    in. Checkpoints go to run.dir, so its disk is measured; with cluster=existing every node must see it. The local disk
+    is that of strategy.offload_path=FOLDER, else of the temporary folder.
 
     Ctrl-C ends it, with everything that it has started.
     """

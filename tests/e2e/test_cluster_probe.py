@@ -30,6 +30,8 @@ def check(folder: Path, done: cli.Result, *, nodes: int, slots: int) -> dict[str
     for key in ("flops_fp32", "flops_16", "memory_bandwidth", "inter_bandwidth", "inter_latency_s"):
         assert measured[key] > 0, key
     assert measured["storage_bandwidth"] > 0
+    disk = document["figures"]["disk_bandwidth"]
+    assert disk["source"] == "measured" or "is memory (" in disk["note"], disk
     assert "measuring: matmul fp32" in done.err
     assert not (folder / "runs").exists()
     cli.assert_nothing_left(folder)

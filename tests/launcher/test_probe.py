@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,16 @@ def record(rank: int, *, slots: int = 2, speed: float = 1.0, machine: str = "", 
         "host_bandwidth": 24e9,
         "disk_alone": [1000, 1e-6 if rank == 0 else 2e-6] if node == 0 else None,
         "disk_together": [1000, 4e-6],
+        "local_folder": "/nvme",
+        **({name: times(2e-6 if rank else 1e-6) for name in ("store", "local")} if node == 0 else {}),
         "links": {},
         **changes,
     }
+
+
+def times(seconds: float, *, direct: bool = True) -> dict[str, Any]:
+    """Of a disk that reads four times as fast as it writes."""
+    return {"size": 1000, "write_s": seconds, "read_s": seconds / 4, "direct": direct}
 
 
 def link(shared: float, *, alone: bool) -> dict[str, Any]:
@@ -97,6 +105,23 @@ def test_figures_are_medians_of_all_devices_and_shares_of_the_links() -> None:
     assert values["detect_s"] == 7.0
     assert found.of_source("fill in") == ["price_per_device_hour", "failures_per_node_day"]
     assert not found.missing
+
+
+def test_the_local_disk_is_that_of_a_node_read_and_written_in_turn() -> None:
+    figure = probed().figures["disk_bandwidth"]
+    assert figure.source == "measured"
+    assert figure.value == pytest.approx(2 / (1 / 1e9 + 1 / 4e9)), "2,000 bytes in 2 us and in 0.5 us"
+    assert figure.note.startswith("in /nvme, 2 ranks of one node: write and fsync 1 GB/s, read 4 GB/s, past the page")
+    assert "; read at 4 GB/s, past the page cache" in probed().figures["storage_bandwidth"].note
+    dropped = summarise([one | {"local": times(1e-6, direct=False)} for one in records()], detect_s=5.0)
+    assert "after dropping it from the page cache" in dropped.figures["disk_bandwidth"].note
+
+
+def test_a_local_folder_that_is_no_disk_leaves_the_assumption_and_says_why() -> None:
+    rows = [one | {"local": {"error": "/tmp is memory (tmpfs), no disk"}} for one in records()]
+    figure = summarise(rows, detect_s=5.0).figures["disk_bandwidth"]
+    assert (figure.value, figure.source) == (3e9, "assumed")
+    assert figure.note == "one NVMe disk; not measured: /tmp is memory (tmpfs), no disk"
 
 
 def test_storage_that_nodes_do_not_share_grows_with_them() -> None:
@@ -164,6 +189,7 @@ def test_the_text_shows_every_table_and_the_document_every_figure() -> None:
     text = probe_text(found)
     for line in ("512 x 512 x 512    50   100", "64 MiB", "all devices at once, each", "disk, all nodes", "fill in"):
         assert line in text
+    assert re.search(r"^local disk +1\.6  in /nvme, 2 ranks", text, re.MULTILINE)
     document = probe_document(found, file="f", command="c", name="n", device="A100-80GB")
     assert document["figures"]["flops_16"]["source"] == "measured"
     assert document["stragglers"] == []
@@ -214,7 +240,9 @@ def test_the_ranks_find_our_packages_and_keep_the_users_path(tmp_path: Path) -> 
     import shlex
     import subprocess
 
-    words = shlex.split(probe._command(tmp_path / "it's here", quick=True))
+    given_disk = shlex.split(probe._command(tmp_path, quick=False, disk="/my disk"))[-1]
+    assert given_disk.endswith("jobs.probe --disk '/my disk'")
+    words = shlex.split(probe._command(tmp_path / "it's here", quick=True, disk=""))
     assert words[-1].endswith("--quick")
     shown = words[-1].replace("exec python -P -m jobs.probe --quick", 'printf %s "$PYTHONPATH"')
     for given, expected in (("", ""), ("/mine", ":/mine")):
