@@ -287,7 +287,8 @@ def _search(document: Mapping[str, Any], estimate: Mapping[str, Any]) -> str:
     marks = [("this plan", time["step_s"], memory["peak_bytes"])]
     best = search["best"]
     if best and best["plan"] != document["plan"]:
-        marks.append(("best", best["step_s"], best["peak_bytes"]))
+        name = "best" if best["runnable"] else "best, modelled only"
+        marks.append((name, best["step_s"], best["peak_bytes"]))
     else:
         marks = [("best", time["step_s"], memory["peak_bytes"])]
     lead = f"{search['space']:,} plans ({contenders_text(search)}); {search['evaluated']:,} evaluated, "

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from strategies import rules
+from strategies.capabilities import runnable
 from strategies.errors import Violation
+from strategies.plan import ParallelPlan
 from strategies.ramp import Ramp
 from strategies.resolve import resolve_plan
 from strategies.specs import BatchSpec, ClusterSpec, ModelSpec, MoeSpec, Precision
@@ -37,8 +39,11 @@ class Request:
 
     def broken(self, *, modelled: bool = False) -> tuple[Violation, ...]:
         parts = {"model": self.model, "batch": self.batch, "cluster": self.cluster, "precision": self.precision}
-        plan = resolve_plan(self.model, self.batch, self.cluster, self.precision, **self.knobs)
+        plan = self.plan()
         return rules.check(plan=plan, left_open=DERIVED - set(self.knobs), modelled=modelled, **parts)  # type: ignore[arg-type]
+
+    def plan(self) -> ParallelPlan:
+        return resolve_plan(self.model, self.batch, self.cluster, self.precision, **self.knobs)
 
     def with_(self, name: str, value: Any) -> Request:
         """The same with another value, by the name in a hint."""
@@ -134,7 +139,8 @@ JUDGED = {"combination_runs", "combination_probed"}
 def follow(request: Request, modelled: bool, tried: Counter[str]) -> None:
     """Every proposal for a request mends what it is for, and breaks nothing."""
     before = request.broken(modelled=modelled)
-    names = {one.rule for one in before}
+    verdict = None if modelled else runnable(request.plan(), request.precision, request.model)
+    names = {one.rule for one in (*before, *([verdict] if verdict else []))}  # it is silent where a rule is broken
     for one in before:
         for way in proposals(one.hint) if one.rule not in JUDGED else ():
             changed = request
