@@ -59,8 +59,7 @@ def text(path: Path, size: int) -> DataSpec:
 
 def shards(cache: Path) -> dict[Path, tuple[int, int]]:
     """Shards that are whole, with the identity of their tokens' file."""
-    whole = [path for path in cache.glob("**/[0-9]*.json") if not any(part.startswith(".") for part in path.parts)]
-    tokens = [path.with_name(f"{path.stem}.train.bin") for path in whole]
+    tokens = [path.with_name(f"{path.stem}.train.bin") for path in cache.glob("[!.]*/**/[0-9]*.json")]
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tokens}
 
 

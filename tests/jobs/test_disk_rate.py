@@ -17,7 +17,12 @@ MIB = 1 << 20
 def test_a_file_is_written_and_read_whole_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
     synced = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: (seen.append(os.listdir(tmp_path)), synced(file)))
+
+    def watched(file: int) -> None:
+        seen.append(os.listdir(tmp_path))
+        synced(file)
+
+    monkeypatch.setattr(os, "fsync", watched)
     found = disk_rate.measure(tmp_path, 9 * MIB)
     assert found.size == 12 * MIB, "whole blocks"
     assert min(found.write_s, found.read_s) > 0
