@@ -51,6 +51,7 @@ def best_document(estimator: Estimator, estimate: CostEstimate, found: Contest) 
 
     ``better`` is the fraction by which the objective of the given plan is worse: 0.1 is 10 % fewer tokens per second
     that survive failures (goodput), steps per second (time) or tokens per dollar (cost), or 10 % more bytes (memory).
+    ``warnings`` are those that the given plan does not have.
 
     Args:
         estimator: What made ``estimate``.
@@ -69,7 +70,18 @@ def best_document(estimator: Estimator, estimate: CostEstimate, found: Contest) 
         "better": _score(estimator, estimate, objective) / _score(estimator, first, objective) - 1,
         "among_runnable": found.space.runnable_only,
         "fixed": to_json(found.space.fixed),
+        "warnings": _new_warnings(estimate, first),
     }
+
+
+def _new_warnings(given: CostEstimate, best: CostEstimate) -> list[str]:
+    """What the numbers of the best plan cannot be trusted about, if those of the given one can: by their first word."""
+    known = {_subject(one) for one in given.warnings}
+    return [one for one in best.warnings if _subject(one) not in known]
+
+
+def _subject(warning: str) -> str:
+    return warning.partition(" ")[0].partition("=")[0]
 
 
 def _score(estimator: Estimator, estimate: CostEstimate, objective: Objective) -> float:

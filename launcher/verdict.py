@@ -57,6 +57,7 @@ def best_text(estimate: Mapping[str, Any]) -> str:
     numbers = f"{span(best['step_s'])} per step, {storage(best['peak_bytes'])} per rank"
     numbers += "; fits tightly" if _near(best["peak_bytes"], estimate["memory"]["budget_bytes"]) else ""
     numbers += "" if best["runnable"] else "; modelled only"
+    numbers += "".join(f"; {one}" for one in best["warnings"])
     measure = BEST_AT[best["objective"]]
     if not estimate["fits"]:
         return f"the best plan that fits, by {measure}: {best['plan_text']} ({numbers})"

@@ -268,6 +268,7 @@ def one_best(invoke: Invoke, folder: Path, words: list[str]) -> None:
     assert code == 0
     estimate, html = json.loads(out)["estimate"], target.read_text()
     best, search = estimate["best"], estimate["search"]
+    assert best["plan"]["sp"] == 1 or any(one.startswith("sp=") for one in best["warnings"])
     assert search["best"]["plan"] == best["plan"]
     assert f"Beaten by {best['plan_text']} (" in html
     assert re.search(rf"Best by [a-z ]*: {re.escape(best['plan_text'])}\.", html)

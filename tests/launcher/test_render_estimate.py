@@ -53,6 +53,7 @@ BETTER = "beaten by TP9 (16 % better in tokens per second that survive failures:
         ({}, f"{BETTER}55.0 GB per rank; {RUNS})"),
         ({"runnable": False, "fixed": {}}, f"{BETTER}55.0 GB per rank; modelled only; {RUNS.split(',')[0]})"),
         ({"peak_bytes": 79e9}, f"{BETTER}79.0 GB per rank; fits tightly; {RUNS})"),
+        ({"warnings": ["sp=2: nobody knows"]}, f"{BETTER}55.0 GB per rank; sp=2: nobody knows; {RUNS})"),
         (
             {"better": -0.1, "among_runnable": False, "objective": "time"},
             "no other plan is more than 1 % better in seconds per step without failures (compared with all plans, "
@@ -62,7 +63,7 @@ BETTER = "beaten by TP9 (16 % better in tokens per second that survive failures:
 )
 def test_what_beats_a_plan(best: dict[str, Any], words: str) -> None:
     other = {"plan_text": "TP9", "step_s": 3.0, "peak_bytes": 55e9, "runnable": True, "better": 0.16}
-    other |= {"among_runnable": True, "objective": "goodput", "fixed": {"grad_dtype": "fp32"}}
+    other |= {"among_runnable": True, "objective": "goodput", "fixed": {"grad_dtype": "fp32"}, "warnings": []}
     document = plan_document(best=other | best)
     assert f"\n\n{words}\n\n" in plan_text(document, PLAN, CLUSTER, TODAY)
     assert f"{words[0].upper()}{words[1:]}." in page(document, PLAN, CLUSTER)
