@@ -230,7 +230,7 @@ def ledger_table(books: Mapping[str, float], data_share: float = 0.0) -> str:
         data_share: Share of the productive ones in which ranks waited for samples; 0 where nobody measured it.
     """
     wall = books["wall"] or 1.0
-    reading = f"; {100 * data_share:.2f} % of it reading samples" if data_share else ""
+    reading = f"; {100 * data_share:.2f} % of it waiting for samples" if data_share else ""
     meaning = {**MEANING, "productive": MEANING["productive"] + reading}
     rows = [
         (name, f"{books[name]:.1f}", f"{100 * books[name] / wall:.1f} %", meaning[name])

@@ -56,7 +56,7 @@ class ModelConfig:
         rope_stretch: Frequencies that slow down, as in Llama 3.1 and later; null for none.
         gated: The feed-forward block has a gate; null means that of the flavour.
         head_width: Width of one head; null means ``hidden / heads``.
-        position_rows: Learned positions; null means ``seq`` for ``gpt3`` and none for ``llama``.
+        position_rows: Learned positions, at least ``seq``; null means ``seq`` for ``gpt3`` and none for ``llama``.
         embed_norm: A norm follows the token embedding.
         moe: Experts instead of dense feed-forward blocks; null for none.
         latent: Latent attention instead of plain heads; null for none.

@@ -3,19 +3,21 @@
 One step is ready at most, so that memory holds the samples of two. Whatever is read is read in this thread, the first
 step's samples, too: an error has the same traceback at whichever step a restart began.
 
-Looking samples up is mostly Python, which needs the interpreter's lock. A thread that takes it is asked to give it back
-only after 5 ms, and a loop that feeds a device asks after every call. So a reader takes a breath after each sample, in
-which the loop may have the lock; it stops breathing as soon as a step waits for it.
+Looking samples up is mostly Python, which needs the interpreter's lock. A thread that has it is asked to give it back
+only after 5 ms, and a loop that feeds a device wants it back after every call. So a reader takes a breath now and then,
+in which the loop may have the lock; it stops breathing as soon as a step waits for it.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
 BREATH_S = 50e-6
+_AT_A_TIME_S = 500e-6  # of reading between two breaths
 
 
 class Closed(Exception):
@@ -41,6 +43,7 @@ class ReadAhead(Generic[T]):
         self._error: BaseException | None = None
         self._wanted = threading.Event()
         self._closed = False
+        self._breathed = 0.0
         self._thread = threading.Thread(target=self._serve, name="read-ahead", daemon=True)
         self._thread.start()
 
@@ -100,4 +103,6 @@ class ReadAhead(Generic[T]):
     def _breathe(self) -> None:
         if self._closed:
             raise Closed
-        self._wanted.wait(BREATH_S)
+        if time.perf_counter() - self._breathed > _AT_A_TIME_S:
+            self._wanted.wait(BREATH_S)
+            self._breathed = time.perf_counter()

@@ -100,7 +100,8 @@ class PositionEmbedding(nn.Module):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        self.weight = recipe.make.make("embed.positions.weight", (recipe.model.seq, recipe.model.hidden))
+        shape = (recipe.model.learned_positions, recipe.model.hidden)
+        self.weight = recipe.make.make("embed.positions.weight", shape)
         self._grid = recipe.make.grid
         self._recipe = recipe
 
@@ -171,11 +172,11 @@ class Attention(nn.Module):
         super().__init__()
         model, make = recipe.model, recipe.make
         bias = model.flavour == "gpt3"
-        narrow = model.kv_heads * model.head_dim
-        self.q = ColumnParallelLinear(make, f"{name}.q", model.hidden, model.hidden, bias=bias)
+        wide, narrow = model.heads * model.head_dim, model.kv_heads * model.head_dim
+        self.q = ColumnParallelLinear(make, f"{name}.q", model.hidden, wide, bias=bias)
         self.k = ColumnParallelLinear(make, f"{name}.k", model.hidden, narrow, bias=bias)
         self.v = ColumnParallelLinear(make, f"{name}.v", model.hidden, narrow, bias=bias)
-        self.o = RowParallelLinear(make, f"{name}.o", model.hidden, model.hidden, bias=bias, std=recipe.residual_std)
+        self.o = RowParallelLinear(make, f"{name}.o", wide, model.hidden, bias=bias, std=recipe.residual_std)
         self._model = model
         self._region = make.grid.region
         self._sequence = make.grid.sequence

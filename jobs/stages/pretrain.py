@@ -186,7 +186,7 @@ class Pretrain:
         assert held_out is not None, "it is never due without"
         found = self._evaluation.run(
             self._engine,
-            lambda rows: self._feed.micro_batch(rows, held_out),
+            lambda rows: self._engine.fetchable(self._feed.micro_batch(rows, held_out)),
             lambda: self._reporter.send("step", step=step, next="evaluate"),
         )
         return found | {"seconds": time.perf_counter() - began}

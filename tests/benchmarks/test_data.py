@@ -1,4 +1,4 @@
-"""Tokenizing beside the bare tokenizers library on all processors, and what reading samples costs of a step.
+"""Tokenizing beside the bare tokenizers library on all processors, and what a step waits for its samples.
 
 The library tokenizes the same documents, which are in memory already, in one call with all its threads: no file is read
 and nothing is written. Ours reads JSON lines, tokenizes, digests and writes shards, all of it durable. Runs alternate.
@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from jobs.data import prepare_mixture
+from jobs.data.ahead import ReadAhead
 from jobs.data.work import Processes
 from jobs.spec import DataSpec, SourceSpec
 from tests.benchmarks.stats import repeats, show
@@ -102,4 +103,31 @@ def test_reading_samples(tmp_path: Path) -> None:
         assert done.code == 0, done.err
         lines = list(cli.store(tmp_path, f"packing-{packing}").metrics())
         shares[f"packing={packing}"] = [100 * line["data_s"] / line["seconds"] for line in lines[5:]]
-    show("reading samples, of the time of a step (must: < 1 %)", shares, unit="%")
+    show("waiting for samples, of the time of a step (must: < 1 %)", shares, unit="%")
+    assert all(statistics.median(found) < 1 for found in shares.values()), shares
+
+
+@pytest.mark.full
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("takes", [0.3, 0.8, 1.5])
+def test_a_slow_store(takes: float) -> None:
+    """A store whose samples of a step take so many times a step: a step waits for what exceeds it."""
+    step_s, count, steps = 0.2, 16, 12
+
+    def read(step: int, breathe: Callable[[], None]) -> int:
+        for _ in range(count):
+            time.sleep(takes * step_s / count)
+            breathe()
+        return step
+
+    ahead, waits, began = ReadAhead(read, 1, steps), [], 0.0
+    for step in range(1, steps + 1):
+        began = time.perf_counter()
+        ahead.take(step)
+        waits.append(time.perf_counter() - began)
+        time.sleep(step_s)
+    ahead.close()
+    waited, excess = statistics.median(waits[1:]) / step_s, max(0.0, takes - 1)
+    show(f"reading takes {takes} steps, waited", {"phalanx": [100 * one / step_s for one in waits[1:]]}, unit="%")
+    print(f"  beyond what exceeds a step: {100 * (waited - excess):.1f} % of a step (must: < 5 %)")
+    assert waited - excess < 0.05
