@@ -85,6 +85,8 @@ class ReadAhead(Generic[T]):
             for step in self._steps:
                 with self._turn:
                     self._turn.wait_for(lambda: not self._ready or self._closed)
+                    if self._closed:
+                        raise Closed
                 item = self._read(step, self._breathe)
                 with self._turn:
                     self._ready.append((step, item))

@@ -111,6 +111,19 @@ def test_the_end_comes_after_the_sample_at_hand() -> None:
     assert 2 not in reader.begun
 
 
+def test_nothing_is_begun_after_the_end() -> None:
+    reader = Reader()
+    ahead = ReadAhead(reader, 1, 100)
+    assert reader.begun[1].wait(LONG_S)
+    ahead.take(1)
+    assert reader.begun[2].wait(LONG_S)
+    while not ahead._ready:
+        threading.Event().wait(0.001)
+    ahead.close()  # while it waits for step 2 to be taken
+    assert not ahead._thread.is_alive()
+    assert 3 not in reader.begun
+
+
 def test_the_thread_does_not_keep_a_process_alive() -> None:
     ahead = ReadAhead(Reader(), 1, 9)
     assert ahead._thread.daemon
