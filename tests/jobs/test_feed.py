@@ -28,6 +28,8 @@ LONG_S = 30.0
 class Samples:
     """Sample ``i`` is ``i, i + 1, ...``; one of them may be unreadable, and each tells that it was read."""
 
+    count = 1000
+
     def __init__(self, bad: int = -1) -> None:
         self.bad = bad
         self.read: dict[int, threading.Event] = {}
