@@ -72,8 +72,8 @@ def test_what_spells_a_special_token_is_text_everywhere(folder: Path, tmp_path: 
     """As where training data are made: else an article about a token would end, and be scored as, two documents."""
     spelled = "a<|endoftext|>b"
     question = {"question": spelled, "choices": ["x", spelled], "answer": 0}
-    files = {"text": write(tmp_path / "t.jsonl", {"text": spelled}), "choices": write(tmp_path / "q.jsonl", question)}
-    text, _, choice = rows(folder, tmp_path, **files)
+    text_file, choices_file = write(tmp_path / "t.jsonl", {"text": spelled}), write(tmp_path / "q.jsonl", question)
+    text, _, choice = rows(folder, tmp_path, text=text_file, choices=choices_file)
     (prompt,) = rows(folder, tmp_path, prompt=spelled, stop=True)
     plain = read_tokenizer(folder / "tokenizer.json")
     made = plain.encode(spelled, add_special_tokens=False).ids
