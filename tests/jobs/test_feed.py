@@ -123,7 +123,7 @@ def loop_of(monkeypatch: pytest.MonkeyPatch, samples: Samples, train: Any, tmp_p
     engine.own_time = SimpleNamespace(begin=lambda count: None, end=lambda: (0.1, 0.1))
     engine.train_step = train
     nothing = SimpleNamespace(step=0, step_begin=lambda step: None, step_end=lambda step: None)
-    loop._job, loop._engine, loop._hooks, loop._counter = job, engine, nothing, nothing  # type: ignore[assignment]
+    loop._job, loop._engine, loop._hooks, loop._counter = job, engine, nothing, nothing
     loop._schedule, loop._env = SampleSchedule(global_batch=8), SimpleNamespace(attempt=1, epoch=1)  # type: ignore[assignment]
     loop._reporter = SimpleNamespace(send=lambda *unused, **more: None)  # type: ignore[assignment]
     loop._orders = SimpleNamespace(leaves_after=lambda step: False)  # type: ignore[assignment]
