@@ -113,21 +113,28 @@ def test_reading_samples(tmp_path: Path) -> None:
 def test_a_slow_store(takes: float) -> None:
     """A store whose samples of a step take so many times a step: a step waits for what exceeds it."""
     step_s, count, steps = 0.2, 16, 12
+    reads, waits, lasted = [], list[float](), list[float]()
 
     def read(step: int, breathe: Callable[[], None]) -> int:
+        seconds = 0.0
         for _ in range(count):
+            began = time.perf_counter()
             time.sleep(takes * step_s / count)
+            seconds += time.perf_counter() - began  # on a busy machine longer than asked for
             breathe()
+        reads.append(seconds)
         return step
 
-    ahead, waits, began = ReadAhead(read, 1, steps), [], 0.0
+    ahead = ReadAhead(read, 1, steps)
     for step in range(1, steps + 1):
         began = time.perf_counter()
         ahead.take(step)
-        waits.append(time.perf_counter() - began)
+        taken = time.perf_counter()
         time.sleep(step_s)
+        waits.append(taken - began)
+        lasted.append(time.perf_counter() - taken)
     ahead.close()
-    waited, excess = statistics.median(waits[1:]) / step_s, max(0.0, takes - 1)
-    show(f"reading takes {takes} steps, waited", {"phalanx": [100 * one / step_s for one in waits[1:]]}, unit="%")
-    print(f"  beyond what exceeds a step: {100 * (waited - excess):.1f} % of a step (must: < 5 %)")
-    assert waited - excess < 0.05
+    pairs = zip(waits[1:], reads[1:], lasted, strict=False)
+    beyond = [100 * (wait - max(0.0, read - before)) / before for wait, read, before in pairs]
+    show(f"reading takes {takes} steps; waited beyond what exceeds a step (must: < 5 %)", {"phalanx": beyond}, unit="%")
+    assert statistics.median(beyond) < 5
