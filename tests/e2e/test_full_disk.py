@@ -80,7 +80,7 @@ def test_a_disk_that_fills_while_the_run_trains(folder: Path, disk: Path) -> Non
     """It ends failed with the reason; resumed after space was freed, it has the very weights of a quiet run."""
     quiet = cli.phalanx(*cli.tiny(folder, "quiet", "train.steps=60"), cwd=folder)
     assert quiet.code == 0, quiet.err
-    process = cli.start(*words(folder, disk, "train.steps=60"), cwd=folder)
+    process = cli.start(*words(folder, disk, "train.steps=60", "checkpoint.patience_s=3"), cwd=folder)
     root = disk / "runs" / "demo"
     cli.wait_for(lambda: max(cli.curve(RunStore(root)), default=0) >= 4, "step 4")
     filler = fill(disk)
