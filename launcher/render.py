@@ -150,6 +150,9 @@ def run_text(run: Mapping[str, Any]) -> str:
     head.append(("submitted", f"{moment(run['submitted'])} UTC"))
     if run["checkpoint"]:
         head.append(("checkpoint", f"step {run['checkpoint']['step']}: {run['checkpoint']['path']}"))
+    if unsaved := run["unsaved"]:
+        since, times = moment(unsaved["since"]), plural(unsaved["times"], "time")
+        head.append(("not saved", f"since {since} UTC, {times}, last at step {unsaved['step']}: {unsaved['reason']}"))
     head.append(("steps lost", str(run["steps_lost"])))
     head += skips.head(run["skips"])
     if run["weights_digest"]:

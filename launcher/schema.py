@@ -260,13 +260,14 @@ class CheckpointConfig:
             the planner finds best for the plan on the cluster.
         memory_every: Steps between checkpoints in memory; 0 for none.
         keep: Number of newest committed checkpoints kept.
-        url: See :class:`jobs.spec.CheckpointSpec`.
+        url, patience_s: See :class:`jobs.spec.CheckpointSpec`.
     """
 
     every: int | None = 10
     memory_every: int = 0
     keep: int = 3
     url: str | None = None
+    patience_s: float = 600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -356,7 +357,7 @@ MINIMUM: dict[str, float] = {
             "sample_tokens",
         )
     },
-    **{f"checkpoint.{key}": 0 for key in ("every", "memory_every")},
+    **{f"checkpoint.{key}": 0 for key in ("every", "memory_every", "patience_s")},
     "checkpoint.keep": 1,
     **{f"job.{key}": 1 for key in ("ship_limit_mb", "tokens")},
     **{f"job.{key}": 0 for key in ("shots", "temperature", "top_k")},

@@ -122,7 +122,8 @@ class Pretrain:
             if not due and not ordered:
                 self._saver.keep(step, self._extra(step))
                 continue
-            leaving = step < steps and (ordered or self._is_to_leave())
+            # Where checkpoints cannot be written nobody leaves of his own will: the next gang would have to read one.
+            leaving = step < steps and (ordered or (not self._saver.troubled and self._is_to_leave()))
             manifest = self._save(step, wait=leaving or step == steps)
             self._reporter.send("step", step=step, next="finish" if leaving or step == steps else "step")
             if leaving:
@@ -225,7 +226,8 @@ class Pretrain:
     def _save(self, step: int, *, wait: bool) -> Location:
         if self._metrics is not None:
             self._metrics.sync()  # the lines of what a checkpoint holds are never lost
-        return self._saver.save(step, self._extra(step), wait=wait)
+        patience_s = self._job.checkpoint.patience_s if step >= self._job.train.steps else 0.0
+        return self._saver.save(step, self._extra(step), wait=wait, patience_s=patience_s)
 
     def _extra(self, step: int) -> dict[str, Any]:
         initial = {} if self._job.initial is None else {"initial": to_json(self._job.initial)}
