@@ -48,6 +48,12 @@ class Saver(Protocol):
     def keep(self, step: int, extra: Mapping[str, Any]) -> None:
         """After every step at which no checkpoint on disk is due."""
 
+    def stalled_s(self) -> float:
+        """Seconds for which this rank has stood still for copies in memory, since it was asked last; not collective.
+
+        Ask when a step has ended. What a checkpoint on disk has cost is reported with it instead.
+        """
+
     def save(self, step: int, extra: Mapping[str, Any], *, wait: bool) -> Location:
         """A checkpoint on disk is due; returns the path of its manifest, which exists when ``wait`` is true.
 
@@ -83,6 +89,10 @@ class DirectSaver:
     def keep(self, step: int, extra: Mapping[str, Any]) -> None:
         """See :class:`Saver`."""
 
+    def stalled_s(self) -> float:
+        """See :class:`Saver`."""
+        return 0.0
+
     def save(self, step: int, extra: Mapping[str, Any], *, wait: bool) -> Location:
         """See :class:`Saver`."""
         token = (self._env.epoch, self._env.attempt)
@@ -112,7 +122,7 @@ class BehindSaver:
     ) -> None:
         self._optimizer = access(engine.ds)
         self._own_time = engine.own_time
-        engine.before_update(self.land)
+        engine.before_update(lambda: self._own_time.stall(self.land))
         self._copier = Copier(self._optimizer)
         self._job = job
         self._env = env
@@ -129,6 +139,7 @@ class BehindSaver:
         self._rank_state: dict[str, Any] = {}
         self._unconfirmed = False  # a replica of the newest copy is on its way
         self._replica_s = 0.0
+        self._kept_s = 0.0  # what keep() has taken since it was told
         self._warned = ""
         self._base = restored_from(env)  # the newest checkpoint on disk of which every rank knows
         self._last: Location | None = None  # the one that is being written
@@ -175,12 +186,23 @@ class BehindSaver:
 
     def keep(self, step: int, extra: Mapping[str, Any]) -> None:
         """See :class:`Saver`."""
+        begin = time.perf_counter()
         self.land()
         self._settle(wait=False)
         if self._in_memory and step % self._job.checkpoint.memory_every == 0:
             self._copy()
             record = self._record(extra)
             self._copier.then(lambda: self._seal(step, record, flush=False))
+        self._kept_s += time.perf_counter() - begin
+
+    def stalled_s(self) -> float:
+        """See :class:`Saver`."""
+        kept_s, self._kept_s = self._kept_s, 0.0
+        waited_s = float(self._own_time.stalled_s)
+        if self._pending is not None and "waited_s" not in self._pending:
+            self._pending["waited_s"] = waited_s  # it was the copy of this one
+            return kept_s
+        return kept_s + waited_s
 
     def save(self, step: int, extra: Mapping[str, Any], *, wait: bool) -> Location:
         """See :class:`Saver`."""
@@ -222,8 +244,6 @@ class BehindSaver:
             begin = time.perf_counter()
             self._own_time.wait(self._confirm)
             self._replica_s = time.perf_counter() - begin
-        if self._pending is not None:
-            self._pending.setdefault("waited_s", self.waited_s)
 
     def _copy(self) -> None:
         answer, _, fds = self._ask("begin")
