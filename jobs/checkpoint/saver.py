@@ -18,8 +18,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from jobs.checkpoint.copying import Copier
+from jobs.checkpoint.copying import Copier, pin
 from jobs.checkpoint.fragments import access
 from jobs.checkpoint.gang import agree, gather, revive
 from jobs.checkpoint.image import Image
@@ -133,6 +134,7 @@ class BehindSaver:
         self._root = RunPaths(env.run_dir).checkpoints
         self._image = Image(slices=())
         self._runs: list[Run] = []
+        self._device = torch.device("cpu")  # where most of the state lives
         self._buffers: dict[int, npt.NDArray[np.float32]] = {}
         self._pending: dict[str, Any] | None = None  # the checkpoint that is being written: step, stall_s
         self._in_memory = False
@@ -154,6 +156,7 @@ class BehindSaver:
         env, job = self._env, self._job
         self._image = image_of_state(self._optimizer)
         self._runs = runs_of(self._optimizer, self._image)
+        self._device = next((run.owner.device for run in self._runs), self._device)
         wanted = job.checkpoint.memory_every > 0
         hello, _, _ = self._ask("hello", share=self._image.bytes * env.local_world_size if wanted else 0)
         first = {one.name: one.shape for one in self._image.slices if not one.start and not any(b[0] for b in one.box)}
@@ -250,6 +253,8 @@ class BehindSaver:
         number, size = answer["buffer"], answer["bytes"]
         for fd in fds:
             self._buffers[number] = _mapped(fd, size)
+            if why := pin(self._buffers[number], self._device):
+                warn(why)
         self._replica_s = 0.0
         self._copier.start(copies_of(self._optimizer, self._runs, self._image, self._buffers[number]))
 
