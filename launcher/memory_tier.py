@@ -94,11 +94,13 @@ class MemoryTier:
     def _will_do(self, run: Run, job: JobSpec) -> bool:
         if not run.attempts or not job.checkpoint.memory_every:
             return True  # there is nothing that could be held
-        newest, skips = run.attempts[-1], (*job.skips, *run.skips)
-        found = choose(list(self._stocks.values()), beyond=None, branch=None, skips=skips, rejected=run.rejected)
-        if found is None or found.attempt != newest.number:
+        number, stocks, skips = run.attempts[-1].number, list(self._stocks.values()), (*job.skips, *run.skips)
+        found = choose(stocks, beyond=None, branch=None, skips=skips, rejected=run.rejected)
+        # No state is whole that is newer than what a rank's own node has of it.
+        own = [held.step for stock in stocks for held in stock.held if held.own and held.attempt == number]
+        if found is None or found.attempt != number or not own:
             return False
-        return found.step >= newest.last_step - job.checkpoint.memory_every
+        return found.step >= max(own) - job.checkpoint.memory_every
 
     def note(self, seen: Observation) -> None:
         """Take in what a node says, if it answers the present question; a node that is lost holds nothing."""

@@ -22,7 +22,8 @@ import torch
 
 from jobs.checkpoint.copying import Copier, pin
 from jobs.checkpoint.fragments import access
-from jobs.checkpoint.gang import agree, gather, revive
+from jobs.checkpoint.frequency import Frequency, Price
+from jobs.checkpoint.gang import agree, gather, most, revive
 from jobs.checkpoint.image import Image
 from jobs.checkpoint.layout import Place, Token
 from jobs.checkpoint.memory import StreamInfo, generation_of
@@ -41,7 +42,13 @@ from strategies.errors import PhalanxError
 
 
 class Saver(Protocol):
-    """What the loop calls. Every method is collective."""
+    """What the loop calls. Every method is collective.
+
+    Attributes:
+        copies_every: Steps between two copies in memory as of now; 0 for none.
+    """
+
+    copies_every: int
 
     def open(self) -> None:
         """Once, when every rank has its state."""
@@ -76,6 +83,7 @@ class DirectSaver:
     """
 
     def __init__(self, engine: Any, job: JobSpec, env: RankEnv, hooks: Hooks, reporter: Reporter) -> None:
+        self.copies_every = 0
         self._engine = engine
         self._job = job
         self._env = env
@@ -142,6 +150,11 @@ class BehindSaver:
         self._unconfirmed = False  # a replica of the newest copy is on its way
         self._replica_s = 0.0
         self._kept_s = 0.0  # what keep() has taken since it was told
+        policy = job.checkpoint
+        self._frequency = Frequency(every=policy.memory_every, share=policy.memory_share, most=policy.every)
+        self._cores = len(os.sched_getaffinity(0))
+        self._toil_s = 0.0  # of the persister, for copies, as it was told last
+        self.copies_every = 0
         self._warned = ""
         self._base = restored_from(env)  # the newest checkpoint on disk of which every rank knows
         self._last: Location | None = None  # the one that is being written
@@ -163,6 +176,7 @@ class BehindSaver:
         told = gather([hello["address"], first, hello["refused"]])
         refused = {rank: why for rank, (_, _, why) in enumerate(told) if why}
         self._in_memory = wanted and not refused
+        self.copies_every = self._frequency.now if self._in_memory else 0
         about: dict[str, Any] = {}
         if env.rank == 0:
             tensors = {name: shape for _, some, _ in told for name, shape in some.items()}
@@ -192,7 +206,8 @@ class BehindSaver:
         begin = time.perf_counter()
         self.land()
         self._settle(wait=False)
-        if self._in_memory and step % self._job.checkpoint.memory_every == 0:
+        if self._in_memory and self._frequency.due(step):
+            self._reconsider(step)
             self._copy()
             record = self._record(extra)
             self._copier.then(lambda: self._seal(step, record, flush=False))
@@ -205,7 +220,18 @@ class BehindSaver:
         if self._pending is not None and "waited_s" not in self._pending:
             self._pending["waited_s"] = waited_s  # it was the copy of this one
             return kept_s
+        self._frequency.stalled(kept_s + waited_s)
         return kept_s + waited_s
+
+    def _reconsider(self, step: int) -> None:
+        """Whether to copy more seldom from here on, or more often again."""
+        price = self._frequency.price(step, time.perf_counter()) if self._frequency.adapts else None
+        if price is None:
+            return
+        told = self._frequency.reconsider(Price(*most(price)))
+        self.copies_every = self._frequency.now
+        if told and self._env.rank == 0:
+            print(told, flush=True)
 
     def save(self, step: int, extra: Mapping[str, Any], *, wait: bool) -> Location:
         """See :class:`Saver`."""
@@ -276,7 +302,10 @@ class BehindSaver:
 
     def _confirm(self) -> None:
         """Wait for the replica of the newest copy, or for the news that there will be none."""
-        broken = self._ask("settle")[0]["broken"]
+        answer = self._ask("settle")[0]
+        toil_s, self._toil_s = answer["toil_s"] - self._toil_s, answer["toil_s"]
+        self._frequency.toiled(toil_s / self._cores)
+        broken = answer["broken"]
         if broken != self._warned:
             self._warned = broken
             told = f"warning: {self._warned}; the newest steps are only on their own nodes"

@@ -174,7 +174,7 @@ class Pretrain:
         if not evaluates:
             self._note(line)
         doing = "evaluate" if evaluates else then
-        times = {"own_s": round(own_s, 6), "seconds": round(seconds, 6)}
+        times = {"own_s": round(own_s, 6), "seconds": round(seconds, 6), "copies_every": self._saver.copies_every}
         self._reporter.send("step", step=step, next=doing, **times, micro_batches=self._micro_batches(step + 1))
         if evaluates:
             self._note(line | {"eval": self._evaluate(step)})

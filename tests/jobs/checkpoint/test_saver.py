@@ -36,7 +36,9 @@ class Link:
         return next(fields for asked, fields in self.asked if asked == op)
 
 
-def opened(monkeypatch: pytest.MonkeyPatch, rank: int, refused: dict[int, str]) -> tuple[BehindSaver, Link]:
+def opened(
+    monkeypatch: pytest.MonkeyPatch, rank: int, refused: dict[int, str], *, share: float = 0.0
+) -> tuple[BehindSaver, Link]:
     """The saver of one of two ranks, each on a node of its own."""
     hooked = SimpleNamespace(register_step_pre_hook=lambda hook: None)
     optimizer = SimpleNamespace(inner=hooked, on_disks=False)
@@ -60,8 +62,8 @@ def opened(monkeypatch: pytest.MonkeyPatch, rank: int, refused: dict[int, str]) 
         attempt=1,
         resume_from="",
     )
-    job = dataclasses.replace(make_job(), checkpoint=CheckpointSpec(every=5, memory_every=1))
-    engine = SimpleNamespace(ds=None, own_time=None, before_update=lambda act: None)
+    job = dataclasses.replace(make_job(), checkpoint=CheckpointSpec(every=8, memory_every=1, memory_share=share))
+    engine = SimpleNamespace(ds=None, own_time=SimpleNamespace(stalled_s=0.0), before_update=lambda act: None)
     made = BehindSaver(engine, job, env, NoHooks(), Reporter(-1), cast(PersisterLink, link))
     made.open()
     return made, link
@@ -88,3 +90,21 @@ def test_where_all_have_room_the_persister_is_told_what_is_coming(
     assert link.fields("hello")["share"] == 100 * 4 * 3
     assert link.fields("open")["in_memory"] is True
     assert capsys.readouterr().out == ""
+
+
+def test_a_copy_that_is_dear_is_made_seldom_on_all_ranks_alike(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, _ = opened(monkeypatch, 0, {}, share=0.01)
+    copied: list[int] = []
+    monkeypatch.setattr(made, "_copy", lambda: None)
+    monkeypatch.setattr(made, "_record", lambda extra: {})
+    monkeypatch.setattr(made, "_seal", lambda step, record, *, flush: copied.append(step))
+    monkeypatch.setattr(saver, "most", lambda price: [max(price[0], 0.05), 1.0])  # the other rank says 0.05 s
+    for step in range(1, 33):
+        made.keep(step, {})
+        assert made.stalled_s() < 0.05
+    assert copied == [1, 2, 4, 8, 16, 24, 32]
+    assert made.copies_every == 8
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(" steps")[0].split()[-1] for line in told] == ["2", "4", "8"]
