@@ -112,7 +112,8 @@ def pin(buffer: Array, device: torch.device) -> str:
     """
     if device.type != "cuda" or not buffer.nbytes:
         return ""
-    code = int(torch.cuda.cudart().cudaHostRegister(buffer.ctypes.data, buffer.nbytes, 0))
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    code = int(runtime.cudaHostRegister(buffer.ctypes.data, buffer.nbytes, 0))
     if not code:
         return ""
     with contextlib.suppress(RuntimeError):
