@@ -112,6 +112,7 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "goodput": books.goodput,
         "data": {"seconds": books.data_s, "share": books.data_share},
         "stalls": {"memory_s": books.memory_s, "disk_s": books.disk_stall_s},
+        "copies_every": last.get("copies_every"),
         "predicted": forecast.predicted(request, _plan(request, run)),
         "measured": forecast.measured(books),
         "weights_digest": run.weights_digest,

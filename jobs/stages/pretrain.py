@@ -169,7 +169,8 @@ class Pretrain:
         then = "save" if due or ordered else "step"
         own_s, seconds = self._engine.own_time.end()
         self._judge(step, result)
-        line = self._line(step, result, seconds) | {"data_s": data_s, "stall_s": self._saver.stalled_s()}
+        copying = {"stall_s": self._saver.stalled_s(), "copies_every": self._saver.copies_every}
+        line = self._line(step, result, seconds) | {"data_s": data_s} | copying
         evaluates = self._evaluation.due(step)
         if not evaluates:
             self._note(line)

@@ -74,7 +74,8 @@ def test_a_step_that_waited_for_a_copy_in_memory_is_a_stall_of_so_much() -> None
     assert books.seconds["productive"] == pytest.approx(before.seconds["productive"] - counted)
     assert books.seconds["wall"] == before.seconds["wall"]
     assert forecast.measured(books)["stall_s"] == pytest.approx(0.4)
-    assert f"{sum(waits):.1f} s of it for copies in memory" in ledger_table(books.seconds, 0.0, books.memory_s)
+    told = ledger_table(books.seconds, 0.0, books.memory_s, 4)
+    assert f"{sum(waits):.1f} s of it for copies in memory; copies in memory every 4 steps" in told
 
 
 def test_no_step_has_waited_for_longer_than_it_took() -> None:
