@@ -109,6 +109,7 @@ def beside(env: RankEnv, job: dict[str, Any], persisters: list[str], pairs: int,
 
     Returns:
         Seconds of every block: ``alone``, ``beside``; of the latter, those in which this rank stood still: ``stalled``.
+        What this rank computed in each, which other load of the machine hardly changes: ``alone_cpu``, ``beside_cpu``.
     """
     os.environ[PERSISTER] = persisters[env.rank]
     spec = from_json(JobSpec, job)
@@ -116,10 +117,12 @@ def beside(env: RankEnv, job: dict[str, Any], persisters: list[str], pairs: int,
     saver = BehindSaver(engine, spec, env, NoHooks(), Reporter(-1), PersisterLink(persisters[env.rank]))
     saver.open()
     at = itertools.count(1)
-    found: dict[str, list[float]] = {"alone": [], "beside": [], "stalled": [], "bytes": [float(saver.image_bytes)]}
+    found: dict[str, list[float]] = {name: [] for name in ("alone", "beside", "stalled", "alone_cpu", "beside_cpu")}
+    found["bytes"] = [float(saver.image_bytes)]
 
-    def train(*, copies: bool) -> float:
-        stalled_s, begin = 0.0, time.perf_counter()
+    def train(*, copies: bool) -> None:
+        name = "beside" if copies else "alone"
+        stalled_s, begin, cpu = 0.0, time.perf_counter(), time.process_time()
         for step in itertools.islice(at, block):
             if copies:
                 saver.keep(step, {})
@@ -127,15 +130,17 @@ def beside(env: RankEnv, job: dict[str, Any], persisters: list[str], pairs: int,
             engine.train_step(step, batches(spec, step, engine.grid))
             engine.own_time.end()
             stalled_s += saver.stalled_s()
+        found[name].append(time.perf_counter() - begin)
+        found[f"{name}_cpu"].append(time.process_time() - cpu)
         if copies:
             found["stalled"].append(stalled_s)
-        return time.perf_counter() - begin
 
     for _ in range(4):  # every buffer once
         train(copies=True)
-    found["stalled"].clear()
+    for values in (found["stalled"], found["beside"], found["beside_cpu"]):
+        values.clear()
     for pair in range(pairs):
         for copies in (False, True) if pair % 2 else (True, False):
-            found["beside" if copies else "alone"].append(train(copies=copies))
+            train(copies=copies)
     engine.close()
     return found
