@@ -48,6 +48,7 @@ _WHY = {
     "train.init_from": "weights of the full width",
     "train.spike_sigmas": "faults of numbers are to be noticed",
     "checkpoint.url": "in the run directory",
+    "checkpoint.memory_share": "the steps of the run are long",
     "recovery.save_timeout_s": "a stuck disk is to be noticed soon",
     "strategy.offload_path": "in host memory",
     "model.from_hf": "narrower",
