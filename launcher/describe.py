@@ -13,8 +13,8 @@ Of what a run has cost:
 ``measured``     the same of what happened
 ``attempts``     with ``errors``: what the ranks died of, equal errors grouped (:mod:`launcher.rank_errors`)
 ``excluded``     nodes that carry no ranks for now: ``node``, ``until`` (UTC seconds), ``reason``
-``unsaved``      checkpoints that could not be written since the newest that was: ``since`` (UTC seconds), ``times``, and of
-                 the last one ``step`` and ``reason``; null where the newest was written
+``unsaved``      checkpoints that could not be written since the newest that was: ``since`` (UTC seconds), ``times``,
+                 and of the last one ``step`` and ``reason``; null where the newest was written
 ``stragglers``   ranks that were found slow: ``attempt``, ``failure``, ``ratio`` (own time of a step over its peers')
 ``dying``        what was killed and is waited for now, by ``node``: ``left``, rows of ``rank``, ``pid`` and ``state``
 ``slow_starts``  nodes whose ranks started as fresh processes, not from the warm pool, and why
@@ -114,6 +114,8 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "ledger": dict(books.seconds),
         "goodput": books.goodput,
         "data": {"seconds": books.data_s, "share": books.data_share},
+        "stalls": {"memory_s": books.memory_s, "disk_s": books.disk_stall_s},
+        "copies_every": last.get("copies_every"),
         "predicted": forecast.predicted(request, _plan(request, run)),
         "measured": forecast.measured(books),
         "weights_digest": run.weights_digest,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch.distributed as dist
 
+from jobs.checkpoint.direct import DirectSaver
 from jobs.checkpoint.errors import storage_error
 from jobs.checkpoint.gang import gang_weights_digest, gather
 from jobs.checkpoint.identity import differences
@@ -20,7 +21,7 @@ from jobs.checkpoint.memory import generation_of
 from jobs.checkpoint.memory_source import MemorySource, read_point
 from jobs.checkpoint.persister import link_from_environment
 from jobs.checkpoint.restore import RestoredState, restore
-from jobs.checkpoint.saver import BehindSaver, DirectSaver, Saver
+from jobs.checkpoint.saver import BehindSaver, Saver
 from jobs.checkpoint.source import ShardSource
 from jobs.hooks import Hooks
 from jobs.initial import initialise
@@ -168,12 +169,13 @@ class Pretrain:
         then = "save" if due or ordered else "step"
         own_s, seconds = self._engine.own_time.end()
         self._judge(step, result)
-        line = self._line(step, result, seconds) | {"data_s": data_s}
+        copying = {"stall_s": self._saver.stalled_s(), "copies_every": self._saver.copies_every}
+        line = self._line(step, result, seconds) | {"data_s": data_s} | copying
         evaluates = self._evaluation.due(step)
         if not evaluates:
             self._note(line)
         doing = "evaluate" if evaluates else then
-        times = {"own_s": round(own_s, 6), "seconds": round(seconds, 6)}
+        times = {"own_s": round(own_s, 6), "seconds": round(seconds, 6), "copies_every": self._saver.copies_every}
         self._reporter.send("step", step=step, next=doing, **times, micro_batches=self._micro_batches(step + 1))
         if evaluates:
             self._note(line | {"eval": self._evaluate(step)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from types import SimpleNamespace
 from typing import Any, NoReturn, cast
 
@@ -45,7 +46,9 @@ class Link:
         return next(fields for asked, fields in self.asked if asked == op)
 
 
-def opened(monkeypatch: pytest.MonkeyPatch, rank: int, refused: dict[int, str]) -> tuple[BehindSaver, Link]:
+def opened(
+    monkeypatch: pytest.MonkeyPatch, rank: int, refused: dict[int, str], *, share: float = 0.0
+) -> tuple[BehindSaver, Link]:
     """The saver of one of two ranks, each on a node of its own."""
     hooked = SimpleNamespace(register_step_pre_hook=lambda hook: None)
     optimizer = SimpleNamespace(inner=hooked, on_disks=False)
@@ -69,8 +72,8 @@ def opened(monkeypatch: pytest.MonkeyPatch, rank: int, refused: dict[int, str]) 
         attempt=1,
         resume_from="",
     )
-    job = dataclasses.replace(make_job(), checkpoint=CheckpointSpec(every=5, memory_every=1))
-    engine = SimpleNamespace(ds=None, own_time=None, before_update=lambda act: None)
+    job = dataclasses.replace(make_job(), checkpoint=CheckpointSpec(every=8, memory_every=1, memory_share=share))
+    engine = SimpleNamespace(ds=None, own_time=SimpleNamespace(stalled_s=0.0), before_update=lambda act: None)
     made = BehindSaver(engine, job, env, NoHooks(), Reporter(-1), cast(PersisterLink, link))
     made.open()
     return made, link
@@ -97,6 +100,24 @@ def test_where_all_have_room_the_persister_is_told_what_is_coming(
     assert link.fields("hello")["share"] == 100 * 4 * 3
     assert link.fields("open")["in_memory"] is True
     assert capsys.readouterr().out == ""
+
+
+def test_a_copy_that_is_dear_is_made_seldom_on_all_ranks_alike(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, _ = opened(monkeypatch, 0, {}, share=0.01)
+    copied: list[int] = []
+    monkeypatch.setattr(made, "_copy", lambda: None)
+    monkeypatch.setattr(made, "_record", lambda extra: {})
+    monkeypatch.setattr(made, "_seal", lambda step, record, *, flush: copied.append(step))
+    monkeypatch.setattr(saver, "most", lambda price: [max(price[0], 0.05), 1.0])  # the other rank says 0.05 s
+    for step in range(1, 33):
+        made.keep(step, {})
+        assert made.stalled_s() < 0.05
+    assert copied == [1, 2, 4, 8, 16, 24, 32]
+    assert made.copies_every == 8
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(" steps")[0].split()[-1] for line in told] == ["2", "4", "8"]
 
 
 def saving(monkeypatch: pytest.MonkeyPatch, *outcomes: Any) -> tuple[BehindSaver, Link, list[dict[str, Any]]]:
@@ -128,15 +149,16 @@ def written(step: int) -> dict[str, Any]:
 def test_training_goes_on_beside_a_checkpoint_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     made, link, told = saving(monkeypatch, FULL, written(10))
     made.save(5, {}, wait=False)
-    assert not made.troubled, "nobody knows yet"
+    known = [made.troubled]  # nobody knows yet
     made.save(10, {}, wait=False)
-    assert made.troubled
+    known.append(made.troubled)
     assert told == [{"kind": "unsaved", "step": 5, "reason": "Cannot write. (No space left on device)"}]
     made.save(15, {}, wait=False)
-    assert not made.troubled
+    assert [*known, made.troubled] == [False, True, False]
     assert [one["kind"] for one in told] == ["unsaved", "checkpoint"]
     bases = [fields["base"] for op, fields in link.asked if op == "seal"]
-    assert [base.rpartition("step-")[2][:8] for base in bases] == ["", "", "00000010"], "only what exists is gone on from"
+    steps = [base.rpartition("step-")[2][:8] for base in bases]
+    assert steps == ["", "", "00000010"], "only what exists is gone on from"
 
 
 def test_who_was_fenced_off_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +171,7 @@ def test_who_was_fenced_off_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_last_checkpoint_is_tried_until_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(saver.time, "sleep", slept.append)
+    monkeypatch.setattr(time, "sleep", slept.append)
     made, link, told = saving(monkeypatch, FULL, FULL, written(5))
     made.save(5, {}, wait=True, patience_s=100.0)
     assert sum(slept) == pytest.approx(2 + 4)
