@@ -62,9 +62,12 @@ class OwnTime:
         self._set_device = set_device
         self._began = time.perf_counter()
         self._waited_s = 0.0
+        self.stalled_s = 0.0
+        """Seconds of the newest step that has ended in which this rank stood still in :meth:`stall`."""
         self._depth = 0
         self._spare: list[Any] = []
         self._pairs: list[tuple[Any, Any, Sequence[Entry]]] = []
+        self._stalls: list[tuple[Any, Any]] = []
         self._over = 0  # so many of the pairs are over
         self._lock = threading.Lock()  # of the pairs, but for new ones at their end
         self._course = Course(device=make_event is not None)
@@ -81,7 +84,7 @@ class OwnTime:
         """A step of so many micro-batches begins."""
         self._settle()
         self._course.begin(micro_batches)
-        self._waited_s = 0.0
+        self._waited_s = self.stalled_s = 0.0
         self._began = time.perf_counter()
 
     def end(self) -> tuple[float, float]:
@@ -137,6 +140,17 @@ class OwnTime:
             else:
                 self._pairs.append((before, self._mark(), over))
 
+    def stall(self, call: Callable[[], None]) -> None:
+        """Run something that the step waits for. What a device still computes meanwhile is no standing still."""
+        before, began = self._mark(), time.perf_counter()
+        try:
+            call()
+        finally:
+            if before is None:
+                self.stalled_s += time.perf_counter() - began
+            else:
+                self._stalls.append((before, self._mark()))
+
     def _mark(self) -> Any:
         if self._make_event is None:
             return None
@@ -148,10 +162,15 @@ class OwnTime:
         for before, after, _ in self._pairs:
             after.synchronize()
             self._waited_s += before.elapsed_time(after) / 1000
+        for before, after in self._stalls:
+            after.synchronize()
+            self.stalled_s += before.elapsed_time(after) / 1000
         self.look()
         with self._lock:
             self._spare += [event for before, after, _ in self._pairs for event in (before, after)]
+            self._spare += [event for pair in self._stalls for event in pair]
             self._pairs.clear()
+            self._stalls.clear()
             self._over = 0
 
     def look(self) -> None:

@@ -3,7 +3,8 @@
 =================  ====================================================================================
 start              from submit (or a person's resume) until ranks exist and have started, without restore
 productive         optimizer steps that count
-checkpoint_stall   steps waiting for a checkpoint to be copied and written
+checkpoint_stall   steps waiting for a state to be copied, into memory or for the disk, for its replica, and to be
+                   written: as rank 0 has waited
 detect             from the failure (or the last sign of life) until the controller knew
 decide             from knowing until every old rank is gone and the decision is recorded; and, when ranks leave on
                    purpose at a checkpoint, until they are gone
@@ -93,6 +94,7 @@ class Account:
         steps: Optimizer steps that count.
         saves: Checkpoints committed.
         data_s: Of the productive seconds, those in which rank 0 waited for its samples.
+        memory_s: Of the seconds of checkpoint stalls, those that copies have cost which only memory keeps.
     """
 
     seconds: Mapping[str, float]
@@ -100,11 +102,17 @@ class Account:
     steps: int
     saves: int
     data_s: float = 0.0
+    memory_s: float = 0.0
 
     @property
     def data_share(self) -> float:
         """Share of the productive time that was waiting for samples."""
         return self.data_s / self.seconds["productive"] if self.seconds["productive"] else 0.0
+
+    @property
+    def disk_stall_s(self) -> float:
+        """Seconds that steps have waited for checkpoints on disk."""
+        return max(0.0, self.seconds["checkpoint_stall"] - self.memory_s)
 
     @property
     def goodput(self) -> float:

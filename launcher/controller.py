@@ -156,8 +156,8 @@ class Controller:
         self.phase = phase
         self._since = self.clock.monotonic()
         self._noticed = False
-        if phase is Phase.GATHER:
-            self.memory.ready(self.gang, self.muster.up)  # asks now, so that the answers are what ends the next poll
+        if phase is Phase.GATHER:  # asks now, so that the answers are what ends the next poll
+            self.memory.ready(self.gang, self.muster.up, self.run, self.request.job)
 
     # --- observing ------------------------------------------------------------------------------------------------
 
@@ -216,7 +216,7 @@ class Controller:
         if final := progress.completed(self.store.paths, self.request.job):
             self.end(EventKind.RUN_SUCCEEDED, step=final["step"], weights_digest=final.get("weights_digest"))
             return
-        if not self.memory.ready(self.gang, self.muster.up):
+        if not self.memory.ready(self.gang, self.muster.up, self.run, self.request.job):
             return
         self.muster.call_up(self.gang, urgent=True)
         waited, why = self.clock.monotonic() - self._since, self.backend.why_missing

@@ -48,6 +48,7 @@ class Facts:
         nodes_up: Nodes with an announced agent.
         nodes_wanted: Nodes and spares that the run asks for.
         checkpoint: Newest committed checkpoint: ``step``, ``bytes``, ``time``; empty before the first.
+        unsaved: Checkpoints that could not be written.
         predicted: See :mod:`launcher.forecast`.
         now: When this was put together (UTC seconds).
     """
@@ -59,6 +60,7 @@ class Facts:
     nodes_up: int
     nodes_wanted: int
     checkpoint: Mapping[str, Any]
+    unsaved: int
     predicted: Mapping[str, Any]
     now: float
 
@@ -98,6 +100,7 @@ def _checkpoint(facts: Facts) -> list[Metric]:
         _one("checkpoint_age_seconds", "Since it was committed.", age),
         _one("checkpoint_bytes", "Its size.", newest.get("bytes")),
         _one("checkpoints_total", "Checkpoints committed.", float(facts.books.saves), "counter"),
+        _one("checkpoints_failed_total", "Checkpoints that could not be written.", float(facts.unsaved), "counter"),
     ]
 
 
@@ -107,9 +110,11 @@ def _accounts(books: Account) -> list[Metric]:
     # Gauges: a step in progress counts as productive, and becomes lost work when it fails.
     wall = {name: books.seconds[name] for name in CLASSES}
     cost = {name: sum(one.seconds[name] for one in books.incidents) for name in INCIDENT_CLASSES}
+    stalls = {"memory": books.memory_s, "disk": books.disk_stall_s}
     return [
         _one("goodput_ratio", "Share of the wall time that was productive.", books.goodput),
         _by("seconds", "Wall time by class; the classes sum to it.", "class", wall),
+        _by("stall_seconds", "Of the class checkpoint_stall, by tier.", "tier", stalls),
         _by("incident_seconds", "What failures have cost, by class.", "class", cost),
         _by("failures_total", "Failures by kind.", "kind", failures, "counter"),
         _by("restarts_total", "Failures after which the ranks trained again, by kind.", "kind", again, "counter"),

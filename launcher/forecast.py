@@ -73,7 +73,7 @@ def measured(books: Account) -> dict[str, Any]:
     failures = [one for one in books.incidents if one.kind != ORPHANED]
     return {
         "step_s": books.seconds["productive"] / books.steps if books.steps else None,
-        "stall_s": books.seconds["checkpoint_stall"] / books.saves if books.saves else None,
+        "stall_s": books.disk_stall_s / books.saves if books.saves else None,
         "detect_s": _mean([one.seconds["detect"] for one in failures]),
         "restart_s": _mean([one.restart_s for one in failures if one.recovered]),
         "goodput": books.goodput,

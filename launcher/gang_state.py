@@ -58,6 +58,7 @@ class GangState:
         evidence: Failures, in order of arrival.
         first_step: First step that the attempt runs.
         last_step: Highest step that a rank has reported.
+        copies_every: Steps between two copies in memory, as a rank has told last; 0 while none has.
         restored: What ranks have read back: ``restored_s`` of the slowest, ``restored_bytes`` of all (each byte is read
             once, whoever needs it); may be empty.
         training: The first step has begun.
@@ -83,6 +84,7 @@ class GangState:
     evidence: list[Failure] = field(default_factory=list)
     first_step: int = 1
     last_step: int = 0
+    copies_every: int = 0
     restored: dict[str, float] = field(default_factory=dict)
     training: bool = False
     leaving: str = ""
@@ -227,16 +229,18 @@ class GangState:
         rank, kind = int(data["rank"]), data["kind"]
         if kind == "step":
             self.last_step = max(self.last_step, int(data["step"]))
+            self.copies_every = int(data.get("copies_every", self.copies_every))
         elif kind == "training" and rank == 0:
             self._began = int(data["step"])
             # Where a node's word of its ranks is still on its way, that is told first: they do run.
             return self._begin_training(self._began) if self.all_spawned else []
         elif kind == "checkpoint" and int(data["step"]) not in self.commits:
             self.commits.add(int(data["step"]))
-            fields: dict[str, Any] = {
-                key: data[key] for key in ("step", "path", "bytes", "written_bytes", "stall_s") if key in data
-            }
-            return [Note(kind=EventKind.CHECKPOINT_COMMITTED, data=fields)]
+            named: tuple[str, ...] = ("step", "path", "bytes", "written_bytes", "stall_s")
+            return [Note(kind=EventKind.CHECKPOINT_COMMITTED, data={key: data[key] for key in named if key in data})]
+        elif kind == "unsaved":
+            known = {"step": int(data["step"]), "reason": str(data.get("reason", ""))}
+            return [Note(kind=EventKind.CHECKPOINT_FAILED, data=known)]
         elif kind == "error":
             self.errors[rank] = data
         elif kind == "restored":

@@ -70,6 +70,7 @@ class Book:
         self._owed = 0.0  # stall of committed checkpoints that no step has paid for yet
         self._steps = self._saves = 0
         self._data_s = 0.0  # of productive steps
+        self._memory_s = 0.0  # of stalls
         self._ended = False
         self._early: deque[Mapping[str, Any]] = deque()  # lines of an attempt that no event has told of yet
 
@@ -114,6 +115,7 @@ class Book:
         step, attempt = int(line["step"]), int(line["attempt"])
         if attempt == self.training and self._since is not None:
             until = max(self._since, min(float(line["time"]), now))
+            self._stall_for_memory(until, float(line.get("stall_s", 0.0)))
             self._pay_stall(until)
             again = step <= self._done
             self._put("replay" if again else "productive", until - self._since, self._owner.pop(step, None))
@@ -150,7 +152,14 @@ class Book:
             book._charge(now, tail="productive")  # a step in progress is work, not the end
         seconds = {**book._seconds, "wall": sum(book._seconds.values())}
         incidents = tuple(book._incidents)
-        return Account(seconds=seconds, incidents=incidents, steps=book._steps, saves=book._saves, data_s=book._data_s)
+        return Account(
+            seconds=seconds,
+            incidents=incidents,
+            steps=book._steps,
+            saves=book._saves,
+            data_s=book._data_s,
+            memory_s=book._memory_s,
+        )
 
     # --- charging -------------------------------------------------------------------------------------------------
 
@@ -160,11 +169,19 @@ class Book:
             incident.seconds[name] += seconds
 
     def _pay_stall(self, until: float) -> None:
+        """What checkpoints on disk have cost is known when they are committed, and taken from the steps after that."""
+        self._owed -= self._stall(until, self._owed)
+
+    def _stall_for_memory(self, until: float, seconds: float) -> None:
+        """What copies in memory have cost is told with the step that waited for them."""
+        self._memory_s += self._stall(until, max(0.0, seconds))
+
+    def _stall(self, until: float, seconds: float) -> float:
         assert self._since is not None
-        stall = min(self._owed, until - self._since)
+        stall = min(seconds, until - self._since)
         self._put("checkpoint_stall", stall, None)
-        self._owed -= stall
         self._since += stall
+        return stall
 
     def _charge(self, until: float, *, tail: str = "finish") -> None:
         """What has passed goes to the present class; while steps are made, what follows the last one to ``tail``."""

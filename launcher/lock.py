@@ -3,6 +3,11 @@
 ``flock`` does not cross hosts, and a lock *file* outlives kill -9. So holding is a record ``controllers/E.json`` that
 only one contender can create, and being alive is either provable (same machine: the process exists) or observed (the
 holder's heartbeat file changes). Nobody compares clocks of two machines.
+
+On a share the record is the server's to give. What a client has seen before it may be shown again, and that a file is
+not there, too (:mod:`launcher.share`). So every beat changes the folder, which makes :meth:`ControllerLock.lost` true a
+beat late at most, and a heartbeat is watched for as much longer as an old one may be shown. A controller that has not
+noticed yet does no harm: agents and checkpoints ask for the epoch themselves.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.paths import RunPaths
+from launcher import share
 from launcher.store import create_exclusive
 from strategies.errors import ResumeRefused, StorageError
 
@@ -75,6 +81,7 @@ class ControllerLock:
         self._count += 1
         with contextlib.suppress(OSError):  # a full disk must not end the run; the holder's process still proves life
             (self._paths.controllers / f"{self.epoch}.beat").write_text(str(self._count))
+            share.look_again(self._paths.controllers, f"{self.epoch}.look")
 
     def lost(self) -> bool:
         """Whether a later epoch exists: this controller must stop at once, and touch nothing."""
@@ -118,6 +125,7 @@ def holder_alive(
         return process_started(int(holder["pid"])) == int(holder["started"])
     beat = paths.controllers / f"{epoch}.beat"
     first = beat.read_text() if beat.exists() else ""
+    silence_s += share.stale_s(paths.controllers)
     waited = 0.0
     while waited < silence_s:
         sleep(BEAT_S / 2)

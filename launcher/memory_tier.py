@@ -19,7 +19,9 @@ from launcher.store import write_atomic
 from strategies.codec import from_json
 from strategies.errors import ConfigError
 
-PATIENCE_S = 1.0  # a node that has not answered by then holds nothing that could be waited for
+PATIENCE_S = 1.0  # from then on those that have answered do, if they hold all of a state that is new enough ...
+SILENT_S = 30.0  # ... and from then on in any case: a host may be loaded, but its node is up, so somebody is stuck
+_TOLD = 3  # nodes by name
 
 
 class Asks(Protocol):
@@ -43,6 +45,7 @@ class MemoryTier:
         self._asked: set[str] = set()
         self._waiting: set[str] = set()
         self._stocks: dict[str, Stock] = {}
+        self._enough: bool | None = None  # whether what is known will do; None when it has changed since
 
     def settle(self, path: Path, point: ResumePoint) -> None:
         """The next attempt begins at ``point``: tell its ranks where the parts are. What is known is old from here on.
@@ -55,25 +58,60 @@ class MemoryTier:
         self._asked.clear()
         self._waiting.clear()
         self._stocks.clear()
+        self._enough = None
 
-    def ready(self, gang: Asks, up: Collection[str]) -> bool:
-        """Ask those who were not asked yet; then whether every node that is up has answered, or has had its time."""
+    def ready(self, gang: Asks, up: Collection[str], run: Run, job: JobSpec) -> bool:
+        """Ask those who were not asked yet; then whether what is known will do.
+
+        It does when every node that is up has answered; a node that is dead is up no longer. One that takes its time is
+        waited for, since without it the steps since the last checkpoint on disk may be lost; but not when the others
+        hold all of a state that is as new as any can be.
+
+        Args:
+            gang: Asks.
+            up: Nodes that answer.
+            run: The run as its log tells it.
+            job: What it does.
+        """
         if not self._asked.issuperset(up):
             self._number += 1
             self._asked_at = self._clock.monotonic()
             self._asked = set(up)
             self._waiting = gang.ask_holdings(self._number)
         waiting = self._waiting & set(up)
-        return not waiting or self._clock.monotonic() - self._asked_at > PATIENCE_S
+        waited_s = self._clock.monotonic() - self._asked_at
+        if not waiting or waited_s <= PATIENCE_S:
+            return not waiting
+        if waited_s > SILENT_S:
+            told = ", ".join(sorted(waiting)[:_TOLD]) + (", ..." if len(waiting) > _TOLD else "")
+            print(f"warning: what {told} may hold in memory is not known after {SILENT_S:.0f} s", flush=True)
+            self._waiting.clear()
+            return True
+        if self._enough is None:
+            self._enough = self._will_do(run, job)
+        return self._enough
+
+    def _will_do(self, run: Run, job: JobSpec) -> bool:
+        if not run.attempts or not job.checkpoint.memory_every:
+            return True  # there is nothing that could be held
+        number, stocks, skips = run.attempts[-1].number, list(self._stocks.values()), (*job.skips, *run.skips)
+        found = choose(stocks, beyond=None, branch=None, skips=skips, rejected=run.rejected)
+        # No state is whole that is newer than what a rank's own node has of it.
+        own = [held.step for stock in stocks for held in stock.held if held.own and held.attempt == number]
+        if found is None or found.attempt != number or not own:
+            return False
+        return found.step >= max(own) - job.checkpoint.memory_every
 
     def note(self, seen: Observation) -> None:
         """Take in what a node says, if it answers the present question; a node that is lost holds nothing."""
         if seen.kind == "agent_lost":
             self._waiting.discard(seen.node)
             self._stocks.pop(seen.node, None)
+            self._enough = None
         if seen.kind != "holdings" or seen.data.get("id") != self._number:
             return
         self._waiting.discard(seen.node)
+        self._enough = None
         try:
             held = tuple(Holding.read(row) for row in seen.data["held"])
             if held:

@@ -150,6 +150,9 @@ def run_text(run: Mapping[str, Any]) -> str:
     head.append(("submitted", f"{moment(run['submitted'])} UTC"))
     if run["checkpoint"]:
         head.append(("checkpoint", f"step {run['checkpoint']['step']}: {run['checkpoint']['path']}"))
+    if unsaved := run["unsaved"]:
+        since, times = moment(unsaved["since"]), plural(unsaved["times"], "time")
+        head.append(("not saved", f"since {since} UTC, {times}, last at step {unsaved['step']}: {unsaved['reason']}"))
     head.append(("steps lost", str(run["steps_lost"])))
     head += skips.head(run["skips"])
     if run["weights_digest"]:
@@ -194,7 +197,7 @@ def _cost(run: Mapping[str, Any]) -> list[str]:
     if run["incidents"]:
         blocks.append(incidents_table(run["incidents"], live=not run["ended"]))
     if run["ledger"].get("wall"):
-        blocks.append(ledger_table(run["ledger"], run["data"]["share"]))
+        blocks.append(ledger_table(run["ledger"], run["data"]["share"], run["stalls"]["memory_s"], run["copies_every"]))
         if run["step"]:
             blocks.append(forecast_table(run["predicted"], run["measured"]))
     return blocks
@@ -222,16 +225,24 @@ def ranks_table(ranks: Sequence[Mapping[str, Any]]) -> str:
     return table(("RANK", "NODE", "PID", "(PIPE,DATA,MODEL)"), rows, right=(0, 2))
 
 
-def ledger_table(books: Mapping[str, float], data_share: float = 0.0) -> str:
+def ledger_table(
+    books: Mapping[str, float], data_share: float = 0.0, memory_s: float = 0.0, copies_every: int | None = None
+) -> str:
     """Where the seconds went; classes without a second are left out.
 
     Args:
         books: Seconds by class.
         data_share: Share of the productive ones in which ranks waited for samples; 0 where nobody measured it.
+        memory_s: Of the stalls, seconds that copies in memory have cost.
+        copies_every: Steps between two of those as of late; None where nobody has told.
     """
     wall = books["wall"] or 1.0
-    reading = f"; {100 * data_share:.2f} % of it reading samples" if data_share else ""
-    meaning = {**MEANING, "productive": MEANING["productive"] + reading}
+    reading = f"; {100 * data_share:.2f} % of it waiting for samples" if data_share else ""
+    copying = f"; {memory_s:.1f} s of it for copies in memory" if memory_s >= 0.05 else ""
+    if copies_every and copies_every > 1:
+        copying += f"; copies in memory every {copies_every} steps"
+    added = {"productive": reading, "checkpoint_stall": copying}
+    meaning = {name: text + added.get(name, "") for name, text in MEANING.items()}
     rows = [
         (name, f"{books[name]:.1f}", f"{100 * books[name] / wall:.1f} %", meaning[name])
         for name in CLASSES

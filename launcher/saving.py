@@ -37,8 +37,10 @@ def checkpoint_spec(config: Config, work: Workload | None, plan: ParallelPlan, r
     return CheckpointSpec(
         every=disk_steps(config, work, plan),
         memory_every=0 if config.job.infers else policy.memory_every,
+        memory_share=policy.memory_share,
         keep=policy.keep,
         url=f"{policy.url}/{run_dir.name}" if policy.url else None,
+        patience_s=policy.patience_s,
     )
 
 

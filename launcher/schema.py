@@ -56,7 +56,7 @@ class ModelConfig:
         rope_stretch: Frequencies that slow down, as in Llama 3.1 and later; null for none.
         gated: The feed-forward block has a gate; null means that of the flavour.
         head_width: Width of one head; null means ``hidden / heads``.
-        position_rows: Learned positions; null means ``seq`` for ``gpt3`` and none for ``llama``.
+        position_rows: Learned positions, at least ``seq``; null means ``seq`` for ``gpt3`` and none for ``llama``.
         embed_norm: A norm follows the token embedding.
         moe: Experts instead of dense feed-forward blocks; null for none.
         latent: Latent attention instead of plain heads; null for none.
@@ -259,14 +259,17 @@ class CheckpointConfig:
         every: Steps between checkpoints on disk; 0 leaves only the one after the last step. Null for the interval that
             the planner finds best for the plan on the cluster.
         memory_every: Steps between checkpoints in memory; 0 for none.
+        memory_share: Largest share of the time that those may take; 0: whatever they take.
         keep: Number of newest committed checkpoints kept.
-        url: See :class:`jobs.spec.CheckpointSpec`.
+        url, patience_s: See :class:`jobs.spec.CheckpointSpec`.
     """
 
     every: int | None = 10
     memory_every: int = 0
+    memory_share: float = 0.0
     keep: int = 3
     url: str | None = None
+    patience_s: float = 600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -356,7 +359,7 @@ MINIMUM: dict[str, float] = {
             "sample_tokens",
         )
     },
-    **{f"checkpoint.{key}": 0 for key in ("every", "memory_every")},
+    **{f"checkpoint.{key}": 0 for key in ("every", "memory_every", "memory_share", "patience_s")},
     "checkpoint.keep": 1,
     **{f"job.{key}": 1 for key in ("ship_limit_mb", "tokens")},
     **{f"job.{key}": 0 for key in ("shots", "temperature", "top_k")},
@@ -374,8 +377,7 @@ MAXIMUM: dict[str, float] = {
     "strategy.zero_stage": 3,
     "data.validation": 0.5,
     "job.top_p": 1,
-    "train.beta1": 1,
-    "train.beta2": 1,
+    **dict.fromkeys(("train.beta1", "train.beta2", "checkpoint.memory_share"), 1),
     **{f"cluster.hardware.{key}": 1 for key in ("intra_latency_s", "inter_latency_s")},
     "cluster.hardware.failures_per_node_day": 100,  # one in a quarter of an hour, on every node: nothing runs there
 }

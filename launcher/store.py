@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,8 @@ from launcher.request import LaunchRequest
 from launcher.run import EventKind, Run, RunEvent, fold
 from strategies.codec import from_json, to_json
 from strategies.errors import ConfigError, NotFound, StorageError, did_you_mean
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
@@ -63,15 +66,37 @@ def create_exclusive(path: Path, data: bytes) -> bool:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(aside, path)
+            _link(aside, path)
         except FileExistsError:
-            return False
+            return _is_ours(aside)
         finally:
             aside.unlink(missing_ok=True)
         sync_dir(path.parent)
     except OSError as error:
         raise _refused(path, error) from error
     return True
+
+
+def _link(aside: Path, path: Path) -> None:
+    try:
+        os.link(aside, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        raise StorageError(
+            f"The run directory cannot be in {path.parent}: its file system gives no file a second name.",
+            why=f"{error.strerror}; one of several contenders can be given a name, on every node, and no more",
+            hint="Choose another run.dir: a local disk, NFS, Lustre, GPFS, CephFS. Checkpoints may be elsewhere.",
+        ) from error
+
+
+def _is_ours(aside: Path) -> bool:
+    """Whether it was our own link that is in the way: an NFS client that heard no answer has asked once more."""
+    try:
+        with open(aside, "rb") as file:
+            return os.fstat(file.fileno()).st_nlink > 1
+    except FileNotFoundError:
+        return False
 
 
 def _refused(path: Path, error: OSError) -> StorageError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,15 @@ def gather(value: Any) -> list[Any]:
     if rank_and_world()[1] == 1:
         return [value]
     return [json.loads(text) for text in gather_bytes(json.dumps(value).encode())]
+
+
+def most(values: Sequence[float]) -> list[float]:
+    """The largest that any rank has of each value. Collective."""
+    if rank_and_world()[1] == 1:
+        return list(values)
+    found = torch.tensor(values, dtype=torch.float32, device=device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return [float(value) for value in found.tolist()]
 
 
 def gather_bytes(value: bytes) -> list[bytes]:

@@ -19,7 +19,7 @@ from launcher.drill.changes import Change, differences, shown, unchanged, with_c
 from launcher.drill.concessions import runnable
 from launcher.host.accelerator import Devices
 from launcher.host.dealing import Deal, deal
-from launcher.schema import ClusterConfig, Config, ModelConfig, StrategyConfig, TrainConfig
+from launcher.schema import CheckpointConfig, ClusterConfig, Config, ModelConfig, StrategyConfig, TrainConfig
 from strategies.errors import ConfigError, PlanInfeasible
 from strategies.plan import ParallelPlan
 from strategies.ramp import Ramp
@@ -48,6 +48,7 @@ _WHY = {
     "train.init_from": "weights of the full width",
     "train.spike_sigmas": "faults of numbers are to be noticed",
     "checkpoint.url": "in the run directory",
+    "checkpoint.memory_share": "the steps of the run are long",
     "recovery.save_timeout_s": "a stuck disk is to be noticed soon",
     "strategy.offload_path": "in host memory",
     "model.from_hf": "narrower",
@@ -176,7 +177,7 @@ def _reduced(config: Config, plan: ParallelPlan, degrees: Mapping[str, int], set
         cluster=_cluster(config.cluster, math.prod(degrees.values()), setting),
         strategy=_strategy(plan, degrees, model.moe.experts if model.moe else 1),
         train=_train(config.train, plan, degrees),
-        checkpoint=replace(config.checkpoint, every=EVERY, keep=max(3, config.checkpoint.keep), url=None),
+        checkpoint=_checkpoint(config.checkpoint),
         recovery=replace(config.recovery, min_nodes=None),
         tracking=replace(config.tracking, kind="none"),
         experiment=replace(config.experiment, require_faults=False),
@@ -184,6 +185,11 @@ def _reduced(config: Config, plan: ParallelPlan, degrees: Mapping[str, int], set
         faults=(),
     )
     return with_changes(changed, setting.changes)
+
+
+def _checkpoint(policy: CheckpointConfig) -> CheckpointConfig:
+    """Copies in memory as often as asked for: steps of this size would make them seldom, those of the run do not."""
+    return replace(policy, every=EVERY, memory_share=0.0, keep=max(3, policy.keep), url=None)
 
 
 # ---- the plan ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import statistics
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from jobs.spec import CheckpointSpec
 from launcher.host.environment import large_copies
 from strategies.codec import to_json
 from strategies.specs import ModelSpec
+from tests.benchmarks.stats import interval, repeats
 from tests.support.gang import WarmPool
 from tests.support.jobspecs import make_job, make_plan
 from tests.support.persisters import Node
@@ -60,3 +62,38 @@ def test_stall_at_100_m_parameters(zero_stage: int, tmp_path: Path) -> None:
     times = took["deepspeed_s"] / disk_s
     print(f"DeepSpeed's save_checkpoint {took['deepspeed_s']:.2f} s: {times:.0f} x ours (must: >= 20)")
     assert took["bytes"] == pytest.approx(100e6 * 12, rel=0.02)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_a_step_beside_a_copy_and_its_replica(tmp_path: Path) -> None:
+    """Two ranks on two nodes, 1,024 tokens each; the state goes into memory and to the other node at every step.
+
+    The nodes are processes of one machine, so what the persisters do competes with the ranks for its cores.
+    """
+    job = make_job(M100, make_plan(M100, 2, micro_batch=1, dp=2, zero_stage=1), global_batch=2)
+    job = dataclasses.replace(job, checkpoint=CheckpointSpec(memory_every=1, keep=9))
+    nodes = [Node(tmp_path, name) for name in "ab"]
+    try:
+        with WarmPool(large_copies(os.environ)) as pool:
+            arguments = {"job": to_json(job), "persisters": [node.path for node in nodes]}
+            took = pool.run(
+                "tests.support.stall_ranks:beside",
+                world_size=2,
+                arguments=arguments | {"pairs": repeats(10), "block": 2},
+                timeout_s=1700,
+                run_dir=str(tmp_path),
+            )
+    finally:
+        for node in nodes:
+            node.close()
+    size = sum(rank["bytes"][0] for rank in took)
+    share = max(sum(rank["stalled"]) / sum(rank["beside"]) for rank in took)
+    ratios = [beside / alone for beside, alone in zip(took[0]["beside"], took[0]["alone"], strict=True)]
+    low, high = interval(ratios)
+    print(f"\n{size / 1e9:.2f} GB on two nodes, each with the replica of the other, at every step")
+    print(f"standing still for it: {share:.2%} of the step (must: <= 3.5 %)")
+    middle = statistics.median(ratios)
+    print(f"a step beside it / a step alone: median {middle:.3f}, 95 % interval {low:.3f} to {high:.3f}")
+    print(f"  of {len(ratios)} pairs; a step alone {statistics.median(took[0]['alone']) / 2:.2f} s")
+    assert size == pytest.approx(100e6 * 12, rel=0.02)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from jobs.checkpoint.reader import Reader
 from jobs.checkpoint.shardfile import KINDS
 from jobs.checkpoint.universal import export_universal
 from jobs.spec import CheckpointSpec
+from launcher.ledger import account
+from launcher.run import EventKind, RunEvent
 from strategies.codec import to_json
 from tests.support.checkpoints import flip_and_sign_again, flip_bit
 from tests.support.gang import WarmPool
@@ -101,6 +104,16 @@ def test_no_step_is_complete_before_the_state_of_the_step_before_is_on_another_n
         for node in nodes:
             node.close()
     assert [rank["held"] for rank in ranks] == [[True] * 2] * 2
+    for waited, stalled in ((rank["waited_s"], rank["stalled_s"]) for rank in ranks):
+        assert all(0 < wait <= stall for wait, stall in zip(waited, stalled, strict=True)), "and copying itself"
+    at, lines = itertools.count(1.0), []
+    for step, stall_s in enumerate(ranks[0]["stalled_s"], start=1):
+        lines.append({"attempt": 1, "step": step, "time": 10.0 * next(at), "stall_s": stall_s})
+    begun = RunEvent(seq=1, time=0.0, epoch=1, attempt=1, kind=EventKind.TRAINING_STARTED, data={"step": 1})
+    books = account([begun], lines, now=20.0)
+    assert books.memory_s == pytest.approx(sum(ranks[0]["stalled_s"]))
+    assert books.seconds["productive"] == pytest.approx(20.0 - books.memory_s)
+    assert max(ranks[0]["stalled_s"]) > 0.5, "a persister that stands still for a second is waited for"
 
 
 def check_read_once(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ tests/e2e/test_recovery.py and test_shrink.py restore from memory, too: it is th
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -113,3 +114,21 @@ def test_another_plan_restores_from_memory(folder: Path, undisturbed: RunStore) 
     assert one.run().steps_lost <= 1
     for step, (loss, norm, rate) in cli.curve(undisturbed).items():
         assert cli.curve(one)[step] == pytest.approx((loss, norm, rate), rel=1e-5)
+
+
+@pytest.mark.full
+def test_where_steps_are_short_copies_are_seldom_and_the_log_says_what_that_may_cost(folder: Path) -> None:
+    """The default, undone by :data:`tests.support.cli.TINY`: no step of this size is worth a copy each."""
+    long = ("train.steps=60", "checkpoint.memory_share=0.01", ON_DISK_AT_THE_END)
+    plain = run(folder, "seldom", *long)
+    one = run(folder, "seldom-struck", *long, 'faults=["rank_kill@rank=1,step=50"]')
+    told = re.findall(r"copied into memory every (\d+) steps, so a failure", one.paths.rank_log(1, 0).read_text())
+    every = int(told[-1])
+    assert told == [str(2**power) for power in range(1, len(told) + 1)], "from every step on, by a factor of two"
+    assert every >= 4
+    second = one.run().attempts[1]
+    assert generation_of(second.resume_from)
+    assert 1 <= one.run().steps_lost <= every
+    assert (second.first_step - 1) % every == 0
+    assert cli.curve(one) == cli.curve(plain)
+    assert one.run().weights_digest == plain.run().weights_digest is not None

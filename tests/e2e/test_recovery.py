@@ -107,9 +107,13 @@ def assert_accounted_for(run: RunStore, failures: int) -> None:
         assert sum(one[f"{name}_s"] for one in incidents) == pytest.approx(books[name], abs=1e-6)
     assert document["measured"]["restart_s"] > 0
     assert document["predicted"]["step_s"] > 0
+    stalls = document["stalls"]
+    assert stalls["memory_s"] > 0, "every step was copied into memory"
+    assert stalls["memory_s"] + stalls["disk_s"] == pytest.approx(books["checkpoint_stall"])
     told = run.paths.exposition.read_text()
     assert f'phalanx_run_state{{run="{run.name}",state="succeeded"}} 1' in told
     assert sum(float(line.split()[-1]) for line in told.splitlines() if line.startswith("phalanx_restarts")) == failures
+    assert 'phalanx_stall_seconds{run="' + run.name + '",tier="memory"}' in told
     print(render.run_text(document))
 
 

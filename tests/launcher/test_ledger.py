@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from launcher import forecast
 from launcher.account import CLASSES, INCIDENT_CLASSES, ORPHANED, Account
 from launcher.ledger import Book, account, ledger
 from launcher.render import ledger_table
@@ -59,7 +60,29 @@ def test_waiting_for_samples_is_a_part_of_the_steps_that_count() -> None:
     assert books.data_s == pytest.approx(0.01 + 0.02 + 0.03 + 0.05), "a step that is done again counts once"
     assert books.data_share == pytest.approx(0.11 / 4)
     assert account(STORY, METRICS, now=99.0).data_share == 0.0, "a script tells nothing of it"
-    assert "2.75 % of it reading samples" in ledger_table(books.seconds, books.data_share)
+    assert "2.75 % of it waiting for samples" in ledger_table(books.seconds, books.data_share)
+
+
+def test_a_step_that_waited_for_a_copy_in_memory_is_a_stall_of_so_much() -> None:
+    waits = (0.25, 0.5, 0.125, 0.0, 0.0625)
+    lines = [line | {"stall_s": wait} for line, wait in zip(METRICS, waits, strict=True)]
+    before, books = account(STORY, METRICS, now=99.0), account(STORY, lines, now=99.0)
+    assert books.memory_s == pytest.approx(sum(waits))
+    assert books.disk_stall_s == pytest.approx(0.4), "what the checkpoint on disk has cost is not counted twice"
+    assert books.seconds["checkpoint_stall"] == pytest.approx(0.4 + sum(waits))
+    counted = 0.25 + 0.5 + 0.125 + 0.0625  # the fourth line is of a step that was lost and is done again
+    assert books.seconds["productive"] == pytest.approx(before.seconds["productive"] - counted)
+    assert books.seconds["wall"] == before.seconds["wall"]
+    assert forecast.measured(books)["stall_s"] == pytest.approx(0.4)
+    told = ledger_table(books.seconds, 0.0, books.memory_s, 4)
+    assert f"{sum(waits):.1f} s of it for copies in memory; copies in memory every 4 steps" in told
+
+
+def test_no_step_has_waited_for_longer_than_it_took() -> None:
+    lines = [METRICS[0] | {"stall_s": 50.0}, METRICS[1] | {"stall_s": -1.0}, *METRICS[2:]]
+    books = account(STORY, lines, now=99.0)
+    assert (books.memory_s, books.disk_stall_s) == pytest.approx((1.0, 0.4))
+    assert books.seconds["productive"] == pytest.approx(3.0)
 
 
 def test_story() -> None:
@@ -254,7 +277,8 @@ class Story:
         for _ in range(self.dice.randrange(0, 8)):
             self.now += self.dice.random()
             self.step += 1
-            self.metrics.append({"attempt": self.attempt, "step": self.step, "time": self.now + skew})
+            stall = {"stall_s": self.dice.choice([0.0, 0.1, 50.0])} if self.dice.random() < 0.5 else {}
+            self.metrics.append({"attempt": self.attempt, "step": self.step, "time": self.now + skew, **stall})
             if self.attempt > 1 and self.dice.random() < 0.1:  # a rank that was cut off still writes
                 self.metrics.append({"attempt": self.attempt - 1, "step": self.step + 1, "time": self.now})
             if self.dice.random() < 0.4:
@@ -301,6 +325,7 @@ def check(found: Account, least: float, most: float) -> None:
     assert least - 1e-6 <= found.seconds["wall"] <= most + 1e-6
     assert sum(found.seconds[name] for name in CLASSES) == pytest.approx(found.seconds["wall"])
     assert all(value >= -1e-9 for value in found.seconds.values())
+    assert 0.0 <= found.memory_s <= found.seconds["checkpoint_stall"] + 1e-6
     assert all(value >= 0 for one in found.incidents for value in one.seconds.values())
     assert all(value >= -1e-6 for value in found.rest.values())
     inside = sum(one.total_s for one in found.incidents)

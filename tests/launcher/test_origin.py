@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 
 from jobs.checkpoint.layout import place_of
 from jobs.checkpoint.memory import Holding
+from jobs.spec import CheckpointSpec
 from launcher import adoption, origin, progress, recovery
+from launcher.memory_tier import SILENT_S
 from launcher.phase import Phase
 from launcher.run import EventKind, RunState
 from launcher.store import dump
@@ -254,6 +257,74 @@ def hold(stage: Stage, monkeypatch: pytest.MonkeyPatch, *, step: int, attempt: i
         return {"a"}
 
     monkeypatch.setattr(stage.gang, "ask_holdings", ask_holdings)
+
+
+def held_by(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, *, step: int, ranks: dict[str, range]
+) -> Callable[[str], None]:
+    """Nodes a and b are asked and hold the parts of these ranks; returns what makes one of them answer."""
+    job = replace(stage.request.job, checkpoint=CheckpointSpec(every=5, memory_every=1))
+    stage.controller.request = replace(stage.request, job=job)
+    asked: list[int] = []
+
+    def ask_holdings(number: int) -> set[str]:
+        asked.append(number)
+        return {"a", "b"}
+
+    def answer(node: str) -> None:
+        parts = [
+            Holding(step=step, epoch=1, attempt=1, rank=rank, world=4, bytes=4, own=True).told()
+            for rank in ranks.get(node, ())
+        ]
+        address = {"host": "127.0.0.1", "port": 1, "incarnation": "i"}
+        stage.gang.say("holdings", node, id=asked[-1], held=parts, address=address)
+
+    monkeypatch.setattr(stage.gang, "ask_holdings", ask_holdings)
+    return answer
+
+
+def test_a_loaded_node_is_waited_for_as_long_as_it_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, _ = trained(tmp_path)
+    answer = held_by(stage, monkeypatch, step=12, ranks={"a": range(2), "b": range(2, 4)})
+    a_rank_falls(stage)
+    answer("a")
+    stage.turn(100)  # 20 s
+    assert len(stage.store.run().attempts) == 1, "without b the steps since the last checkpoint would be lost"
+    answer("b")
+    stage.turn(2)
+    attempt = stage.store.run().attempts[-1]
+    assert (attempt.number, attempt.first_step) == (2, 13)
+    assert attempt.resume_from.startswith("memory:")
+
+
+@pytest.mark.parametrize("ranks", [4, 2])
+def test_a_node_is_not_waited_for_without_need_or_for_ever(
+    ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a holds all, b cannot hold anything newer; where a holds half, b has its time."""
+    stage, _ = trained(tmp_path)
+    answer = held_by(stage, monkeypatch, step=12, ranks={"a": range(ranks)})
+    a_rank_falls(stage)
+    answer("a")
+    stage.turn(8)
+    assert len(stage.store.run().attempts) == (2 if ranks == 4 else 1)
+    stage.turn(int(SILENT_S / 0.2))
+    assert ("what b may hold in memory is not known" in capsys.readouterr().out) is (ranks == 2)
+    assert stage.store.run().attempts[1].first_step == (13 if ranks == 4 else 11)
+
+
+def test_a_node_that_dies_is_waited_for_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, found = trained(tmp_path)
+    answer = held_by(stage, monkeypatch, step=12, ranks={"a": range(2), "b": range(2, 4)})
+    a_rank_falls(stage)
+    answer("a")
+    stage.turn(20)
+    assert len(stage.store.run().attempts) == 1
+    stage.backend.alive.pop("b")
+    stage.gang.say("agent_lost", "b", why="silent")
+    stage.turn(4)
+    attempt = stage.store.run().attempts[-1]
+    assert (attempt.number, attempt.resume_from) == (2, str(found[-1]))
 
 
 def test_memory_needs_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

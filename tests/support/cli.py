@@ -27,6 +27,7 @@ TINY = (
     "model.seq=16",
     "train.steps=12",
     "checkpoint.every=3",
+    "checkpoint.memory_share=0",
     "tracking=none",
     "recovery.backoff_s=0.1",
 )

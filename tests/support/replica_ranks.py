@@ -35,21 +35,26 @@ def replicas_in_time(
 
     Returns:
         For every step but the first: ``held``: the replica is in the memory of this rank's node; ``waited_s``: what the
-        step waited for the copy before and its replica; ``step_s``: what it took.
+        step waited for the copy before and its replica; ``step_s``: what it took; ``stalled_s``: what the ledger is
+        told of it.
     """
     spec = from_json(JobSpec, job)
     link = PersisterLink(persisters[env.rank])
     engine = Engine.build(spec, env)
     saver = BehindSaver(engine, spec, env, NoHooks(), Reporter(-1), link)
     saver.open()
-    found: dict[str, list[Any]] = {"held": [], "waited_s": [], "step_s": []}
+    found: dict[str, list[Any]] = {"held": [], "waited_s": [], "step_s": [], "stalled_s": []}
     for step in range(1, steps + 1):
         data = batches(spec, step, engine.grid)
         began = time.perf_counter()
+        engine.own_time.begin()
         engine.train_step(step, data)
+        engine.own_time.end()
+        stalled_s = saver.stalled_s()
         if step > 1:
             found["step_s"].append(time.perf_counter() - began)
             found["waited_s"].append(saver.waited_s)
+            found["stalled_s"].append(stalled_s)
             found["held"].append(_holds(link, step - 1, env))
         saver.keep(step, {})
         if slow:

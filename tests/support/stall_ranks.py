@@ -1,4 +1,4 @@
-"""What the rank of the stall benchmark runs: real engine, real persister; every number is a median of seconds."""
+"""What ranks of the stall benchmarks run: real engine, real persisters; numbers are seconds."""
 
 from __future__ import annotations
 
@@ -95,3 +95,52 @@ def stalls(env: RankEnv, job: dict[str, Any], persister: str, steps: int, tries:
         "saved_s": median(saved),
         "deepspeed_s": median(theirs),
     }
+
+
+def beside(env: RankEnv, job: dict[str, Any], persisters: list[str], pairs: int, block: int) -> dict[str, list[float]]:
+    """Steps beside a copy and its replica, and steps alone, in turns; who comes first changes from pair to pair.
+
+    Args:
+        env: This rank.
+        job: The job.
+        persisters: Socket of each rank's persister.
+        pairs: Pairs of blocks.
+        block: Steps of a block.
+
+    Returns:
+        Seconds of every block: ``alone``, ``beside``; of the latter, those in which this rank stood still: ``stalled``.
+        What this rank computed in each, which other load of the machine hardly changes: ``alone_cpu``, ``beside_cpu``.
+    """
+    os.environ[PERSISTER] = persisters[env.rank]
+    spec = from_json(JobSpec, job)
+    engine = Engine.build(spec, env)
+    saver = BehindSaver(engine, spec, env, NoHooks(), Reporter(-1), PersisterLink(persisters[env.rank]))
+    saver.open()
+    at = itertools.count(1)
+    found: dict[str, list[float]] = {name: [] for name in ("alone", "beside", "stalled", "alone_cpu", "beside_cpu")}
+    found["bytes"] = [float(saver.image_bytes)]
+
+    def train(*, copies: bool) -> None:
+        name = "beside" if copies else "alone"
+        stalled_s, begin, cpu = 0.0, time.perf_counter(), time.process_time()
+        for step in itertools.islice(at, block):
+            if copies:
+                saver.keep(step, {})
+            engine.own_time.begin()
+            engine.train_step(step, batches(spec, step, engine.grid))
+            engine.own_time.end()
+            stalled_s += saver.stalled_s()
+        found[name].append(time.perf_counter() - begin)
+        found[f"{name}_cpu"].append(time.process_time() - cpu)
+        if copies:
+            found["stalled"].append(stalled_s)
+
+    for _ in range(4):  # every buffer once
+        train(copies=True)
+    for values in (found["stalled"], found["beside"], found["beside_cpu"]):
+        values.clear()
+    for pair in range(pairs):
+        for copies in (False, True) if pair % 2 else (True, False):
+            train(copies=copies)
+    engine.close()
+    return found

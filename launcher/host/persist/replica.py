@@ -77,7 +77,8 @@ class Replicator:
             try:
                 link = link or self._call()
                 if held is not None:
-                    self._send(link, held)
+                    with self._shelf.toiling():
+                        self._send(link, held)
             except FrameError as error:
                 broken = f"no replica at {self._target.host}:{self._target.port} for now: {error}"
                 print(f"warning: {broken}", flush=True)

@@ -6,8 +6,9 @@
 ``begin``    a buffer to copy into; waits until the replica of the part before is confirmed
 ``seal``     the buffer is full: ``step``, ``record`` (its ``rank_state`` only if it is another than before), and with
              ``flush`` it goes to the disk, too (``base``: the last checkpoint there, whose data are not written again
-             where they have not changed)
-``settle``   wait until the replica of the newest part is confirmed, or will not be: ``broken`` says why not
+             where they have not changed; ``again``: what was written of it before failed and counts for nothing)
+``settle``   wait until the replica of the newest part is confirmed, or will not be: ``broken`` says why not; and what
+             replicas have taken of the cores of this node so far (``toil_s``)
 ``durable``  wait until this rank's part is on the disk; ``release`` lets the commit go on (after ``hold``)
 ``outcome``  rank 0: what became of the checkpoint of ``step``; with ``wait``, once it is known
 ``part``     a part of a generation to restore: its record, and the descriptor if it lies here
@@ -189,17 +190,18 @@ class Desk:
         self._rank_state = message["record"].setdefault("rank_state", self._rank_state)
         self._shelf.seal(held, int(message["step"]), message["record"])
         if message["flush"]:
-            hold, base = bool(message["hold"]), str(message.get("base", ""))
-            self._writing = self._accepted = self._flusher.accept(held, hold=hold, keep=self._keep, base=base)
+            hold, again, base = bool(message["hold"]), bool(message.get("again")), str(message.get("base", ""))
+            accepted = self._flusher.accept(held, hold=hold, keep=self._keep, base=base, again=again)
+            self._writing = self._accepted = accepted
         if self._replicator is not None:
             self._replicator.submit(held)
         return {"replica": self._replicator is not None}, b"", []
 
     def _settle(self, _: Message) -> tuple[Message, Payload, list[int]]:
         if self._replicator is None:
-            return {"broken": ""}, b"", []
+            return {"broken": "", "toil_s": self._shelf.toil_s}, b"", []
         self._replicator.settle()
-        return {"broken": self._replicator.broken}, b"", []
+        return {"broken": self._replicator.broken, "toil_s": self._shelf.toil_s}, b"", []
 
     def _durable(self, _: Message) -> tuple[Message, Payload, list[int]]:
         assert self._writing is not None
@@ -286,7 +288,7 @@ class Guests:
         """One question; the payload of it is read here."""
         handlers: dict[str, Callable[[Message, socket.socket], tuple[Message, Payload]]] = {
             "stream": self._stream,
-            "replica": self._replica,
+            "replica": self._receive,
             "record": self._record,
             "read": self._read,
             "part": self._news,
@@ -306,6 +308,10 @@ class Guests:
             self._streams = {key: one for key, one in self._streams.items() if key[0] >= info.token}
             self._streams[info.token, info.rank] = stream
         return {}, b""
+
+    def _receive(self, message: Message, sock: socket.socket) -> tuple[Message, Payload]:
+        with self._shelf.toiling():
+            return self._replica(message, sock)
 
     def _replica(self, message: Message, sock: socket.socket) -> tuple[Message, Payload]:
         with self._shelf.filling(self._streams[Token(*message["token"]), int(message["rank"])]) as held:

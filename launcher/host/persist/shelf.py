@@ -10,6 +10,7 @@ step before has been confirmed).
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,8 +92,20 @@ class Shelf:
 
     def __init__(self) -> None:
         self.changed = threading.Condition()  # reentrant
+        self.toil_s = 0.0
+        """Seconds of a core that replicas have taken so far, sent and received."""
         self._streams: list[Stream] = []
         self._spare: list[Buffer] = []
+
+    @contextmanager
+    def toiling(self) -> Iterator[None]:
+        """What this thread does meanwhile is for replicas."""
+        begin = time.thread_time()
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.toil_s += time.thread_time() - begin
 
     def open(self, info: StreamInfo, *, own: bool, in_memory: bool, restored: Generation | None) -> Stream:
         """Begin a stream.

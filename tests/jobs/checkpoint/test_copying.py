@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.checkpoint.copying import Copier, Copy
+from jobs.checkpoint.copying import Copier, Copy, pin
 from jobs.checkpoint.fragments import OptimizerAccess
 
 
@@ -78,3 +78,34 @@ def test_what_goes_wrong_on_the_thread_is_raised_once_by_who_waits() -> None:
         inner.step()
     inner.step()
     assert not done
+
+
+class Runtime:
+    """Stands for the runtime of CUDA, which no machine of the tests has."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+        self.asked: list[tuple[int, int, int]] = []
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.asked.append((address, size, flags))
+        return self.code
+
+
+@pytest.mark.parametrize(("code", "told"), [(0, ""), (2, "cannot be pinned, so they are slower: code 2")])
+def test_a_device_is_given_the_memory_that_it_copies_to(code: int, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, buffer = Runtime(code), np.zeros(8, np.float32)
+    launched: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "CudaError", lambda code: f"code {code}")
+    monkeypatch.setattr(torch, "ones", lambda count, *, device: launched.append(device))
+    assert pin(buffer, torch.device("cuda", 0)).endswith(told)
+    assert bool(pin(buffer, torch.device("cuda", 0))) is bool(told)
+    assert runtime.asked == [(buffer.ctypes.data, 32, 0)] * 2
+    assert launched == [torch.device("cuda", 0)] * (2 if code else 0), "the error must not be that of the next kernel"
+
+
+def test_nothing_is_pinned_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: pytest.fail("there is no CUDA here"))
+    assert pin(np.zeros(8, np.float32), torch.device("cpu")) == ""
+    assert pin(np.zeros(0, np.float32), torch.device("cuda", 0)) == ""
