@@ -28,7 +28,8 @@ def _attempt_planned(event: RunEvent) -> str:
     names = f"({', '.join(nodes[:8])}{', ...' if len(nodes) > 8 else ''})" if nodes else ""
     where = f"{plural(len(nodes), 'node' if moved is None else 'new node')} {names}".rstrip()
     smaller = " (nodes are missing)" if data.get("wanted") else ""
-    return f"attempt {event.attempt} on {where}, {source}: {plan_words(data.get('plan', {}))}{smaller}"
+    alone = f"; {data['unfenced']}, and is not waited for" if data.get("unfenced") else ""
+    return f"attempt {event.attempt} on {where}, {source}: {plan_words(data.get('plan', {}))}{smaller}{alone}"
 
 
 def _controller_started(event: RunEvent) -> str | None:
@@ -107,6 +108,7 @@ _SENTENCES: dict[EventKind, Callable[[RunEvent], str | None]] = {
     EventKind.FAULT_FIRED: lambda e: f"the injected fault was: {_fault(e.data)}",
     EventKind.DECISION: _decision,
     EventKind.CHECKPOINT_REJECTED: lambda e: f"checkpoint refused: {e.data.get('reason') or e.data.get('path')}",
+    EventKind.FENCE_LAID: lambda e: str(e.data.get("reason")),
     EventKind.WAITING_FOR_NODES: _waiting,
     EventKind.NODE_EXCLUDED: _excluded,
     EventKind.NODE_READMITTED: _readmitted,

@@ -46,9 +46,10 @@ class EventKind(enum.StrEnum):
 
     RUN_SUBMITTED = "run_submitted"  # request: digest
     CONTROLLER_STARTED = "controller_started"  # host, pid, adopted
-    # plan, wanted (where it is not the plan), nodes or moved (launcher.roster), resume_from, first_step,
+    # plan, wanted (if not the plan), nodes or moved (launcher.roster), resume_from, unfenced (why, if so), first_step,
     # reason: start | restart | resume | grow | move (a node was taken away with notice, or swapped: no failure)
     ATTEMPT_PLANNED = "attempt_planned"
+    FENCE_LAID = "fence_laid"  # reason: the attempt was planned unfenced
     RANKS_SPAWNED = "ranks_spawned"  # pids: number of ranks
     TRAINING_STARTED = "training_started"  # step, restored_s (slowest rank) and restored_bytes, as far as reported
     CHECKPOINT_COMMITTED = "checkpoint_committed"  # step, path, bytes, written_bytes, stall_s

@@ -22,10 +22,11 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from jobs.checkpoint.claim import require_ours
 from jobs.checkpoint.errors import FULL, CheckpointConflict, storage_error
 from jobs.checkpoint.layout import Place, Token
 from jobs.checkpoint.storage import storage_of
@@ -91,6 +92,38 @@ class Branch:
     def lets_finish(self, state: State) -> bool:
         """Whether the state may still be committed although this gang has followed its own."""
         return self.finishing and self.counts(state) and state.token == self.history[0][1:]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Debt:
+    """The records of a gang that has begun while the store did not answer: it commits nothing before they are laid.
+
+    What they say was settled when it began, so that it does not matter who lays them, when, or how often.
+
+    Attributes:
+        owner: See :func:`raise_fence`.
+        branch: What it goes on from.
+        claim: The run and the owner that the place must name (:mod:`jobs.checkpoint.claim`); empty for a run's own
+            folder.
+    """
+
+    owner: str
+    branch: Branch
+    claim: Mapping[str, str] = field(default_factory=dict)
+
+
+def pay(root: Location, debt: Debt) -> None:
+    """Lay the records that are owed.
+
+    Raises:
+        CheckpointConflict: Another gang has begun meanwhile; this one commits nothing.
+        ResumeRefused: Another run keeps its checkpoints there.
+        StorageError: They cannot be written.
+    """
+    if debt.claim:
+        require_ours(root, run=debt.claim["run"], owner=debt.claim["owner"])
+    raise_fence(root, debt.branch.token, owner=debt.owner)
+    begin(root, debt.branch)
 
 
 def in_order(states: Iterable[S], branch: Branch | None) -> list[S]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.checkpoint.errors import CheckpointConflict
+from jobs.checkpoint.fence import Debt, pay
 from jobs.checkpoint.layout import Place, Token, place_of
 from jobs.checkpoint.manifest import TrainerState
 from jobs.checkpoint.parts import Part, Whole, commit_parts, withdraw_part, write_part
@@ -56,6 +57,7 @@ class Pending:
         whole: What the manifest says beside its parts; None until rank 0 has handed it in.
         world: Number of parts; 0 until then.
         keep: Checkpoints to keep; 0 until then.
+        debt: What its gang owes the store before it commits anything; None for nothing.
         committing: All parts are there, and the manifest is being written.
         done: What became of it: ``step``, ``path``, ``bytes``, ``written_bytes``, ``warning``; or ``error``.
     """
@@ -65,6 +67,7 @@ class Pending:
     whole: Whole | None = None
     world: int = 0
     keep: int = 0
+    debt: Debt | None = None
     committing: bool = False
     done: dict[str, Any] | None = None
 
@@ -104,6 +107,8 @@ class Flusher:
             if held.stream.info.rank == 0:
                 pending = self._of(writing.place)
                 pending.whole, pending.world, pending.keep = _whole(held), held.stream.info.world, keep
+                debt = held.stream.info.about.get("debt")
+                pending.debt = from_json(Debt, debt) if debt else None
         return writing
 
     def start(self, writing: Writing) -> None:
@@ -183,6 +188,8 @@ class Flusher:
         assert pending.whole is not None
         done: dict[str, Any]
         try:
+            if pending.debt is not None:
+                pay(self._root, pending.debt)
             manifest = commit_parts(pending.place, [pending.parts[r] for r in range(pending.world)], pending.whole)
             done = {"step": pending.place.step, "path": str(pending.place.manifest), "committed": manifest.time}
             done |= {"bytes": manifest.bytes, "written_bytes": manifest.written_bytes}
