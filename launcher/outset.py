@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from jobs.checkpoint import CheckpointConflict
 from jobs.checkpoint.errors import is_full
@@ -54,7 +55,7 @@ class Beginning:
     unfenced: str = ""
 
     @property
-    def told(self) -> dict[str, str]:
+    def told(self) -> dict[str, Any]:
         """What the event log keeps of it beside the point."""
         return {"unfenced": self.unfenced} if self.unfenced else {}
 
@@ -66,10 +67,13 @@ class Outset:
         store: The run.
         memory: What the nodes hold.
         answer_s: How long to wait for the store.
+        pay_every_s: How often to try to pay.
     """
 
-    def __init__(self, store: RunStore, memory: MemoryTier, *, answer_s: float = ANSWER_S) -> None:
-        self._store, self._memory, self._answer_s = store, memory, answer_s
+    def __init__(
+        self, store: RunStore, memory: MemoryTier, *, answer_s: float = ANSWER_S, pay_every_s: float = PAY_EVERY_S
+    ) -> None:
+        self._store, self._memory, self._answer_s, self._pay_every_s = store, memory, answer_s, pay_every_s
         self._errand = Errand()
         self._begun: tuple[Branch, Beginning] | None = None  # may be on record: it stays
         self._debt: Debt | None = None
@@ -138,6 +142,7 @@ class Outset:
         store = self._store
         claim = {"run": store.name, "owner": store.owner} if store.paths.pointer.exists() else {}
         self._debt = Debt(owner=origin.owner(), branch=branch, claim=claim)
+        self._pay_at = time.monotonic() + self._pay_every_s
         return begins
 
     def sign(self, path: Path) -> None:
@@ -145,7 +150,7 @@ class Outset:
         if self._debt is not None:
             write_atomic(path, dump(self._debt))
 
-    def settle(self) -> dict[str, str]:
+    def settle(self) -> dict[str, Any]:
         """Pay what is owed, if the store answers; returns what is news about that, for the log. Never waits.
 
         Raises:
@@ -163,7 +168,7 @@ class Outset:
             if isinstance(error, CheckpointConflict):
                 raise Fenced from error
         if time.monotonic() >= self._pay_at:
-            self._pay_at = time.monotonic() + PAY_EVERY_S
+            self._pay_at = time.monotonic() + self._pay_every_s
             with contextlib.suppress(Silent):
                 self._paying = self._errand.send(lambda: pay(self._store.paths.checkpoints, debt))
         return {}

@@ -299,12 +299,10 @@ def _again(run: Run, failure: Failure, spec: RecoverySpec) -> str:
 
 def _of_the_program(failure: Failure, times: int, nodes: Collection[str]) -> str:
     """A device fails where it is; a kernel with a mistake fails at its step, wherever that is."""
-    where = (
-        f"on {len(nodes)} nodes, so that it is none of a device" if len(nodes) > 1 else "and there was no other node"
-    )
+    where = f"on {len(nodes)} nodes, so it is no device's" if len(nodes) > 1 else "and there was no other node"
     return (
-        f"the same error at the same step {times} times, {where}: {failure.detail}. A kernel may read where it must not "
-        "(CUDA_LAUNCH_BLOCKING=1 shows which; compute-sanitizer shows where)"
+        f"the same error at the same step {times} times, {where}: {failure.detail}. A kernel may read where it must "
+        "not: CUDA_LAUNCH_BLOCKING=1 shows which one, compute-sanitizer where"
     )
 
 

@@ -142,6 +142,18 @@ def in_order(states: Iterable[S], branch: Branch | None) -> list[S]:
     return [one for one in found if branch.counts(one) or (one.step, *one.token) in passed]
 
 
+def why_not(state: State, branch: Branch | None) -> str:
+    """Why a state that :func:`in_order` leaves out does not count, for people."""
+    if branch is None:
+        return ""
+    if (state.step, *state.token) in branch.passed:
+        return f"it could not be had when {branch.token} began, which has gone on from an older one"
+    kept = [step for step, *token in branch.history if tuple(token) == state.token]
+    if kept:
+        return f"{state.token} was replaced: the run has gone on from its step {kept[0]}"
+    return f"{branch.token} has gone on without anything of {state.token}"
+
+
 def raise_fence(root: Location, token: Token, *, owner: str) -> None:
     """From here on no gang older than ``token`` commits anything. Does nothing if we have done it before.
 

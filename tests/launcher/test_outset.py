@@ -61,8 +61,10 @@ def outage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Outage]:
     found.over.set()
 
 
-def impatient(stage: Stage) -> None:
-    stage.controller.outset = Outset(stage.store, stage.controller.memory, answer_s=0.1)
+def impatient(stage: Stage, *, pay_every_s: float = 1e9) -> None:
+    """The controller does not wait long for the store; how often it tries to pay, never unless told otherwise."""
+    memory = stage.controller.memory
+    stage.controller.outset = Outset(stage.store, memory, answer_s=0.5, pay_every_s=pay_every_s)
 
 
 def owed(stage: Stage, attempt: int = 2) -> Debt:
@@ -87,7 +89,7 @@ def test_an_outage_of_the_store_holds_up_no_recovery_from_memory(
     root = stage.store.paths.checkpoint_dir
     late, beyond = cut_off(stage, 11), cut_off(stage, 13)
     hold(stage, monkeypatch, step=12, attempt=1)
-    impatient(stage)
+    impatient(stage, pay_every_s=0.05)
     outage.fails = fails
     outage.over.clear()
     end(stage)
@@ -123,18 +125,19 @@ def test_what_the_old_gang_commits_meanwhile_counts_as_far_as_it_is_history(
     outage.fails = True
     outage.over.clear()
     a_node_is_lost(stage)
-    stage.controller.outset.settle = dict  # type: ignore[method-assign]  # the controller never reaches it again
     outage.over.set()
-    late(), beyond()
+    late()
+    beyond()
     assert [one.step for one in list_checkpoints(root)] == [13, 11, 10, 5], "nothing tells them apart yet"
     fence.pay(root, owed(stage))
     assert [one.step for one in list_checkpoints(root)] == [11, 10, 5]
     write_checkpoint(root, 15, (1, 2))
     fence.pay(root, owed(stage))  # again, as every commit does
     assert [one.step for one in list_checkpoints(root)] == [15, 11, 10, 5]
-    hold(stage, monkeypatch, step=12, attempt=9)  # nothing of this run
-    stage.gang.say("spawned", "a", attempt=2, ranks=[{"rank": 0, "pid": 1}])
-    a_rank_falls_in(stage, 2)
+    monkeypatch.setattr(stage.gang, "ask_holdings", lambda number: set())
+    stage.gang.say("exit", "c", rank=3, attempt=2, code=None, signal=9)
+    killed(stage, "a", "c", attempt=2)
+    stage.turn(4)
     assert begins(stage)[-1].endswith("step-00000015/e0001-a0002.manifest.json")
 
 
@@ -187,7 +190,7 @@ def test_a_long_wait_is_told_again_but_less_and_less_often_and_ends_when_it_was_
     impatient(stage)
     outage.over.clear()
     a_node_is_lost(stage)
-    for _ in range(99):
+    for _ in range(90):
         stage.clock.now += 10.0
         stage.turn()
     told = [e for e in stage.store.events() if e.data.get("action") == "wait"]
@@ -230,7 +233,7 @@ def test_who_was_replaced_meanwhile_learns_it_from_the_store(
 ) -> None:
     stage, _ = trained(tmp_path)
     hold(stage, monkeypatch, step=12, attempt=1)
-    impatient(stage)
+    impatient(stage, pay_every_s=0.5)
     outage.fails = True
     outage.over.clear()
     a_rank_falls_in(stage, 1)
