@@ -27,7 +27,7 @@ from launcher.run import EventKind, RunState
 from strategies.codec import from_json
 from strategies.errors import ResumeRefused
 from tests.launcher.test_fencing import a_rank_falls_in, begins, cut_off
-from tests.launcher.test_origin import a_node_is_lost, hold, trained
+from tests.launcher.test_origin import a_node_is_lost, hold, killed, trained
 from tests.support.checkpoints import write_checkpoint
 from tests.support.stage import Stage
 
