@@ -82,7 +82,7 @@ class Controller:
         self.phase = Phase.GATHER
         self.state: GangState | None = None
         self.start_reason = "start"
-        self.muster = Muster(backend, request.cluster, clock)
+        self.muster = Muster(backend, request.cluster, clock, self.record)
         self.sizing = Sizing(request)
         self.memory = MemoryTier(clock)
         self.outset = Outset(store, self.memory)

@@ -30,6 +30,7 @@ from launcher.logbook import Fenced
 from launcher.memory_tier import MemoryTier
 from launcher.origin import Look, NothingLeft
 from launcher.progress import OnDisk, ResumePoint
+from launcher.recovery import FailureKind
 from launcher.run import Run
 from launcher.store import RunStore, dump, write_atomic
 from strategies.errors import StorageError
@@ -37,6 +38,7 @@ from strategies.errors import StorageError
 ANSWER_S = 5.0  # a store that is well has told all that there is by then
 PAY_EVERY_S = 5.0
 TELL_S = 60.0
+_OF_A_RANK = (FailureKind.RANK_ERROR, FailureKind.RANK_EXIT)
 _NOT_THERE = "the place of the checkpoints is not there, or is another run's"
 
 
@@ -124,7 +126,12 @@ class Outset:
         )
 
     def _remembered(self, job: JobSpec, run: Run) -> ResumePoint | None:
-        """A state in memory, if nothing newer is known to have been on disk."""
+        """A state in memory, if nothing newer is known to have been on disk.
+
+        None after an error of a rank: that may be that it could not save, and would be so again.
+        """
+        if run.attempt is None or run.attempt.failure in _OF_A_RANK:
+            return None
         point = self._memory.better(run, job)(OnDisk(point=ResumePoint(), branch=lineage.of(run)))
         return point if point.memory is not None and point.step >= origin.promised(run) else None
 

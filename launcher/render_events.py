@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jobs.checkpoint.memory import generation_of
-from launcher import skips, stopping
+from launcher import clocks, skips, stopping
 from launcher.render import moment, node_name, plan_words, plural, seconds, shorten_ids
 from launcher.run import EventKind, RunEvent
 
@@ -95,6 +95,10 @@ def _pool_unsafe(event: RunEvent) -> str:
     return f"node {node} starts its ranks afresh, which is slower: {event.data.get('reason')}"
 
 
+def _clock(data: Mapping[str, Any]) -> str:
+    return clocks.words(float(data.get("ahead_s", 0.0)), float(data.get("within_s", 0.0)))
+
+
 def _dying(event: RunEvent) -> str:
     node, waited_s = node_name(str(event.data.get("node"))), float(event.data.get("waited_s", 0.0))
     left = stopping.words(event.data.get("left", []))
@@ -115,6 +119,7 @@ _SENTENCES: dict[EventKind, Callable[[RunEvent], str | None]] = {
     EventKind.RANKS_DYING: _dying,
     EventKind.STRAGGLER_FOUND: lambda e: f"slow: {_detail(e.data)}",
     EventKind.POOL_UNSAFE: _pool_unsafe,
+    EventKind.CLOCK_SKEWED: lambda e: f"node {node_name(str(e.data.get('node')))}: {_clock(e.data)}",
     EventKind.RANKS_SPAWNED: lambda e: f"{plural(int(e.data.get('ranks', 0)), 'rank')} running, loading",
     EventKind.TRAINING_STARTED: lambda e: f"training from step {e.data.get('step')}" + _restored(e.data),
     EventKind.RESUME_REQUESTED: lambda e: "resumed by a person; the budget of restarts is renewed",

@@ -183,6 +183,28 @@ def test_what_is_known_to_be_newer_on_disk_is_waited_for(
     assert begins(stage)[1:] == [str(newest)]
 
 
+def test_ranks_that_could_not_save_are_not_started_again_before_the_store_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outage: Outage
+) -> None:
+    """They would come to the same step and fail there alike, and that is the end of a run."""
+    stage, _ = trained(tmp_path)
+    hold(stage, monkeypatch, step=12, attempt=1)
+    impatient(stage)
+    outage.fails = True
+    outage.over.clear()
+    told = {"type": "StorageError", "message": "Cannot write the checkpoint shard.", "traceback": "t", "step": 15}
+    stage.report("b", "error", 1, rank=3, **told)
+    stage.gang.say("exit", "b", rank=3, attempt=1, code=7, signal=None, log_tail="")
+    killed(stage, "a", "b")
+    stage.turn(4)
+    assert len(begins(stage)) == 1
+    assert [e.data["action"] for e in stage.store.events() if e.kind is EventKind.DECISION] == ["restart", "wait"]
+    outage.over.set()
+    stage.turn(2)
+    assert begins(stage)[1:] == ["memory:12:e0001-a0001"]
+    assert fence.highest(stage.store.paths.checkpoint_dir) == Token(1, 2)
+
+
 def test_a_long_wait_is_told_again_but_less_and_less_often_and_ends_when_it_was_set_to(
     tmp_path: Path, outage: Outage
 ) -> None:
