@@ -39,11 +39,16 @@ demo: setup
 # The tests are of the CPU, on every machine; a run, and so the demo, takes what there is.
 test test-full bench capabilities: export DS_ACCELERATOR ?= cpu
 
+# What needs no ranks runs on every core; what starts ranks has the machine to itself. Both run, whatever the first finds.
 test: setup
-	$(BIN)/python -m pytest
+	@failed=0; \
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --ignore tests/e2e --ignore tests/benchmarks || failed=1; \
+	$(BIN)/python -m pytest tests/e2e || failed=1; \
+	exit $$failed
 
-test-full: setup
-	$(BIN)/python -m pytest -m 'full or not full'
+# On top of these, the slow sweeps.
+test-full: test
+	$(BIN)/python -m pytest -m full
 
 # For a new DeepSpeed: what runs and what it refuses, by trying. Goes on where it was stopped.
 capabilities: setup
