@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 SLOW_S = 1.0  # a call that fails sooner may be made again at once
 MAX_PAUSE_S = 15.0  # from one that fails later to the next
+AGAIN_S = 0.5  # who asks the same again waits only so long
 
 
 class Silent(Exception):
@@ -22,10 +23,11 @@ class Silent(Exception):
 
 
 class Errand:
-    """Runs calls aside. The answer to a call for which nobody has waited to the end is nobody's."""
+    """Runs calls aside. An answer that comes late is for whoever asks the same question again, and for nobody else."""
 
     def __init__(self) -> None:
-        self._call: Future[Any] | None = None
+        self._call: Future[Any] | None = None  # begun, and its answer not fetched yet
+        self._question: Hashable = None
         self._since = 0.0
         self._not_before = 0.0
         self._refused = ""
@@ -35,44 +37,53 @@ class Errand:
         """A call has not come back."""
         return self._call is not None and not self._call.done()
 
-    def send(self, work: Callable[[], T]) -> Future[T]:
-        """Begin a call; whoever waits for it calls :meth:`result`. Raises Silent as :meth:`run`."""
-        if self.busy:
-            raise Silent(f"has not answered for {time.monotonic() - self._since:.0f} s")
-        if time.monotonic() < self._not_before:
-            raise Silent(self._refused)
-        call: Future[T] = Future()
-        self._call, self._since = call, time.monotonic()
-        threading.Thread(target=self._serve, args=(call, work), daemon=True, name="errand").start()
-        return call
-
-    def run(self, work: Callable[[], T], answer_s: float) -> T:
+    def run(self, question: Hashable, work: Callable[[], T], answer_s: float) -> T:
         """The answer of ``work``, or what it raises.
 
         Args:
+            question: Calls of one question have one answer, whichever of them is made.
             work: It may come to its end long after this has returned, and must do no harm then.
             answer_s: How long to wait for it.
 
         Raises:
-            Silent: It has not come back; or the one before has not; or that one has failed, slowly and less long ago
-                than it took.
+            Silent: It has not come back; or one to another question has not; or it has failed, slowly and less long
+                ago than it took.
         """
-        call = self.send(work)
+        known = self._call if question == self._question else None
+        if known is None:
+            self._send(question, work)
+        call: Future[T] | None = self._call
+        assert call is not None
         try:
-            return call.result(answer_s)
+            answer = call.result(min(answer_s, AGAIN_S) if known is not None else answer_s)
         except TimeoutError:
-            if call.done():
-                raise  # of the work itself
-            raise Silent(f"has not answered within {answer_s:.0f} s") from None
+            if not call.done():
+                raise Silent(f"has not answered for {time.monotonic() - self._since:.0f} s") from None
+            self._call = None
+            raise  # of the work itself
+        except Exception:
+            self._call = None
+            raise
+        self._call = None
+        return answer
 
-    def _serve(self, call: Future[T], work: Callable[[], T]) -> None:
+    def _send(self, question: Hashable, work: Callable[[], Any]) -> None:
+        now = time.monotonic()
+        if self.busy:
+            raise Silent(f"has not answered for {now - self._since:.0f} s")
+        if now < self._not_before:
+            raise Silent(self._refused)
+        self._call, self._question, self._since = Future(), question, now
+        threading.Thread(target=self._serve, args=(self._call, work), daemon=True, name="errand").start()
+
+    def _serve(self, call: Future[Any], work: Callable[[], Any]) -> None:
+        began = time.monotonic()
         try:
             answer = work()
         except Exception as error:  # told to whoever waits
             now = time.monotonic()
             self._refused = f"has failed ({error})"
-            took_s = now - self._since
-            self._not_before = now + (min(took_s, MAX_PAUSE_S) if took_s > SLOW_S else 0.0)
+            self._not_before = now + (min(now - began, MAX_PAUSE_S) if now - began > SLOW_S else 0.0)
             call.set_exception(error)
         else:
             call.set_result(answer)

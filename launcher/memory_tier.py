@@ -82,6 +82,10 @@ class MemoryTier:
         except (ConfigError, KeyError, TypeError, ValueError) as error:
             print(f"warning: what {seen.node} holds in memory cannot be understood: {error}", flush=True)
 
+    def contents(self) -> frozenset[Stock]:
+        """What the nodes hold now."""
+        return frozenset(self._stocks.values())
+
     def better(self, run: Run, job: JobSpec) -> Callable[[OnDisk], ResumePoint]:
         """What finds the newest generation that the nodes hold now, if it is newer than what is on disk; else that."""
         stocks = list(self._stocks.values())

@@ -10,10 +10,8 @@ first for the new gang: nothing of it is committed before.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Collection, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +31,9 @@ from launcher.progress import OnDisk, ResumePoint
 from launcher.recovery import FailureKind
 from launcher.run import Run
 from launcher.store import RunStore, dump, write_atomic
-from strategies.errors import StorageError
+from strategies.errors import PhalanxError, StorageError
 
-ANSWER_S = 5.0  # a store that is well has told all that there is by then
+ANSWER_S = 3.0  # a store that is well has told all that there is by then
 PAY_EVERY_S = 5.0
 TELL_S = 60.0
 _OF_A_RANK = (FailureKind.RANK_ERROR, FailureKind.RANK_EXIT)
@@ -79,7 +77,7 @@ class Outset:
         self._errand = Errand()
         self._begun: tuple[Branch, Beginning] | None = None  # may be on record: it stays
         self._debt: Debt | None = None
-        self._paying: Future[None] | None = None
+        self._paying = False  # a payment is on its way
         self._pay_at = self._waited_s = self._tell_at_s = 0.0
 
     def find(self, job: JobSpec, run: Run, epoch: int, up: Collection[str]) -> Beginning:
@@ -97,7 +95,7 @@ class Outset:
             StorageError: There is no room for a fence.
         """
         token = Token(epoch, len(run.attempts) + 1)
-        self._debt = self._paying = None  # what the attempt before still owes does not matter any more
+        self._debt, self._paying = None, False  # what the attempt before still owes does not matter any more
         if self._begun is not None and self._begun[0].token == token:
             return self._lay_down(*self._begun)
         there = run.attempt is not None and set(run.attempt.nodes) <= set(up)
@@ -122,7 +120,9 @@ class Outset:
     def _look(self, job: JobSpec, run: Run, token: Token) -> Look:
         better, script = self._memory.better(run, job), job.kind != "pretrain"
         return self._errand.run(
-            lambda: origin.look(self._store, run, token, script=script, better=better), self._answer_s
+            (token, run.rejected, self._memory.contents()),
+            lambda: origin.look(self._store, run, token, script=script, better=better),
+            self._answer_s,
         )
 
     def _remembered(self, job: JobSpec, run: Run) -> ResumePoint | None:
@@ -137,7 +137,7 @@ class Outset:
 
     def _lay_down(self, branch: Branch, begins: Beginning) -> Beginning:
         try:
-            self._errand.run(lambda: origin.lay_down(self._store, branch), self._answer_s)
+            self._errand.run(("lay down", branch), lambda: origin.lay_down(self._store, branch), self._answer_s)
         except (Silent, StorageError) as error:
             why = _silence(error)
             if begins.point.memory is None:
@@ -163,22 +163,21 @@ class Outset:
         Raises:
             Fenced: Another controller has taken over.
         """
-        debt, paying = self._debt, self._paying
-        if debt is None or (paying is not None and not paying.done()):
+        debt = self._debt
+        if debt is None or (not self._paying and time.monotonic() < self._pay_at):
             return {}
-        if paying is not None:
-            self._paying = None
-            error = paying.exception()
-            if error is None:
-                self._debt = None
-                return {"reason": "the store of the checkpoints answers again, and earlier gangs are fenced off there"}
-            if isinstance(error, CheckpointConflict):
-                raise Fenced from error
-        if time.monotonic() >= self._pay_at:
-            self._pay_at = time.monotonic() + self._pay_every_s
-            with contextlib.suppress(Silent):
-                self._paying = self._errand.send(lambda: pay(self._store.paths.checkpoints, debt))
-        return {}
+        self._paying = True
+        try:
+            self._errand.run(("pay", debt.branch), lambda: pay(self._store.paths.checkpoints, debt), 0.0)
+        except Silent:
+            return {}
+        except CheckpointConflict as error:
+            raise Fenced from error
+        except PhalanxError:
+            self._paying, self._pay_at = False, time.monotonic() + self._pay_every_s
+            return {}
+        self._debt = None
+        return {"reason": "the store of the checkpoints answers again, and earlier gangs are fenced off there"}
 
     def worth_telling(self, waited_s: float) -> bool:
         """Whether people should be told (again) that nothing can be gone on from; less and less often.
