@@ -35,7 +35,7 @@ from launcher.logbook import Fenced, Logbook
 from launcher.memory_tier import MemoryTier
 from launcher.muster import Muster
 from launcher.origin import NothingLeft
-from launcher.outset import Beginning, Outset
+from launcher.outset import Beginning, NotYet, Outset
 from launcher.phase import Phase
 from launcher.recovery import Action, Decision, Failure, FailureKind
 from launcher.request import LaunchRequest
@@ -214,20 +214,18 @@ class Controller:
     # --- gathering nodes and starting ranks -----------------------------------------------------------------------
 
     def _gather(self) -> None:
-        # The ranks may have finished while no controller looked.
-        if final := progress.completed(self.store.paths, self.request.job):
+        if final := progress.completed(self.store.paths, self.request.job):  # while no controller looked
             self.end(EventKind.RUN_SUCCEEDED, step=final["step"], weights_digest=final.get("weights_digest"))
             return
         if not self.memory.ready(self.gang, self.muster.up):
             return
         self.muster.call_up(self.gang, urgent=True)
         waited, why = self.clock.monotonic() - self._since, self.backend.why_missing
-        resumed = self.start_reason == "resume"
         nodes, back = self.muster.choose(lambda count: self.sizing.largest(count) is not None)
-        answer = self.sizing.choose(self.run, up=len(nodes), waited_s=waited, resumed=resumed, why=why)
+        again = self.start_reason == "resume"
+        answer = self.sizing.choose(self.run, up=len(nodes), waited_s=waited, resumed=again, why=why)
         if answer.plan is not None:
-            begins = self._begin(answer.plan, patient=waited <= self.request.recovery.wait_for_nodes_s and not resumed)
-            if begins is None:
+            if (begins := self._begin(answer.plan, waited)) is None:
                 return
             if back:
                 self.record(EventKind.NODE_READMITTED, nodes=list(back), reason="without it there is no legal plan")
@@ -245,12 +243,14 @@ class Controller:
     def _job(self, plan: ParallelPlan) -> JobSpec:
         return self.request.job.under(plan).skipping(self.run.skips)
 
-    def _begin(self, plan: ParallelPlan, *, patient: bool) -> Beginning | None:
+    def _begin(self, plan: ParallelPlan, waited: float) -> Beginning | None:
         """Where the ranks begin; None while no checkpoint can be used, which an outage of the storage may be."""
         try:
             return self.outset.find(self._job(plan), self.run, self.lock.epoch, self.muster.up)
         except NothingLeft as nothing:
-            if not patient or self.outset.worth_telling(self.clock.monotonic() - self._since):
+            soon = self.start_reason != "resume" or isinstance(nothing, NotYet)
+            patient = soon and waited <= self.request.recovery.wait_for_nodes_s
+            if not patient or self.outset.worth_telling(waited):
                 self.decide(Decision(action=Action.WAIT if patient else Action.GIVE_UP, reason=str(nothing)))
             return None
 

@@ -60,6 +60,10 @@ class Beginning:
         return {"unfenced": self.unfenced} if self.unfenced else {}
 
 
+class NotYet(NothingLeft):
+    """The store has neither answered nor failed."""
+
+
 class Outset:
     """Finds beginnings, and pays what is owed for them.
 
@@ -105,7 +109,7 @@ class Outset:
             why = _silence(error)
             point = self._remembered(job, run)
             if point is None:
-                raise NothingLeft(why) from error
+                raise (NotYet if isinstance(error, Silent) else NothingLeft)(why) from error
             return self._owe(_branch_of(run, token, point, there), Beginning(point=point, unfenced=why))
         begins = Beginning(point=seen.point, passed=seen.passed)
         if seen.fenced:
@@ -141,7 +145,7 @@ class Outset:
         except (Silent, StorageError) as error:
             why = _silence(error)
             if begins.point.memory is None:
-                raise NothingLeft(why) from error
+                raise (NotYet if isinstance(error, Silent) else NothingLeft)(why) from error
             return self._owe(branch, replace(begins, unfenced=why))
         return begins
 

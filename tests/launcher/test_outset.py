@@ -18,7 +18,7 @@ from jobs.checkpoint.fence import Branch, Debt
 from jobs.checkpoint.layout import Token
 from jobs.checkpoint.storage import PosixStorage
 from jobs.location import Location
-from launcher import origin
+from launcher import adoption, origin
 from launcher.errand import Errand, Silent
 from launcher.logbook import Fenced
 from launcher.outset import Outset
@@ -299,8 +299,14 @@ def test_the_late_answer_to_one_question_is_not_that_to_another() -> None:
     assert errand.run(2, lambda: "two", 30) == "two"
 
 
-def test_a_store_that_is_always_slow_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_store_that_is_always_slow_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
+) -> None:
     stage, (_, newest) = trained(tmp_path)
+    if resumed:
+        stage.lock.release()
+        stage.renew()
     stage.controller.outset = Outset(stage.store, stage.controller.memory, answer_s=0.05)
     real, looks = origin.look, []
 
@@ -310,7 +316,10 @@ def test_a_store_that_is_always_slow_is_waited_for(tmp_path: Path, monkeypatch: 
         return real(*arguments, **options)
 
     monkeypatch.setattr(origin, "look", slow)
-    a_node_is_lost(stage)
+    if resumed:
+        adoption.begin(stage.controller, resume={"overrides": [], "changes": []})
+    else:
+        a_node_is_lost(stage)
     for _ in range(40):
         if len(begins(stage)) == 2:
             break
