@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -54,18 +54,11 @@ class Errand:
             self._send(question, work)
         call: Future[T] | None = self._call
         assert call is not None
-        try:
-            answer = call.result(min(answer_s, AGAIN_S) if known is not None else answer_s)
-        except TimeoutError:
-            if not call.done():
-                raise Silent(f"has not answered for {time.monotonic() - self._since:.0f} s") from None
-            self._call = None
-            raise  # of the work itself
-        except Exception:
-            self._call = None
-            raise
+        wait([call], min(answer_s, AGAIN_S) if known is not None else answer_s)
+        if not call.done():
+            raise Silent(f"has not answered for {time.monotonic() - self._since:.0f} s")
         self._call = None
-        return answer
+        return call.result()
 
     def _send(self, question: Hashable, work: Callable[[], Any]) -> None:
         now = time.monotonic()
