@@ -61,10 +61,10 @@ def outage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Outage]:
     found.over.set()
 
 
-def impatient(stage: Stage, *, pay_every_s: float = 1e9) -> None:
+def impatient(stage: Stage, *, pay_every_s: float = 1e9, answer_s: float = 0.5) -> None:
     """The controller does not wait long for the store; how often it tries to pay, never unless told otherwise."""
     memory = stage.controller.memory
-    stage.controller.outset = Outset(stage.store, memory, answer_s=0.5, pay_every_s=pay_every_s)
+    stage.controller.outset = Outset(stage.store, memory, answer_s=answer_s, pay_every_s=pay_every_s)
 
 
 def owed(stage: Stage, attempt: int = 2) -> Debt:
@@ -209,7 +209,7 @@ def test_a_long_wait_is_told_again_but_less_and_less_often_and_ends_when_it_was_
     tmp_path: Path, outage: Outage
 ) -> None:
     stage, _ = trained(tmp_path, wait_for_nodes_s=1000.0)
-    impatient(stage)
+    impatient(stage, answer_s=0.02)
     outage.over.clear()
     a_node_is_lost(stage)
     for _ in range(90):
