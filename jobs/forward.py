@@ -17,6 +17,7 @@ from jobs.checkpoint.slices import clip
 from jobs.distributed import Grid
 from jobs.models.gpt import Recipe, TokenEmbedding, layer_specs, stage_bounds
 from jobs.models.packing import Documents
+from jobs.models.past import Past
 from jobs.parallel.meta import ParamMeta
 from jobs.parallel.region import TensorRegion
 from jobs.parallel.vocabulary import VocabParallelProjection, vocab_parallel_cross_entropy
@@ -60,7 +61,8 @@ class Forward:
         self._dtype = dtype
         bounds = stage_bounds(model, stages or (model.layers,))
         self._documents = documents
-        recipe = Recipe.of(model, self.grid, seed=0, documents=documents)
+        self._past = Past()
+        recipe = Recipe.of(model, self.grid, seed=0, documents=documents, past=self._past)
         self._layers = nn.ModuleList()
         for spec in layer_specs(recipe)[bounds[self.grid.pipe] : bounds[self.grid.pipe + 1]]:
             first = self._layers[0] if len(self._layers) else None
@@ -89,6 +91,7 @@ class Forward:
             tokens: ``[b, s]``, equal on all ranks of a replica.
             targets: ``[b, s]``.
         """
+        self._past.begin(0)
         logits = self._run(tokens)
         if logits is None:
             return None
@@ -100,18 +103,43 @@ class Forward:
             group=self.grid.model_group,
         )
 
-    def logits_at(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+    @property
+    def remembers(self) -> bool:
+        """Whether :meth:`logits_after` is there: not where a token's way depends on what comes with it.
+
+        Experts with a capacity count the tokens of a sequence, and sequences that are split have one for every rank.
+        """
+        capacity = self.model.moe.capacity_factor if self.model.moe is not None else 0.0
+        return not capacity and not self.grid.split and self.grid.sp == 1
+
+    def logits_at(self, tokens: torch.Tensor, positions: torch.Tensor, *, room: int = 0) -> torch.Tensor | None:
         """Logits over the whole vocabulary at one position of each row, ``[b, vocab]``; None before the last stage.
 
         Args:
             tokens: ``[b, s]``, equal on all ranks of a replica; what follows a row's position does not matter.
             positions: ``[b]``.
+            room: Tokens of each row that are kept for :meth:`logits_after`, those to come included; 0 for none.
         """
+        self._past.begin(room)
         local = self._run(tokens, positions)
+        return None if local is None else self._whole(local)[:, 0]
+
+    def logits_after(self, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor | None:
+        """The same at the newest token of each row, of which nothing else has changed since the last call.
+
+        Args:
+            tokens: ``[b, s]``, whole rows, equal on all ranks of a replica.
+            places: Where the newest token of each row is, ``[b]``.
+        """
+        rows = torch.arange(len(places))
+        positions = places if self._documents is None else self._documents.positions(tokens)[rows, places]
+        self._past.go_on(places.to(self.device), positions.to(self.device))
+        local = self._run(tokens[rows, places][:, None])
         return None if local is None else self._whole(local)[:, 0]
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """The same at every position, ``[b, s, vocab]``."""
+        self._past.begin(0)
         local = self._run(tokens)
         return None if local is None else self._whole(local)
 
@@ -137,7 +165,7 @@ class Forward:
     def _run(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor | None:
         """Local logits on the last stage; at one position of each row, if positions are given."""
         grid, group = self.grid, self.grid.pipe_group
-        if self._documents is not None:
+        if self._documents is not None and self._past.next is None:
             self._documents.show(tokens.to(self.device))
         if grid.first_stage:
             x = tokens.to(self.device)

@@ -12,7 +12,7 @@ class Hooks(Protocol):
         """Once, before anything else: ``module`` is this rank's part of the model, a torch module."""
 
     def step_begin(self, step: int) -> None:
-        """Before step ``step`` reads its samples."""
+        """Before step ``step`` takes its samples, which may have been read already."""
 
     def step_end(self, step: int) -> None:
         """After step ``step`` has changed the weights, before a checkpoint of it is made."""

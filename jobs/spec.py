@@ -141,12 +141,15 @@ class CheckpointSpec:
         keep: Number of newest committed checkpoints kept.
         url: Where else than in the run directory they are kept, for example ``s3://BUCKET/PREFIX``, or a folder; each
             run has a folder of its name there. Credentials come from the environment.
+        patience_s: For how long the last one of a run is tried again where it cannot be written, before the run fails.
+            Training goes on beside an earlier one that fails, and the next one due is another try.
     """
 
     every: int = 10
     memory_every: int = 0
     keep: int = 3
     url: str | None = None
+    patience_s: float = 600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

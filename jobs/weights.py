@@ -126,6 +126,8 @@ def check(weights: WeightsSpec, model: ModelSpec) -> None:
         rows = there.learned_positions
         different.append(f"learned positions: {rows} in the checkpoint, {model.learned_positions} here")
         hint = f"Learned positions cannot be extended: keep model.seq={rows}."
+        if model.seq < rows:
+            hint = f"model.position_rows={rows} keeps the positions that shorter sequences do not use."
     if different:
         raise ConfigError(f"The checkpoint {weights.path} is of another model.", why="; ".join(different), hint=hint)
 

@@ -339,10 +339,12 @@ def model_spec(config: Config) -> ModelSpec:
     values = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     del values["from_hf"], values["rope_scaling"]
     width = model.head_width or model.hidden // model.heads
+    rows = None if (model.flavour, model.position_rows) == ("gpt3", model.seq) else model.position_rows
     derived = {
         "kv_heads": model.kv_heads or model.heads,
         "ffn": model.ffn or 4 * model.hidden,
         "head_width": model.head_width or 0,
+        "position_rows": rows,
         "rope_theta": scaled_base(model.rope_theta, model.rope_scaling, width),
     }
     return ModelSpec(**values | derived)

@@ -13,6 +13,8 @@ Of what a run has cost:
 ``measured``     the same of what happened
 ``attempts``     with ``errors``: what the ranks died of, equal errors grouped (:mod:`launcher.rank_errors`)
 ``excluded``     nodes that carry no ranks for now: ``node``, ``until`` (UTC seconds), ``reason``
+``unsaved``      checkpoints that could not be written since the newest that was: ``since`` (UTC seconds), ``times``, and of
+                 the last one ``step`` and ``reason``; null where the newest was written
 ``stragglers``   ranks that were found slow: ``attempt``, ``failure``, ``ratio`` (own time of a step over its peers')
 ``dying``        what was killed and is waited for now, by ``node``: ``left``, rows of ``rank``, ``pid`` and ``state``
 ``clocks``       nodes whose clock differs from the controller's: ``node``, ``ahead_s``, ``within_s``
@@ -108,6 +110,7 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "recoveries": recoveries(events),
         "incidents": [_incident(one) for one in books.incidents],
         "checkpoint": _checkpoint(store.paths, events, script=request.job.kind != "pretrain"),
+        "unsaved": _unsaved(events),
         "skips": skips.skipped(request.job, run),
         "faults": progress.fault_records(store.paths),
         "ledger": dict(books.seconds),
@@ -241,6 +244,17 @@ def _checkpoint(paths: RunPaths, events: Sequence[RunEvent], *, script: bool) ->
         commits = [event.data for event in events if event.kind is EventKind.CHECKPOINT_COMMITTED]
         return {"step": commits[-1]["step"], "path": commits[-1]["path"]} if commits else None
     return {"step": found[0].step, "path": str(found[0].path)} if found else None
+
+
+def _unsaved(events: Sequence[RunEvent]) -> dict[str, Any] | None:
+    """Checkpoints that could not be written since the newest that was; None where the newest was."""
+    failed: list[RunEvent] = []
+    for event in events:
+        if event.kind is EventKind.CHECKPOINT_FAILED:
+            failed.append(event)
+        elif event.kind is EventKind.CHECKPOINT_COMMITTED:
+            failed = []
+    return {"since": failed[0].time, "times": len(failed), **failed[-1].data} if failed else None
 
 
 def _controller_alive(paths: RunPaths, watch_s: float) -> bool | None:

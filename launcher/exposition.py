@@ -48,6 +48,7 @@ class Facts:
         nodes_up: Nodes with an announced agent.
         nodes_wanted: Nodes and spares that the run asks for.
         checkpoint: Newest committed checkpoint: ``step``, ``bytes``, ``time``; empty before the first.
+        unsaved: Checkpoints that could not be written.
         predicted: See :mod:`launcher.forecast`.
         now: When this was put together (UTC seconds).
     """
@@ -59,6 +60,7 @@ class Facts:
     nodes_up: int
     nodes_wanted: int
     checkpoint: Mapping[str, Any]
+    unsaved: int
     predicted: Mapping[str, Any]
     now: float
 
@@ -98,6 +100,7 @@ def _checkpoint(facts: Facts) -> list[Metric]:
         _one("checkpoint_age_seconds", "Since it was committed.", age),
         _one("checkpoint_bytes", "Its size.", newest.get("bytes")),
         _one("checkpoints_total", "Checkpoints committed.", float(facts.books.saves), "counter"),
+        _one("checkpoints_failed_total", "Checkpoints that could not be written.", float(facts.unsaved), "counter"),
     ]
 
 

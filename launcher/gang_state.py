@@ -233,10 +233,11 @@ class GangState:
             return self._begin_training(self._began) if self.all_spawned else []
         elif kind == "checkpoint" and int(data["step"]) not in self.commits:
             self.commits.add(int(data["step"]))
-            fields: dict[str, Any] = {
-                key: data[key] for key in ("step", "path", "bytes", "written_bytes", "stall_s") if key in data
-            }
+            fields = {key: data[key] for key in ("step", "path", "bytes", "written_bytes", "stall_s") if key in data}
             return [Note(kind=EventKind.CHECKPOINT_COMMITTED, data=fields)]
+        elif kind == "unsaved":
+            fields = {"step": int(data["step"]), "reason": str(data.get("reason", ""))}
+            return [Note(kind=EventKind.CHECKPOINT_FAILED, data=fields)]
         elif kind == "error":
             self.errors[rank] = data
         elif kind == "restored":

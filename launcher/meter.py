@@ -43,6 +43,7 @@ class Meter:
         self._book = Book(script=request.job.kind == "script")
         self._run = Run()
         self._checkpoint: dict[str, Any] = {}
+        self._unsaved = 0
         self._metric: Mapping[str, Any] = {}
         self._predicted: tuple[ParallelPlan, dict[str, Any]] | None = None
 
@@ -60,6 +61,7 @@ class Meter:
             self._run = advance(self._run, event)
             if event.kind is EventKind.CHECKPOINT_COMMITTED:
                 self._checkpoint = {"time": event.time, **event.data}
+            self._unsaved += event.kind is EventKind.CHECKPOINT_FAILED
         return exposition(self._store.name, metrics(self._facts(now)))
 
     def _new_lines(self) -> Iterator[Mapping[str, Any]]:
@@ -79,6 +81,7 @@ class Meter:
             nodes_up=sum(1 for _ in self._store.paths.agents.glob("*.json")),
             nodes_wanted=cluster.nodes + cluster.spares,
             checkpoint=self._checkpoint,
+            unsaved=self._unsaved,
             predicted=self._prediction(),
             now=now,
         )

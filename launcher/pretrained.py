@@ -54,7 +54,7 @@ def _section_of_folder(folder: str, key: str) -> tuple[dict[str, Any], list[Prob
     values, flaws = hf.look(path)
     if flaws:
         return {}, [Problem(key=key, message=f"{path}: {flaw.message}", hint=flaw.hint) for flaw in flaws]
-    return _PLAIN | values | {"head_width": values.get("head_width") or None}, []
+    return _section(_PLAIN | values), []
 
 
 def _section_of_weights(given: str) -> tuple[dict[str, Any], list[Problem]]:
@@ -65,7 +65,15 @@ def _section_of_weights(given: str) -> tuple[dict[str, Any], list[Problem]]:
         values = to_json(weights.model_of(source))
     except PhalanxError as error:
         return {}, [_told("job.weights", error)]
-    return values | {"head_width": values["head_width"] or None}, []
+    return _section(values), []
+
+
+def _section(values: dict[str, Any]) -> dict[str, Any]:
+    """The section of a model that exists; its learned positions stay as they are where sequences are made shorter."""
+    rows = values["position_rows"]
+    if rows is None and values["flavour"] == "gpt3":
+        rows = values["seq"]
+    return values | {"head_width": values.get("head_width") or None, "position_rows": rows}
 
 
 def checked(config: Config) -> tuple[Config, list[Problem]]:

@@ -150,6 +150,9 @@ def run_text(run: Mapping[str, Any]) -> str:
     head.append(("submitted", f"{moment(run['submitted'])} UTC"))
     if run["checkpoint"]:
         head.append(("checkpoint", f"step {run['checkpoint']['step']}: {run['checkpoint']['path']}"))
+    if unsaved := run["unsaved"]:
+        since, times = moment(unsaved["since"]), plural(unsaved["times"], "time")
+        head.append(("not saved", f"since {since} UTC, {times}, last at step {unsaved['step']}: {unsaved['reason']}"))
     head.append(("steps lost", str(run["steps_lost"])))
     head += skips.head(run["skips"])
     if run["weights_digest"]:
@@ -233,7 +236,7 @@ def ledger_table(books: Mapping[str, float], data_share: float = 0.0) -> str:
         data_share: Share of the productive ones in which ranks waited for samples; 0 where nobody measured it.
     """
     wall = books["wall"] or 1.0
-    reading = f"; {100 * data_share:.2f} % of it reading samples" if data_share else ""
+    reading = f"; {100 * data_share:.2f} % of it waiting for samples" if data_share else ""
     meaning = {**MEANING, "productive": MEANING["productive"] + reading}
     rows = [
         (name, f"{books[name]:.1f}", f"{100 * books[name] / wall:.1f} %", meaning[name])

@@ -90,6 +90,10 @@ def _readmitted(event: RunEvent) -> str:
     return f"taken back: {nodes}, {event.data.get('reason')}"
 
 
+def _unsaved(event: RunEvent) -> str:
+    return f"the checkpoint of step {event.data.get('step')} could not be written: {event.data.get('reason')}"
+
+
 def _pool_unsafe(event: RunEvent) -> str:
     node = node_name(str(event.data.get("node")))
     return f"node {node} starts its ranks afresh, which is slower: {event.data.get('reason')}"
@@ -111,6 +115,7 @@ _SENTENCES: dict[EventKind, Callable[[RunEvent], str | None]] = {
     EventKind.FAILURE_DETECTED: lambda e: f"failure: {_detail(e.data)} (last step {e.data.get('last_step', '?')})",
     EventKind.FAULT_FIRED: lambda e: f"the injected fault was: {_fault(e.data)}",
     EventKind.DECISION: _decision,
+    EventKind.CHECKPOINT_FAILED: _unsaved,
     EventKind.CHECKPOINT_REJECTED: lambda e: f"checkpoint refused: {e.data.get('reason') or e.data.get('path')}",
     EventKind.FENCE_LAID: lambda e: str(e.data.get("reason")),
     EventKind.WAITING_FOR_NODES: _waiting,

@@ -39,6 +39,7 @@ def checkpoint_spec(config: Config, work: Workload | None, plan: ParallelPlan, r
         memory_every=0 if config.job.infers else policy.memory_every,
         keep=policy.keep,
         url=f"{policy.url}/{run_dir.name}" if policy.url else None,
+        patience_s=policy.patience_s,
     )
 
 

@@ -56,7 +56,7 @@ class ModelConfig:
         rope_stretch: Frequencies that slow down, as in Llama 3.1 and later; null for none.
         gated: The feed-forward block has a gate; null means that of the flavour.
         head_width: Width of one head; null means ``hidden / heads``.
-        position_rows: Learned positions; null means ``seq`` for ``gpt3`` and none for ``llama``.
+        position_rows: Learned positions, at least ``seq``; null means ``seq`` for ``gpt3`` and none for ``llama``.
         embed_norm: A norm follows the token embedding.
         moe: Experts instead of dense feed-forward blocks; null for none.
         latent: Latent attention instead of plain heads; null for none.
@@ -260,13 +260,14 @@ class CheckpointConfig:
             the planner finds best for the plan on the cluster.
         memory_every: Steps between checkpoints in memory; 0 for none.
         keep: Number of newest committed checkpoints kept.
-        url: See :class:`jobs.spec.CheckpointSpec`.
+        url, patience_s: See :class:`jobs.spec.CheckpointSpec`.
     """
 
     every: int | None = 10
     memory_every: int = 0
     keep: int = 3
     url: str | None = None
+    patience_s: float = 600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -356,7 +357,7 @@ MINIMUM: dict[str, float] = {
             "sample_tokens",
         )
     },
-    **{f"checkpoint.{key}": 0 for key in ("every", "memory_every")},
+    **{f"checkpoint.{key}": 0 for key in ("every", "memory_every", "patience_s")},
     "checkpoint.keep": 1,
     **{f"job.{key}": 1 for key in ("ship_limit_mb", "tokens")},
     **{f"job.{key}": 0 for key in ("shots", "temperature", "top_k")},

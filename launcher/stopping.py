@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from launcher.gang_state import GangState  # status needs nothing of it
 
 UNCONFIRMED_S = 10.0
-STILL_TRUE = (EventKind.CHECKPOINT_COMMITTED, EventKind.POOL_UNSAFE, EventKind.RANKS_DYING)
+STILL_TRUE = (
+    EventKind.CHECKPOINT_COMMITTED,
+    EventKind.CHECKPOINT_FAILED,
+    EventKind.POOL_UNSAFE,
+    EventKind.RANKS_DYING,
+)
 """What may still be told of an attempt that is being stopped."""
 _OVER = (EventKind.GANG_STOPPED, EventKind.ATTEMPT_PLANNED, EventKind.RUN_CANCELLED, EventKind.RUN_FAILED)
 

@@ -206,9 +206,7 @@ def _not_built(model: ModelSpec) -> tuple[str, str] | None:
         "latent attention": model.latent is not None,
         "a norm after the embedding": model.embed_norm,
         "a feed-forward block of the other flavour": model.has_gate != (model.flavour == "llama"),
-        "heads of a width of their own": model.head_width * model.heads not in (0, model.hidden),
-        "positions of another flavour or number": model.position_rows
-        not in (None, model.seq * (model.flavour == "gpt3")),
+        "positions of the other flavour": bool(model.learned_positions) != (model.flavour == "gpt3"),
     }
     found = [part for part, there in parts.items() if there]
     if not found:

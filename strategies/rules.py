@@ -82,10 +82,11 @@ def sequence_within_positions(case: Case) -> Violation | None:
     rows = case.model.learned_positions
     if rows <= 0 or case.batch.seq <= rows:
         return None
+    key = "model.seq" if case.model.position_rows is None else "model.position_rows"
     return Violation(
         rule="sequence_within_positions",
         message=f"sequences of {case.batch.seq} tokens, the model has {rows} learned positions",
-        hint=f"model.seq={case.batch.seq}, or sequences of at most {rows} tokens",
+        hint=f"{key}={case.batch.seq}, or sequences of at most {rows} tokens",
     )
 
 

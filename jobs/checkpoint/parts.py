@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.checkpoint.errors import CheckpointConflict, storage_error
+from jobs.checkpoint.fence import refuse_if_fenced
 from jobs.checkpoint.layout import Place
-from jobs.checkpoint.manifest import Manifest, Origin, ShardRecord, TrainerState, commit
+from jobs.checkpoint.manifest import Manifest, Origin, ShardRecord, TrainerState, commit, read_manifest
 from jobs.checkpoint.shardfile import Slice, content_digest, slice_table, write_shard
 from strategies.codec import from_json, to_json
 from strategies.errors import ConfigError, PhalanxError
@@ -193,6 +194,18 @@ def commit_parts(place: Place[Any], parts: Sequence[Part], whole: Whole) -> Mani
     )
     commit(place.root, manifest)
     return manifest
+
+
+def arrived_before(place: Place[Any]) -> Manifest | None:
+    """The manifest, if an earlier try that seemed to fail has written it; raises CheckpointConflict, StorageError."""
+    try:
+        place.storage.size(place.manifest)
+        refuse_if_fenced(place)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise storage_error("look for the checkpoint manifest", place.manifest, error) from error
+    return read_manifest(place.manifest)
 
 
 def all_tensors(parts: Sequence[Part]) -> dict[str, tuple[int, ...]]:

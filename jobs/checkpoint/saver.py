@@ -4,7 +4,7 @@ Behind the rank there are two phases. The state is copied into shared memory, a 
 backward of the next step (:mod:`jobs.checkpoint.copying`); before the update of that step every rank waits until its
 copy is whole and the replica of it confirmed. That copy is a generation of the memory tier, and where a
 checkpoint on disk is due, the persister writes it from there while training goes on. The next one due waits until the
-one before is committed, and a failure to write it is raised there, on every rank.
+one before is committed, and there every rank learns if it could not be written (:mod:`jobs.checkpoint.outage`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from jobs.checkpoint.gang import agree, gather, revive
 from jobs.checkpoint.image import Image
 from jobs.checkpoint.layout import Place, Token
 from jobs.checkpoint.memory import StreamInfo, generation_of
+from jobs.checkpoint.outage import SIGN_OF_LIFE_S, passing, waits, words
 from jobs.checkpoint.persister import PersisterLink, unreachable
 from jobs.checkpoint.retention import tidied
 from jobs.checkpoint.save import Run, copies_of, image_of_state, runs_of, save
@@ -50,12 +51,22 @@ class Saver(Protocol):
     def keep(self, step: int, extra: Mapping[str, Any]) -> None:
         """After every step at which no checkpoint on disk is due."""
 
-    def save(self, step: int, extra: Mapping[str, Any], *, wait: bool) -> Location:
+    @property
+    def troubled(self) -> bool:
+        """Whether the newest checkpoint of which every rank knows could not be written; the same on every rank."""
+
+    def save(self, step: int, extra: Mapping[str, Any], *, wait: bool, patience_s: float = 0.0) -> Location:
         """A checkpoint on disk is due; returns the path of its manifest, which exists when ``wait`` is true.
+
+        Args:
+            step: The step that is complete.
+            extra: What the caller wants back.
+            wait: Return when it is written.
+            patience_s: Then, how long it is tried again where it cannot be written.
 
         Raises:
             CheckpointConflict: Another gang has taken over; on every rank.
-            StorageError: This one, or the one before, cannot be written; on every rank.
+            StorageError: It was to be waited for, and cannot be written; on every rank.
         """
 
 
@@ -85,7 +96,12 @@ class DirectSaver:
     def keep(self, step: int, extra: Mapping[str, Any]) -> None:
         """See :class:`Saver`."""
 
-    def save(self, step: int, extra: Mapping[str, Any], *, wait: bool) -> Location:
+    @property
+    def troubled(self) -> bool:
+        """See :class:`Saver`; without a copy in memory a failure to write is an error at once."""
+        return False
+
+    def save(self, step: int, extra: Mapping[str, Any], *, wait: bool, patience_s: float = 0.0) -> Location:
         """See :class:`Saver`."""
         token = (self._env.epoch, self._env.attempt)
         saved = save(
@@ -134,6 +150,7 @@ class BehindSaver:
         self._warned = ""
         self._base = restored_from(env)  # the newest checkpoint on disk of which every rank knows
         self._last: Location | None = None  # the one that is being written
+        self._troubled = False
 
     @property
     def image_bytes(self) -> int:
@@ -185,7 +202,12 @@ class BehindSaver:
             record = self._record(extra)
             self._copier.then(lambda: self._seal(step, record, flush=False))
 
-    def save(self, step: int, extra: Mapping[str, Any], *, wait: bool) -> Location:
+    @property
+    def troubled(self) -> bool:
+        """See :class:`Saver`."""
+        return self._troubled
+
+    def save(self, step: int, extra: Mapping[str, Any], *, wait: bool, patience_s: float = 0.0) -> Location:
         """See :class:`Saver`."""
         begin = time.perf_counter()
         self.land()
@@ -205,8 +227,28 @@ class BehindSaver:
         if wait:
             self._copier.wait()
             self._pending["since"] = begin
-            self._agree_on_the_last()
+            self._insist(step, record, patience_s)
         return manifest
+
+    def _insist(self, step: int, record: Mapping[str, Any], patience_s: float) -> None:
+        """Until the checkpoint is written, or patience is over; the state stays what it is meanwhile. Collective."""
+        pending, last, more = self._pending, self._last, waits(patience_s)
+        while failure := self._agree_on_the_last():
+            # the clock of one rank decides for all
+            delay_s = agree(None, next(more, None) if self._env.rank == 0 else None)[0]
+            if delay_s is None:
+                raise revive(failure)
+            self._wait(delay_s, step)
+            self._pending, self._last = pending, last
+            self._copy()
+            self._copier.then(lambda: self._seal(step, record, flush=True, again=True))
+            self._copier.wait()
+
+    def _wait(self, seconds: float, step: int) -> None:
+        while seconds > 0:
+            self._reporter.send("step", step=step, next="save")
+            time.sleep(min(seconds, SIGN_OF_LIFE_S))
+            seconds -= SIGN_OF_LIFE_S
 
     @property
     def waited_s(self) -> float:
@@ -247,9 +289,11 @@ class BehindSaver:
             record["extra"] = dict(extra)
         return record
 
-    def _seal(self, step: int, record: Mapping[str, Any], *, flush: bool, hold: bool = False) -> None:
+    def _seal(
+        self, step: int, record: Mapping[str, Any], *, flush: bool, hold: bool = False, again: bool = False
+    ) -> None:
         base = str(self._base or "") if flush else ""
-        answer = self._ask("seal", step=step, record=record, flush=flush, hold=hold, base=base)[0]
+        answer = self._ask("seal", step=step, record=record, flush=flush, hold=hold, again=again, base=base)[0]
         self._unconfirmed = answer["replica"]
 
     def _confirm(self) -> None:
@@ -260,32 +304,47 @@ class BehindSaver:
             told = f"warning: {self._warned}; the newest steps are only on their own nodes"
             print(told if self._warned else "replicas are kept again", flush=True)
 
-    def _agree_on_the_last(self) -> None:
-        """Wait for the checkpoint that is being written, and tell every rank what became of it."""
-        error: PhalanxError | None = None
+    def _agree_on_the_last(self) -> dict[str, Any] | None:
+        """Wait for the checkpoint that is being written, and tell every rank what became of it. Collective.
+
+        Returns:
+            Why it could not be written, where training goes on all the same; on every rank.
+        """
+        error, failure = None, None
         try:
-            self._settle(wait=True)
+            failure = self._settle(wait=True)
+            if failure is not None and not passing(failure):
+                raise revive(failure)
         except PhalanxError as caught:
             error = caught
         self._pending = None
-        agree(error)
-        self._base, self._last = self._last or self._base, None
+        told: dict[str, Any] | None = agree(error, failure)[0]
+        last, self._last = self._last, None
+        if last is not None:
+            self._troubled = told is not None
+        if told is None:
+            self._base = last or self._base
+        return told
 
-    def _settle(self, *, wait: bool) -> None:
-        """Rank 0 asks what has become of the checkpoint on its way, and reports it."""
+    def _settle(self, *, wait: bool) -> dict[str, Any] | None:
+        """Rank 0 asks what has become of the checkpoint on its way, and reports it; returns why it failed."""
         pending = self._pending
         if pending is None or self._env.rank != 0:
-            return
+            return None
         done = self._ask("outcome", token=self._token, step=pending["step"], wait=wait)[0]["done"]
         if done is None or ("error" in done and not wait):
-            return  # a failure is raised where every rank can take part
+            return None  # every rank learns of a failure where all can take part
+        self._pending = None
         if "error" in done:
-            raise revive(done["error"])
+            warn(f"the checkpoint of step {pending['step']} could not be written: {words(done['error'])}")
+            if passing(done["error"]):
+                self._reporter.send("unsaved", step=pending["step"], reason=words(done["error"]))
+            return dict(done["error"])
         warn(done.pop("warning", ""))
         stalled_s = pending["stall_s"] + pending.get("waited_s", 0.0)
         stall_s = time.perf_counter() - pending["since"] if "since" in pending else stalled_s
         self._reporter.send("checkpoint", stall_s=stall_s, **done)
-        self._pending = None
+        return None
 
     def _ask(self, op: str, **fields: Any) -> tuple[Message, bytes, list[int]]:
         try:

@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import clip_grad_norm_
 from torch import nn
 
@@ -117,6 +118,14 @@ class Engine:
         """
         return self.grid.first_stage or self.grid.last_stage or self._documents is not None
 
+    def fetchable(self, batch: MicroBatch) -> MicroBatch:
+        """The same in memory from which the device can fetch it by itself, beside what it computes; from any thread."""
+        if self.device.type == "cpu":
+            return batch
+        get_accelerator().set_device(self.device.index)  # a thread of its own begins on the first device
+        tokens, targets = batch
+        return tokens.pin_memory(), targets.pin_memory()
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(global name, parameter) of everything this rank holds; each parameter carries ``.phalanx``."""
         for parameter in self.ds.module.parameters():
@@ -187,7 +196,7 @@ class Engine:
             return float(self.ds.eval_batch(self._micro_batches(batches)))
         self.ds.eval()
         with torch.no_grad():
-            losses = (self.ds(tokens.to(self.device), targets.to(self.device)) for tokens, targets in batches)
+            losses = (self.ds(*batch) for batch in self._on_device(batches))
             total = sum(losses, torch.zeros((), dtype=torch.float64, device=self.device))
         self.ds.train()
         return self._mean(total, len(batches))
@@ -221,13 +230,18 @@ class Engine:
         """Micro-batches for a pipeline, whose stages all have to know where documents end."""
         if self._documents is not None:
             self._documents.load((tokens for tokens, _ in batches), self.device)
-        return iter(batches)
+        return self._on_device(batches)
+
+    def _on_device(self, batches: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
+        """One after the other; what is :meth:`fetchable` keeps nobody waiting."""
+        for tokens, targets in batches:
+            yield tokens.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
     def _train_unpipelined(self, batches: Sequence[MicroBatch]) -> float:
         self.ds.train()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for tokens, targets in batches:
-            loss = self.ds(tokens.to(self.device), targets.to(self.device))
+        for batch in self._on_device(batches):
+            loss = self.ds(*batch)
             total += loss.detach()
             self.ds.backward(loss)
             self.ds.step()

@@ -17,9 +17,16 @@ from strategies.codec import to_json
 from strategies.errors import did_you_mean
 from strategies.specs import ModelSpec, MoeSpec
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM", "gpt2": "GPT2LMHeadModel"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
 _STRETCH = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # of ours, in order
 _AUX_LOSS = 0.001  # what transformers takes for Mixtral where the file does not say it
+_MISTRAL_WINDOW = 4096  # likewise, of Mistral
+_WINDOWED = ("mistral", "mixtral")
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 
@@ -132,7 +139,8 @@ def read_config(document: Mapping[str, Any], name: str) -> tuple[dict[str, Any],
         Values by the field names of :class:`ModelSpec` (``moe`` as a mapping) and no problems, or all problems.
     """
     kind = document.get("model_type")
-    reader = {"llama": _read_llama, "mixtral": _read_mixtral, "gpt2": _read_gpt2}.get(str(kind))
+    readers = {"llama": _read_llama, "mistral": _read_mistral, "mixtral": _read_mixtral, "gpt2": _read_gpt2}
+    reader = readers.get(str(kind))
     if reader is None:
         hint = did_you_mean(str(kind), ARCHITECTURES)
         return {}, [Flaw(message=f"config.json: model_type {kind!r} is not an architecture of phalanx", hint=hint)]
@@ -203,6 +211,11 @@ class _Look:
         if not holds(value):
             self.refuse(key, f"{value!r} is not implemented: {why}")
 
+    def window(self, default: int | None) -> int | None:
+        """How many tokens attention looks at, itself included; None for all of them."""
+        value = self._document.get("sliding_window", default)
+        return None if value is None else self.size("sliding_window", default)
+
     def rotary(self) -> dict[str, Any]:
         """How positions turn: said by itself, or in ``rope_parameters`` as transformers 5 writes it."""
         rope = self._document.get("rope_parameters") or self._document.get("rope_scaling") or {}
@@ -262,10 +275,26 @@ def _read_gpt2(look: _Look) -> dict[str, Any]:
     }
 
 
+def window_of(document: Mapping[str, Any]) -> int | None:
+    """How many tokens the attention of a folder's model looks at, itself included; None for all.
+
+    Where sequences are no longer than that, it is the attention of our models.
+    """
+    default = _MISTRAL_WINDOW if document.get("model_type") == "mistral" else None
+    return None if document.get("model_type") not in _WINDOWED else _Look(document).window(default)
+
+
 def _read_llama(look: _Look) -> dict[str, Any]:
+    look.must("sliding_window", lambda window: window is None, None, "attention sees the whole sequence")
     look.must("attention_bias", lambda on: not on, False, "the projections of attention have no biases")
     look.must("mlp_bias", lambda on: not on, False, "the feed-forward block has no biases")
     return _rotary(look, eps=1e-6) | {"ffn": look.size("intermediate_size")}
+
+
+def _read_mistral(look: _Look) -> dict[str, Any]:
+    """A Llama whose attention may look no further back than a window."""
+    values = _rotary(look, eps=1e-6) | {"ffn": look.size("intermediate_size")}
+    return values | {"seq": min(values["seq"], look.window(_MISTRAL_WINDOW) or values["seq"])}
 
 
 def _read_mixtral(look: _Look) -> dict[str, Any]:
@@ -275,17 +304,17 @@ def _read_mixtral(look: _Look) -> dict[str, Any]:
         look.refuse("num_experts_per_tok", f"{top_k} of {experts} experts", f"At most {experts}.")
     if top_k == 1:
         look.refuse("num_experts_per_tok", "1 is not implemented: a single expert counts whole there")
+    look.must("router_jitter_noise", lambda noise: not noise, 0.0, "routers see what they are given")
     coefficient = look.weight("router_aux_loss_coef", _AUX_LOSS)
     values = _rotary(look, eps=1e-5)
     balance = _summed_weight(coefficient, top_k, values["layers"])
     moe = {"experts": experts, "top_k": top_k, "ffn": inner, "balance_weight": balance}
-    return values | {"ffn": inner, "moe": moe}
+    return values | {"ffn": inner, "moe": moe, "seq": min(values["seq"], look.window(None) or values["seq"])}
 
 
 def _rotary(look: _Look, *, eps: float) -> dict[str, Any]:
-    """What Llama and Mixtral share; ``eps`` of the norms where the file does not say it."""
+    """What Llama, Mistral and Mixtral share; ``eps`` of the norms where the file does not say it."""
     look.must("hidden_act", lambda act: act in ("silu", "swish"), "silu", "SwiGLU only")
-    look.must("sliding_window", lambda window: window is None, None, "attention sees the whole sequence")
     hidden, heads = look.size("hidden_size"), look.size("num_attention_heads")
     width = look.size("head_dim", max(1, hidden // heads))
     return {

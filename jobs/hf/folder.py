@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.hf.config import Flaw, read_config
+from jobs.hf.config import Flaw, read_config, window_of
 from jobs.hf.names import Part, Shape, parts_of
 from strategies.errors import ConfigError, StorageError, did_you_mean
 from strategies.specs import ModelSpec, MoeSpec, RotaryStretch
@@ -114,7 +114,7 @@ def inspect(path: Path, model: ModelSpec | None = None) -> tuple[Folder, list[Fl
         values, flaws = read_config(config, path.name)
         if not flaws:
             own = _spec(values)
-            flaws = _other_model(own, model) if model is not None else []
+            flaws = _other_model(own, model) + _beyond(window_of(config), model.seq) if model is not None else []
             model = model or own
     files, wrong = _weight_files(path)
     tensors: dict[str, Stored] = {}
@@ -202,7 +202,18 @@ def _other_model(own: ModelSpec, model: ModelSpec) -> list[Flaw]:
     if not different:
         return []
     told = ", ".join(f"{name} {_value(own, name)} in the folder, {_value(model, name)} here" for name in different)
-    return [Flaw(message=f"it holds another model: {told}", hint="model.from_hf=FOLDER takes the model from there.")]
+    hint = "model.from_hf=FOLDER takes the model from there."
+    if different == ["learned_positions"] and model.seq < own.learned_positions:
+        hint = f"model.position_rows={own.learned_positions} keeps the positions that shorter sequences do not use."
+    return [Flaw(message=f"it holds another model: {told}", hint=hint)]
+
+
+def _beyond(window: int | None, seq: int) -> list[Flaw]:
+    """What is wrong with sequences that are longer than the window of attention."""
+    if window is None or seq <= window:
+        return []
+    message = f"{CONFIG}: sliding_window: attention sees {window} tokens there, and whole sequences here"
+    return [Flaw(message=message, hint=f"model.seq={window} or less is the same model.")]
 
 
 def _value(model: ModelSpec, name: str) -> Any:

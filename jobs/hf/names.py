@@ -49,10 +49,11 @@ def require_layout(model: ModelSpec) -> None:
             f"The model '{model.name}' has no layout in transformers that phalanx knows.",
             why="it has latent attention, a norm after the embedding, or the other flavour's feed-forward block",
         )
-    if model.flavour == "gpt3" and (model.kv_heads != model.heads or moe is not None):
+    own_width = model.heads * model.head_dim != model.hidden
+    if model.flavour == "gpt3" and (model.kv_heads != model.heads or moe is not None or own_width):
         raise ConfigError(
-            "transformers' GPT-2 has neither grouped key/value heads nor gates nor experts, so this model has no "
-            "layout there.",
+            "transformers' GPT-2 has neither grouped key/value heads nor heads of a width of their own nor gates nor "
+            "experts, so this model has no layout there.",
             hint="The Llama flavour (model.flavour=llama) has them.",
         )
     if moe is not None and (other := _not_mixtral(moe)):

@@ -74,23 +74,20 @@ def generate(
         forward: The model.
         prompts: Tokens of each prompt, at least one.
         keys: What fixes the draws of each prompt.
-        count: Most tokens to add; the model sees the last ``seq`` ones at a time.
+        count: Most tokens to add; the model sees the last ``seq`` ones at a time. Where a text is longer it goes
+            through all of those for every token, else through the newest alone.
         how: How to choose them.
         done: Called after every token.
 
     Returns:
         Of each prompt its tokens with the new ones, and the negative log-likelihood of those.
     """
-    rows = [list(prompt) for prompt in prompts]
+    rows, reading = [list(prompt) for prompt in prompts], _Reading(forward, count)
     losses, ended = [0.0] * len(rows), [False] * len(rows)
     for _ in range(count):
         if all(ended) and forward.grid.ep == 1:  # replicas that share experts go through the model together
             break
-        windows = [row[-forward.model.seq :] for row in rows]
-        tokens = torch.zeros((len(rows), max(map(len, windows))), dtype=torch.int64)
-        for row, window in enumerate(windows):
-            tokens[row, : len(window)] = torch.tensor(window)
-        logits = forward.logits_at(tokens, torch.tensor([len(window) - 1 for window in windows]))
+        logits = reading.logits(rows)
         chosen = None if logits is None else _choose(logits, rows, keys, how)
         shared = forward.share(chosen, torch.empty((len(rows), 2), dtype=torch.float64)).cpu()
         for index, (token, loss) in enumerate(shared.tolist()):
@@ -100,6 +97,27 @@ def generate(
                 ended[index] = int(token) == how.end
         done()
     return list(zip(rows, losses, strict=True))
+
+
+class _Reading:
+    """What the model says of rows that grow: it goes through what is new, as long as rows fit into its sequence."""
+
+    def __init__(self, forward: Forward, count: int) -> None:
+        self._forward, self._count = forward, count
+        self._goes_on = False
+
+    def logits(self, rows: Sequence[Sequence[int]]) -> torch.Tensor | None:
+        """Logits behind the end of every row, ``[rows, vocab]``; None before the last stage."""
+        seq, longest = self._forward.model.seq, max(map(len, rows))
+        windows = [row[-seq:] for row in rows]
+        tokens = torch.zeros((len(rows), min(longest, seq)), dtype=torch.int64)
+        for row, window in enumerate(windows):
+            tokens[row, : len(window)] = torch.tensor(window)
+        ends = torch.tensor([len(window) - 1 for window in windows])
+        if self._goes_on and longest <= seq:
+            return self._forward.logits_after(tokens, ends)
+        self._goes_on = self._forward.remembers and longest < seq
+        return self._forward.logits_at(tokens, ends, room=min(seq, longest + self._count) if self._goes_on else 0)
 
 
 def _choose(logits: torch.Tensor, rows: list[list[int]], keys: Sequence[str], how: Sampling) -> torch.Tensor:

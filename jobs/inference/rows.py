@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.checkpoint.layout import sync_dir, write_durably
-from jobs.data.tokenizer import END_OF_TEXT_ID, vocabulary
+from jobs.data.tokenizer import END_OF_TEXT_ID, read_tokenizer, vocabulary
 from jobs.hf.folder import CONFIG
 from jobs.inference.questions import Question, read_prompts, read_questions, read_texts
 from jobs.spec import InferenceSpec, WeightsSpec
@@ -55,7 +55,9 @@ class Row:
 
 
 class Encoder:
-    """A tokenizer, and the token that begins a document.
+    """A tokenizer as training reads text with it, and the token that begins a document.
+
+    Text is text: what spells a special token is not that token, neither in a document nor in a question or a prompt.
 
     Args:
         path: A ``tokenizer.json``.
@@ -66,15 +68,11 @@ class Encoder:
     """
 
     def __init__(self, path: Path, start: int | None) -> None:
-        from tokenizers import Tokenizer
-
         self.start = [] if start is None else [start]
         try:
-            self.tokenizer: Tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise StorageError(f"The tokenizer {path} cannot be read.", why=str(error)) from error
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()  # whatever its file says: every token of a text counts
+            self.tokenizer: Tokenizer = read_tokenizer(path)
+        except ConfigError as error:
+            raise StorageError(f"The tokenizer {path} cannot be read.", why=error.what) from error
 
     def document(self, text: str) -> tuple[list[int], int]:
         """Tokens of a whole document, and how many bytes of its text all but the first of them stand for.

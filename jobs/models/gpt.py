@@ -21,6 +21,7 @@ from jobs.distributed import Grid
 from jobs.models.init import ParameterFactory
 from jobs.models.moe import MixtureOfExperts
 from jobs.models.packing import Documents, Layout
+from jobs.models.past import Past
 from jobs.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from jobs.parallel.router_log import RouterLog
 from jobs.parallel.vocabulary import (
@@ -48,6 +49,7 @@ class Recipe:
         recompute: Which activations are computed again in backward instead of being kept.
         documents: Where the documents in a sequence begin and end; None where a sequence is one.
         router_log: Adds the routers' losses to the gradient and counts; None where nothing is trained.
+        past: Keeps what attention has seen of a text that is continued; None where none is.
     """
 
     model: ModelSpec
@@ -55,10 +57,13 @@ class Recipe:
     recompute: Recompute = "none"
     documents: Documents | None = None
     router_log: RouterLog | None = None
+    past: Past | None = None
 
     @property
     def layout(self) -> Layout | None:
         """How the documents of the micro-batch lie whose forward pass runs; None where a sequence is one."""
+        if self.past is not None and self.past.next is not None:
+            return self.past.next
         return self.documents.layout if self.documents is not None else None
 
     @classmethod
@@ -71,10 +76,11 @@ class Recipe:
         recompute: Recompute = "none",
         documents: Documents | None = None,
         router_log: RouterLog | None = None,
+        past: Past | None = None,
     ) -> Recipe:
         """The recipe of one rank."""
         make = ParameterFactory(grid=grid, seed=seed, std=model.init_std)
-        return cls(model=model, make=make, recompute=recompute, documents=documents, router_log=router_log)
+        return cls(model=model, make=make, recompute=recompute, documents=documents, router_log=router_log, past=past)
 
     @property
     def moe(self) -> MoeSpec:
@@ -100,7 +106,8 @@ class PositionEmbedding(nn.Module):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        self.weight = recipe.make.make("embed.positions.weight", (recipe.model.seq, recipe.model.hidden))
+        shape = (recipe.model.learned_positions, recipe.model.hidden)
+        self.weight = recipe.make.make("embed.positions.weight", shape)
         self._grid = recipe.make.grid
         self._recipe = recipe
 
@@ -171,12 +178,13 @@ class Attention(nn.Module):
         super().__init__()
         model, make = recipe.model, recipe.make
         bias = model.flavour == "gpt3"
-        narrow = model.kv_heads * model.head_dim
-        self.q = ColumnParallelLinear(make, f"{name}.q", model.hidden, model.hidden, bias=bias)
+        wide, narrow = model.heads * model.head_dim, model.kv_heads * model.head_dim
+        self.q = ColumnParallelLinear(make, f"{name}.q", model.hidden, wide, bias=bias)
         self.k = ColumnParallelLinear(make, f"{name}.k", model.hidden, narrow, bias=bias)
         self.v = ColumnParallelLinear(make, f"{name}.v", model.hidden, narrow, bias=bias)
-        self.o = RowParallelLinear(make, f"{name}.o", model.hidden, model.hidden, bias=bias, std=recipe.residual_std)
+        self.o = RowParallelLinear(make, f"{name}.o", wide, model.hidden, bias=bias, std=recipe.residual_std)
         self._model = model
+        self._name, self._past = name, recipe.past
         self._region = make.grid.region
         self._sequence = make.grid.sequence
         self._recompute = recipe.recompute == "selective"
@@ -198,6 +206,8 @@ class Attention(nn.Module):
         if self._model.flavour == "llama":
             positions = layout.positions if layout is not None else None
             q, k = (rotate(x, self._model.rope_theta, positions, self._model.rope_stretch) for x in (q, k))
+        if self._past is not None:
+            k, v = self._past.join(self._name, k, v)
         shared = q.shape[1] // k.shape[1]
         if shared > 1:
             k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))

@@ -90,6 +90,10 @@ class Documents:
         """The forward pass of a micro-batch of these tokens begins. Collective among the ranks that share them."""
         self._layout = layout_of(self._whole(tokens), self._end_id)
 
+    def positions(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Positions of whole rows of tokens in their documents, ``[b, s]``; shows nothing to any layer."""
+        return layout_of(tokens, self._end_id).positions
+
     def _whole(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens if self._group is None else gather_sequence(tokens, self._group)
 

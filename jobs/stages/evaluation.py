@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from jobs.data.ahead import ReadAhead
 from jobs.spec import JobSpec
 from strategies.schedule import SampleSchedule
 
@@ -52,15 +53,22 @@ class Evaluation:
 
         Args:
             engine: The engine.
-            load: Makes a micro-batch of the validation's samples.
+            load: Makes a micro-batch of the validation's samples; called by a thread that reads ahead.
             beat: Called after every global batch, which is a sign of life.
         """
-        total, plan = 0.0, engine.plan
+
+        def read(batch: int, breathe: Callable[[], None]) -> list[MicroBatch]:
+            found = []
+            for micro in range(self._schedule.micro_batches(batch, engine.plan)):
+                found.append(load(self._rows(batch, engine, micro)))
+                breathe()
+            return found
+
+        total, ahead = 0.0, ReadAhead(read, 1, self._batches)
         for batch in range(1, self._batches + 1):
-            micro_batches = self._schedule.micro_batches(batch, plan)
-            rows = [self._rows(batch, engine, micro) for micro in range(micro_batches)]
-            total += engine.evaluate([load(some) for some in rows])
+            total += engine.evaluate(ahead.take(batch))
             beat()
+        ahead.close()
         loss = total * self._schedule.global_batch / self._count
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "samples": self._count}
 

@@ -1,4 +1,4 @@
-"""Pretraining: restore, then for every step read the samples, train, report and save; at the end digest and sample."""
+"""Pretraining: restore, then for every step take the samples, train, report and save; at the end digest and sample."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 import torch.distributed as dist
 
 from jobs.checkpoint.errors import storage_error
@@ -23,27 +22,25 @@ from jobs.checkpoint.persister import link_from_environment
 from jobs.checkpoint.restore import RestoredState, restore
 from jobs.checkpoint.saver import BehindSaver, DirectSaver, Saver
 from jobs.checkpoint.source import ShardSource
-from jobs.data import open_samples
 from jobs.hooks import Hooks
 from jobs.initial import initialise
 from jobs.location import Location, locate
 from jobs.metrics import MetricsWriter
 from jobs.numerics import BlowUp, LossWatch
 from jobs.orders import Orders
-from jobs.parallel.vocabulary import IGNORE
 from jobs.paths import RunPaths
 from jobs.report import Reporter
 from jobs.sample import sample
 from jobs.spec import JobSpec, RankEnv
 from jobs.stages.evaluation import Evaluation
+from jobs.stages.feed import Feed
 from strategies.codec import to_json
 from strategies.errors import ResumeRefused, StorageError
 from strategies.schedule import SampleSchedule, Skip
 from strategies.specs import BatchSpec
 
 if TYPE_CHECKING:
-    from jobs.data.samples import Samples, Validation
-    from jobs.engine import Engine, MicroBatch, StepResult
+    from jobs.engine import Engine, StepResult
 
 
 class Counter(Protocol):
@@ -78,8 +75,8 @@ class Pretrain:
         self._counter = counter
         self._orders = Orders(env.order_fd)
         self._paths = RunPaths(env.run_dir)
-        self._store = open_samples(job.data, job.batch.seq)
-        self._held_out = self._store.validation()
+        self._feed = Feed(job, engine)
+        self._held_out = self._feed.samples.validation()
         self._evaluation = Evaluation(job, self._held_out)
         if self._evaluation.missing and env.rank == 0:  # a submit refuses this; an older version's did not
             print(f"warning: {self._evaluation.missing}", flush=True)
@@ -111,6 +108,7 @@ class Pretrain:
             done = self._restore()
         else:
             initialise(self._engine, self._job)
+        self._feed.begin(self._schedule, done + 1)
         dist.barrier()
         self._saver.open()
         steps = self._job.train.steps
@@ -124,7 +122,8 @@ class Pretrain:
             if not due and not ordered:
                 self._saver.keep(step, self._extra(step))
                 continue
-            leaving = step < steps and (ordered or self._is_to_leave())
+            # Where checkpoints cannot be written nobody leaves of his own will: the next gang would have to read one.
+            leaving = step < steps and (ordered or (not self._saver.troubled and self._is_to_leave()))
             manifest = self._save(step, wait=leaving or step == steps)
             self._reporter.send("step", step=step, next="finish" if leaving or step == steps else "step")
             if leaving:
@@ -161,7 +160,7 @@ class Pretrain:
         self._hooks.step_begin(step)
         self._engine.own_time.begin(self._micro_batches(step))
         began = time.perf_counter()
-        batches = self._batches(step)
+        batches = self._feed.take(step)
         data_s = time.perf_counter() - began
         tokens = self._schedule.batch_at(step) * self._job.batch.seq
         result = self._engine.train_step(step, batches, tokens=tokens)
@@ -185,10 +184,11 @@ class Pretrain:
 
     def _evaluate(self, step: int) -> dict[str, Any]:
         """Loss and perplexity on what is not trained on; every batch is a sign of life."""
-        began = time.perf_counter()
+        began, held_out = time.perf_counter(), self._held_out
+        assert held_out is not None, "it is never due without"
         found = self._evaluation.run(
             self._engine,
-            lambda rows: self._micro_batch(rows, self._held_out),
+            lambda rows: self._engine.fetchable(self._feed.micro_batch(rows, held_out)),
             lambda: self._reporter.send("step", step=step, next="evaluate"),
         )
         return found | {"seconds": time.perf_counter() - began}
@@ -221,31 +221,14 @@ class Pretrain:
             **routing,
         }
 
-    def _batches(self, step: int) -> list[MicroBatch]:
-        """This replica's micro-batches; ranks that look at no data get empty ones of the right shape."""
-        plan, count = self._job.plan, self._micro_batches(step)
-        if not self._engine.needs_data:
-            return [self._micro_batch((None,) * plan.micro_batch)] * count
-        replica = self._engine.grid.data
-        return [self._micro_batch(self._schedule.rows(step, replica, micro, plan)) for micro in range(count)]
-
     def _micro_batches(self, step: int) -> int:
         return self._schedule.micro_batches(step, self._job.plan)
-
-    def _micro_batch(self, rows: tuple[int | None, ...], source: Samples | Validation | None = None) -> MicroBatch:
-        held, source = self._engine.grid.tokens(self._job.batch.seq), source or self._store
-        tokens = torch.zeros(len(rows), held.stop - held.start, dtype=torch.int64)
-        targets = torch.full_like(tokens, IGNORE)
-        for row, index in enumerate(rows):
-            if index is not None:
-                line = torch.from_numpy(source.sample(self._job.train.seed, index))
-                tokens[row], targets[row] = line[:-1][held], line[1:][held]
-        return tokens, targets
 
     def _save(self, step: int, *, wait: bool) -> Location:
         if self._metrics is not None:
             self._metrics.sync()  # the lines of what a checkpoint holds are never lost
-        return self._saver.save(step, self._extra(step), wait=wait)
+        patience_s = self._job.checkpoint.patience_s if step >= self._job.train.steps else 0.0
+        return self._saver.save(step, self._extra(step), wait=wait, patience_s=patience_s)
 
     def _extra(self, step: int) -> dict[str, Any]:
         initial = {} if self._job.initial is None else {"initial": to_json(self._job.initial)}
@@ -269,6 +252,7 @@ class Pretrain:
 
     def _leave(self, step: int) -> None:
         """End after a checkpoint, before the last step; the next attempt goes on from there and nothing is lost."""
+        self._feed.end()
         if self._metrics is not None:
             self._metrics.close()
         dist.barrier()
@@ -277,6 +261,7 @@ class Pretrain:
     def _finish(self, step: int, manifest: Location) -> None:
         """From the last checkpoint to the end: its digest, a sample of text, and nobody leaves before all are here."""
         self._counter.step = step
+        self._feed.end()
         digest = gang_weights_digest(manifest)
         if self._metrics is not None:
             self._metrics.sync()
@@ -291,7 +276,7 @@ class Pretrain:
     def _sample(self, manifest: Location) -> None:
         """Text for people to look at. The run is done: whatever fails here is told in its place and fails nothing."""
         try:
-            text = sample(self._job, manifest, self._store)
+            text = sample(self._job, manifest, self._feed.samples)
         except Exception as error:
             print(f"warning: no sample could be generated: {type(error).__name__}: {error}", flush=True)
             traceback.print_exc()

@@ -216,16 +216,15 @@ LINKS = (
 STORAGE = (
     Case(
         name="disk_full",
-        what="the disk of the checkpoints is full; the run ends with the reason, and is resumed when there is room",
+        what="the disk of the checkpoints is full for a while: training goes on, and says so",
         acts=(
             Act(do=acts.fill_disk, held=True),
             _LET_GO,
-            Act(do=acts.free_disk, after=EventKind.RUN_FAILED, relief=True),
+            Act(do=acts.free_disk, after=EventKind.CHECKPOINT_FAILED, relief=True),
         ),
         disk="small",
         needs=(Need.TMPFS,),
-        failures=(FailureKind.RANK_ERROR,),
-        resumes=1,
+        events=(EventKind.CHECKPOINT_FAILED,),
     ),
     Case(
         name="stuck_storage",

@@ -1,4 +1,4 @@
-"""Tokenizing beside the bare tokenizers library on all processors, and what reading samples costs of a step.
+"""Tokenizing beside the bare tokenizers library on all processors, and what a step waits for its samples.
 
 The library tokenizes the same documents, which are in memory already, in one call with all its threads: no file is read
 and nothing is written. Ours reads JSON lines, tokenizes, digests and writes shards, all of it durable. Runs alternate.
@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from jobs.data import prepare_mixture
+from jobs.data.ahead import ReadAhead
 from jobs.data.work import Processes
 from jobs.spec import DataSpec, SourceSpec
 from tests.benchmarks.stats import repeats, show
@@ -102,4 +103,38 @@ def test_reading_samples(tmp_path: Path) -> None:
         assert done.code == 0, done.err
         lines = list(cli.store(tmp_path, f"packing-{packing}").metrics())
         shares[f"packing={packing}"] = [100 * line["data_s"] / line["seconds"] for line in lines[5:]]
-    show("reading samples, of the time of a step (must: < 1 %)", shares, unit="%")
+    show("waiting for samples, of the time of a step (must: < 1 %)", shares, unit="%")
+    assert all(statistics.median(found) < 1 for found in shares.values()), shares
+
+
+@pytest.mark.full
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("takes", [0.3, 0.8, 1.5])
+def test_a_slow_store(takes: float) -> None:
+    """A store whose samples of a step take so many times a step: a step waits for what exceeds it."""
+    step_s, count, steps = 0.2, 16, 12
+    reads, waits, lasted = [], list[float](), list[float]()
+
+    def read(step: int, breathe: Callable[[], None]) -> int:
+        seconds = 0.0
+        for _ in range(count):
+            began = time.perf_counter()
+            time.sleep(takes * step_s / count)
+            seconds += time.perf_counter() - began  # on a busy machine longer than asked for
+            breathe()
+        reads.append(seconds)
+        return step
+
+    ahead = ReadAhead(read, 1, steps)
+    for step in range(1, steps + 1):
+        began = time.perf_counter()
+        ahead.take(step)
+        taken = time.perf_counter()
+        time.sleep(step_s)
+        waits.append(taken - began)
+        lasted.append(time.perf_counter() - taken)
+    ahead.close()
+    pairs = zip(waits[1:], reads[1:], lasted, strict=False)
+    beyond = [100 * (wait - max(0.0, read - before)) / before for wait, read, before in pairs]
+    show(f"reading takes {takes} steps; waited beyond what exceeds a step (must: < 5 %)", {"phalanx": beyond}, unit="%")
+    assert statistics.median(beyond) < 5

@@ -1,7 +1,7 @@
 """What job=evaluate finds on the text that a run was validated with is what the run itself has found.
 
-The validation's samples are windows of all its documents, one behind the other, each with the end token behind it. As
-one text that spells that token they are evaluated in the very same windows.
+The validation's samples are windows of all its documents, one behind the other, each with the end token behind it. No
+text spells that token, so what the tokenizer makes of the text is given here: the tokens of the very same windows.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jobs.checkpoint import newest
 from jobs.data import prepare_mixture
 from jobs.data.shards import VALID, Tokens, read_source
 from jobs.data.store import TOKENIZER
-from jobs.data.tokenizer import END_OF_TEXT, read_tokenizer
-from jobs.inference.rows import prepare, read_rows
+from jobs.data.tokenizer import END_OF_TEXT_ID, read_tokenizer
+from jobs.inference.rows import Encoder, prepare, read_rows
 from jobs.paths import RunPaths
 from jobs.spec import DataSpec, InferenceSpec, JobSpec, SourceSpec, TrainSpec
 from jobs.weights import digested, find
@@ -50,9 +50,8 @@ def pool() -> Iterator[WarmPool]:
 
 
 def samples(folder: Path, *, packing: bool) -> DataSpec:
-    """Short documents. Where they see each other each begins with the end token, as a text does that is evaluated."""
-    begin = "" if packing else END_OF_TEXT
-    lines = (json.dumps({"text": f"{begin}{i}: {i * i} is the square of {i}"}) for i in range(400))
+    """Short documents."""
+    lines = (json.dumps({"text": f"{i}: {i * i} is the square of {i}"}) for i in range(400))
     (folder / "squares.jsonl").write_text("\n".join(lines))
     sources = (SourceSpec(path=str(folder / "squares.jsonl"), weight=1),)
     data = DataSpec(kind="mixture", sources=sources, validation=0.2, packing=packing)
@@ -80,12 +79,14 @@ def evaluation(job: JobSpec, manifest: str, windows: list[tuple[int, ...]], root
     """The job that evaluates a bare manifest on the text of the validation, as the launcher makes it."""
     tokenizer = Path(job.data.store) / TOKENIZER
     stream = [token for window in windows for token in window[:-1]] + [windows[-1][-1]]
-    given = 0 if job.data.packing else 1  # the token that begins a text
-    text = read_tokenizer(tokenizer).decode(stream[given:], skip_special_tokens=False)
+    assert stream.count(END_OF_TEXT_ID) > 20, "documents end in it"
+    text = read_tokenizer(tokenizer).decode(stream)
     (root / "text.txt").write_text(text)
     weights = digested(find(manifest), job.model)
     asked = InferenceSpec(text=str(root / "text.txt"), tokenizer=str(tokenizer))
-    spec = prepare(asked, weights, job.model, root / "cache", stop=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Encoder, "document", lambda self, text: (stream, len(text.encode())))
+        spec = prepare(asked, weights, job.model, root / "cache", stop=False)
     assert [row.tokens for row in read_rows(spec)] == windows
     train = TrainSpec(steps=math.ceil(spec.count / BATCH))
     return replace(job, kind="evaluate", initial=weights, inference=spec, train=train, deepspeed={})

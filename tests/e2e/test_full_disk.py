@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobs import checkpoint
-from launcher.run import RunState
+from launcher.run import EventKind, RunState
 from launcher.store import RunStore
 from tests.support import cli
 from tests.support.fulldisk import fill, needs_root, small_disk
@@ -79,7 +80,7 @@ def test_a_disk_that_fills_while_the_run_trains(folder: Path, disk: Path) -> Non
     """It ends failed with the reason; resumed after space was freed, it has the very weights of a quiet run."""
     quiet = cli.phalanx(*cli.tiny(folder, "quiet", "train.steps=60"), cwd=folder)
     assert quiet.code == 0, quiet.err
-    process = cli.start(*words(folder, disk, "train.steps=60"), cwd=folder)
+    process = cli.start(*words(folder, disk, "train.steps=60", "checkpoint.patience_s=3"), cwd=folder)
     root = disk / "runs" / "demo"
     cli.wait_for(lambda: max(cli.curve(RunStore(root)), default=0) >= 4, "step 4")
     filler = fill(disk)
@@ -99,6 +100,38 @@ def test_a_disk_that_fills_while_the_run_trains(folder: Path, disk: Path) -> Non
     assert run.run().attempts[-1].first_step > 1
     assert cli.curve(run) == cli.curve(cli.store(folder, "quiet"))
     assert run.run().weights_digest == cli.store(folder, "quiet").run().weights_digest is not None
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("last", [False, True], ids=["in_the_middle", "at_the_end"])
+def test_a_disk_of_checkpoints_that_is_full_for_a_while(folder: Path, disk: Path, last: bool) -> None:
+    """Training goes on, or waits with the last one; nothing restarts, and the weights are those of a quiet run."""
+    steps = 24 if last else 60
+    quiet = cli.phalanx(*cli.tiny(folder, "quiet", f"train.steps={steps}"), cwd=folder)
+    assert quiet.code == 0, quiet.err
+    process = cli.start(*cli.tiny(folder, "demo", f"train.steps={steps}", f"checkpoint.url={disk}"), cwd=folder)
+    run = RunStore(folder / "runs" / "demo")
+    cli.wait_for(lambda: max(cli.curve(run), default=0) >= 4, "step 4")
+    filler = fill(disk)
+    wanted = steps if last else 1
+
+    def unsaved() -> bool:
+        found = [event for event in run.events() if event.kind is EventKind.CHECKPOINT_FAILED]
+        return any(event.data["step"] >= wanted for event in found)
+
+    cli.wait_for(unsaved, "a checkpoint that could not be written")
+    status = cli.phalanx("status", "demo", "--json", cwd=folder)
+    assert "No space left on device" in json.loads(status.out)["unsaved"]["reason"]
+    filler.unlink()
+    done = cli.end(process)
+    assert done.code == 0, done.err
+    assert "could not be written" in done.err + done.out
+    assert len(run.run().attempts) == 1
+    assert run.run().weights_digest == cli.store(folder, "quiet").run().weights_digest is not None
+    saved = checkpoint.list_checkpoints(run.paths.checkpoints)
+    assert saved[0].step == steps
+    assert all(checkpoint.verify(entry.path, deep=True) == [] for entry in saved)
+    assert json.loads(cli.phalanx("status", "demo", "--json", cwd=folder).out)["unsaved"] is None
 
 
 def test_a_signal_while_the_disk_is_full(folder: Path, disk: Path) -> None:

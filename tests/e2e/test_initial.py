@@ -67,6 +67,8 @@ OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama-tp2-dp2-zero2": ("llama", {"tp": 2, "dp": 2, "zero_stage": 2}, {}),
     "mixtral-ep2-tp2": ("mixtral", {"dp": 2, "ep": 2, "tp": 2, "zero_stage": 1}, {}),
     "mixtral-ep2-pp2": ("mixtral", {"dp": 2, "ep": 2, "pp": 2, "zero_stage": 1, "stages": (1, 2)}, {}),
+    "llama-own-head-width-tp2-pp2": ("llama", {"tp": 2, "pp": 2, "zero_stage": 1}, {"head_dim": 12}),
+    "mixtral-own-head-width-sp2-tp2": ("mixtral", {"sp": 2, "tp": 2, "zero_stage": 1}, {"head_dim": 12}),
     "llama-dp2-zero0": ("llama", {"dp": 2, "zero_stage": 0}, {}),
 }
 

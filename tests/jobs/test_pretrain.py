@@ -148,7 +148,8 @@ def test_a_sample_that_fails_does_not_fail_a_finished_run(
         (tmp_path / "sample.txt").mkdir()
     loop, reports = object.__new__(Pretrain), Record()
     loop._job = dataclasses.replace(job, train=dataclasses.replace(job.train, sample_tokens=4))
-    loop._counter, loop._paths, loop._store = SimpleNamespace(step=0), RunPaths(tmp_path), None  # type: ignore[assignment]
+    loop._counter, loop._paths = SimpleNamespace(step=0), RunPaths(tmp_path)
+    loop._feed = SimpleNamespace(samples=None, end=lambda: None)  # type: ignore[assignment]
     loop._metrics = loop._reporter = reports  # type: ignore[assignment]
     loop._finish(6, tmp_path / "manifest")
     assert reports == ["done"]

@@ -59,7 +59,7 @@ def test_waiting_for_samples_is_a_part_of_the_steps_that_count() -> None:
     assert books.data_s == pytest.approx(0.01 + 0.02 + 0.03 + 0.05), "a step that is done again counts once"
     assert books.data_share == pytest.approx(0.11 / 4)
     assert account(STORY, METRICS, now=99.0).data_share == 0.0, "a script tells nothing of it"
-    assert "2.75 % of it reading samples" in ledger_table(books.seconds, books.data_share)
+    assert "2.75 % of it waiting for samples" in ledger_table(books.seconds, books.data_share)
 
 
 def test_story() -> None:

@@ -39,6 +39,27 @@ def test_the_model_follows_from_the_folder(folder: Path) -> None:
     assert (model.vocab, model.seq, model.rope_theta, model.tied) == (97, 16, 777.0, False)
 
 
+def test_shorter_sequences_keep_the_learned_positions(tmp_path: Path) -> None:
+    hf_models.make(tmp_path / "gpt2", "gpt2")
+    hf_models.tokenizer(tmp_path / "gpt2" / "tokenizer.json", 97)
+    words = [f"model.from_hf={tmp_path / 'gpt2'}", f"train.init_from={tmp_path / 'gpt2'}"]
+    model = build.model_spec(compose(["model=gpt_tiny", *words, "model.seq=16"]))
+    assert (model.seq, model.position_rows, model.learned_positions) == (16, 48, 48)
+    whole = build.model_spec(compose(["model=gpt_tiny", *words]))
+    assert (whole.seq, whole.position_rows) == (48, None), "as a model is that was never anything else"
+    assert whole.parameters == model.parameters
+    assert build.model_spec(compose(["model=gpt_tiny", *words, "model.seq=16", "model.position_rows=48"])) == model
+    told = refused("model=gpt_tiny", *words, "model.seq=16", "model.position_rows=16")
+    assert "learned_positions 48 in the folder, 16 here" in told
+    assert "model.position_rows=48 keeps the positions" in told
+
+
+def test_heads_of_their_own_width_come_along(tmp_path: Path) -> None:
+    hf_models.make(tmp_path / "hf", "mistral", sliding_window=None, head_dim=12)
+    model = build.model_spec(compose(["model=gpt_tiny", f"model.from_hf={tmp_path / 'hf'}"]))
+    assert (model.flavour, model.head_dim, model.hidden // model.heads) == ("llama", 12, 8)
+
+
 def test_nothing_is_left_of_the_experts_of_the_model_that_was_chosen(tmp_path: Path) -> None:
     hf_models.make(tmp_path / "hf", "mixtral")
     config = compose(["model=deepseek_v3", f"model.from_hf={tmp_path / 'hf'}", "model.moe.balance_weight=0.01"])

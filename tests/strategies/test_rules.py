@@ -188,7 +188,10 @@ def test_an_empty_batch(batch: BatchSpec) -> None:
 
 def test_sequences_longer_than_the_learned_positions() -> None:
     batch = BatchSpec(global_batch=16, seq=33)
-    assert _only(_check(plan(), batch=batch)).rule == "sequence_within_positions"
+    assert _only(_check(plan(), batch=batch)).hint == "model.seq=33, or sequences of at most 32 tokens"
+    rows = replace(TINY, seq=16, position_rows=24)
+    violation = _only(_check(plan(model=rows), model=rows, batch=BatchSpec(global_batch=16, seq=32)))
+    assert (violation.rule, violation.hint[:22]) == ("sequence_within_positions", "model.position_rows=32")
     assert _check(plan(model=LLAMA_TINY), model=LLAMA_TINY, batch=batch) == ()
 
 
@@ -379,8 +382,7 @@ def test_tensor_parallelism_cuts_experts() -> None:
         ),
         ({"embed_norm": True}, "a norm after the embedding"),
         ({"gated": True}, "a feed-forward block of the other flavour"),
-        ({"head_width": 32}, "heads of a width of their own"),
-        ({"position_rows": 0}, "positions of another flavour or number"),
+        ({"position_rows": 0}, "positions of the other flavour"),
     ],
 )
 def test_a_model_that_our_code_would_build_otherwise_is_modelled_only(change: dict[str, Any], part: str) -> None:
@@ -392,6 +394,8 @@ def test_a_model_that_our_code_would_build_otherwise_is_modelled_only(change: di
     assert _check(plan(model=model), model=model, modelled=True) == ()
     same = replace(TINY, gated=False, head_width=16, position_rows=32)
     assert _check(plan(model=same), model=same) == ()
+    ours = replace(TINY, head_width=32, position_rows=40)
+    assert _check(plan(model=ours), model=ours) == ()
 
 
 def test_heads_of_their_own_width_need_not_share_the_hidden_width() -> None:

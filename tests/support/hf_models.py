@@ -45,7 +45,7 @@ def make(folder: Path, kind: str, *, dtype: torch.dtype = torch.float32, shard: 
 
     Args:
         folder: Where to.
-        kind: ``llama``, ``gpt2`` or ``mixtral``.
+        kind: ``llama``, ``mistral``, ``gpt2`` or ``mixtral``.
         dtype: Type of the saved weights.
         shard: Largest file.
         changes: Values of its config.
@@ -61,6 +61,8 @@ def make(folder: Path, kind: str, *, dtype: torch.dtype = torch.float32, shard: 
             model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2 | changes))
         elif kind == "llama":
             model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA | changes))
+        elif kind == "mistral":
+            model = transformers.MistralForCausalLM(transformers.MistralConfig(**LLAMA | changes))
         else:
             model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**MIXTRAL | changes))
         with torch.no_grad():

@@ -146,16 +146,16 @@ class Writer:
         kinds = (array.array("f", [value + kind]) * self.image.elements for kind in range(len(KINDS)))
         self._maps[answer["buffer"]][:] = b"".join(data.tobytes() for data in kinds)
 
-    def seal(self, step: int, *, flush: bool = False, hold: bool = False) -> None:
+    def seal(self, step: int, *, flush: bool = False, hold: bool = False, again: bool = False) -> None:
         """Say that it is whole."""
         trainer = TRAINER | {"optimizer_steps": step}
         record = {"rank_state": {"rank": self.rank}, "trainer": trainer, "time": time.time(), "extra": {"step": step}}
-        self.ask("seal", step=step, record=record, flush=flush, hold=hold)
+        self.ask("seal", step=step, record=record, flush=flush, hold=hold, again=again)
 
-    def put(self, step: int, *, flush: bool = False, hold: bool = False) -> None:
+    def put(self, step: int, *, flush: bool = False, hold: bool = False, again: bool = False) -> None:
         """Copy and seal a state whose values are its step."""
         self.fill(float(step))
-        self.seal(step, flush=flush, hold=hold)
+        self.seal(step, flush=flush, hold=hold, again=again)
 
     def outcome(self, step: int, *, wait: bool = True) -> Any:
         """What became of a checkpoint."""

@@ -1,7 +1,8 @@
 """The disk tier behind the ranks: writes the parts of this node, and commits when every rank's part is durable.
 
 The persister of rank 0's node coordinates: the others tell it what they have written, or why they could not. On the
-first failure everybody withdraws what was written, and rank 0 learns the reason when it asks.
+first failure everybody withdraws what was written, and rank 0 learns the reason when it asks, once all have told: then
+the same checkpoint may be tried again.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from jobs.checkpoint.errors import CheckpointConflict
 from jobs.checkpoint.fence import Debt, pay
 from jobs.checkpoint.layout import Place, Token, place_of
 from jobs.checkpoint.manifest import TrainerState
-from jobs.checkpoint.parts import Part, Whole, commit_parts, withdraw_part, write_part
+from jobs.checkpoint.parts import Part, Whole, arrived_before, commit_parts, withdraw_part, write_part
 from jobs.checkpoint.retention import tidied
 from jobs.location import Location, locate
 from launcher.host.persist.shelf import Held, Shelf
 from strategies.codec import from_json, to_json
-from strategies.errors import PhalanxError
+from strategies.errors import PhalanxError, StorageError
 from strategies.plan import ParallelPlan
 from strategies.specs import ModelSpec
 
@@ -36,6 +37,7 @@ class Writing:
         held: The part.
         place: Where it goes.
         base: The last committed checkpoint.
+        again: What was written of it before has failed.
         durable: Set once it is written, or has failed.
         released: Set once the commit may go on without asking its rank.
     """
@@ -43,6 +45,7 @@ class Writing:
     held: Held
     place: Place[Location]
     base: Place[Location] | None = None
+    again: bool = False
     durable: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
 
@@ -58,6 +61,9 @@ class Pending:
         world: Number of parts; 0 until then.
         keep: Checkpoints to keep; 0 until then.
         debt: What its gang owes the store before it commits anything; None for nothing.
+        again: It was tried before; its manifest may have arrived all the same.
+        told: Ranks whose part is durable, or has failed.
+        withdrawals: Deletions that are under way.
         committing: All parts are there, and the manifest is being written.
         done: What became of it: ``step``, ``path``, ``bytes``, ``written_bytes``, ``warning``; or ``error``.
     """
@@ -68,8 +74,18 @@ class Pending:
     world: int = 0
     keep: int = 0
     debt: Debt | None = None
+    again: bool = False
+    told: set[int] = field(default_factory=set)
+    withdrawals: int = 0
     committing: bool = False
     done: dict[str, Any] | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody does anything for it any more."""
+        if self.done is None or "error" not in self.done:
+            return self.done is not None
+        return len(self.told) == self.world and not self.withdrawals
 
 
 class Flusher:
@@ -88,7 +104,7 @@ class Flusher:
         self._pending: dict[tuple[int, Token], Pending] = {}
         self._busy = 0
 
-    def accept(self, held: Held, *, hold: bool, keep: int, base: str = "") -> Writing:
+    def accept(self, held: Held, *, hold: bool, keep: int, base: str = "", again: bool = False) -> Writing:
         """Take on a sealed part; nobody overwrites it before it is written, which :meth:`start` begins.
 
         Args:
@@ -96,9 +112,10 @@ class Flusher:
             hold: It does not count before :attr:`Writing.released` is set.
             keep: Checkpoints to keep.
             base: Manifest of the last committed checkpoint; "" for none. What has not changed since is not written.
+            again: It was tried before, and :meth:`outcome` has said that it failed.
         """
         place = Place(self._root, held.step, held.stream.info.token)
-        writing = Writing(held, place, place_of(locate(base)) if base else None)
+        writing = Writing(held, place, place_of(locate(base)) if base else None, again)
         if not hold:
             writing.released.set()
         self._shelf.pin(held)
@@ -106,9 +123,10 @@ class Flusher:
             self._busy += 1
             if held.stream.info.rank == 0:
                 pending = self._of(writing.place)
-                pending.whole, pending.world, pending.keep = _whole(held), held.stream.info.world, keep
                 debt = held.stream.info.about.get("debt")
                 pending.debt = from_json(Debt, debt) if debt else None
+                pending.whole, pending.world = _whole(held), held.stream.info.world
+                pending.keep, pending.again = keep, again
         return writing
 
     def start(self, writing: Writing) -> None:
@@ -119,6 +137,8 @@ class Flusher:
         held, info = writing.held, writing.held.stream.info
         report: dict[str, Any]
         try:
+            if writing.again:  # a store that did not answer may have taken some of it
+                withdraw_part(writing.place, info.rank)
             part = write_part(
                 writing.place,
                 info.rank,
@@ -150,6 +170,7 @@ class Flusher:
         place = Place(self._root, int(message["step"]), Token(*message["token"]))
         with self._shelf.changed:
             pending = self._of(place)
+            pending.told.add(int(message["rank"]))
             if "failure" in message:
                 if pending.done is None:
                     pending.done = {"error": message["failure"]}
@@ -171,12 +192,14 @@ class Flusher:
         ranks, pending.parts = list(pending.parts), {}
         if ranks:
             self._busy += 1
-            arguments = (pending.place, ranks)
-            threading.Thread(target=self._delete, args=arguments, daemon=True, name="withdraw").start()
+            pending.withdrawals += 1
+            threading.Thread(target=self._delete, args=(pending, ranks), daemon=True, name="withdraw").start()
 
-    def _delete(self, place: Place[Location], ranks: Sequence[int]) -> None:
+    def _delete(self, pending: Pending, ranks: Sequence[int]) -> None:
         for rank in ranks:
-            withdraw_part(place, rank)
+            withdraw_part(pending.place, rank)
+        with self._shelf.changed:
+            pending.withdrawals -= 1
         self._settled()
 
     def _settled(self) -> None:
@@ -190,7 +213,9 @@ class Flusher:
         try:
             if pending.debt is not None:
                 pay(self._root, pending.debt)
-            manifest = commit_parts(pending.place, [pending.parts[r] for r in range(pending.world)], pending.whole)
+            parts = [pending.parts[r] for r in range(pending.world)]
+            arrived = arrived_before(pending.place) if pending.again else None
+            manifest = arrived or commit_parts(pending.place, parts, pending.whole)
             done = {"step": pending.place.step, "path": str(pending.place.manifest), "committed": manifest.time}
             done |= {"bytes": manifest.bytes, "written_bytes": manifest.written_bytes}
             done |= {"warning": tidied(self._root, pending.keep, token=pending.place.token)}
@@ -200,15 +225,20 @@ class Flusher:
         self._settled()
 
     def outcome(self, token: Token, step: int, *, wait: bool) -> dict[str, Any] | None:
-        """What became of a checkpoint, once; None while it is being made."""
+        """What became of a checkpoint; None while it is being made, or taken back.
+
+        That it exists is told once, that it failed until it is asked for with ``wait``.
+        """
         with self._shelf.changed:
             key = (step, token)
             pending = self._pending.get(key)
             if pending is None:
                 return {"error": {"kind": "storage", "what": f"Step {step} was not written.", "why": "", "hint": ""}}
             if wait:
-                self._shelf.changed.wait_for(lambda: pending.done is not None)
-            if pending.done is not None and "error" not in pending.done:
+                self._shelf.changed.wait_for(lambda: pending.over)
+            if not pending.over or pending.done is None:
+                return None
+            if wait or "error" not in pending.done:
                 del self._pending[key]
             return pending.done
 
@@ -222,7 +252,8 @@ def describe(error: Exception) -> dict[str, str]:
     """An error, for the rank that has to raise it."""
     if not isinstance(error, PhalanxError):
         return {"kind": "other", "what": f"{type(error).__name__}: {error}", "why": "", "hint": ""}
-    kind = "conflict" if isinstance(error, CheckpointConflict) else "storage"
+    known = {CheckpointConflict: "conflict", StorageError: "storage"}  # in the order of descent
+    kind = next((name for cls, name in known.items() if isinstance(error, cls)), "other")
     return {"kind": kind, "what": error.what, "why": error.why, "hint": error.hint}
 
 

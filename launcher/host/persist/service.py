@@ -6,7 +6,7 @@
 ``begin``    a buffer to copy into; waits until the replica of the part before is confirmed
 ``seal``     the buffer is full: ``step``, ``record`` (its ``rank_state`` only if it is another than before), and with
              ``flush`` it goes to the disk, too (``base``: the last checkpoint there, whose data are not written again
-             where they have not changed)
+             where they have not changed; ``again``: what was written of it before failed and counts for nothing)
 ``settle``   wait until the replica of the newest part is confirmed, or will not be: ``broken`` says why not
 ``durable``  wait until this rank's part is on the disk; ``release`` lets the commit go on (after ``hold``)
 ``outcome``  rank 0: what became of the checkpoint of ``step``; with ``wait``, once it is known
@@ -189,8 +189,9 @@ class Desk:
         self._rank_state = message["record"].setdefault("rank_state", self._rank_state)
         self._shelf.seal(held, int(message["step"]), message["record"])
         if message["flush"]:
-            hold, base = bool(message["hold"]), str(message.get("base", ""))
-            self._writing = self._accepted = self._flusher.accept(held, hold=hold, keep=self._keep, base=base)
+            hold, again, base = bool(message["hold"]), bool(message.get("again")), str(message.get("base", ""))
+            accepted = self._flusher.accept(held, hold=hold, keep=self._keep, base=base, again=again)
+            self._writing = self._accepted = accepted
         if self._replicator is not None:
             self._replicator.submit(held)
         return {"replica": self._replicator is not None}, b"", []

@@ -27,8 +27,11 @@ MODELS = {
     "gpt-untied": dataclasses.replace(GPT, tied=False, norm_eps=1e-3),
     "llama": dataclasses.replace(LLAMA, rope_theta=500.0),
     "llama-3.1": dataclasses.replace(LLAMA, rope_stretch=RotaryStretch(factor=4.0, original=16)),
+    "llama-own-head-width": dataclasses.replace(LLAMA, head_width=12),
+    "gpt-more-positions": dataclasses.replace(GPT, position_rows=40),
     "llama-tied": dataclasses.replace(LLAMA, tied=True),
     "mixtral": dataclasses.replace(LLAMA, moe=MoeSpec(experts=4, top_k=2, ffn=96)),
+    "mixtral-own-head-width": dataclasses.replace(LLAMA, head_width=12, moe=MoeSpec(experts=4, top_k=2, ffn=96)),
 }
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
+import numpy as np
 import pytest
 
 from jobs.checkpoint import saver
+from jobs.checkpoint.errors import CheckpointConflict
 from jobs.checkpoint.image import Image
+from jobs.checkpoint.outage import SIGN_OF_LIFE_S, waits
 from jobs.checkpoint.persister import PersisterLink
 from jobs.checkpoint.saver import BehindSaver
 from jobs.checkpoint.slices import whole
 from jobs.hooks import NoHooks
 from jobs.report import Reporter
 from jobs.spec import CheckpointSpec, RankEnv
+from strategies.errors import StorageError
 from tests.support.jobspecs import make_job
 
 HERE, THERE = ({"host": "127.0.0.1", "port": port, "incarnation": "i"} for port in (1, 2))
@@ -26,11 +30,16 @@ class Link:
 
     def __init__(self, refused: str) -> None:
         self.refused = refused
+        self.outcomes: list[Any] = []  # of checkpoints, one by one
         self.asked: list[tuple[str, dict[str, Any]]] = []
 
     def ask(self, op: str, **fields: Any) -> tuple[dict[str, Any], bytes, list[int]]:
         self.asked.append((op, fields))
-        return {"address": HERE, "refused": self.refused}, b"", []
+        if op == "outcome":
+            return {"done": self.outcomes.pop(0)}, b"", []
+        if op == "begin":
+            return {"buffer": 0, "bytes": 0}, b"", []
+        return {"address": HERE, "refused": self.refused, "replica": False}, b"", []
 
     def fields(self, op: str) -> dict[str, Any]:
         return next(fields for asked, fields in self.asked if asked == op)
@@ -88,3 +97,82 @@ def test_where_all_have_room_the_persister_is_told_what_is_coming(
     assert link.fields("hello")["share"] == 100 * 4 * 3
     assert link.fields("open")["in_memory"] is True
     assert capsys.readouterr().out == ""
+
+
+def saving(monkeypatch: pytest.MonkeyPatch, *outcomes: Any) -> tuple[BehindSaver, Link, list[dict[str, Any]]]:
+    """Rank 0 of a gang that has nobody to agree with, whose checkpoints end like this; and what it reports."""
+    made, link = opened(monkeypatch, 0, {})
+    link.outcomes = list(outcomes)
+    made._buffers[0] = np.zeros(0, np.float32)
+    monkeypatch.setattr(saver, "agree", lambda error, value=None: [value] if error is None else _raise(error))
+    monkeypatch.setattr(made, "_copy", lambda: link.ask("begin"))
+    monkeypatch.setattr(made, "_record", lambda extra: {})
+    monkeypatch.setattr(made, "_copier", SimpleNamespace(wait=lambda: None, then=lambda act: act(), waited_s=0.0))
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(made._reporter, "send", lambda kind, **fields: told.append({"kind": kind, **fields}))
+    return made, link, told
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
+
+
+FULL = {"error": {"kind": "storage", "what": "Cannot write.", "why": "No space left on device", "hint": ""}}
+FENCED = {"error": {"kind": "conflict", "what": "Fenced.", "why": "", "hint": ""}}
+
+
+def written(step: int) -> dict[str, Any]:
+    return {"step": step, "path": f"/c/{step}", "committed": 0.0, "bytes": 1, "written_bytes": 1, "warning": ""}
+
+
+def test_training_goes_on_beside_a_checkpoint_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, link, told = saving(monkeypatch, FULL, written(10))
+    made.save(5, {}, wait=False)
+    assert not made.troubled, "nobody knows yet"
+    made.save(10, {}, wait=False)
+    assert made.troubled
+    assert told == [{"kind": "unsaved", "step": 5, "reason": "Cannot write. (No space left on device)"}]
+    made.save(15, {}, wait=False)
+    assert not made.troubled
+    assert [one["kind"] for one in told] == ["unsaved", "checkpoint"]
+    bases = [fields["base"] for op, fields in link.asked if op == "seal"]
+    assert [base.rpartition("step-")[2][:8] for base in bases] == ["", "", "00000010"], (
+        "only what exists is gone on from"
+    )
+
+
+def test_who_was_fenced_off_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _, told = saving(monkeypatch, FENCED)
+    made.save(5, {}, wait=False)
+    with pytest.raises(CheckpointConflict):
+        made.save(10, {}, wait=False)
+    assert told == []
+
+
+def test_the_last_checkpoint_is_tried_until_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(saver.time, "sleep", slept.append)
+    made, link, told = saving(monkeypatch, FULL, FULL, written(5))
+    made.save(5, {}, wait=True, patience_s=100.0)
+    assert sum(slept) == pytest.approx(2 + 4)
+    assert max(slept) <= SIGN_OF_LIFE_S
+    kinds = [one["kind"] for one in told]
+    assert kinds == ["unsaved", "step", "unsaved", "step", "step", "checkpoint"], "every wait is told to be alive"
+    assert [fields.get("again") for op, fields in link.asked if op == "seal"] == [False, True, True]
+    assert not made.troubled
+
+
+def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _, _ = saving(monkeypatch, FULL)
+    with pytest.raises(StorageError, match="Cannot write"):
+        made.save(5, {}, wait=True)
+
+
+def test_waits_grow_and_end_with_patience() -> None:
+    clock = [0.0]
+    found = []
+    for wait_s in waits(300.0, lambda: clock[0]):
+        found.append(wait_s)
+        clock[0] += wait_s
+    assert found == [2, 4, 8, 16, 32, 60, 60, 60, 58]
+    assert list(waits(0.0, lambda: 0.0)) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -13,12 +14,15 @@ import torch
 
 from jobs.checkpoint.slices import clip
 from jobs.forward import Forward
-from jobs.hf.config import read_config
+from jobs.hf.config import config_of, read_config
 from jobs.hf.folder import model_of, open_folder
 from jobs.hf.names import parts_of
 from jobs.hf.weights import HfWeights
 from jobs.weights import check, digested, find, open_weights, verify
+from strategies.capabilities import unbuilt
+from strategies.codec import to_json
 from strategies.errors import ConfigError, NotFound, StorageError
+from strategies.plan import ParallelPlan
 from strategies.specs import ModelSpec
 from tests.support import hf_models
 from tests.support.jobspecs import LLAMA
@@ -31,11 +35,18 @@ STRETCHED: dict[str, Any] = {  # one frequency in part, the slower ones wholly
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+ONE = ParallelPlan(stages=(1,), micro_batch=1, grad_accum=1)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied-sharded": ("llama", {"tie_word_embeddings": True, "shard": "20KB"}),
     "llama-bf16": ("llama", {"dtype": torch.bfloat16}),
     "llama-3.1": ("llama", {"rope_parameters": STRETCHED}),
+    "llama-own-head-width": ("llama", {"head_dim": 12}),
+    "llama-own-head-width-tied-sharded": ("llama", {"head_dim": 4, "tie_word_embeddings": True, "shard": "20KB"}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-nemo": ("mistral", {"sliding_window": None, "head_dim": 12}),
+    "mistral-0.1": ("mistral", {"sliding_window": 20}),
+    "mixtral-own-head-width": ("mixtral", {"head_dim": 12}),
     "gpt2": ("gpt2", {}),
     "gpt2-untied-fp16-sharded": ("gpt2", {"tie_word_embeddings": False, "shard": "20KB", "dtype": torch.float16}),
     "gpt2-inner": ("gpt2", {"n_inner": 56}),
@@ -121,6 +132,156 @@ def test_gpt2_without_its_prefix_and_with_old_buffers(tmp_path: Path) -> None:
     ours = Forward(model, open_weights(find(f"hf:{tmp_path / 'hf'}"), model)).logits_at(tokens, torch.tensor([8]))
     assert ours is not None
     assert (ours - hf_models.logits(theirs, tokens)[:, 8]).abs().max() < 1e-4
+
+
+def test_a_window_of_attention_bounds_the_sequence(tmp_path: Path) -> None:
+    """Within it attention is that of a Llama, and beyond it is not: transformers' own logits show where it begins."""
+    theirs = hf_models.make(tmp_path / "hf", "mistral", sliding_window=20)
+    model = model_of(tmp_path / "hf")
+    assert (model.seq, model.flavour) == (20, "llama")
+    longer = dataclasses.replace(model, seq=21)
+    tokens = hf_models.tokens(model.vocab, 2, 21)
+    source = HfWeights(open_folder(tmp_path / "hf", model), model)
+    ours = Forward(longer, source).logits(tokens)
+    assert ours is not None
+    apart = (ours - hf_models.logits(theirs, tokens)).abs().amax(dim=(0, 2))
+    assert apart[:20].max() < 1e-4
+    assert apart[20] > 1e-3
+    told = refusal(tmp_path / "hf", longer)
+    assert "sliding_window: attention sees 20 tokens there, and whole sequences here" in told
+    assert "model.seq=20 or less" in told
+    change_config(tmp_path / "hf", sliding_window=48)  # as long as the longest sequence: no window
+    assert model_of(tmp_path / "hf").seq == 48
+    values, _ = read_config({"model_type": "mistral", **hf_models.LLAMA, "max_position_embeddings": 9000}, "tiny")
+    assert values["seq"] == 4096, "where the file says nothing, transformers' Mistral has a window"
+    values, _ = read_config({"model_type": "mistral", **hf_models.LLAMA, "sliding_window": None}, "tiny")
+    assert values["seq"] == 48
+
+
+def test_gpt2_in_shorter_sequences_keeps_its_positions(tmp_path: Path) -> None:
+    theirs = hf_models.make(tmp_path / "hf", "gpt2")
+    whole = model_of(tmp_path / "hf")
+    model = dataclasses.replace(whole, seq=20, position_rows=48)
+    assert model.parameters == whole.parameters
+    tokens = hf_models.tokens(model.vocab, 2, 20)
+    ours = Forward(model, open_weights(find(str(tmp_path / "hf")), model)).logits(tokens)
+    assert ours is not None
+    assert (ours - hf_models.logits(theirs, tokens)).abs().max() < 1e-4
+    assert config_of(model)["n_positions"] == 48
+    cut = dataclasses.replace(whole, seq=20)
+    told = refusal(tmp_path / "hf", cut)
+    assert "learned_positions 48 in the folder, 20 here" in told
+    assert "model.position_rows=48 keeps the positions that shorter sequences do not use" in told
+
+
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # what config.json of the model says, beside its sizes, and what of it the model must have
+    "gpt2": (
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
+         "attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1, "initializer_range": 0.02,
+         "layer_norm_epsilon": 1e-5, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024,
+         "bos_token_id": 50256, "eos_token_id": 50256, "summary_type": "cls_index", "vocab_size": 50257},
+        {"parameters": 124_439_808},
+    ),
+    "distilgpt2": (
+        {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
+         "_num_labels": 1, "layer_norm_epsilon": 1e-5, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 6,
+         "n_positions": 1024, "vocab_size": 50257},
+        {"parameters": 81_912_576},
+    ),
+    "llama-2-7b": (
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "hidden_size": 4096,
+         "intermediate_size": 11008, "max_position_embeddings": 4096, "num_attention_heads": 32,
+         "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-5,
+         "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16", "vocab_size": 32000},
+        {"parameters": 6_738_415_616, "rope_theta": 1e4},
+    ),
+    "llama-3.2-1b": (
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": False,
+         "attention_dropout": 0.0, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
+         "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 32,
+         "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-5,
+         "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                          "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+         "rope_theta": 500000.0, "tie_word_embeddings": True, "vocab_size": 128256},
+        {"parameters": 1_235_814_400, "tied": True, "head_width": 0},
+    ),
+    "tinyllama-1.1b": (
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": False, "hidden_act": "silu",
+         "hidden_size": 2048, "intermediate_size": 5632, "max_position_embeddings": 2048, "num_attention_heads": 32,
+         "num_hidden_layers": 22, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_scaling": None,
+         "rope_theta": 10000.0, "tie_word_embeddings": False, "vocab_size": 32000},
+        {"parameters": 1_100_048_384},
+    ),
+    "mistral-7b-0.1": (
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "hidden_act": "silu", "hidden_size": 4096,
+         "intermediate_size": 14336, "max_position_embeddings": 32768, "num_attention_heads": 32,
+         "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+         "sliding_window": 4096, "tie_word_embeddings": False, "vocab_size": 32000},
+        {"parameters": 7_241_732_096, "seq": 4096},
+    ),
+    "mistral-nemo-12b": (
+        {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "head_dim": 128,
+         "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 14336, "max_position_embeddings": 131072,
+         "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+         "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 131072},
+        {"parameters": 12_247_782_400, "seq": 131072, "head_width": 128},
+    ),
+    "mixtral-8x7b": (
+        {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0,
+         "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768,
+         "num_attention_heads": 32, "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8,
+         "num_local_experts": 8, "output_router_logits": False, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0,
+         "router_aux_loss_coef": 0.02, "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 32000},
+        {"parameters": 46_702_792_704},
+    ),
+    "mixtral-8x22b": (
+        {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0,
+         "hidden_act": "silu", "hidden_size": 6144, "intermediate_size": 16384, "max_position_embeddings": 65536,
+         "num_attention_heads": 48, "num_experts_per_tok": 2, "num_hidden_layers": 56, "num_key_value_heads": 8,
+         "num_local_experts": 8, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0, "rms_norm_eps": 1e-5,
+         "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 32000},
+        {"parameters": 140_620_634_112},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_published_configs_are_read(tmp_path: Path, name: str) -> None:
+    """Our count of the parameters is the published one, the model can be built, and the way out leads in again."""
+    document, wanted = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    model = model_of(tmp_path)
+    assert {key: getattr(model, key) for key in wanted} == wanted
+    assert unbuilt(ONE, "bf16", model) is None
+    back, flaws = read_config(config_of(model), model.name)
+    assert not flaws
+    assert {key: value for key, value in back.items() if key != "moe"} == {
+        key: to_json(model)[key] for key in back if key != "moe"
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("llama-2-7b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic' is not implemented"),
+        ("llama-2-7b", {"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not implemented"),
+        ("llama-2-7b", {"attention_bias": True}, "attention_bias"),
+        ("llama-2-7b", {"mlp_bias": True}, "mlp_bias"),
+        ("llama-2-7b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("mistral-nemo-12b", {"hidden_act": "gelu"}, "hidden_act"),
+        ("mistral-nemo-12b", {"sliding_window": 0}, "sliding_window: expected a whole number from 1, found 0"),
+        ("mixtral-8x7b", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+        ("gpt2", {"activation_function": "gelu"}, "activation_function"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
+    ],
+)
+def test_what_published_models_could_have_and_ours_have_not_is_refused(
+    name: str, change: dict[str, Any], told: str
+) -> None:
+    _, flaws = read_config(PUBLISHED[name][0] | change, name)
+    assert len(flaws) == 1
+    assert told in flaws[0].message
 
 
 def refusal(folder: Path, model: ModelSpec | None = None) -> str:
@@ -271,8 +432,6 @@ def test_cut_off_and_missing_files_are_told(tmp_path: Path) -> None:
 
 
 def test_another_model_is_refused_field_by_field(tmp_path: Path) -> None:
-    import dataclasses
-
     hf_models.make(tmp_path / "hf", "llama")
     other = dataclasses.replace(model_of(tmp_path / "hf"), layers=2, norm_eps=1e-3, seq=16)
     told = refusal(tmp_path / "hf", other)

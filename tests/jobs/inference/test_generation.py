@@ -13,7 +13,7 @@ from jobs.hf.folder import model_of
 from jobs.inference.generation import Sampling, draw, generate
 from jobs.sample import load
 from jobs.weights import find, open_weights
-from strategies.specs import ModelSpec
+from strategies.specs import ModelSpec, MoeSpec
 from tests.support import hf_models
 from tests.support.checkpoints import write_model_checkpoint
 from tests.support.jobspecs import GPT, LLAMA, make_job
@@ -72,6 +72,65 @@ def test_greedy_text_is_that_of_transformers_and_does_not_depend_on_the_batch(tm
         assert tokens == line[0].tolist()
         chosen = hf_models.logits(theirs, line[:, :-1]).log_softmax(dim=-1)[0, len(prompt) - 1 :]
         assert loss == pytest.approx(-float(chosen.gather(1, line[0, len(prompt) :, None]).sum()), rel=1e-4)
+
+
+MOE = MoeSpec(experts=4, top_k=2, ffn=96)
+KINDS: dict[str, tuple[ModelSpec, bool]] = {
+    "gpt": (dataclasses.replace(GPT, init_std=0.2), False),
+    "llama-packed": (dataclasses.replace(LLAMA, init_std=0.2), True),
+    "gpt-packed-more-positions": (dataclasses.replace(GPT, init_std=0.2, position_rows=40), True),
+    "llama-own-head-width": (dataclasses.replace(LLAMA, init_std=0.2, head_width=12), False),
+    "experts": (dataclasses.replace(LLAMA, init_std=0.2, moe=MOE), False),
+    "experts-with-a-capacity": (
+        dataclasses.replace(LLAMA, init_std=0.2, moe=dataclasses.replace(MOE, capacity_factor=1.0)),
+        False,
+    ),
+}
+
+
+def forward_of(folder: Path, model: ModelSpec, *, packing: bool) -> Forward:
+    job = make_job(model)
+    data = dataclasses.replace(job.data, packing=packing, end_id=9)
+    return load(dataclasses.replace(job, data=data), write_model_checkpoint(folder, model))
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_only_what_is_new_goes_through_the_model(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says what the whole text says, where some rows are shorter than others, until one is too long."""
+    model, packing = KINDS[name]
+    forward = forward_of(tmp_path, model, packing=packing)
+    prompts, keys = [[3, 4, 9, 5, 6, 7], [7], list(range(20)), [9]], list("abcd")
+    how, columns, run = Sampling(temperature=1.0), list[int](), forward._run
+
+    def counted(tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor | None:
+        columns.append(tokens.shape[1])
+        return run(tokens, positions)
+
+    monkeypatch.setattr(forward, "_run", counted)
+    found = generate(forward, prompts, keys, count=16, how=how)
+    cut = [32] * 3  # the longest prompt has 20 tokens: from its 33rd on it is cut
+    assert columns == ([*range(20, 33), *cut] if "capacity" in name else [20, *[1] * 12, *cut])
+    with monkeypatch.context() as patch:
+        patch.setattr(Forward, "remembers", False)
+        whole = generate(forward, prompts, keys, count=16, how=how)
+    for (tokens, loss), (wanted, cost) in zip(found, whole, strict=True):
+        assert tokens == wanted
+        assert loss == pytest.approx(cost, rel=1e-4)
+    assert len({tuple(tokens[-16:]) for tokens, _ in found}) == 4, "and not the same for all"
+
+
+def test_nothing_of_one_text_is_left_for_the_next(tmp_path: Path) -> None:
+    forward = forward_of(tmp_path, KINDS["gpt"][0], packing=False)
+    row = torch.tensor([[1, 2, 3, 4]])
+    fresh = forward.logits(row)
+    generate(forward, [[5, 6]], ["a"], count=5, how=Sampling())
+    again, losses = forward.logits(row), forward.losses(row[:, :-1], row[:, 1:])
+    assert fresh is not None
+    assert again is not None
+    assert losses is not None
+    assert torch.equal(fresh, again)
+    wanted = -fresh.log_softmax(dim=-1)[:, :-1].gather(-1, row[:, 1:, None])[..., 0]
+    assert torch.allclose(losses, wanted, rtol=1e-5)
 
 
 def test_a_text_longer_than_the_sequence_slides_on(tmp_path: Path) -> None:

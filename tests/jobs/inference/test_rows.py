@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from jobs.data.tokenizer import read_tokenizer
 from jobs.hf.folder import model_of
 from jobs.inference.questions import read_prompts, read_questions, read_texts
 from jobs.inference.rows import Encoder, prepare, read_rows
@@ -65,6 +66,22 @@ def test_a_tokenizer_that_would_cut_or_pad_does_neither(folder: Path, tmp_path: 
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     text = "return x + 1\n" * 9
     assert Encoder(tmp_path / "tokenizer.json", None)(text) == plain(text)
+
+
+def test_what_spells_a_special_token_is_text_everywhere(folder: Path, tmp_path: Path) -> None:
+    """As where training data are made: else an article about a token would end, and be scored as, two documents."""
+    spelled = "a<|endoftext|>b"
+    question = {"question": spelled, "choices": ["x", spelled], "answer": 0}
+    text_file, choices_file = write(tmp_path / "t.jsonl", {"text": spelled}), write(tmp_path / "q.jsonl", question)
+    text, _, choice = rows(folder, tmp_path, text=text_file, choices=choices_file)
+    (prompt,) = rows(folder, tmp_path, prompt=spelled, stop=True)
+    plain = read_tokenizer(folder / "tokenizer.json")
+    made = plain.encode(spelled, add_special_tokens=False).ids
+    assert text.tokens == prompt.tokens == (0, *made), "only what begins a document is that token"
+    assert 0 not in made
+    assert 0 not in choice.tokens[choice.begin - 1 :]
+    assert plain.decode(list(choice.tokens[choice.begin :])) == f" {spelled}"
+    assert (text.bytes, choice.bytes) == (len(spelled), len(spelled) + 1)
 
 
 def test_choices_stand_behind_solved_examples(folder: Path, tmp_path: Path) -> None:

@@ -166,6 +166,57 @@ def test_a_part_that_cannot_be_written_fails_the_checkpoint_and_leaves_nothing(t
     assert newest(tmp_path / "checkpoints") is None
 
 
+def test_what_could_not_be_written_is_tried_again(two: list[Node], tmp_path: Path) -> None:
+    """Its failure is told only when nobody deletes or writes for it any more; then the same place may be used."""
+    first, second = gang(two)
+    place = second.place(3, tmp_path)
+    place.step_dir.mkdir(parents=True)
+    place.shard_dir.write_bytes(b"where a folder should be")
+    first.put(3, flush=True)
+    assert eventually(lambda: first.outcome(3, wait=False) is None)
+    second.put(3, flush=True)
+    assert eventually(lambda: first.outcome(3, wait=False) is not None)
+    assert first.outcome(3, wait=False)["error"]["kind"] == "storage", "told until somebody waits for it"
+    assert first.outcome(3)["error"]["kind"] == "storage"
+    place.shard_dir.unlink()
+    for rank in (second, first):  # in any order
+        rank.put(3, flush=True, again=True)
+    done = first.outcome(3)
+    assert done["path"] == str(newest(tmp_path / "checkpoints"))
+    assert verify(done["path"], deep=True) == []
+
+
+def test_a_part_that_seemed_not_to_arrive_is_written_over(two: list[Node], tmp_path: Path) -> None:
+    """A store that does not answer may have taken it all the same; it is ours, of this very step."""
+    first, second = gang(two)
+    place = second.place(3, tmp_path)
+    place.shard_dir.mkdir(parents=True)
+    place.shard(1).write_bytes(b"half of it")
+    for rank in (first, second):
+        rank.put(3, flush=True, again=True)
+    assert verify(first.outcome(3)["path"], deep=True) == []
+
+
+def test_a_manifest_that_seemed_not_to_arrive_counts(make: MakeNode, tmp_path: Path) -> None:
+    (rank,) = gang([make("a")])
+    rank.put(3, flush=True)
+    arrived = rank.outcome(3)
+    rank.put(3, flush=True, again=True)
+    assert rank.outcome(3) == arrived
+    assert verify(arrived["path"], deep=True) == []
+
+
+def test_a_gang_that_was_replaced_does_not_try_again(make: MakeNode, tmp_path: Path) -> None:
+    (rank,) = gang([make("a")])
+    rank.put(3, flush=True)
+    rank.outcome(3)
+    root = tmp_path / "checkpoints"
+    fence.raise_fence(root, Token(2, 2), owner="its controller")
+    fence.begin(root, Branch(epoch=2, attempt=2, history=()))
+    rank.put(3, flush=True, again=True)
+    assert rank.outcome(3)["error"]["kind"] == "conflict"
+
+
 def test_a_part_that_nobody_can_make_sense_of_is_not_waited_for(two: list[Node], tmp_path: Path) -> None:
     """Whatever goes wrong in the background, the rank that asks is told."""
     first, second = gang(two)
