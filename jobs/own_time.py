@@ -6,6 +6,8 @@ functions of :mod:`torch.distributed`. On CPUs that is the clock of the host aro
 call that returned at once. Devices work behind the host's back; there an event before and one after each call, on the
 stream that computes, enclose what that stream waited for. Either costs a few microseconds a call.
 
+Of that time, what the rank spent ready to run and without a core (:mod:`jobs.queue_time`) is told beside it.
+
 The same functions keep the rank's course (:mod:`jobs.course`): what it has entered and what is over. A device is over
 with an entry when the event after it has come; a thread looks at the events, for the process may be waiting for the
 device anywhere, and nothing in its stack would say so.
@@ -23,6 +25,7 @@ import torch.distributed as dist
 
 from jobs.course import BEAT_S, Course, Entry
 from jobs.lanes import Lanes
+from jobs.queue_time import QueueTime
 
 FUNCTIONS = (
     "all_gather",
@@ -64,6 +67,8 @@ class OwnTime:
         self._waited_s = 0.0
         self.stalled_s = 0.0
         """Seconds of the newest step that has ended in which this rank stood still in :meth:`stall`."""
+        self._queue: QueueTime | None = None  # of the thread that trains
+        self._queued_s = 0.0
         self._depth = 0
         self._spare: list[Any] = []
         self._pairs: list[tuple[Any, Any, Sequence[Entry]]] = []
@@ -85,6 +90,9 @@ class OwnTime:
         self._settle()
         self._course.begin(micro_batches)
         self._waited_s = self.stalled_s = 0.0
+        if self._queue is None and self._make_event is None:
+            self._queue = QueueTime()
+        self._queued_s = -self._queueing()
         self._began = time.perf_counter()
 
     def end(self) -> tuple[float, float]:
@@ -94,9 +102,18 @@ class OwnTime:
             Seconds of the step that were this rank's own, and all of them.
         """
         seconds = time.perf_counter() - self._began
+        self._queued_s += self._queueing()
         self._course.end()
         self._settle()
         return max(0.0, seconds - self._waited_s), seconds
+
+    @property
+    def queued_s(self) -> float:
+        """Seconds of this rank's own in the last step for which it had no core; 0 where a device computes."""
+        return max(0.0, self._queued_s)
+
+    def _queueing(self) -> float:
+        return self._queue.seconds() if self._queue is not None else 0.0
 
     def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         enter = self._lanes.of(name, function)
@@ -125,6 +142,7 @@ class OwnTime:
             return call()
         self._depth = 1
         before, began, over = self._mark(), time.perf_counter(), entries
+        self._queued_s += self._queueing()
         self._course.wait(entries)
         try:
             result = call()
@@ -135,6 +153,7 @@ class OwnTime:
             self._depth = 0
             self._course.wait(())
             if before is None:
+                self._queued_s -= self._queueing()
                 self._waited_s += time.perf_counter() - began
                 self._course.leave(over)
             else:

@@ -108,6 +108,10 @@ class RunPaths:
         """Where the parts of the generation are that attempt ``number`` restores."""
         return self.attempt(number) / "memory.json"
 
+    def debt(self, number: int) -> Path:
+        """What attempt ``number`` owes the store of the checkpoints, if that did not answer when it began."""
+        return self.attempt(number) / "debt.json"
+
     def hang(self, number: int) -> Path:
         """Where the ranks of attempt ``number`` stood when it hung."""
         return self.attempt(number) / "hang.json"

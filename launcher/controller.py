@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jobs.spec import JobSpec
-from launcher import exclusion, origin, progress, rank_errors, recovery, stopping
+from launcher import exclusion, progress, rank_errors, recovery, stopping
 from launcher.backend import AgentAddress, Backend
 from launcher.clock import Clock
 from launcher.departure import CAUSE, Departure
@@ -34,8 +34,9 @@ from launcher.lock import ControllerLock
 from launcher.logbook import Fenced, Logbook
 from launcher.memory_tier import MemoryTier
 from launcher.muster import Muster
+from launcher.origin import NothingLeft
+from launcher.outset import Beginning, NotYet, Outset
 from launcher.phase import Phase
-from launcher.progress import ResumePoint
 from launcher.recovery import Action, Decision, Failure, FailureKind
 from launcher.request import LaunchRequest
 from launcher.run import EventKind, Run, RunEvent, RunState
@@ -81,9 +82,10 @@ class Controller:
         self.phase = Phase.GATHER
         self.state: GangState | None = None
         self.start_reason = "start"
-        self.muster = Muster(backend, request.cluster, clock)
+        self.muster = Muster(backend, request.cluster, clock, self.record)
         self.sizing = Sizing(request)
         self.memory = MemoryTier(clock)
+        self.outset = Outset(store, self.memory)
         self.hangs = HangWatch(first_s=request.recovery.first_step_s, save_s=request.recovery.save_timeout_s)
         self.departure = Departure(
             request, store.paths, sizing=self.sizing, muster=self.muster, clock=clock, record=self.record
@@ -212,28 +214,25 @@ class Controller:
     # --- gathering nodes and starting ranks -----------------------------------------------------------------------
 
     def _gather(self) -> None:
-        # The ranks may have finished while no controller looked.
-        if final := progress.completed(self.store.paths, self.request.job):
+        if final := progress.completed(self.store.paths, self.request.job):  # while no controller looked
             self.end(EventKind.RUN_SUCCEEDED, step=final["step"], weights_digest=final.get("weights_digest"))
             return
         if not self.memory.ready(self.gang, self.muster.up, self.run, self.request.job):
             return
         self.muster.call_up(self.gang, urgent=True)
         waited, why = self.clock.monotonic() - self._since, self.backend.why_missing
-        resumed = self.start_reason == "resume"
         nodes, back = self.muster.choose(lambda count: self.sizing.largest(count) is not None)
-        answer = self.sizing.choose(self.run, up=len(nodes), waited_s=waited, resumed=resumed, why=why)
+        again = self.start_reason == "resume"
+        answer = self.sizing.choose(self.run, up=len(nodes), waited_s=waited, resumed=again, why=why)
         if answer.plan is not None:
-            found = self._point(answer.plan, patient=waited <= self.request.recovery.wait_for_nodes_s and not resumed)
-            if found is None:
+            if (begins := self._begin(answer.plan, waited)) is None:
                 return
-            point, passed = found
             if back:
                 self.record(EventKind.NODE_READMITTED, nodes=list(back), reason="without it there is no legal plan")
             self.decide(answer.decision)
-            for path, reason in passed.items():
+            for path, reason in begins.passed.items():
                 self.record(EventKind.CHECKPOINT_REJECTED, path=path, reason=reason, absent=True)
-            self._start(answer.plan, nodes, point)
+            self._start(answer.plan, nodes, begins)
         elif answer.decision is None or answer.decision.action is Action.GIVE_UP:
             self.decide(answer.decision)
         elif waited > GATHER_NOTICE_S and not self._noticed and self.run.attempts:
@@ -244,24 +243,27 @@ class Controller:
     def _job(self, plan: ParallelPlan) -> JobSpec:
         return self.request.job.under(plan).skipping(self.run.skips)
 
-    def _point(self, plan: ParallelPlan, *, patient: bool) -> tuple[ResumePoint, dict[str, str]] | None:
+    def _begin(self, plan: ParallelPlan, waited: float) -> Beginning | None:
         """Where the ranks begin; None while no checkpoint can be used, which an outage of the storage may be."""
         try:
-            return origin.find(self.store, self._job(plan), self.memory, self.run, self.lock.epoch, self.muster.up)
-        except origin.NothingLeft as nothing:
-            if not (patient and self._noticed):
-                self._noticed = True
+            return self.outset.find(self._job(plan), self.run, self.lock.epoch, self.muster.up)
+        except NothingLeft as nothing:
+            soon = self.start_reason != "resume" or isinstance(nothing, NotYet)
+            patient = soon and waited <= self.request.recovery.wait_for_nodes_s
+            if not patient or self.outset.worth_telling(waited):
                 self.decide(Decision(action=Action.WAIT if patient else Action.GIVE_UP, reason=str(nothing)))
             return None
 
-    def _start(self, plan: ParallelPlan, nodes: Mapping[str, AgentAddress], point: ResumePoint) -> None:
+    def _start(self, plan: ParallelPlan, nodes: Mapping[str, AgentAddress], at: Beginning) -> None:
         wanted, paths = self.request.job, self.store.paths
-        self.state = form(self.run, plan, nodes, self.request.cluster, point=point, script=wanted.kind == "script")
+        self.state = form(self.run, plan, nodes, self.request.cluster, point=at.point, script=wanted.kind == "script")
         if self.start_reason in ("restart", "move"):
             self.decide(swapped(self.run, self.state))
         write_atomic(paths.job(self.state.attempt), dump(self._job(plan)))
-        self.memory.settle(paths.memory(self.state.attempt), point)
-        self.record(EventKind.ATTEMPT_PLANNED, **told(self.run, self.state, wanted.plan, reason=self.start_reason))
+        self.memory.settle(paths.memory(self.state.attempt), at.point)
+        self.outset.sign(paths.debt(self.state.attempt))
+        planned = told(self.run, self.state, wanted.plan, reason=self.start_reason)
+        self.record(EventKind.ATTEMPT_PLANNED, **planned, **at.told)
         self.start_reason = "restart"
         self.first_step_by = self.clock.monotonic() + self.request.recovery.first_step_s
         self.enter(Phase.RUN)
@@ -283,10 +285,10 @@ class Controller:
             self._suspect(Failure(kind=FailureKind.START_TIMEOUT, time=self.clock.time(), detail=detail))
         else:
             self._watch_for_hangs(self.state)
-        if self.phase is Phase.RUN:
-            gone = self.departure.look(self.gang, self.state, self.hangs)
-            if gone is not None:
-                self._suspect(gone)
+        if self.phase is Phase.RUN and (news := self.outset.settle()):
+            self.record(EventKind.FENCE_LAID, **news)
+        if self.phase is Phase.RUN and (gone := self.departure.look(self.gang, self.state, self.hangs)) is not None:
+            self._suspect(gone)
 
     def _finish(self, state: GangState) -> None:
         """Every rank has exited well: the run is done, or they have left as they were asked to."""

@@ -17,6 +17,7 @@ Of what a run has cost:
                  and of the last one ``step`` and ``reason``; null where the newest was written
 ``stragglers``   ranks that were found slow: ``attempt``, ``failure``, ``ratio`` (own time of a step over its peers')
 ``dying``        what was killed and is waited for now, by ``node``: ``left``, rows of ``rank``, ``pid`` and ``state``
+``clocks``       nodes whose clock differs from the controller's: ``node``, ``ahead_s``, ``within_s``
 ``slow_starts``  nodes whose ranks started as fresh processes, not from the warm pool, and why
 ===============  ======================================================================================================
 """
@@ -101,6 +102,7 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "excluded": _excluded(run, events, now),
         "stragglers": [{"attempt": e.attempt, **e.data} for e in events if e.kind is EventKind.STRAGGLER_FOUND],
         "dying": stopping.awaited(events),
+        "clocks": [dict(e.data) for e in events if e.kind is EventKind.CLOCK_SKEWED],
         "slow_starts": [{"attempt": e.attempt, **e.data} for e in events if e.kind is EventKind.POOL_UNSAFE],
         "ranks": _ranks(store.paths, run),
         "steps_lost": run.steps_lost,

@@ -39,6 +39,13 @@ _FAULT = re.compile(
     r"|CU(BLAS|DNN|SPARSE|FFT)_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)",
     re.IGNORECASE,
 )
+# What a broken device says, and just as well a kernel that reads where it must not.
+_EITHER = re.compile(
+    r"illegal (memory access|instruction|address)|unspecified launch failure|memory access fault by GPU"
+    r"|STATUS_(EXECUTION_FAILED|INTERNAL_ERROR)|(cuda|hip)ErrorLaunchFailure|(cuda|hip)ErrorIllegal\w+",
+    re.IGNORECASE,
+)
+_THE_DEVICES = re.compile(r"uncorrectable|\bECC\b|\bXid\b|NVLink", re.IGNORECASE)
 _LINK = re.compile(r"unhandled system error|ncclSystemError", re.IGNORECASE)
 _OTHER_END = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|by (remote )?peer|remote process|ncclRemoteError"
@@ -64,6 +71,15 @@ def trouble(kind: str, message: str, trace: str = "") -> Trouble | None:
     if kind == "AcceleratorError" or _FAULT.search(message):
         return Trouble.FAULT
     return Trouble.LINK if _LINK.search(message) and not _OTHER_END.search(message) else None
+
+
+def ambiguous(message: str) -> str:
+    """The words of an error that a mistake of the program may have caused just as well as a device; "" for none.
+
+    Which of the two it was shows when it happens again. (The line that reports it is chance: kernels run behind it.)
+    """
+    found = None if _THE_DEVICES.search(message) else _EITHER.search(message)
+    return found[0].lower() if found else ""
 
 
 def last_words(tail: str) -> str:

@@ -68,7 +68,12 @@ def after_failure(run: Run, spec: RecoverySpec, *, spare: bool = False) -> Exclu
     before = [
         one for one in run.failures if one.node == newest.node and newest.time - one.time <= spec.exclude_window_s
     ]
-    why = _without_device(before, spare) or _at_the_start(run, spec, spare) or _too_often(before, spec)
+    why = (
+        _without_device(before, spare)
+        or _suspect_device(run, spec)
+        or _at_the_start(run, spec, spare)
+        or _too_often(before, spec)
+    )
     return Exclusion(node=newest.node, until=newest.time + spec.exclude_for_s, reason=why) if why else None
 
 
@@ -77,6 +82,17 @@ def _without_device(before: Sequence[Fall], spare: bool) -> str:
     if before[-1].kind != FailureKind.DEVICE_LOST or not (spare or lost >= _LOST_TWICE):
         return ""
     return "a device of it is gone or cannot be taken" + (", and another node stands by" if spare else ", once more")
+
+
+def _suspect_device(run: Run, spec: RecoverySpec) -> str:
+    """It may be the device as well as the program: without the node that shows."""
+    newest = run.failures[-1]
+    alike = [one for one in run.failures if newest.signature and one.signature == newest.signature]
+    if newest.kind != FailureKind.DEVICE_FAULT or len(alike) != spec.same_error_limit:
+        return ""
+    if {one.node for one in alike} != {newest.node}:
+        return ""
+    return f"a device of it has failed at the same step {len(alike)} times: whether it is the device shows elsewhere"
 
 
 def _at_the_start(run: Run, spec: RecoverySpec, spare: bool) -> str:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from launcher.backend import AgentAddress
+from launcher.clocks import difference
 from launcher.host import wire
 from launcher.host.events import AGENT_KINDS
 from launcher.host.wire import Message, Stream
@@ -44,6 +45,7 @@ class Link:
         address: Where the agent is.
         up: The handshake is done.
         step: Newest step that the agent told of.
+        asked: When it was greeted: UTC seconds, and by the gang's clock.
         heard_s: How long its gang had listened (in all, seconds) when the agent was last heard.
     """
 
@@ -55,6 +57,7 @@ class Link:
     step: int = 0
     heard_s: float = 0.0
     nonces: tuple[str, str] = ("", "")
+    asked: tuple[float, float] = (0.0, 0.0)
 
 
 class Gang:
@@ -93,7 +96,7 @@ class Gang:
         self._listen_s = detect_s / wire.BEATS  # how often agents beat: longer gaps between two looks are our own
         self._beat_s = (lease_s or detect_s) / 6
         self._selector = selector or HandfulSelector()
-        self._inbox = Inbox(wall)
+        self._inbox, self._wall = Inbox(wall), wall
         self._lost: set[str] = set()
         self._order: SpawnOrder | None = None
         self._listened_at = self._beat_at = clock()
@@ -250,12 +253,16 @@ class Gang:
             link.nonces, link.greeted = (str(message["nonce"]), wire.new_nonce()), True
             proof = wire.client_proof(self._secret, "controller", incarnation, *link.nonces, self._epoch)
             hello = {"op": "hello", "role": "controller", "epoch": self._epoch, "nonce": link.nonces[1]}
+            link.asked = self._wall(), self._clock()
             self._send(link, hello | {"proof": proof})
         elif op == "refused":
             self._fenced(link, message)
         elif op == "welcome" and wire.same(message["proof"], wire.agent_proof(self._secret, incarnation, *link.nonces)):
             link.up = True
-            data = {name: value for name, value in message.items() if name not in ("op", "proof")}
+            data = {name: value for name, value in message.items() if name not in ("op", "proof", "clock")}
+            if "clock" in message:
+                asked, since = link.asked
+                data |= difference(asked, self._clock() - since, float(message["clock"]))
             self._inbox.add("agent_up", link.address.node, data)
         else:
             self._lose(link, "it is not the agent of this run")

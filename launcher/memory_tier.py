@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -120,17 +120,24 @@ class MemoryTier:
         except (ConfigError, KeyError, TypeError, ValueError) as error:
             print(f"warning: what {seen.node} holds in memory cannot be understood: {error}", flush=True)
 
-    def better(self, disk: OnDisk, run: Run, job: JobSpec) -> ResumePoint:
-        """The newest generation in memory if it is newer than what is on disk; else that."""
-        if not self._stocks:
-            return disk.point
-        found = choose(
-            list(self._stocks.values()),
-            beyond=lineage.state_of(disk.point.path),
-            branch=disk.branch,
-            skips=job.skips,
-            rejected=run.rejected,
-        )
-        if found is None:
-            return disk.point
-        return ResumePoint(path=str(found.generation), step=found.step, memory=found)
+    def contents(self) -> frozenset[Stock]:
+        """What the nodes hold now."""
+        return frozenset(self._stocks.values())
+
+    def better(self, run: Run, job: JobSpec) -> Callable[[OnDisk], ResumePoint]:
+        """What finds the newest generation that the nodes hold now, if it is newer than what is on disk; else that."""
+        stocks = list(self._stocks.values())
+
+        def choice(disk: OnDisk) -> ResumePoint:
+            found = choose(
+                stocks,
+                beyond=lineage.state_of(disk.point.path),
+                branch=disk.branch,
+                skips=job.skips,
+                rejected=run.rejected,
+            )
+            if found is None:
+                return disk.point
+            return ResumePoint(path=str(found.generation), step=found.step, memory=found)
+
+        return choice

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from launcher.backend import AgentAddress, Backend
 from launcher.clock import Clock
+from launcher.clocks import Clocks
 from launcher.exclusion import usable
 from launcher.observation import Observation
 from strategies.specs import ClusterSpec
@@ -30,18 +31,26 @@ class Muster:
         backend: Where agents come from.
         cluster: How many are wanted, spares included.
         clock: Source of time.
+        record: Writes an event.
 
     Attributes:
         up: Node to its agent, for every node that answers and stays.
         excluded: Nodes that carry no ranks for now, with the end of that (UTC seconds).
     """
 
-    def __init__(self, backend: Backend, cluster: ClusterSpec, clock: Clock) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        cluster: ClusterSpec,
+        clock: Clock,
+        record: Callable[..., None],
+    ) -> None:
         self.up: dict[str, AgentAddress] = {}
         self.excluded: Mapping[str, float] = {}
         self._backend = backend
         self._wanted = cluster.nodes + cluster.spares
         self._clock = clock
+        self._clocks = Clocks(record)
         self._asked = float("-inf")
         self._known: dict[str, AgentAddress] = {}  # all that have announced themselves, when we last looked
         self._cold: dict[str, float] = {}  # since when (monotonic)
@@ -99,6 +108,7 @@ class Muster:
         if seen.kind == "agent_up":
             self._cold[seen.node] = self._clock.monotonic()
             self._add(seen.node, seen.data.get("incarnation"))
+            self._clocks.note(seen)
         elif seen.kind == "pool":
             self._cold.pop(seen.node, None)
         elif seen.kind == "notice" and seen.node in self.up:

@@ -1,18 +1,19 @@
-"""Where the next attempt begins: in memory, on disk, or at the start. What cannot be used is put on record first.
+"""Where the next attempt may begin: in memory, on disk, or at the start. What cannot be used is put on record first.
 
 A run that has committed a checkpoint never begins again at step 1 by itself. Where none of its checkpoints can be used
 it waits for them, then ends with the reason, and nothing is put on record against them: what was not there may be there
 again when a person resumes it.
 
 Before anybody looks, the gangs before are fenced off, and what is found is laid down as what the next one goes on from
-(:mod:`jobs.checkpoint.fence`): what an older gang commits after that look counts for nothing.
+(:mod:`jobs.checkpoint.fence`): what an older gang commits after that look counts for nothing. Who looks, and what
+happens when nobody answers, is :mod:`launcher.outset`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from jobs.checkpoint import CheckpointConflict, fence
 from jobs.checkpoint.errors import is_full
@@ -20,12 +21,10 @@ from jobs.checkpoint.fence import Branch
 from jobs.checkpoint.layout import Token
 from jobs.checkpoint.memory import generation_of
 from jobs.paths import RunPaths
-from jobs.spec import JobSpec
 from launcher import lineage, progress
 from launcher.ending import in_a_line
 from launcher.lock import identity
 from launcher.logbook import Fenced
-from launcher.memory_tier import MemoryTier
 from launcher.progress import OnDisk, ResumePoint
 from launcher.run import Run
 from launcher.store import RunStore
@@ -38,48 +37,54 @@ class NothingLeft(Exception):
     """There was a checkpoint, and none can be used; the message is one sentence for the log."""
 
 
-def find(
-    store: RunStore, job: JobSpec, memory: MemoryTier, run: Run, epoch: int, up: Collection[str]
-) -> tuple[ResumePoint, dict[str, str]]:
-    """The newest state that can be had, as far as that can be seen without reading all of it; it is laid down.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Look:
+    """What a look at the checkpoints has shown.
 
-    With it the checkpoints that are passed over for it, and why: that belongs on record when it is gone on from.
+    Attributes:
+        point: The newest state that can be had, as far as that can be seen without reading all of it.
+        passed: The checkpoints that are passed over for it, and why.
+        writers: The gangs that have made those that can be used.
+        fenced: Earlier gangs were fenced off before.
+    """
+
+    point: ResumePoint
+    passed: Mapping[str, str]
+    writers: frozenset[Token] = frozenset()
+    fenced: bool = False
+
+
+def look(store: RunStore, run: Run, token: Token, *, script: bool, better: Callable[[OnDisk], ResumePoint]) -> Look:
+    """Fence off the gangs before, and look for where the next one begins. Reads the storage, and may take its time.
 
     Args:
         store: The run.
-        job: What the attempt will do.
-        memory: What the nodes hold.
         run: The run as its log tells it.
-        epoch: The controller's.
-        up: Nodes that answer.
+        token: The next gang.
+        script: What is done lies in folders with a mark, not in manifests.
+        better: What to go on from instead of what is on disk.
 
     Raises:
         NothingLeft: Beginning at step 1 would throw away what was committed; or the storage takes no fence.
         Fenced: Another controller has taken over.
         StorageError: The checkpoints cannot be looked at; or there is no room for a fence.
     """
-    marked = job.kind != "pretrain"  # what is done lies in folders with a mark, not in manifests
-    known = None if marked else lineage.of(run)
-    token = Token(epoch, len(run.attempts) + 1)
+    known = None if script else lineage.of(run)
     seen = OnDisk(point=ResumePoint())
 
-    def better(disk: OnDisk) -> ResumePoint:
+    def noting(disk: OnDisk) -> ResumePoint:
         nonlocal seen
         seen = replace(disk, branch=disk.branch or known)
-        return memory.better(seen, run, job)
+        return better(seen)
 
-    fenced = not marked and _fence_off(store, token, first=known is None)
-    point, passed = newest(store.paths, rejected=run.rejected, script=marked, known=known, better=better)
-    why = "" if marked or point.memory is not None else _obstacle(store, run, point, passed)
+    fenced = not script and _fence_off(store, token, first=known is None)
+    point, passed = newest(store.paths, rejected=run.rejected, script=script, known=known, better=noting)
+    why = "" if script or point.memory is not None else _obstacle(store, run, point, passed)
     if why:
         step = promised(run)
         what = f"step {step} was committed, and no checkpoint can be used" if step else "no checkpoint can be used"
         raise NothingLeft(f"{what}: {why}. When they are back, phalanx resume {store.name} goes on from the newest")
-    if fenced:
-        there = run.attempt is not None and set(run.attempt.nodes) <= set(up)
-        over = run.absent | passed.keys()
-        _lay_down(store, lineage.following(run, token, point.path, kept=seen.writers, passed=over, finishing=there))
-    return point, passed
+    return Look(point=point, passed=passed, writers=seen.writers, fenced=fenced)
 
 
 def _fence_off(store: RunStore, token: Token, *, first: bool) -> bool:
@@ -87,12 +92,12 @@ def _fence_off(store: RunStore, token: Token, *, first: bool) -> bool:
     try:
         store.require_checkpoints()
     except (ResumeRefused, StorageError):
-        return False  # they are not the run's: whatever it goes on from, it is not from there
+        return False  # they are not the run's, or away: whatever it goes on from, it is not from there
     if first:  # there is nobody to be fenced off
         fence.take_ballast(store.paths.checkpoints)
         return False
     try:
-        fence.raise_fence(store.paths.checkpoints, token, owner=json.dumps(identity()))
+        fence.raise_fence(store.paths.checkpoints, token, owner=owner())
     except CheckpointConflict as error:
         raise Fenced from error
     except StorageError as error:
@@ -102,11 +107,17 @@ def _fence_off(store: RunStore, token: Token, *, first: bool) -> bool:
     return True
 
 
-def _lay_down(store: RunStore, branch: Branch) -> None:
+def lay_down(store: RunStore, branch: Branch) -> None:
+    """Put on record beside the checkpoints what the next gang goes on from. Raises Fenced and StorageError."""
     try:
         fence.begin(store.paths.checkpoints, branch)
     except CheckpointConflict as error:
         raise Fenced from error
+
+
+def owner() -> str:
+    """What identifies this controller among all that ever were."""
+    return json.dumps(identity())
 
 
 def newest(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import enum
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher.devices import Trouble, last_words, trouble
+from launcher.devices import Trouble, ambiguous, last_words, trouble
 from launcher.request import RecoverySpec
 from launcher.run import Run
 from strategies.schedule import Skip
@@ -167,8 +167,14 @@ def classify_exit(data: Mapping[str, Any], *, node: str, when: float, error: Map
     last = last_error_line(str(data.get("log_tail", "")))
     found = replace(found, detail=f"rank {rank} on {node} exited with code {data.get('code')}" + (last and f": {last}"))
     if known := _not_the_programs(last):
-        return replace(found, kind=known)
+        return _signed(replace(found, kind=known), last)
     return replace(found, signature=_signature(last, 0) if last else "")
+
+
+def _signed(found: Failure, said: str) -> Failure:
+    """With a signature if a device has failed in a way that the program may have caused."""
+    words = ambiguous(said) if found.kind is FailureKind.DEVICE_FAULT else ""
+    return replace(found, signature=_signature(f"device: {words}", found.step)) if words else found
 
 
 def _starved(data: Mapping[str, Any], found: Failure, why: str) -> Failure:
@@ -183,6 +189,7 @@ def _classify_signal(data: Mapping[str, Any], found: Failure) -> Failure:
     detail = f"rank {found.rank} on {found.node} was ended by signal {signal}"
     if signal == _SIGABRT and (said := last_words(str(data.get("log_tail", "")))):
         kind, detail = _not_the_programs(said) or kind, f"{detail}: {_in_a_line(said)}"
+        return _signed(replace(found, kind=kind, detail=detail), said)
     return replace(found, kind=kind, detail=detail)
 
 
@@ -210,7 +217,7 @@ def _classify_error(error: Mapping[str, Any], *, rank: int, node: str, when: flo
     if kind == _OUT_OF_REACH:
         return replace(found, kind=FailureKind.UNREACHABLE)
     if wrong := trouble(kind, message, trace):
-        return replace(found, kind=_TROUBLE[wrong])
+        return _signed(replace(found, kind=_TROUBLE[wrong]), message)
     if kind in _COMMUNICATION and _PEER_GONE.search(message):
         return replace(found, kind=FailureKind.SECONDARY)
     return replace(found, signature=signature)
@@ -276,8 +283,10 @@ def _hopeless(run: Run, failure: Failure, spec: RecoverySpec) -> str:
 def _again(run: Run, failure: Failure, spec: RecoverySpec) -> str:
     """It has happened before, in the same way at the same place."""
     alike = [fall for fall in run.failures if failure.signature and fall.signature == failure.signature]
-    times = len(alike)
-    if times >= spec.same_error_limit and not (_elsewhere(run, failure) and len({fall.node for fall in alike}) == 1):
+    times, nodes = len(alike), {fall.node for fall in alike}
+    if failure.kind is FailureKind.DEVICE_FAULT and times >= spec.same_error_limit:
+        return _of_the_program(failure, times, nodes) if len(nodes) > 1 or times > spec.same_error_limit else ""
+    if times >= spec.same_error_limit and not (_elsewhere(run, failure) and len(nodes) == 1):
         return f"the same error at the same step {times} times: {failure.detail}{_advice(failure)}"
     skip = _skip_for(failure)
     if skip is not None and any(earlier.step == skip.step for earlier in run.skips):
@@ -286,6 +295,15 @@ def _again(run: Run, failure: Failure, spec: RecoverySpec) -> str:
             "may help; train.spike_sigmas=0 takes spikes as they come"
         )
     return ""
+
+
+def _of_the_program(failure: Failure, times: int, nodes: Collection[str]) -> str:
+    """A device fails where it is; a kernel with a mistake fails at its step, wherever that is."""
+    where = f"on {len(nodes)} nodes, so it is no device's" if len(nodes) > 1 else "and there was no other node"
+    return (
+        f"the same error at the same step {times} times, {where}: {failure.detail}. A kernel may read where it must "
+        "not: CUDA_LAUNCH_BLOCKING=1 shows which one, compute-sanitizer where"
+    )
 
 
 def _elsewhere(run: Run, failure: Failure) -> bool:

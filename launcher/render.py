@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher import skips, stopping
+from launcher import clocks, skips, stopping
 from launcher.account import CLASSES
 from launcher.resume_diff import Change
 from strategies.codec import from_json
@@ -170,6 +170,9 @@ def run_text(run: Mapping[str, Any]) -> str:
 def _doubtful(run: Mapping[str, Any]) -> list[str]:
     """Nodes and ranks that are not what they should be."""
     blocks = []
+    if run["clocks"]:
+        off = {f"  node {node_name(o['node'])}: {clocks.words(o['ahead_s'], o['within_s'])}" for o in run["clocks"]}
+        blocks.append("clocks that disagree:\n" + "\n".join(sorted(off)))
     if run["dying"]:
         left = (f"  node {node_name(o['node'])}: {stopping.words(o['left'])}" for o in run["dying"])
         blocks.append("killed, not dead, and waited for:\n" + "\n".join(left))

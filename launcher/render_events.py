@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jobs.checkpoint.memory import generation_of
-from launcher import skips, stopping
+from launcher import clocks, skips, stopping
 from launcher.render import moment, node_name, plan_words, plural, seconds, shorten_ids
 from launcher.run import EventKind, RunEvent
 
@@ -28,7 +28,8 @@ def _attempt_planned(event: RunEvent) -> str:
     names = f"({', '.join(nodes[:8])}{', ...' if len(nodes) > 8 else ''})" if nodes else ""
     where = f"{plural(len(nodes), 'node' if moved is None else 'new node')} {names}".rstrip()
     smaller = " (nodes are missing)" if data.get("wanted") else ""
-    return f"attempt {event.attempt} on {where}, {source}: {plan_words(data.get('plan', {}))}{smaller}"
+    alone = f"; {data['unfenced']}, and is not waited for" if data.get("unfenced") else ""
+    return f"attempt {event.attempt} on {where}, {source}: {plan_words(data.get('plan', {}))}{smaller}{alone}"
 
 
 def _controller_started(event: RunEvent) -> str | None:
@@ -98,6 +99,10 @@ def _pool_unsafe(event: RunEvent) -> str:
     return f"node {node} starts its ranks afresh, which is slower: {event.data.get('reason')}"
 
 
+def _clock(data: Mapping[str, Any]) -> str:
+    return clocks.words(float(data.get("ahead_s", 0.0)), float(data.get("within_s", 0.0)))
+
+
 def _dying(event: RunEvent) -> str:
     node, waited_s = node_name(str(event.data.get("node"))), float(event.data.get("waited_s", 0.0))
     left = stopping.words(event.data.get("left", []))
@@ -112,12 +117,14 @@ _SENTENCES: dict[EventKind, Callable[[RunEvent], str | None]] = {
     EventKind.DECISION: _decision,
     EventKind.CHECKPOINT_FAILED: _unsaved,
     EventKind.CHECKPOINT_REJECTED: lambda e: f"checkpoint refused: {e.data.get('reason') or e.data.get('path')}",
+    EventKind.FENCE_LAID: lambda e: str(e.data.get("reason")),
     EventKind.WAITING_FOR_NODES: _waiting,
     EventKind.NODE_EXCLUDED: _excluded,
     EventKind.NODE_READMITTED: _readmitted,
     EventKind.RANKS_DYING: _dying,
     EventKind.STRAGGLER_FOUND: lambda e: f"slow: {_detail(e.data)}",
     EventKind.POOL_UNSAFE: _pool_unsafe,
+    EventKind.CLOCK_SKEWED: lambda e: f"node {node_name(str(e.data.get('node')))}: {_clock(e.data)}",
     EventKind.RANKS_SPAWNED: lambda e: f"{plural(int(e.data.get('ranks', 0)), 'rank')} running, loading",
     EventKind.TRAINING_STARTED: lambda e: f"training from step {e.data.get('step')}" + _restored(e.data),
     EventKind.RESUME_REQUESTED: lambda e: "resumed by a person; the budget of restarts is renewed",

@@ -46,9 +46,10 @@ class EventKind(enum.StrEnum):
 
     RUN_SUBMITTED = "run_submitted"  # request: digest
     CONTROLLER_STARTED = "controller_started"  # host, pid, adopted
-    # plan, wanted (where it is not the plan), nodes or moved (launcher.roster), resume_from, first_step,
+    # plan, wanted (if not the plan), nodes or moved (launcher.roster), resume_from, unfenced (why, if so), first_step,
     # reason: start | restart | resume | grow | move (a node was taken away with notice, or swapped: no failure)
     ATTEMPT_PLANNED = "attempt_planned"
+    FENCE_LAID = "fence_laid"  # reason: the attempt was planned unfenced
     RANKS_SPAWNED = "ranks_spawned"  # pids: number of ranks
     TRAINING_STARTED = "training_started"  # step, restored_s (slowest rank) and restored_bytes, as far as reported
     CHECKPOINT_COMMITTED = "checkpoint_committed"  # step, path, bytes, written_bytes, stall_s
@@ -64,6 +65,7 @@ class EventKind(enum.StrEnum):
     NODE_EXCLUDED = "node_excluded"  # node, until (UTC seconds), reason
     NODE_READMITTED = "node_readmitted"  # nodes, reason
     STRAGGLER_FOUND = "straggler_found"  # failure, ratio: own time of a step over that of its peers
+    CLOCK_SKEWED = "clock_skewed"  # node, ahead_s: of the controller's clock, within_s
     POOL_UNSAFE = "pool_unsafe"  # node, reason: ranks there start as fresh processes
     RESUME_REQUESTED = "resume_requested"  # overrides, changes, request: digest; last_step if its end is not recorded
     CANCEL_REQUESTED = "cancel_requested"  # by
@@ -308,10 +310,6 @@ def _committed(run: Run, event: RunEvent) -> Run:
     return replace(run, headway=run.headway.committed(step), step=max(step, run.step))
 
 
-def _training(run: Run, event: RunEvent) -> Run:
-    return _with_attempt(run, trained=event.time, restored_s=event.data.get("restored_s"))
-
-
 def _failure(run: Run, event: RunEvent) -> Run:
     return _progressed(_with_attempt(run, last_step=_last_step(run, event)))
 
@@ -387,7 +385,7 @@ _HANDLERS = {
     EventKind.ATTEMPT_PLANNED: _planned,
     EventKind.CHECKPOINT_COMMITTED: _committed,
     EventKind.CHECKPOINT_REJECTED: _rejected,
-    EventKind.TRAINING_STARTED: _training,
+    EventKind.TRAINING_STARTED: lambda run, e: _with_attempt(run, trained=e.time, restored_s=e.data.get("restored_s")),
     EventKind.FAILURE_DETECTED: _failure,
     EventKind.GANG_STOPPED: _stopped,
     EventKind.NODE_EXCLUDED: _excluded,

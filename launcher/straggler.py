@@ -6,6 +6,9 @@ how long they computed and did not wait (:mod:`jobs.own_time`), and each is comp
 - with its peers, who do equal work: ranks of the same pipeline stage, on other nodes where there are such;
 - with its own past, as far as the others have kept to theirs: this finds a slow node that holds a whole stage.
 
+On a host with more ranks than cores every rank waits for one now and then, some more than others. Where most ranks do,
+what they waited is taken out of their own times; where a few do, something else runs on their node and makes it slow.
+
 Pauses, checkpoints and noise make single steps slow and leave the median of many alone. Named is who was slower in most
 steps of a window, by more than noise, and so much that the step suffers from it.
 """
@@ -31,6 +34,7 @@ MATTERS = 0.05  # of the step, else nobody would gain by another node
 WARM_UP = 3  # the first steps of an attempt compile, allocate and connect
 LEARNED = 32  # steps from which a rank's own pace is learned
 MAX_NAMED = 8  # in one attempt; the log grows with decisions
+CROWDED = 0.05  # of its own time: where the median rank waits so long for a core, waiting is nobody's fault
 _FEW = 8  # from so many values on, one of them hardly moves the median
 
 
@@ -156,6 +160,18 @@ class Pace:
         return found
 
 
+def on_a_core(own_s: Sequence[float], queued_s: Sequence[float]) -> list[float]:
+    """Own times without the waiting for a core, where that is common to all.
+
+    Args:
+        own_s: Own time of every rank.
+        queued_s: For how much of it the rank was ready to run and had no core.
+    """
+    if statistics.median(queued_s) <= CROWDED * statistics.median(own_s):
+        return list(own_s)
+    return [max(0.0, own - queued) for own, queued in zip(own_s, queued_s, strict=True)]
+
+
 def _median_of(ranks: Sequence[int], own_s: Sequence[float]) -> float:
     return statistics.median(own_s[rank] for rank in ranks)
 
@@ -196,7 +212,7 @@ class StragglerWatch:
         self._plan: ParallelPlan | None = None
         self._pace: Pace | None = None
         self._nodes: dict[int, str] = {}
-        self._steps: dict[int, dict[int, tuple[float, float]]] = {}
+        self._steps: dict[int, dict[int, tuple[float, float, float]]] = {}
         self._found: list[tuple[Failure, float]] = []
         self._told = 0
 
@@ -218,18 +234,19 @@ class StragglerWatch:
         rank, step = int(data["rank"]), int(data["step"])
         self._nodes[rank] = seen.node
         reported = self._steps.setdefault(step, {})
-        reported[rank] = (float(data["own_s"]), float(data["seconds"]))
+        reported[rank] = (float(data["own_s"]), float(data["seconds"]), float(data.get("queued_s", 0.0)))
         if len(reported) == self._plan.world_size:
             self._steps = {later: some for later, some in self._steps.items() if later > step}
             self._complete(self._plan, step, reported, seen.time)
 
     def _complete(
-        self, plan: ParallelPlan, step: int, reported: Mapping[int, tuple[float, float]], when: float
+        self, plan: ParallelPlan, step: int, reported: Mapping[int, tuple[float, float, float]], when: float
     ) -> None:
         if self._pace is None:
             self._pace = Pace(peers_of(plan, self._nodes))
-        own_s = [reported[rank][0] for rank in range(plan.world_size)]
-        step_s = max(seconds for _, seconds in reported.values())
+        told = [reported[rank] for rank in range(plan.world_size)]
+        own_s = on_a_core([own for own, _, _ in told], [queued for _, _, queued in told])
+        step_s = max(seconds for _, seconds, _ in told)
         for slow in self._pace.note(step, own_s, step_s):
             if self._told < MAX_NAMED:
                 self._told += 1

@@ -22,10 +22,11 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from jobs.checkpoint.claim import require_ours
 from jobs.checkpoint.errors import FULL, CheckpointConflict, storage_error
 from jobs.checkpoint.layout import Place, Token
 from jobs.checkpoint.storage import storage_of
@@ -93,6 +94,38 @@ class Branch:
         return self.finishing and self.counts(state) and state.token == self.history[0][1:]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Debt:
+    """The records of a gang that has begun while the store did not answer: it commits nothing before they are laid.
+
+    What they say was settled when it began, so that it does not matter who lays them, when, or how often.
+
+    Attributes:
+        owner: See :func:`raise_fence`.
+        branch: What it goes on from.
+        claim: The run and the owner that the place must name (:mod:`jobs.checkpoint.claim`); empty for a run's own
+            folder.
+    """
+
+    owner: str
+    branch: Branch
+    claim: Mapping[str, str] = field(default_factory=dict)
+
+
+def pay(root: Location, debt: Debt) -> None:
+    """Lay the records that are owed.
+
+    Raises:
+        CheckpointConflict: Another gang has begun meanwhile; this one commits nothing.
+        ResumeRefused: Another run keeps its checkpoints there.
+        StorageError: They cannot be written.
+    """
+    if debt.claim:
+        require_ours(root, run=debt.claim["run"], owner=debt.claim["owner"])
+    raise_fence(root, debt.branch.token, owner=debt.owner)
+    begin(root, debt.branch)
+
+
 def in_order(states: Iterable[S], branch: Branch | None) -> list[S]:
     """Those that count, best first.
 
@@ -107,6 +140,18 @@ def in_order(states: Iterable[S], branch: Branch | None) -> list[S]:
         return found
     passed = () if found and found[0].token >= branch.token else branch.passed
     return [one for one in found if branch.counts(one) or (one.step, *one.token) in passed]
+
+
+def why_not(state: State, branch: Branch | None) -> str:
+    """Why a state that :func:`in_order` leaves out does not count, for people."""
+    if branch is None:
+        return ""
+    if (state.step, *state.token) in branch.passed:
+        return f"it could not be had when {branch.token} began, which has gone on from an older one"
+    kept = [step for step, *token in branch.history if tuple(token) == state.token]
+    if kept:
+        return f"{state.token} was replaced: the run has gone on from its step {kept[0]}"
+    return f"{branch.token} has gone on without anything of {state.token}"
 
 
 def raise_fence(root: Location, token: Token, *, owner: str) -> None:

@@ -9,10 +9,12 @@ one before is committed, and there every rank learns if it could not be written 
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,7 +39,7 @@ from jobs.paths import RunPaths
 from jobs.report import Reporter
 from jobs.spec import JobSpec, RankEnv
 from strategies.codec import to_json
-from strategies.errors import PhalanxError
+from strategies.errors import PhalanxError, StorageError
 
 
 class Saver(Protocol):
@@ -139,6 +141,7 @@ class BehindSaver:
         if env.rank == 0:
             tensors = {name: shape for _, some, _ in told for name, shape in some.items()}
             about = {"run_id": job.run_id, "plan": job.plan, "model": job.model, "tensors": tensors}
+            about["debt"] = owed(RunPaths(env.run_dir).debt(env.attempt))
         info = StreamInfo(
             epoch=env.epoch,
             attempt=env.attempt,
@@ -344,6 +347,20 @@ class BehindSaver:
             return self._link.ask(op, **fields)
         except FrameError as error:
             raise unreachable(error) from error
+
+
+def owed(path: Path) -> Any:
+    """What the gang owes the store of the checkpoints (:class:`jobs.checkpoint.fence.Debt`), as JSON; None for nothing.
+
+    Raises:
+        StorageError: It cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path} cannot be read.", why=str(error)) from error
 
 
 def warn(text: str) -> None:

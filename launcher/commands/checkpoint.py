@@ -14,6 +14,7 @@ from launcher.commands.groups import Nearest
 if TYPE_CHECKING:
     from jobs.checkpoint import Checkpoint
     from jobs.checkpoint.export import Exported
+    from jobs.checkpoint.superseded import Superseded
     from launcher.store import RunStore
 
 SCHEMA_VERSION = 1
@@ -40,18 +41,21 @@ def step_option(function: Any) -> Any:
 @dir_option
 @run_argument
 def ls(as_json: bool, folder: str | None, words: tuple[str, ...]) -> None:
-    """List the committed checkpoints of RUN, newest first, and manifests that cannot be used."""
+    """List the committed checkpoints of RUN, newest first, those that do not count, and manifests that are damaged."""
     from jobs.checkpoint import survey
+    from jobs.checkpoint.superseded import superseded
     from launcher.render_checkpoint import checkpoints_text
 
     store = _store(words, folder)
     found, damaged = survey(store.paths.checkpoints)
     rows = [_row(one) for one in found]
     broken = [{"path": str(path), "reason": reason} for path, reason in damaged]
-    document = {"schema_version": SCHEMA_VERSION, "run": store.name, "checkpoints": rows, "damaged": broken}
+    aside = [_aside(one) for one in superseded(store.paths.checkpoints)]
+    document = {"schema_version": SCHEMA_VERSION, "run": store.name, "checkpoints": rows, "superseded": aside}
+    document["damaged"] = broken
     if as_json:
         print_json(document)
-    elif rows or broken:
+    elif rows or aside or broken:
         click.echo(checkpoints_text(document, time.time()))
     else:
         say(f"The run '{store.name}' has no checkpoint yet.")
@@ -67,9 +71,13 @@ def ls(as_json: bool, folder: str | None, words: tuple[str, ...]) -> None:
 def verify(
     ctx: click.Context, as_json: bool, folder: str | None, step: int | None, every: bool, words: tuple[str, ...]
 ) -> None:
-    """Read every byte of RUN's newest checkpoint and compare it with the digests. Exit code 7 if it is damaged."""
+    """Read every byte of RUN's newest checkpoint and compare it with the digests. Exit code 7 if it is damaged.
+
+    With --all also what does not count any more; that it is damaged makes no difference to the exit code.
+    """
     from jobs.checkpoint import damaged
     from jobs.checkpoint import verify as problems_of
+    from jobs.checkpoint.superseded import superseded
 
     if every and step is not None:
         raise click.UsageError("--all and --step exclude each other.")
@@ -81,11 +89,14 @@ def verify(
     if every or step is None:
         results += [{"path": str(p), "problems": [reason]} for p, reason in damaged(store.paths.checkpoints)]
     bad = [row for row in results if row["problems"]]
+    for old in superseded(store.paths.checkpoints) if every else []:
+        results.append(_aside(old) | {"problems": problems_of(old.path, deep=True)})
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, "run": store.name, "checkpoints": results, "whole": not bad})
     for row in results if not as_json else []:
         name = f"step {row['step']}" if "step" in row else row["path"]
-        click.echo(f"{name}: {'; '.join(row['problems']) if row['problems'] else 'whole'}")
+        aside = f" (does not count: {row['reason']})" if "reason" in row else ""
+        click.echo(f"{name}: {'; '.join(row['problems']) if row['problems'] else 'whole'}{aside}")
     if bad:
         ctx.exit(7)
 
@@ -212,4 +223,16 @@ def _row(one: Checkpoint) -> dict[str, Any]:
         "written_bytes": one.written_bytes,
         "plan": one.plan.describe(),
         "path": str(one.path),
+        "counts": True,
+    }
+
+
+def _aside(one: Superseded) -> dict[str, Any]:
+    return {
+        "step": one.step,
+        "epoch": one.token.epoch,
+        "attempt": one.token.attempt,
+        "path": str(one.path),
+        "counts": False,
+        "reason": one.reason,
     }

@@ -129,7 +129,8 @@ class Peers:
             self._take_over(peer)
         peer.role = role
         proof = wire.agent_proof(secret, incarnation, peer.nonce, str(client_nonce))
-        peer.stream.send({"op": "welcome", "proof": proof, "cursor": self._log.last} | self._welcome())
+        known = {"op": "welcome", "proof": proof, "cursor": self._log.last, "clock": time.time()}
+        peer.stream.send(known | self._welcome())
         self.pump()
 
     def _take_over(self, peer: Peer) -> None:

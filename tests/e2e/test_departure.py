@@ -62,6 +62,36 @@ def test_a_node_that_is_taken_away_with_notice_costs_nothing(folder: Path) -> No
     cli.assert_nothing_left(root)
 
 
+@pytest.mark.full  # tests/launcher/test_notice.py has the arithmetic
+def test_a_notice_that_is_too_short_moves_the_ranks_at_once(folder: Path) -> None:
+    words = cli.tiny(folder, "short", f"train.steps={STEPS}", "checkpoint.every=50", "recovery.max_restarts=0")
+    process = cli.start(*words, "recovery.preempt_grace_s=0.5", "checkpoint.memory_every=1", cwd=folder)
+    root = folder / "runs" / "short"
+
+    def reached() -> bool:
+        assert process.poll() is None, process.communicate()
+        return (root / "request.json").exists() and max(cli.curve(RunStore(root)), default=0) >= 10
+
+    cli.wait_for(reached, "step 10")
+    run = RunStore(root)
+    attempt = run.run().attempt
+    assert attempt is not None
+    agent = announce.read(announce.path_of(run.paths, attempt.nodes[1]))
+    assert agent is not None
+    os.kill(agent.pid, signal.SIGTERM)
+    done = cli.end(process)
+    assert done.code == 0, done.err
+    state = run.run()
+    assert [one.reason for one in state.attempts] == ["start", "move"]
+    assert [fall.kind for fall in state.failures] == ["preempted"]
+    assert (state.restarts, state.state) == (0, RunState.SUCCEEDED)
+    assert state.steps_lost <= 2  # the newest copy may not be whole yet, and the log says so
+    (found,) = [event.data["failure"]["detail"] for event in run.events() if event.kind is EventKind.FAILURE_DETECTED]
+    assert "no step can be agreed on and saved in the 0." in found
+    assert sorted(cli.curve(run)) == list(range(1, STEPS + 1))
+    cli.assert_nothing_left(root)
+
+
 @pytest.mark.full  # tests/launcher/test_departure.py swaps one by hand
 def test_a_rank_of_1_3_is_named_and_its_node_is_swapped(folder: Path) -> None:
     faults = 'faults=["rank_slow@rank=2,step=60"]'

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from jobs import checkpoint
+from jobs.checkpoint import fence
+from jobs.checkpoint.memory import generation_of
 from jobs.location import Url
+from launcher.host import announce
 from launcher.run import EventKind
 from launcher.store import RunStore
 from tests.support import cli
@@ -57,6 +61,52 @@ def test_a_run_recovers_from_an_object_store(store: ObjectStore, tmp_path: Path)
     assert done.code == 2
     assert "another run" in done.err
     assert not (tmp_path / "runs" / "demo").exists()
+
+
+@pytest.mark.full  # tests/launcher/test_outset.py has every order of events
+def test_a_node_is_lost_while_the_store_is_away(store: ObjectStore, tmp_path: Path) -> None:
+    """Every byte that is needed is in memory: the run goes on, and fences before it commits anything."""
+    words = cli.tiny(tmp_path, "away", f"checkpoint.url=s3://{BUCKET}/outage", "train.steps=60", "checkpoint.every=20")
+    process = cli.start(*words, cwd=tmp_path)
+    root = tmp_path / "runs" / "away"
+
+    def until(what: str, reached: Callable[[RunStore], bool]) -> None:
+        def done() -> bool:
+            assert process.poll() is None, process.communicate()
+            return (root / "request.json").exists() and reached(RunStore(root))
+
+        cli.wait_for(done, what)
+
+    until("a checkpoint", lambda run: run.run().committed_step >= 20)
+    with store.stuck():
+        run = RunStore(root)
+        attempt = run.run().attempt
+        assert attempt is not None
+        agent = announce.read(announce.path_of(run.paths, attempt.nodes[1]))
+        assert agent is not None
+        os.kill(agent.pid, signal.SIGKILL)
+        until(
+            "another attempt that trains", lambda run: [bool(one.trained) for one in run.run().attempts] == [True, True]
+        )
+    done = cli.end(process)
+    assert done.code == 0, done.err
+    state = run.run()
+    assert [one.reason for one in state.attempts] == ["start", "restart"]
+    assert generation_of(state.attempts[1].resume_from)
+    assert state.steps_lost <= 1
+    planned = [event for event in run.events() if event.kind is EventKind.ATTEMPT_PLANNED][-1]
+    assert "has not answered" in planned.data["unfenced"]
+    assert fence.highest(run.paths.checkpoints) == (state.attempts[1].epoch, 2)
+    branch = fence.current(run.paths.checkpoints)
+    assert branch is not None
+    assert branch.token == (state.attempts[1].epoch, 2)
+    assert checkpoint.list_checkpoints(run.paths.checkpoints)[0].token.attempt == 2
+    quiet = cli.phalanx(*cli.tiny(tmp_path, "undisturbed", "train.steps=60", "checkpoint.every=20"), cwd=tmp_path)
+    assert quiet.code == 0, quiet.err
+    other = cli.store(tmp_path, "undisturbed")
+    assert cli.curve(run) == cli.curve(other)
+    assert state.weights_digest == other.run().weights_digest is not None
+    cli.assert_nothing_left(root)
 
 
 @pytest.mark.parametrize(

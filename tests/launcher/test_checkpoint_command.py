@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs.checkpoint import fence
+from jobs.checkpoint.fence import Branch
+from jobs.checkpoint.layout import Token
 from launcher.cli import main
 from tests.support.checkpoints import flip_bit, write_checkpoint
 from tests.support.runs import make_run
@@ -47,6 +50,43 @@ def test_ls_is_newest_first_and_names_what_is_damaged(tmp_path: Path, run: Path,
     assert code == 0
     assert out.splitlines()[1].split()[0] == "8"
     assert "damaged:" in out
+
+
+def test_what_does_not_count_is_shown_with_the_reason(tmp_path: Path, invoke: Invoke) -> None:
+    """Of the first gang the run went on from step 8; the second has left something of which the third had nothing."""
+    store = make_run(tmp_path, "one")
+    root = store.paths.checkpoint_dir
+    for step, token in ((4, (1, 1)), (8, (1, 1)), (12, (1, 1)), (10, (1, 2)), (11, (2, 3))):
+        write_checkpoint(root, step=step, token=token)
+    fence.raise_fence(root, Token(2, 3), owner="a controller")
+    fence.begin(root, Branch(epoch=2, attempt=3, history=((8, 1, 1),), passed=((10, 1, 2),)))
+    code, out, _ = invoke("ls", "one", "-C", str(tmp_path), "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert [(row["step"], row["counts"]) for row in document["checkpoints"]] == [(11, True), (8, True), (4, True)]
+    assert [(row["step"], row["counts"], row["reason"]) for row in document["superseded"]] == [
+        (10, False, "it could not be had when e0002-a0003 began, which has gone on from an older one"),
+        (12, False, "e0001-a0001 was replaced: the run has gone on from its step 8"),
+    ]
+    text = invoke("ls", str(store.paths.root))[1].splitlines()
+    assert [line.split()[0] for line in text[1:]] == ["11", "8", "4", "10", "12"]
+    assert text[-1].endswith("no      e0001-a0001 was replaced: the run has gone on from its step 8")
+    flip_bit(next((root / "step-00000012").rglob("shard-00001.safetensors")), -5)
+    code, out, _ = invoke("verify", str(store.paths.root), "--all")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[:3] == [f"step {step}: whole" for step in (11, 8, 4)]
+    assert lines[3].startswith("step 10: whole (does not count: it could not be had when e0002-a0003 began")
+    assert lines[4].startswith("step 12: ")
+    assert "shard-00001" in lines[4]
+
+
+def test_without_a_branch_of_the_newest_gang_nothing_is_said_against_anybody(tmp_path: Path, invoke: Invoke) -> None:
+    store = make_run(tmp_path, "one")
+    for token in ((1, 1), (1, 2)):
+        write_checkpoint(store.paths.checkpoint_dir, step=4, token=token)
+    document = json.loads(invoke("ls", str(store.paths.root), "--json")[1])
+    assert document["superseded"] == []
 
 
 def test_verify_reads_every_byte(tmp_path: Path, run: Path, invoke: Invoke) -> None:

@@ -60,6 +60,9 @@ TEXTS = [
 ]
 
 
+EITHER = ("unspecified launch failure", "illegal memory access", "STATUS_EXECUTION_FAILED")
+
+
 @pytest.mark.parametrize(("kind", "message", "expected"), TEXTS)
 @pytest.mark.parametrize("how", ["told", "logged"])
 def test_what_a_text_says_of_a_device(how: str, kind: str, message: str, expected: FailureKind) -> None:
@@ -72,7 +75,8 @@ def test_what_a_text_says_of_a_device(how: str, kind: str, message: str, expecte
     if how == "logged" and (of_the_program or "Last error" in message):
         return  # an exit without a report has a kind of its own, and only the first line of what was said
     assert found.kind is expected
-    assert bool(found.signature) is of_the_program
+    either = expected is K.DEVICE_FAULT and any(words in message for words in EITHER)
+    assert bool(found.signature) is (of_the_program or either)
     assert message.splitlines()[0] in found.detail
 
 
@@ -209,6 +213,66 @@ def test_without_a_spare_a_node_whose_device_stays_gone_is_left_out_for_a_smalle
     assert set(nodes) == {"a"}
     assert not stage.state().terminal
     assert Action.SHRINK in actions(stage)
+
+
+ILLEGAL = cuda("an illegal memory access was encountered", "cudaErrorIllegalAddress")
+
+
+def test_a_kernel_that_reads_where_it_must_not_ends_the_run_once_another_node_has_said_the_same(tmp_path: Path) -> None:
+    """Twice at step 4 on one node: it is left out. Then at step 4 on the spare: it is no device."""
+    stage = Stage(tmp_path, backoff_s=0.0)
+    for number, node in enumerate(("b", "b", "c"), start=1):
+        attempt, nodes = start_ranks(stage, train=True)
+        assert (attempt, node in nodes) == (number, True)
+        trace = f"Traceback ...\n  File x.py, line {number}, in wherever_it_was_noticed"
+        fail(stage, attempt, nodes, node, "AcceleratorError", ILLEGAL, step=4, traceback=trace)
+    run = stage.store.run()
+    assert run.state is RunState.FAILED
+    assert run.reason.startswith("the same error at the same step 3 times, on 2 nodes, so it is no device's: rank ")
+    assert "CUDA_LAUNCH_BLOCKING=1" in run.reason
+    assert set(run.excluded) == {"b"}
+    assert [fall.kind for fall in run.failures] == ["device_fault"] * 3
+
+
+def test_it_ends_at_once_where_two_nodes_have_said_it(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, backoff_s=0.0)
+    for node in "ab":
+        attempt, nodes = start_ranks(stage, train=True)
+        fail(stage, attempt, nodes, node, "AcceleratorError", ILLEGAL, step=4)
+    assert stage.state() is RunState.FAILED
+    assert "2 times, on 2 nodes" in stage.store.run().reason
+
+
+def test_without_another_node_it_is_tried_once_more_and_no_oftener(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, nodes=("a", "b"), backoff_s=0.0, shrink_after_s=1e6)
+    for _ in range(3):
+        assert not stage.state().terminal
+        stage.clock.now += 400.0
+        attempt, nodes = start_ranks(stage, train=True)
+        node = "b" if "b" in nodes else "a"
+        fail(stage, attempt, nodes, node, "RuntimeError", "CUDA error: unspecified launch failure", step=4)
+    assert stage.state() is RunState.FAILED
+    assert "the same error at the same step 3 times" in stage.store.run().reason
+
+
+@pytest.mark.parametrize("message", [ILLEGAL, cuda("uncorrectable ECC error encountered"), "CUDA error: Xid 63"])
+def test_a_device_that_fails_now_and_then_costs_its_node_and_not_the_run(tmp_path: Path, message: str) -> None:
+    stage = Stage(tmp_path, backoff_s=0.0)
+    for step in (4, 7, 9):
+        attempt, nodes = start_ranks(stage, train=True)
+        fail(stage, attempt, nodes, "b", "AcceleratorError", message, step=step)
+    run = stage.store.run()
+    assert not run.state.terminal
+    assert set(run.excluded) == {"b"}
+
+
+def test_an_error_of_the_hardware_itself_is_never_put_down_to_the_program(tmp_path: Path) -> None:
+    """Twice at one step is chance, or a device."""
+    stage = Stage(tmp_path, backoff_s=0.0)
+    for node in "ab":
+        attempt, nodes = start_ranks(stage, train=True)
+        fail(stage, attempt, nodes, node, "AcceleratorError", cuda("uncorrectable ECC error encountered"), step=4)
+    assert not stage.state().terminal
 
 
 def test_an_error_before_the_first_step_is_tried_on_another_node_once(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_a_controller_that_was_stopped_before_it_looked_starts_nothing(tmp_path:
     root = stage.store.paths.checkpoint_dir
     before = sorted(path.name for path in (root / fence.FOLDER).iterdir())
     with pytest.raises(Fenced):
-        origin.find(stage.store, old.request.job, old.memory, old.run, 1, old.muster.up)
+        old.outset.find(old.request.job, old.run, 1, old.muster.up)
     assert sorted(path.name for path in (root / fence.FOLDER).iterdir()) == before
     # One that had looked, and is stopped before it can say what it has found, says it to nobody.
     late = lineage.following(old.run, Token(1, 2), "", kept=(), passed=(), finishing=False)

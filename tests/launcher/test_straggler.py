@@ -116,6 +116,48 @@ def say(watch: StragglerWatch, rank: int, step: int, own_s: float) -> None:
     watch.note(Observation(kind="report", node=f"node-{rank // 2}", time=float(step), data=data))
 
 
+# --- more ranks than cores ----------------------------------------------------------------------------------------
+
+
+def crowd(steps: int, *, slow: int = -1, hogged: int = -1, fair: bool = True, seed: int = 0) -> list[int]:
+    """Who is named among four ranks on two cores; rank 3 has got the worse of the two.
+
+    Args:
+        steps: How many.
+        slow: A rank that computes 1.3 times as long.
+        hogged: All have a core of their own, but for this rank, beside which something else runs.
+        fair: The ranks tell how long they waited for a core.
+        seed: Of the draws.
+    """
+    draw, watch = random.Random(seed), StragglerWatch()
+    watch.begin(plan_of(2, 2, 1))
+    for step in range(1, steps + 1):
+        for rank in range(4):
+            works = 0.1 * draw.lognormvariate(0.0, 0.05) * (1.3 if rank == slow and step > 50 else 1.0)
+            waits = 0.1 * draw.lognormvariate(0.0, 0.3) * (1.5 if rank == 3 else 1.0)
+            if hogged >= 0:
+                waits = 0.05 if rank == hogged and step > 50 else 0.0
+            times = {"own_s": works + waits, "seconds": 0.4, "queued_s": waits if fair else 0.0}
+            data = {"kind": "step", "rank": rank, "step": step, **times}
+            watch.note(Observation(kind="report", node=f"node-{rank // 2}", time=1.0, data=data))
+    return [failure.rank for failure, _ in watch.take()]
+
+
+def test_who_waits_for_a_core_is_not_slow() -> None:
+    assert crowd(300, fair=False) == [3]
+    assert crowd(10_000) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_who_is_slow_among_them_is_named_all_the_same(seed: int) -> None:
+    assert crowd(50 + WITHIN, slow=seed % 3, seed=seed) == [seed % 3]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_node_on_which_something_else_runs_is_slow(seed: int) -> None:
+    assert crowd(50 + WITHIN, hogged=1, seed=seed) == [1]
+
+
 def test_reports_lead_to_a_name_with_node_and_coordinates() -> None:
     watch = StragglerWatch()
     say(watch, 0, 1, 0.1)  # before the attempt has begun

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.checkpoint.fence import Debt
 from jobs.checkpoint.image import Image
 from jobs.checkpoint.layout import Place, Token
 from jobs.checkpoint.memory import Address, Generation, Holding, MemoryPoint, StreamInfo
@@ -114,7 +115,14 @@ class Writer:
         """Ask the persister."""
         return self.link.ask(op, **fields)[0]
 
-    def open(self, peers: Sequence[Any], *, in_memory: bool = True, restored: Generation | None = None) -> None:
+    def open(
+        self,
+        peers: Sequence[Any],
+        *,
+        in_memory: bool = True,
+        restored: Generation | None = None,
+        debt: Debt | None = None,
+    ) -> None:
         """Begin, when every rank has told its address."""
         job = make_job()
         about = {"run_id": "test", "plan": to_json(job.plan), "model": to_json(job.model)}
@@ -124,7 +132,7 @@ class Writer:
             rank=self.rank,
             world=self.world,
             image=tuple(self.image.rows()),
-            about=about | {"tensors": {"w": [self._elements]}},
+            about=about | {"tensors": {"w": [self._elements]}, "debt": to_json(debt) if debt else None},
         )
         fields = {"in_memory": in_memory, "keep": 2, "restored": restored, "peers": list(peers)}
         self.ask("open", info=to_json(info), **fields)
@@ -161,9 +169,10 @@ class Writer:
 def gang(nodes: Sequence[Node], token: Token = FIRST, **options: Any) -> list[Writer]:
     """One rank on each node, all of them open."""
     restored, in_memory = options.pop("restored", None), options.pop("in_memory", True)
+    debt = options.pop("debt", None)
     ranks = [Writer(node, rank, len(nodes), token, **options) for rank, node in enumerate(nodes)]
     for rank in ranks:
-        rank.open([one.address for one in ranks], restored=restored, in_memory=in_memory)
+        rank.open([one.address for one in ranks], restored=restored, in_memory=in_memory, debt=debt)
     return ranks
 
 

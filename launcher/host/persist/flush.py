@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.checkpoint.errors import CheckpointConflict
+from jobs.checkpoint.fence import Debt, pay
 from jobs.checkpoint.layout import Place, Token, place_of
 from jobs.checkpoint.manifest import TrainerState
 from jobs.checkpoint.parts import Part, Whole, arrived_before, commit_parts, withdraw_part, write_part
@@ -59,6 +60,7 @@ class Pending:
         whole: What the manifest says beside its parts; None until rank 0 has handed it in.
         world: Number of parts; 0 until then.
         keep: Checkpoints to keep; 0 until then.
+        debt: What its gang owes the store before it commits anything; None for nothing.
         again: It was tried before; its manifest may have arrived all the same.
         told: Ranks whose part is durable, or has failed.
         withdrawals: Deletions that are under way.
@@ -71,6 +73,7 @@ class Pending:
     whole: Whole | None = None
     world: int = 0
     keep: int = 0
+    debt: Debt | None = None
     again: bool = False
     told: set[int] = field(default_factory=set)
     withdrawals: int = 0
@@ -120,6 +123,8 @@ class Flusher:
             self._busy += 1
             if held.stream.info.rank == 0:
                 pending = self._of(writing.place)
+                debt = held.stream.info.about.get("debt")
+                pending.debt = from_json(Debt, debt) if debt else None
                 pending.whole, pending.world = _whole(held), held.stream.info.world
                 pending.keep, pending.again = keep, again
         return writing
@@ -206,6 +211,8 @@ class Flusher:
         assert pending.whole is not None
         done: dict[str, Any]
         try:
+            if pending.debt is not None:
+                pay(self._root, pending.debt)
             parts = [pending.parts[r] for r in range(pending.world)]
             arrived = arrived_before(pending.place) if pending.again else None
             manifest = arrived or commit_parts(pending.place, parts, pending.whole)

@@ -15,7 +15,7 @@ import pytest
 
 from jobs.checkpoint import fence, newest, verify
 from jobs.checkpoint.errors import OutOfReach
-from jobs.checkpoint.fence import Branch
+from jobs.checkpoint.fence import Branch, Debt
 from jobs.checkpoint.image import Image
 from jobs.checkpoint.layout import Token, manifests, writers
 from jobs.checkpoint.manifest import list_checkpoints
@@ -104,6 +104,38 @@ def test_a_gang_that_was_replaced_commits_nothing_before_its_successor_has_writt
     point = choose([node.stock()], beyond=best, branch=fence.current(root), skips=(), rejected=())
     assert point is not None
     assert point.generation == Generation(96, Token(2, 2))
+
+
+def test_a_gang_that_began_without_the_store_fences_before_it_commits(make: MakeNode, tmp_path: Path) -> None:
+    """Its controller could not; the one before has everything on the disk meanwhile, and commits some of it."""
+    node, root = make("a"), tmp_path / "checkpoints"
+    (old,) = gang([node])
+    for step in (88, 95):
+        old.put(step, flush=True)
+        assert old.outcome(step)["step"] == step
+    old.put(100, flush=True, hold=True)
+    old.ask("durable")
+    owed = Debt(owner="its controller", branch=Branch(epoch=1, attempt=2, history=((90, 1, 1),)))
+    (new,) = gang([node], Token(1, 2), debt=owed)
+    new.put(91)
+    assert fence.highest(root) is None
+    new.put(92, flush=True)
+    assert new.outcome(92)["step"] == 92
+    assert fence.current(root) == owed.branch
+    assert [one.step for one in list_checkpoints(root)] == [92, 88]
+    new.put(93, flush=True)
+    assert new.outcome(93)["step"] == 93
+    old.ask("release")
+    assert old.outcome(100)["error"]["kind"] == "conflict"
+
+
+def test_a_gang_that_was_replaced_before_it_had_laid_its_fence_commits_nothing(make: MakeNode, tmp_path: Path) -> None:
+    owed = Debt(owner="its controller", branch=Branch(epoch=1, attempt=2))
+    (rank,) = gang([make("a")], Token(1, 2), debt=owed)
+    fence.raise_fence(tmp_path / "checkpoints", Token(2, 3), owner="the next controller")
+    rank.put(5, flush=True)
+    assert rank.outcome(5)["error"]["kind"] == "conflict"
+    assert manifests(tmp_path / "checkpoints") == []
 
 
 def test_a_later_gang_that_no_controller_has_started_fences_by_what_it_writes(make: MakeNode, tmp_path: Path) -> None:
