@@ -7,7 +7,6 @@ of a copy its own forward and backward do not hide.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -37,9 +36,6 @@ class Copier:
     Args:
         optimizer: Whose state is copied.
         beside_bytes: Smaller copies are made at once.
-
-    Attributes:
-        waited_s: Seconds that training stood still for the newest copy after :meth:`start` had returned.
     """
 
     def __init__(self, optimizer: OptimizerAccess, *, beside_bytes: int = BESIDE_BYTES) -> None:
@@ -47,7 +43,6 @@ class Copier:
         self._beside_bytes = beside_bytes
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-copy")
         self._running: Future[None] | None = None
-        self.waited_s = 0.0
         optimizer.inner.register_step_pre_hook(lambda *_: self.wait())
 
     def start(self, turns: Iterable[Sequence[Copy]]) -> None:
@@ -55,7 +50,6 @@ class Copier:
 
         A small state has been copied when this returns, and so has one on disks, which is in memory by turns only.
         """
-        self.waited_s = 0.0
         for copies in turns:
             small = sum(copy.target.nbytes for copy in copies) < self._beside_bytes
             if small or self._optimizer.on_disks:
@@ -78,9 +72,7 @@ class Copier:
         """
         running, self._running = self._running, None
         if running is not None:
-            begin = time.perf_counter()
             running.result()
-            self.waited_s = time.perf_counter() - begin
 
 
 def _after(running: Future[None], act: Callable[[], None]) -> None:

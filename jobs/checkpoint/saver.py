@@ -107,7 +107,6 @@ class BehindSaver:
         self._in_memory = False
         self._rank_state: dict[str, Any] = {}
         self._unconfirmed = False  # a replica of the newest copy is on its way
-        self._replica_s = 0.0
         self._kept_s = 0.0  # what keep() has taken since it was told
         policy = job.checkpoint
         self._frequency = Frequency(every=policy.memory_every, share=policy.memory_share, most=policy.every)
@@ -242,11 +241,6 @@ class BehindSaver:
             time.sleep(min(seconds, SIGN_OF_LIFE_S))
             seconds -= SIGN_OF_LIFE_S
 
-    @property
-    def waited_s(self) -> float:
-        """Seconds for which :meth:`land` waited for the newest copy and its replica."""
-        return self._copier.waited_s + self._replica_s
-
     def land(self) -> None:
         """Wait for the newest copy and its replica.
 
@@ -256,9 +250,7 @@ class BehindSaver:
         self._copier.wait()
         if self._unconfirmed:
             self._unconfirmed = False
-            begin = time.perf_counter()
             self._own_time.wait(self._confirm)
-            self._replica_s = time.perf_counter() - begin
 
     def _copy(self) -> None:
         answer, _, fds = self._ask("begin")
@@ -267,7 +259,6 @@ class BehindSaver:
             self._buffers[number] = _mapped(fd, size)
             if why := pin(self._buffers[number], self._device):
                 warn(why)
-        self._replica_s = 0.0
         self._copier.start(copies_of(self._optimizer, self._runs, self._image, self._buffers[number]))
 
     def _record(self, extra: Mapping[str, Any]) -> dict[str, Any]:

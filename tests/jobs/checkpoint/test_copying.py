@@ -30,7 +30,6 @@ def test_small_state_is_copied_at_once() -> None:
     told: list[bool] = []
     copier.then(lambda: told.append(bool((target == 1).all())))
     assert told == [True]
-    assert copier.waited_s == 0
 
 
 def test_what_is_in_memory_by_turns_is_copied_in_its_turn() -> None:
@@ -60,7 +59,6 @@ def test_an_update_waits_for_the_copy_and_what_follows_it() -> None:
     inner.step()
     assert order == [("first", True), ("second", [0.0, 1.0, 1.0, 1.0])]
     assert weight.tolist() == [0.0] * 4
-    assert copier.waited_s > 0
 
 
 def test_what_goes_wrong_on_the_thread_is_raised_once_by_who_waits() -> None:

@@ -128,7 +128,7 @@ def saving(monkeypatch: pytest.MonkeyPatch, *outcomes: Any) -> tuple[BehindSaver
     monkeypatch.setattr(saver, "agree", lambda error, value=None: [value] if error is None else _raise(error))
     monkeypatch.setattr(made, "_copy", lambda: link.ask("begin"))
     monkeypatch.setattr(made, "_record", lambda extra: {})
-    monkeypatch.setattr(made, "_copier", SimpleNamespace(wait=lambda: None, then=lambda act: act(), waited_s=0.0))
+    monkeypatch.setattr(made, "_copier", SimpleNamespace(wait=lambda: None, then=lambda act: act()))
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(made._reporter, "send", lambda kind, **fields: told.append({"kind": kind, **fields}))
     return made, link, told
