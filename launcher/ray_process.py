@@ -96,7 +96,7 @@ class RayProcess:
                 self._rest = rest
                 if is_answer(line):
                     return line.decode()
-            elif not select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            elif not _has_news(self._process.stdout.fileno(), deadline - time.monotonic()):
                 raise ClusterError(
                     what,
                     why=f"a port is open there, but no Ray head answered within {timeout_s:.0f} s",
@@ -113,6 +113,13 @@ class RayProcess:
         """End it, and what it has started on this machine."""
         self._process = None
         self._running.close()
+
+
+def _has_news(fd: int, timeout_s: float) -> bool:
+    # Not select(), which takes no descriptor above 1023: a controller of thousands of nodes has as many connections.
+    watched = select.poll()
+    watched.register(fd, select.POLLIN)
+    return bool(watched.poll(max(0.0, timeout_s) * 1000))
 
 
 def let_go(asked: subprocess.Popen[bytes]) -> None:

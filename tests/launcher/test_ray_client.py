@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -153,6 +154,19 @@ def test_nothing_is_left_of_a_process_that_does_not_answer(
     assert (tmp_path / "seen.up").exists()
     assert not Path(seen.read_text().strip()).exists()
     assert not [pid for pid in process.all_pids() if process.command_line(pid) == ["sleep", "600.25"]]
+
+
+def test_a_process_is_listened_to_whatever_the_number_of_its_pipe() -> None:
+    """select() takes none above 1023, and a controller of thousands of nodes has as many connections."""
+    reader, writer = os.pipe()
+    high = fcntl.fcntl(reader, fcntl.F_DUPFD, 1500)
+    try:
+        assert not ray_process._has_news(high, 0.0)
+        os.write(writer, b"x")
+        assert ray_process._has_news(high, 0.0)
+    finally:
+        for fd in (reader, writer, high):
+            os.close(fd)
 
 
 def test_a_node_that_cannot_even_be_started_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
