@@ -13,7 +13,7 @@ import pytest
 from jobs.checkpoint import saver
 from jobs.checkpoint.errors import CheckpointConflict
 from jobs.checkpoint.image import Image
-from jobs.checkpoint.outage import SIGN_OF_LIFE_S, waits
+from jobs.checkpoint.outage import LATE_S, SIGN_OF_LIFE_S, waits
 from jobs.checkpoint.persister import PersisterLink
 from jobs.checkpoint.saver import BehindSaver
 from jobs.checkpoint.slices import whole
@@ -148,24 +148,50 @@ def written(step: int) -> dict[str, Any]:
 
 def test_training_goes_on_beside_a_checkpoint_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     made, link, told = saving(monkeypatch, FULL, written(10))
-    made.save(5, {}, wait=False)
-    known = [made.troubled]  # nobody knows yet
-    made.save(10, {}, wait=False)
-    known.append(made.troubled)
-    assert told == [{"kind": "unsaved", "step": 5, "reason": "Cannot write. (No space left on device)"}]
-    made.save(15, {}, wait=False)
-    assert [*known, made.troubled] == [False, True, False]
+    made.save(5, {})
+    assert told == [], "nobody knows yet"
+    made.save(10, {})
+    (unsaved,) = told
+    assert (unsaved["kind"], unsaved["step"], unsaved["reason"]) == (
+        "unsaved",
+        5,
+        "Cannot write. (No space left on device)",
+    )
+    assert unsaved["stall_s"] >= 0
+    made.save(15, {})
     assert [one["kind"] for one in told] == ["unsaved", "checkpoint"]
     bases = [fields["base"] for op, fields in link.asked if op == "seal"]
     steps = [base.rpartition("step-")[2][:8] for base in bases]
     assert steps == ["", "", "00000010"], "only what exists is gone on from"
 
 
+def test_one_that_is_due_while_the_one_before_is_being_written_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, link, told = saving(monkeypatch, None, None, written(5), written(20))
+    for step in (5, 10, 15, 20, 25):
+        made.save(step, {})
+    waited = [fields["wait_s"] for op, fields in link.asked if op == "outcome"]
+    assert waited == [LATE_S, 0.0, 0.0, LATE_S], "patience is had once"
+    assert [fields["flush"] for op, fields in link.asked if op == "seal"] == [True, False, False, True, True]
+    assert [(one["kind"], one["step"]) for one in told] == [("unsaved", 5), ("checkpoint", 5), ("checkpoint", 20)]
+
+
+def test_the_last_one_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, link, _ = saving(monkeypatch, None, written(10))
+    made.save(5, {})
+    made.save(10, {}, must=True)
+    assert made.finish() is None
+    assert [fields["flush"] for op, fields in link.asked if op == "seal"] == [True, True]
+    assert [(fields["step"], fields["wait_s"]) for op, fields in link.asked if op == "outcome"] == [
+        (5, LATE_S),
+        (10, None),
+    ]
+
+
 def test_who_was_fenced_off_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     made, _, told = saving(monkeypatch, FENCED)
-    made.save(5, {}, wait=False)
+    made.save(5, {})
     with pytest.raises(CheckpointConflict):
-        made.save(10, {}, wait=False)
+        made.save(10, {})
     assert told == []
 
 
@@ -173,19 +199,21 @@ def test_the_last_checkpoint_is_tried_until_it_is_written(monkeypatch: pytest.Mo
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     made, link, told = saving(monkeypatch, FULL, FULL, written(5))
-    made.save(5, {}, wait=True, patience_s=100.0)
+    made.save(5, {}, must=True)
+    assert made.finish(patience_s=100.0) is None
     assert sum(slept) == pytest.approx(2 + 4)
     assert max(slept) <= SIGN_OF_LIFE_S
     kinds = [one["kind"] for one in told]
     assert kinds == ["unsaved", "step", "unsaved", "step", "step", "checkpoint"], "every wait is told to be alive"
     assert [fields.get("again") for op, fields in link.asked if op == "seal"] == [False, True, True]
-    assert not made.troubled
 
 
 def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     made, _, _ = saving(monkeypatch, FULL)
-    with pytest.raises(StorageError, match="Cannot write"):
-        made.save(5, {}, wait=True)
+    made.save(5, {}, must=True)
+    failure = made.finish()
+    assert isinstance(failure, StorageError)
+    assert failure.what == "Cannot write."
 
 
 def test_waits_grow_and_end_with_patience() -> None:
