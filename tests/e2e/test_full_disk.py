@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobs import checkpoint
+from launcher.host import announce
 from launcher.run import EventKind, RunState
 from launcher.store import RunStore
 from tests.support import cli
@@ -132,6 +133,34 @@ def test_a_disk_of_checkpoints_that_is_full_for_a_while(folder: Path, disk: Path
     assert saved[0].step == steps
     assert all(checkpoint.verify(entry.path, deep=True) == [] for entry in saved)
     assert json.loads(cli.phalanx("status", "demo", "--json", cwd=folder).out)["unsaved"] is None
+
+
+@pytest.mark.full
+def test_a_node_that_is_taken_away_while_nothing_can_be_saved(folder: Path, disk: Path) -> None:
+    """Its ranks leave in good order all the same: their step is in memory, on another node, too."""
+    quiet = cli.phalanx(*cli.tiny(folder, "quiet", "train.steps=120"), cwd=folder)
+    assert quiet.code == 0, quiet.err
+    words = cli.tiny(folder, "demo", "train.steps=120", f"checkpoint.url={disk}", "recovery.max_restarts=0")
+    process = cli.start(*words, cwd=folder)
+    run = RunStore(folder / "runs" / "demo")
+    cli.wait_for(lambda: max(cli.curve(run), default=0) >= 4, "step 4")
+    filler = fill(disk)
+    cli.wait_for(lambda: any(e.kind is EventKind.CHECKPOINT_FAILED for e in run.events()), "a checkpoint that failed")
+    attempt = run.run().attempt
+    assert attempt is not None
+    agent = announce.read(announce.path_of(run.paths, attempt.nodes[1]))
+    assert agent is not None
+    os.kill(agent.pid, signal.SIGTERM)
+    cli.wait_for(lambda: len(run.run().attempts) == 2, "ranks on other nodes")
+    cli.wait_for(lambda: max(cli.curve(run), default=0) > run.run().attempts[1].first_step, "a step of theirs")
+    filler.unlink()
+    done = cli.end(process)
+    assert done.code == 0, done.err
+    state = run.run()
+    assert (state.steps_lost, state.restarts, state.failures) == (0, 0, ())
+    assert [one.reason for one in state.attempts] == ["start", "move"]
+    assert cli.curve(run) == cli.curve(cli.store(folder, "quiet"))
+    assert state.weights_digest == cli.store(folder, "quiet").run().weights_digest is not None
 
 
 def test_a_signal_while_the_disk_is_full(folder: Path, disk: Path) -> None:
