@@ -111,7 +111,7 @@ class BehindSaver:
         policy = job.checkpoint
         self._frequency = Frequency(every=policy.memory_every, share=policy.memory_share, most=policy.every)
         self._cores = len(os.sched_getaffinity(0))
-        self._toil_s = 0.0  # of the persister, for copies, as it was told last
+        self._toil_s = 0.0  # of the persister, for copies of all gangs so far, as it was told last
         self.copies_every = 0
         self._warned = ""
         self._base = restored_from(env)  # the newest checkpoint on disk of which every rank knows
@@ -150,7 +150,7 @@ class BehindSaver:
             about=about,
             skips=tuple((skip.step, skip.samples) for skip in job.skips),
         )
-        self._ask(
+        answer, _, _ = self._ask(
             "open",
             info=to_json(info),
             peers=[where for where, _, _ in told],
@@ -158,6 +158,7 @@ class BehindSaver:
             keep=job.checkpoint.keep,
             restored=generation_of(env.resume_from),
         )
+        self._toil_s = answer["toil_s"]
         if env.rank == 0:
             warn(without_memory(refused))
 
@@ -188,7 +189,10 @@ class BehindSaver:
         price = self._frequency.price(step, time.perf_counter()) if self._frequency.adapts else None
         if price is None:
             return
-        told = self._frequency.reconsider(Price(*most(price)))
+        began = time.perf_counter()
+        dearest = most(price)
+        self._kept_s -= time.perf_counter() - began  # of a step: it waits for the slowest rank, here or later
+        told = self._frequency.reconsider(Price(*dearest))
         self.copies_every = self._frequency.now
         if told and self._env.rank == 0:
             print(told, flush=True)
