@@ -28,6 +28,19 @@ def passing(failure: dict[str, Any]) -> bool:
     return failure.get("kind") == "storage"
 
 
+def stalled_s(pending: dict[str, Any]) -> float:
+    """Seconds that a checkpoint has cost; of one that is waited for and tried again, since this was asked last.
+
+    Args:
+        pending: What is known of it: ``stall_s`` of the call that made it, ``waited_s`` of the step after that, and
+            ``since`` when it is waited for (:func:`time.perf_counter`).
+    """
+    if "since" not in pending:
+        return float(pending["stall_s"] + pending.get("waited_s", 0.0))
+    since, pending["since"] = pending["since"], time.perf_counter()
+    return float(pending["since"] - since)
+
+
 def words(failure: dict[str, Any]) -> str:
     """What went wrong, in a line."""
     why = failure.get("why", "")

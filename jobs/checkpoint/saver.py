@@ -28,7 +28,7 @@ from jobs.checkpoint.gang import agree, gather, most, revive
 from jobs.checkpoint.image import Image
 from jobs.checkpoint.layout import Place, Token
 from jobs.checkpoint.memory import StreamInfo, generation_of
-from jobs.checkpoint.outage import SIGN_OF_LIFE_S, passing, waits, words
+from jobs.checkpoint.outage import SIGN_OF_LIFE_S, passing, stalled_s, waits, words
 from jobs.checkpoint.persister import PersisterLink, unreachable
 from jobs.checkpoint.save import Run, copies_of, image_of_state, runs_of
 from jobs.checkpoint.state import rng_state, trainer_state
@@ -329,12 +329,11 @@ class BehindSaver:
         if "error" in done:
             warn(f"the checkpoint of step {pending['step']} could not be written: {words(done['error'])}")
             if passing(done["error"]):
-                self._reporter.send("unsaved", step=pending["step"], reason=words(done["error"]))
+                why, stall_s = words(done["error"]), stalled_s(pending)
+                self._reporter.send("unsaved", step=pending["step"], reason=why, stall_s=stall_s)
             return dict(done["error"])
         warn(done.pop("warning", ""))
-        stalled_s = pending["stall_s"] + pending.get("waited_s", 0.0)
-        stall_s = time.perf_counter() - pending["since"] if "since" in pending else stalled_s
-        self._reporter.send("checkpoint", stall_s=stall_s, **done)
+        self._reporter.send("checkpoint", stall_s=stalled_s(pending), **done)
         return None
 
     def _ask(self, op: str, **fields: Any) -> tuple[Message, bytes, list[int]]:
