@@ -14,7 +14,7 @@ import pytest
 from jobs.checkpoint import saver
 from jobs.checkpoint.errors import CheckpointConflict
 from jobs.checkpoint.image import Image
-from jobs.checkpoint.outage import SIGN_OF_LIFE_S, waits
+from jobs.checkpoint.outage import LATE_S, SIGN_OF_LIFE_S, waits
 from jobs.checkpoint.persister import PersisterLink
 from jobs.checkpoint.saver import BehindSaver
 from jobs.checkpoint.slices import whole
@@ -220,26 +220,50 @@ def written(step: int) -> dict[str, Any]:
 
 def test_training_goes_on_beside_a_checkpoint_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     made, link, told = saving(monkeypatch, FULL, written(10))
-    made.save(5, {}, wait=False)
-    known = [made.troubled]  # nobody knows yet
-    made.save(10, {}, wait=False)
-    known.append(made.troubled)
-    (one,) = told
-    assert one.pop("stall_s") >= 0.0
-    assert one == {"kind": "unsaved", "step": 5, "reason": "Cannot write. (No space left on device)"}
-    made.save(15, {}, wait=False)
-    assert [*known, made.troubled] == [False, True, False]
+    made.save(5, {})
+    assert told == [], "nobody knows yet"
+    made.save(10, {})
+    (unsaved,) = told
+    assert (unsaved["kind"], unsaved["step"], unsaved["reason"]) == (
+        "unsaved",
+        5,
+        "Cannot write. (No space left on device)",
+    )
+    assert unsaved["stall_s"] >= 0
+    made.save(15, {})
     assert [one["kind"] for one in told] == ["unsaved", "checkpoint"]
     bases = [fields["base"] for op, fields in link.asked if op == "seal"]
     steps = [base.rpartition("step-")[2][:8] for base in bases]
     assert steps == ["", "", "00000010"], "only what exists is gone on from"
 
 
+def test_one_that_is_due_while_the_one_before_is_being_written_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, link, told = saving(monkeypatch, None, None, written(5), written(20))
+    for step in (5, 10, 15, 20, 25):
+        made.save(step, {})
+    waited = [fields["wait_s"] for op, fields in link.asked if op == "outcome"]
+    assert waited == [LATE_S, 0.0, 0.0, LATE_S], "patience is had once"
+    assert [fields["flush"] for op, fields in link.asked if op == "seal"] == [True, False, False, True, True]
+    assert [(one["kind"], one["step"]) for one in told] == [("unsaved", 5), ("checkpoint", 5), ("checkpoint", 20)]
+
+
+def test_the_last_one_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, link, _ = saving(monkeypatch, None, written(10))
+    made.save(5, {})
+    made.save(10, {}, must=True)
+    assert made.finish() is None
+    assert [fields["flush"] for op, fields in link.asked if op == "seal"] == [True, True]
+    assert [(fields["step"], fields["wait_s"]) for op, fields in link.asked if op == "outcome"] == [
+        (5, LATE_S),
+        (10, None),
+    ]
+
+
 def test_who_was_fenced_off_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     made, _, told = saving(monkeypatch, FENCED)
-    made.save(5, {}, wait=False)
+    made.save(5, {})
     with pytest.raises(CheckpointConflict):
-        made.save(10, {}, wait=False)
+        made.save(10, {})
     assert told == []
 
 
@@ -247,29 +271,47 @@ def test_the_last_checkpoint_is_tried_until_it_is_written(monkeypatch: pytest.Mo
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     made, link, told = saving(monkeypatch, FULL, FULL, written(5))
-    made.save(5, {}, wait=True, patience_s=100.0)
+    made.save(5, {}, must=True)
+    assert made.finish(patience_s=100.0) is None
     assert sum(slept) == pytest.approx(2 + 4)
     assert max(slept) <= SIGN_OF_LIFE_S
     kinds = [one["kind"] for one in told]
     assert kinds == ["unsaved", "step", "unsaved", "step", "step", "checkpoint"], "every wait is told to be alive"
     assert [fields.get("again") for op, fields in link.asked if op == "seal"] == [False, True, True]
-    assert not made.troubled
 
 
 def test_what_a_checkpoint_has_cost_is_told_although_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that says nothing is waited for where the next checkpoint is due: that one has cost the time."""
     clock = Clock(monkeypatch)
     made, link, told = saving(monkeypatch, FULL, FULL, written(15))
-    link.on_ask = lambda op: clock.passes({"outcome": 60.0, "begin": 0.25}.get(op, 0.0))
+    link.on_ask = lambda op: clock.passes({"outcome": 8.0, "begin": 0.25}.get(op, 0.0))
     for step in (5, 10, 15):
-        made.save(step, {}, wait=False)
+        made.save(step, {})
         made.stalled_s()
         clock.passes(100.0)
-    made._settle(wait=True)
+    made._settle(None)
     assert [(one["kind"], one["step"], one["stall_s"]) for one in told] == [
         ("unsaved", 5, 0.25),
-        ("unsaved", 10, 60.25),
-        ("checkpoint", 15, 60.25),
+        ("unsaved", 10, 8.25),
+        ("checkpoint", 15, 8.25),
+    ]
+
+
+@pytest.mark.parametrize("must", [False, True])
+def test_what_a_late_checkpoint_has_cost_is_told_once(must: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patience with it; the copy of the step that was left out is one in memory."""
+    clock = Clock(monkeypatch)
+    made, link, told = saving(monkeypatch, None, written(10 if must else 5))
+    link.on_ask = lambda op: clock.passes({"outcome": LATE_S, "begin": 0.25}.get(op, 0.0))
+    made.save(5, {})
+    kept_s = [made.stalled_s()]
+    made.save(10, {}, must=must)
+    kept_s.append(made.stalled_s())
+    assert kept_s == [0.0, 0.0 if must else 0.25]
+    made._settle(None)
+    assert [(one["kind"], one["step"], one["stall_s"]) for one in told] == [
+        ("unsaved", 5, LATE_S),
+        ("checkpoint", 10 if must else 5, 0.25),
     ]
 
 
@@ -277,7 +319,8 @@ def test_each_second_of_a_checkpoint_that_is_tried_again_is_told_once(monkeypatc
     clock = Clock(monkeypatch)
     made, link, told = saving(monkeypatch, FULL, FULL, written(5))
     link.on_ask = lambda op: clock.passes({"outcome": 60.0, "begin": 0.25}.get(op, 0.0))
-    made.save(5, {}, wait=True, patience_s=1000.0)
+    made.save(5, {}, must=True)
+    assert made.finish(patience_s=1000.0) is None
     stalls = [one["stall_s"] for one in told if one["kind"] in ("unsaved", "checkpoint")]
     assert stalls == [60.25, 62.25, 64.25]
     assert sum(stalls) == clock.now - 1000.0
@@ -285,8 +328,10 @@ def test_each_second_of_a_checkpoint_that_is_tried_again_is_told_once(monkeypatc
 
 def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     made, _, _ = saving(monkeypatch, FULL)
-    with pytest.raises(StorageError, match="Cannot write"):
-        made.save(5, {}, wait=True)
+    made.save(5, {}, must=True)
+    failure = made.finish()
+    assert isinstance(failure, StorageError)
+    assert failure.what == "Cannot write."
 
 
 def test_waits_grow_and_end_with_patience() -> None:
