@@ -14,6 +14,8 @@ Kinds, with their fields beside ``kind`` and ``time`` (UTC seconds):
                 ``next`` alone, when a checkpoint is saved and after every batch of an evaluation)
 ``checkpoint``  a checkpoint is committed (sent by rank 0): ``step``, ``path``, ``bytes``, ``written_bytes``,
                 ``stall_s``
+``unsaved``     a checkpoint could not be written, or is late, and the ranks go on, if only to try again (sent by rank
+                0): ``step``, ``reason``, and for how many seconds they stood still for that (``stall_s``)
 ``rejected``    a checkpoint failed verification: ``path``, ``reason``
 ``blow_up``     the numbers of a step cannot be right, nothing of it is kept: ``step``, ``why``, and of how many
                 ``samples`` it was made

@@ -4,7 +4,7 @@
 start              from submit (or a person's resume) until ranks exist and have started, without restore
 productive         optimizer steps that count
 checkpoint_stall   steps waiting for a state to be copied, into memory or for the disk, for its replica, and to be
-                   written: as rank 0 has waited
+                   written, also where that has failed: as rank 0 has waited
 detect             from the failure (or the last sign of life) until the controller knew
 decide             from knowing until every old rank is gone and the decision is recorded; and, when ranks leave on
                    purpose at a checkpoint, until they are gone
@@ -93,6 +93,7 @@ class Account:
         incidents: Failures, oldest first.
         steps: Optimizer steps that count.
         saves: Checkpoints committed.
+        failed_saves: Those that could not be written, every try counted.
         data_s: Of the productive seconds, those in which rank 0 waited for its samples.
         memory_s: Of the seconds of checkpoint stalls, those that copies have cost which only memory keeps.
     """
@@ -101,6 +102,7 @@ class Account:
     incidents: Sequence[Incident]
     steps: int
     saves: int
+    failed_saves: int = 0
     data_s: float = 0.0
     memory_s: float = 0.0
 

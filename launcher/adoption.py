@@ -159,6 +159,7 @@ def _adopt(controller: Controller, welcomes: Welcomes) -> None:
         resume_from=attempt.resume_from,
         spawned=spawned,
         commits={int(e.data["step"]) for e in mine if e.kind is EventKind.CHECKPOINT_COMMITTED},
+        unsaved={float(e.data.get("told", 0.0)) for e in mine if e.kind is EventKind.CHECKPOINT_FAILED},
         afresh={str(e.data["node"]) for e in mine if e.kind is EventKind.POOL_UNSAFE},
         first_step=attempt.first_step,
         last_step=max(attempt.last_step, last_metric_step(controller, attempt.number)),

@@ -154,7 +154,7 @@ class Departure:
             steps=job.train.steps,
             newest=max(state.commits, default=state.first_step - 1),
             disk_every=job.checkpoint.every,
-            memory_every=state.copies_every or job.checkpoint.memory_every,
+            memory_every=job.checkpoint.memory_every if state.copies_every is None else state.copies_every,
         )
 
     def _replace(self, state: GangState, failure: Failure) -> None:

@@ -256,7 +256,10 @@ def _unsaved(events: Sequence[RunEvent]) -> dict[str, Any] | None:
             failed.append(event)
         elif event.kind is EventKind.CHECKPOINT_COMMITTED:
             failed = []
-    return {"since": failed[0].time, "times": len(failed), **failed[-1].data} if failed else None
+    if not failed:
+        return None
+    last = failed[-1].data
+    return {"since": failed[0].time, "times": len(failed), "step": last["step"], "reason": last["reason"]}
 
 
 def _controller_alive(paths: RunPaths, watch_s: float) -> bool | None:

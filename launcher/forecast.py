@@ -2,7 +2,7 @@
 
 ===============  ======================================================================================================
 ``step_s``       seconds of one optimizer step, without stalls (measured: mean over steps that count)
-``stall_s``      seconds that a step waits for one checkpoint on disk (measured: mean)
+``stall_s``      seconds that a step waits for one checkpoint on disk (measured: mean over all that were tried)
 ``detect_s``     seconds from a failure until the controller knows (measured: mean over incidents)
 ``restart_s``    seconds from then until the ranks train again (measured: mean over incidents that recovered)
 ``goodput``      share of the wall time that is productive (predicted: at the run's own checkpoint intervals and
@@ -70,10 +70,11 @@ def predicted(request: LaunchRequest, plan: ParallelPlan) -> dict[str, Any]:
 
 def measured(books: Account) -> dict[str, Any]:
     """The same of what happened; null where nothing did."""
+    tries = books.saves + books.failed_saves
     failures = [one for one in books.incidents if one.kind != ORPHANED]
     return {
         "step_s": books.seconds["productive"] / books.steps if books.steps else None,
-        "stall_s": books.disk_stall_s / books.saves if books.saves else None,
+        "stall_s": books.disk_stall_s / tries if tries else None,
         "detect_s": _mean([one.seconds["detect"] for one in failures]),
         "restart_s": _mean([one.restart_s for one in failures if one.recovered]),
         "goodput": books.goodput,

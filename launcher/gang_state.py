@@ -54,11 +54,12 @@ class GangState:
         finished: Ranks that exited with code 0.
         errors: ``error`` reports by rank.
         commits: Steps of this attempt whose checkpoint is in the log already.
+        unsaved: When a rank told of a checkpoint that could not be written (UTC seconds), as far as it is in the log.
         afresh: Nodes whose ranks did not come from the warm pool, as far as it is in the log already.
         evidence: Failures, in order of arrival.
         first_step: First step that the attempt runs.
         last_step: Highest step that a rank has reported.
-        copies_every: Steps between two copies in memory, as a rank has told last; 0 while none has.
+        copies_every: Steps between two copies in memory, 0 for none, as a rank has told last; None while none has.
         restored: What ranks have read back: ``restored_s`` of the slowest, ``restored_bytes`` of all (each byte is read
             once, whoever needs it); may be empty.
         training: The first step has begun.
@@ -80,11 +81,12 @@ class GangState:
     finished: set[int] = field(default_factory=set)
     errors: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     commits: set[int] = field(default_factory=set)
+    unsaved: set[float] = field(default_factory=set)
     afresh: set[str] = field(default_factory=set)
     evidence: list[Failure] = field(default_factory=list)
     first_step: int = 1
     last_step: int = 0
-    copies_every: int = 0
+    copies_every: int | None = None
     restored: dict[str, float] = field(default_factory=dict)
     training: bool = False
     leaving: str = ""
@@ -229,7 +231,8 @@ class GangState:
         rank, kind = int(data["rank"]), data["kind"]
         if kind == "step":
             self.last_step = max(self.last_step, int(data["step"]))
-            self.copies_every = int(data.get("copies_every", self.copies_every))
+            if "copies_every" in data:
+                self.copies_every = int(data["copies_every"])
         elif kind == "training" and rank == 0:
             self._began = int(data["step"])
             # Where a node's word of its ranks is still on its way, that is told first: they do run.
@@ -238,8 +241,10 @@ class GangState:
             self.commits.add(int(data["step"]))
             named: tuple[str, ...] = ("step", "path", "bytes", "written_bytes", "stall_s")
             return [Note(kind=EventKind.CHECKPOINT_COMMITTED, data={key: data[key] for key in named if key in data})]
-        elif kind == "unsaved":
-            known = {"step": int(data["step"]), "reason": str(data.get("reason", ""))}
+        elif kind == "unsaved" and seen.time not in self.unsaved:
+            self.unsaved.add(seen.time)
+            known = {"step": int(data["step"]), "reason": str(data.get("reason", "")), "told": seen.time}
+            known["stall_s"] = float(data.get("stall_s", 0.0))
             return [Note(kind=EventKind.CHECKPOINT_FAILED, data=known)]
         elif kind == "error":
             self.errors[rank] = data

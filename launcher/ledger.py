@@ -16,7 +16,11 @@ from launcher.account import CLASSES, INCIDENT_CLASSES, ORPHANED, Account, Incid
 from launcher.run import EventKind, RunEvent
 
 _ENDS = (EventKind.RUN_SUCCEEDED, EventKind.RUN_FAILED, EventKind.RUN_CANCELLED)
-_WHILE_TRAINING = (EventKind.CHECKPOINT_COMMITTED, EventKind.DECISION)  # to grow: the ranks go on until they may leave
+_WHILE_TRAINING = (
+    EventKind.CHECKPOINT_COMMITTED,
+    EventKind.CHECKPOINT_FAILED,
+    EventKind.DECISION,  # to grow: the ranks go on until they may leave
+)
 
 
 def account(
@@ -67,8 +71,8 @@ class Book:
         self._last_step = 0  # of the newest attempt, as events tell
         self._computed = 0  # the same, as metrics tell
         self._done = 0  # highest step that any attempt has completed
-        self._owed = 0.0  # stall of committed checkpoints that no step has paid for yet
-        self._steps = self._saves = 0
+        self._owed = 0.0  # stall of checkpoints, written or not, that no step has paid for yet
+        self._steps = self._saves = self._failed_saves = 0
         self._data_s = 0.0  # of productive steps
         self._memory_s = 0.0  # of stalls
         self._ended = False
@@ -157,6 +161,7 @@ class Book:
             incidents=incidents,
             steps=book._steps,
             saves=book._saves,
+            failed_saves=book._failed_saves,
             data_s=book._data_s,
             memory_s=book._memory_s,
         )
@@ -169,7 +174,7 @@ class Book:
             incident.seconds[name] += seconds
 
     def _pay_stall(self, until: float) -> None:
-        """What checkpoints on disk have cost is known when they are committed, and taken from the steps after that."""
+        """What a checkpoint on disk has cost is known when it is committed, or fails: steps since then pay for it."""
         self._owed -= self._stall(until, self._owed)
 
     def _stall_for_memory(self, until: float, seconds: float) -> None:
@@ -201,6 +206,13 @@ class Book:
 
     def _on_committed(self, event: RunEvent) -> None:
         self._saves += 1
+        self._owe(event)
+
+    def _on_unsaved(self, event: RunEvent) -> None:
+        self._failed_saves += 1
+        self._owe(event)
+
+    def _owe(self, event: RunEvent) -> None:
         if event.attempt == self.training:
             self._owed += max(0.0, float(event.data.get("stall_s", 0.0)))
 
@@ -323,6 +335,7 @@ _HANDLERS = {
     EventKind.RANKS_SPAWNED: Book._on_spawned,
     EventKind.TRAINING_STARTED: Book._on_training,
     EventKind.CHECKPOINT_COMMITTED: Book._on_committed,
+    EventKind.CHECKPOINT_FAILED: Book._on_unsaved,
     EventKind.FAILURE_DETECTED: Book._on_failure,
     EventKind.GANG_STOPPED: Book._on_stopped,
     EventKind.DECISION: Book._on_decision,

@@ -46,6 +46,7 @@ class MemoryTier:
         self._waiting: set[str] = set()
         self._stocks: dict[str, Stock] = {}
         self._enough: bool | None = None  # whether what is known will do; None when it has changed since
+        self._copying: tuple[int, int] = (0, 0)  # attempt, and steps between two copies, as its ranks have told last
 
     def settle(self, path: Path, point: ResumePoint) -> None:
         """The next attempt begins at ``point``: tell its ranks where the parts are. What is known is old from here on.
@@ -100,10 +101,16 @@ class MemoryTier:
         own = [held.step for stock in stocks for held in stock.held if held.own and held.attempt == number]
         if found is None or found.attempt != number or not own:
             return False
-        return found.step >= max(own) - job.checkpoint.memory_every
+        told, every = self._copying
+        return found.step >= max(own) - max(job.checkpoint.memory_every, every if told == number else 0)
 
     def note(self, seen: Observation) -> None:
-        """Take in what a node says, if it answers the present question; a node that is lost holds nothing."""
+        """Take in what a node says, if it answers the present question; a node that is lost holds nothing.
+
+        And how far apart copies lie (``checkpoint.memory_share``), which ranks tell with their steps.
+        """
+        if seen.kind == "report" and "copies_every" in seen.data:
+            self._copying = int(seen.data["attempt"]), int(seen.data["copies_every"])
         if seen.kind == "agent_lost":
             self._waiting.discard(seen.node)
             self._stocks.pop(seen.node, None)

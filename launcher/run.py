@@ -53,7 +53,7 @@ class EventKind(enum.StrEnum):
     RANKS_SPAWNED = "ranks_spawned"  # pids: number of ranks
     TRAINING_STARTED = "training_started"  # step, restored_s (slowest rank) and restored_bytes, as far as reported
     CHECKPOINT_COMMITTED = "checkpoint_committed"  # step, path, bytes, written_bytes, stall_s
-    CHECKPOINT_FAILED = "checkpoint_failed"  # step, reason: it could not be written, and training goes on
+    CHECKPOINT_FAILED = "checkpoint_failed"  # step, reason, stall_s, told (UTC seconds): training goes on
     CHECKPOINT_REJECTED = "checkpoint_rejected"  # path, reason, absent: it was looked at, not read
     FAULT_FIRED = "fault_fired"  # fault, and the record that the injector left
     FAILURE_DETECTED = "failure_detected"  # failure, last_step, failed_at

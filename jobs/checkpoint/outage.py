@@ -32,7 +32,8 @@ class Underway:
         step: Its step.
         manifest: Where it will be.
         record: What goes beside the tensors.
-        began: When its step began to stand still for it (seconds of the performance counter).
+        began: When its step began to stand still for it (seconds of the performance counter); where it is tried again,
+            when it was told that it had failed.
         stall_s: For how long it did.
         waited_s: How long the step after it waited for the copy of it; None while that is not over.
         outcome: What the persister has said; known to rank 0 alone, before all agree.

@@ -14,7 +14,6 @@ import mmap
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ class BehindSaver:
         policy = job.checkpoint
         self._frequency = Frequency(every=policy.memory_every, share=policy.memory_share, most=policy.every)
         self._cores = len(os.sched_getaffinity(0))
-        self._toil_s = 0.0  # of the persister, for copies, as it was told last
+        self._toil_s = 0.0  # of the persister, for copies of all gangs so far, as it was told last
         self.copies_every = 0
         self._warned = ""
         self._base = restored_from(env)  # the newest checkpoint on disk of which every rank knows
@@ -110,7 +109,7 @@ class BehindSaver:
             about=about,
             skips=tuple((skip.step, skip.samples) for skip in job.skips),
         )
-        self._ask(
+        answer, _, _ = self._ask(
             "open",
             info=to_json(info),
             peers=[where for where, _, _ in told],
@@ -118,6 +117,7 @@ class BehindSaver:
             keep=job.checkpoint.keep,
             restored=generation_of(env.resume_from),
         )
+        self._toil_s = answer["toil_s"]
         if env.rank == 0:
             warn(without_memory(refused))
 
@@ -148,7 +148,10 @@ class BehindSaver:
         price = self._frequency.price(step, time.perf_counter()) if self._frequency.adapts else None
         if price is None:
             return
-        told = self._frequency.reconsider(Price(*most(price)))
+        began = time.perf_counter()
+        dearest = most(price)
+        self._kept_s -= time.perf_counter() - began  # of a step: it waits for the slowest rank, here or later
+        told = self._frequency.reconsider(Price(*dearest))
         self.copies_every = self._frequency.now
         if told and self._env.rank == 0:
             print(told, flush=True)
@@ -166,8 +169,11 @@ class BehindSaver:
         record = self._record(extra)
         self._hooks.checkpoint_begin(step)
         manifest = Place(self._root, step, self._token).manifest
-        if self._is_late() and not must:
+        late, told_s = self._is_late()
+        begin += told_s
+        if late and not must:
             self._copier.then(lambda: self._seal(step, record, flush=False))
+            self._kept_s += time.perf_counter() - begin
             return manifest
         hold = self._hooks.holds_commit(step)
         self._copier.then(lambda: self._seal(step, record, flush=True, hold=hold))
@@ -192,7 +198,7 @@ class BehindSaver:
             if delay_s is None:
                 return revive(failure)
             self._wait(delay_s, underway.step)
-            self._underway = replace(underway, outcome=None)
+            underway.outcome, self._underway = None, underway
             self._copy()  # the state is what it was
             self._copier.then(lambda: self._seal(underway.step, underway.record, flush=True, again=True))
             self.land()
@@ -204,14 +210,19 @@ class BehindSaver:
             time.sleep(min(seconds, SIGN_OF_LIFE_S))
             seconds -= SIGN_OF_LIFE_S
 
-    def _is_late(self) -> bool:
-        """Whether the checkpoint before is still being written, after some patience with it. Collective."""
-        underway = self._underway
+    def _is_late(self) -> tuple[bool, float]:
+        """Whether the checkpoint before is still being written, after some patience with it. Collective.
+
+        And how much of that (seconds) has been told to be its fault.
+        """
+        underway, begin = self._underway, time.perf_counter()
         late = self._learn(wait_s=0.0 if underway is not None and underway.late else LATE_S)[1]
         if late and underway is not None and not underway.late:
             underway.late = True
-            self._tell_unsaved(underway.step, f"it is still being written after {LATE_S:.0f} s and more", 0.0)
-        return late
+            waited_s = time.perf_counter() - begin
+            self._tell_unsaved(underway.step, f"it is still being written after {LATE_S:.0f} s and more", waited_s)
+            return late, waited_s
+        return late, 0.0
 
     def land(self) -> None:
         """Wait for the newest copy and its replica.
@@ -300,9 +311,9 @@ class BehindSaver:
         if done is None:
             return True
         underway.outcome = done
-        stall_s = underway.stall_s + (underway.waited_s or 0.0)
+        now, stall_s = time.perf_counter(), underway.stall_s + (underway.waited_s or 0.0)
         if whole:
-            stall_s = time.perf_counter() - underway.began
+            stall_s, underway.began = now - underway.began, now
         if failure := underway.failure:
             if passing(failure):
                 self._tell_unsaved(underway.step, words(failure), stall_s)

@@ -13,6 +13,7 @@ from launcher import adoption
 from launcher.gang import Gang
 from launcher.lock import ControllerLock
 from launcher.logbook import Fenced
+from launcher.observation import Observation
 from launcher.phase import Phase
 from launcher.run import EventKind, RunState
 from launcher.store import create_exclusive
@@ -209,6 +210,9 @@ def test_successor_adopts_the_live_gang(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     stage.start()
     stage.report("a", "checkpoint", 1, rank=0, step=5, path="p", bytes=1, stall_s=0.1)
+    data = {"kind": "unsaved", "rank": 0, "attempt": 1, "step": 8, "reason": "no answer", "stall_s": 60.0}
+    failed, again = (Observation(kind="report", node="a", time=time, data=data) for time in (5.0, 7.0))
+    stage.gang.queue.append(failed)
     stage.turn()
     stage.lock.release()
     stage.renew()
@@ -223,6 +227,7 @@ def test_successor_adopts_the_live_gang(tmp_path: Path) -> None:
                 self.say("report", "a", kind="checkpoint", rank=0, attempt=1, step=5, path="p")
                 self.say("report", "a", kind="training", rank=0, attempt=1, step=1)
                 self.say("report", "a", kind="checkpoint", rank=0, attempt=1, step=10, path="q")
+                self.queue += [failed, again]
 
     stage.gang = OneLiveGang(stage.clock)
     stage.controller.gang = cast(Gang, stage.gang)
@@ -231,7 +236,8 @@ def test_successor_adopts_the_live_gang(tmp_path: Path) -> None:
     stage.turn()
     news = stage.store.events()[before:]
     kinds = [EventKind.CONTROLLER_STARTED, EventKind.DECISION, EventKind.CHECKPOINT_COMMITTED]
-    assert [event.kind for event in news] == kinds
+    assert [event.kind for event in news] == [*kinds, EventKind.CHECKPOINT_FAILED]
+    assert news[3].data == {"step": 8, "reason": "no answer", "stall_s": 60.0, "told": 7.0}
     assert news[0].data["adopted"] is True
     assert news[1].data["action"] == "adopt"
     assert "taking it over loses 0 steps, a restart " in news[1].data["reason"]

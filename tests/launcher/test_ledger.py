@@ -78,6 +78,19 @@ def test_a_step_that_waited_for_a_copy_in_memory_is_a_stall_of_so_much() -> None
     assert f"{sum(waits):.1f} s of it for copies in memory; copies in memory every 4 steps" in told
 
 
+def test_a_checkpoint_that_could_not_be_written_has_cost_its_time_all_the_same() -> None:
+    failed = (12.45, EventKind.CHECKPOINT_FAILED, 1, {"step": 2, "reason": "no answer", "stall_s": 0.5})
+    story = [(event.time, event.kind, event.attempt, dict(event.data)) for event in STORY]
+    before, books = account(STORY, METRICS, now=99.0), account(log(*story[:5], failed, *story[5:]), METRICS, now=99.0)
+    assert books.disk_stall_s == pytest.approx(0.4 + 0.5)
+    assert books.seconds["productive"] == pytest.approx(before.seconds["productive"] - 0.5)
+    assert books.seconds["wall"] == before.seconds["wall"]
+    assert (books.saves, books.failed_saves, books.steps) == (1, 1, before.steps)
+    assert forecast.measured(books)["stall_s"] == pytest.approx((0.4 + 0.5) / 2)
+    silent = account(log(*story[:4], failed, *story[5:]), METRICS, now=99.0)
+    assert forecast.measured(silent)["stall_s"] == pytest.approx(0.5)
+
+
 def test_no_step_has_waited_for_longer_than_it_took() -> None:
     lines = [METRICS[0] | {"stall_s": 50.0}, METRICS[1] | {"stall_s": -1.0}, *METRICS[2:]]
     books = account(STORY, lines, now=99.0)
@@ -284,6 +297,8 @@ class Story:
             if self.dice.random() < 0.4:
                 self.put(EventKind.CHECKPOINT_COMMITTED, step=self.step, stall_s=self.dice.choice([0.0, 0.3, 50.0]))
                 self.saved = self.step
+            elif self.dice.random() < 0.2:
+                self.put(EventKind.CHECKPOINT_FAILED, step=self.step, stall_s=self.dice.choice([0.0, 0.3, 50.0]))
             if self.dice.random() < 0.1:  # the controller falls, its successor adopts the gang
                 self.epoch += 1
                 self.put(EventKind.CONTROLLER_STARTED, adopted=True)
@@ -334,7 +349,9 @@ def check(found: Account, least: float, most: float) -> None:
         assert sum(one.seconds[name] for one in found.incidents) <= found.seconds[name] + 1e-6
 
 
-TIMELESS = frozenset({EventKind.CONTROLLER_STARTED, EventKind.CHECKPOINT_COMMITTED})
+TIMELESS = frozenset(
+    {EventKind.CONTROLLER_STARTED, EventKind.CHECKPOINT_COMMITTED, EventKind.CHECKPOINT_FAILED},
+)
 
 
 def wall_of(events: Sequence[RunEvent], now: float, *, without: frozenset[EventKind] = frozenset()) -> float:
@@ -371,14 +388,15 @@ def test_a_book_that_is_kept_says_the_same_as_one_that_is_read() -> None:
     for seed in range(100):
         story, dice = Story(seed, honest=True), random.Random(seed)
         book, events, lines = Book(), list(story.events), list(story.metrics)
+        end = max([story.events[-1].time, *(line["time"] for line in lines)])
         while events or lines:
             some = [events.pop(0) for _ in range(min(len(events), dice.randrange(4)))]
-            now = events[0].time if events else story.events[-1].time
+            now = events[0].time if events else end
             due = [line for line in lines if line["time"] <= now] if events else lines
             lines = lines[len(due) :]
             book.follow(some, due, now)
             check(book.account(now), 0.0, float("inf"))
-        now = story.events[-1].time + 1.0
+        now = end + 1.0
         assert book.account(now) == account(story.events, story.metrics, now)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs.spec import CheckpointSpec
 from launcher.notice import COPY_S, DELIVERY_S, EXIT_S, Answer, Course, Kept, Present, choose
 from launcher.phase import Phase
 from launcher.run import EventKind
@@ -131,14 +133,17 @@ def test_at_the_end_the_run_is_done_instead_if_there_is_time() -> None:
 # --- the controller -------------------------------------------------------------------------------------------------
 
 
-def trained(tmp_path: Path, step_s: float, steps: int = 8, **recovery: Any) -> Stage:
+def trained(
+    tmp_path: Path, step_s: float, steps: int = 8, told: dict[str, Any] | None = None, **recovery: Any
+) -> Stage:
     """A gang whose newest step is just complete."""
     stage = Stage(tmp_path, **recovery)
     stage.start()
+    times = {"own_s": step_s, "seconds": step_s} | (told or {})
     for step in range(1, steps + 1):
         stage.clock.now += step_s - 0.2  # a turn takes the rest
         for rank in range(4):
-            stage.report("ab"[rank // 2], "step", 1, rank=rank, step=step, next="step", own_s=step_s, seconds=step_s)
+            stage.report("ab"[rank // 2], "step", 1, rank=rank, step=step, next="step", **times)
         stage.turn()
     return stage
 
@@ -175,6 +180,21 @@ def test_what_cannot_be_saved_in_time_moves_at_once_and_says_what_is_lost(tmp_pa
     run = stage.store.run()
     assert [attempt.reason for attempt in run.attempts] == ["start", "move"]
     assert run.restarts == 0
+
+
+@pytest.mark.parametrize(
+    ("told", "back"), [({}, 8), ({"copies_every": 1}, 8), ({"copies_every": 3}, 6), ({"copies_every": 0}, 0)]
+)
+def test_only_copies_that_are_made_are_counted_on(tmp_path: Path, told: dict[str, int], back: int) -> None:
+    """As often as was asked for until ranks tell otherwise: copies may be dear, and a host without room keeps none."""
+    stage = trained(tmp_path, 90.0, told=told, max_restarts=0)
+    job = replace(stage.request.job, checkpoint=CheckpointSpec(every=100, memory_every=1))
+    stage.controller.departure._job = job
+    stage.clock.now += 10.0
+    stage.gang.say("notice", "b", reason="SIGTERM", within_s=25.0)
+    stage.turn()
+    (found,) = [event.data for event in stage.store.events() if event.kind is EventKind.FAILURE_DETECTED]
+    assert f"others go on after step {back}; lost: " in found["failure"]["detail"]
 
 
 def test_how_long_a_checkpoint_takes_is_learned(tmp_path: Path) -> None:

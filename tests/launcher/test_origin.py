@@ -260,9 +260,12 @@ def hold(stage: Stage, monkeypatch: pytest.MonkeyPatch, *, step: int, attempt: i
 
 
 def held_by(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch, *, step: int, ranks: dict[str, range]
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, *, step: int, ranks: dict[str, range], newest: int = 0
 ) -> Callable[[str], None]:
-    """Nodes a and b are asked and hold the parts of these ranks; returns what makes one of them answer."""
+    """Nodes a and b are asked and hold the parts of these ranks; returns what makes one of them answer.
+
+    And of the ``newest`` step, that of its first rank.
+    """
     job = replace(stage.request.job, checkpoint=CheckpointSpec(every=5, memory_every=1))
     stage.controller.request = replace(stage.request, job=job)
     asked: list[int] = []
@@ -276,6 +279,8 @@ def held_by(
             Holding(step=step, epoch=1, attempt=1, rank=rank, world=4, bytes=4, own=True).told()
             for rank in ranks.get(node, ())
         ]
+        if newest:
+            parts.append(Holding(step=newest, epoch=1, attempt=1, rank=0, world=4, bytes=4, own=True).told())
         address = {"host": "127.0.0.1", "port": 1, "incarnation": "i"}
         stage.gang.say("holdings", node, id=asked[-1], held=parts, address=address)
 
@@ -311,6 +316,22 @@ def test_a_node_is_not_waited_for_without_need_or_for_ever(
     stage.turn(int(SILENT_S / 0.2))
     assert ("what b may hold in memory is not known" in capsys.readouterr().out) is (ranks == 2)
     assert stage.store.run().attempts[1].first_step == (13 if ranks == 4 else 11)
+
+
+@pytest.mark.parametrize(("told", "waits"), [({}, True), ({"copies_every": 2}, True), ({"copies_every": 4}, False)])
+def test_where_copies_lie_apart_the_one_before_is_as_new_as_the_step_before(
+    told: dict[str, int], waits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be made more seldom than was asked for, and then no step in between is held anywhere."""
+    stage, _ = trained(tmp_path)
+    answer = held_by(stage, monkeypatch, step=12, ranks={"a": range(4)}, newest=16)
+    stage.report("a", "step", 1, rank=0, step=16, **told)
+    a_rank_falls(stage)
+    answer("a")
+    stage.turn(8)
+    assert len(stage.store.run().attempts) == (1 if waits else 2)
+    stage.turn(int(SILENT_S / 0.2))
+    assert stage.store.run().attempts[1].first_step == 13
 
 
 def test_a_node_that_dies_is_waited_for_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,7 @@ class Writer:
         self._elements = elements
         self._maps: dict[int, mmap.mmap] = {}
         self.address = self.ask("hello")["address"]
+        self.opened: dict[str, Any] = {}
 
     def ask(self, op: str, **fields: Any) -> dict[str, Any]:
         """Ask the persister."""
@@ -135,7 +136,7 @@ class Writer:
             about=about | {"tensors": {"w": [self._elements]}, "debt": to_json(debt) if debt else None},
         )
         fields = {"in_memory": in_memory, "keep": 2, "restored": restored, "peers": list(peers)}
-        self.ask("open", info=to_json(info), **fields)
+        self.opened = self.ask("open", info=to_json(info), **fields)
 
     def fill(self, value: float) -> None:
         """Copy: every element of every kind is ``value`` and the number of its kind."""

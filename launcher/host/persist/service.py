@@ -2,7 +2,7 @@
 
 ``hello``    where this persister listens for others, and why it has no room for generations of the node's ``share``
 ``open``     begin a stream: ``info``, ``peers`` (every rank's persister), ``in_memory``, ``replica``, ``restored``,
-             ``keep``
+             ``keep``; answers ``toil_s`` as ``settle`` does, most of which was for earlier streams
 ``begin``    a buffer to copy into; waits until the replica of the part before is confirmed
 ``seal``     the buffer is full: ``step``, ``record`` (its ``rank_state`` only if it is another than before), and with
              ``flush`` it goes to the disk, too (``base``: the last checkpoint there, whose data are not written again
@@ -172,7 +172,7 @@ class Desk:
         target = other_node(self._own, peers) if in_memory else None
         if target is not None:
             self._replicator = Replicator(self._shelf, self._directory.secret, target)
-        return {}, b"", []
+        return {"toil_s": self._shelf.toil_s}, b"", []
 
     def _begin(self, message: Message) -> tuple[Message, Payload, list[int]]:
         assert self._stream is not None

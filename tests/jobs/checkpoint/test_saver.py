@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NoReturn, cast
 
@@ -32,10 +33,15 @@ class Link:
     def __init__(self, refused: str) -> None:
         self.refused = refused
         self.outcomes: list[Any] = []  # of checkpoints, one by one
+        self.toil_s = 0.0  # for replicas of all gangs so far
+        self.on_ask: Callable[[str], None] = lambda op: None
         self.asked: list[tuple[str, dict[str, Any]]] = []
 
     def ask(self, op: str, **fields: Any) -> tuple[dict[str, Any], bytes, list[int]]:
         self.asked.append((op, fields))
+        self.on_ask(op)
+        if op in ("open", "settle"):
+            return {"broken": "", "toil_s": self.toil_s}, b"", []
         if op == "outcome":
             return {"done": self.outcomes.pop(0)}, b"", []
         if op == "begin":
@@ -47,7 +53,7 @@ class Link:
 
 
 def opened(
-    monkeypatch: pytest.MonkeyPatch, rank: int, refused: dict[int, str], *, share: float = 0.0
+    monkeypatch: pytest.MonkeyPatch, rank: int, refused: dict[int, str], *, share: float = 0.0, toil_s: float = 0.0
 ) -> tuple[BehindSaver, Link]:
     """The saver of one of two ranks, each on a node of its own."""
     hooked = SimpleNamespace(register_step_pre_hook=lambda hook: None)
@@ -58,6 +64,7 @@ def opened(
     other = [THERE, {}, refused.get(1 - rank, "")]
     monkeypatch.setattr(saver, "gather", lambda mine: [mine, other] if rank == 0 else [other, mine])
     link = Link(refused.get(rank, ""))
+    link.toil_s = toil_s
     env = RankEnv(
         rank=rank,
         local_rank=0,
@@ -73,7 +80,8 @@ def opened(
         resume_from="",
     )
     job = dataclasses.replace(make_job(), checkpoint=CheckpointSpec(every=8, memory_every=1, memory_share=share))
-    engine = SimpleNamespace(ds=None, own_time=SimpleNamespace(stalled_s=0.0), before_update=lambda act: None)
+    own_time = SimpleNamespace(stalled_s=0.0, wait=lambda call: call())
+    engine = SimpleNamespace(ds=None, own_time=own_time, before_update=lambda act: None)
     made = BehindSaver(engine, job, env, NoHooks(), Reporter(-1), cast(PersisterLink, link))
     made.open()
     return made, link
@@ -118,6 +126,70 @@ def test_a_copy_that_is_dear_is_made_seldom_on_all_ranks_alike(
     assert made.copies_every == 8
     told = capsys.readouterr().out.splitlines()
     assert [line.split(" steps")[0].split()[-1] for line in told] == ["2", "4", "8"]
+
+
+class Clock:
+    """Time of the saver, which passes only as told and while it sleeps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(time, "sleep", self.passes)
+
+    def passes(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def copying(monkeypatch: pytest.MonkeyPatch, made: BehindSaver, link: Link) -> None:
+    """Copies cost nothing, and each has a replica."""
+    monkeypatch.setattr(made, "_copy", lambda: None)
+    monkeypatch.setattr(made, "_record", lambda extra: {})
+    monkeypatch.setattr(made, "_seal", lambda step, record, *, flush: setattr(made, "_unconfirmed", True))
+
+
+@pytest.mark.parametrize(("toil_s", "every"), [(0.0, 1), (4.0, 4)])
+def test_what_replicas_of_earlier_gangs_have_cost_makes_no_copy_rarer(
+    toil_s: float, every: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A persister outlives ranks and has toiled for weeks; what it does for these ranks counts, of all cores."""
+    clock = Clock(monkeypatch)
+    made, link = opened(monkeypatch, 0, {}, share=0.5, toil_s=1e6)
+    made._cores = 2
+    copying(monkeypatch, made, link)
+    monkeypatch.setattr(saver, "most", list)
+    for step in range(1, 33):
+        clock.passes(1.0)
+        link.toil_s += toil_s if made._unconfirmed else 0.0
+        made.keep(step, {})
+        made.stalled_s()
+    assert made.copies_every == every
+    assert ("the state is copied into memory every 4 steps" in capsys.readouterr().out) is (every == 4)
+
+
+def test_who_waits_for_a_slower_rank_does_not_wait_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last stage of a pipeline comes first to where the ranks agree on how often to copy."""
+    clock = Clock(monkeypatch)
+    made, link = opened(monkeypatch, 0, {}, share=0.01)
+    copying(monkeypatch, made, link)
+    monkeypatch.setattr(made, "_copy", lambda: clock.passes(0.0078125))
+    prices: list[list[float]] = []
+
+    def most(price: Sequence[float]) -> list[float]:
+        clock.passes(0.5)
+        prices.append(list(price))
+        return prices[-1]
+
+    monkeypatch.setattr(saver, "most", most)
+    stalls = []
+    for step in range(1, 17):
+        clock.passes(1.0)
+        made.keep(step, {})
+        stalls.append(made.stalled_s())
+    assert stalls == [0.0078125] * 16
+    assert len(prices) == 15
+    assert {copy_s for copy_s, _ in prices} == {0.0078125}
+    assert {step_s for _, step_s in prices[2:]} == {1.5}, "it is a part of the step"
+    assert made.copies_every == 1
 
 
 def saving(monkeypatch: pytest.MonkeyPatch, *outcomes: Any) -> tuple[BehindSaver, Link, list[dict[str, Any]]]:
@@ -206,6 +278,52 @@ def test_the_last_checkpoint_is_tried_until_it_is_written(monkeypatch: pytest.Mo
     kinds = [one["kind"] for one in told]
     assert kinds == ["unsaved", "step", "unsaved", "step", "step", "checkpoint"], "every wait is told to be alive"
     assert [fields.get("again") for op, fields in link.asked if op == "seal"] == [False, True, True]
+
+
+def test_what_a_checkpoint_has_cost_is_told_although_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that says nothing is waited for where the next checkpoint is due: that one has cost the time."""
+    clock = Clock(monkeypatch)
+    made, link, told = saving(monkeypatch, FULL, FULL, written(15))
+    link.on_ask = lambda op: clock.passes({"outcome": 8.0, "begin": 0.25}.get(op, 0.0))
+    for step in (5, 10, 15):
+        made.save(step, {})
+        made.stalled_s()
+        clock.passes(100.0)
+    made._settle(None)
+    assert [(one["kind"], one["step"], one["stall_s"]) for one in told] == [
+        ("unsaved", 5, 0.25),
+        ("unsaved", 10, 8.25),
+        ("checkpoint", 15, 8.25),
+    ]
+
+
+@pytest.mark.parametrize("must", [False, True])
+def test_what_a_late_checkpoint_has_cost_is_told_once(must: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patience with it; the copy of the step that was left out is one in memory."""
+    clock = Clock(monkeypatch)
+    made, link, told = saving(monkeypatch, None, written(10 if must else 5))
+    link.on_ask = lambda op: clock.passes({"outcome": LATE_S, "begin": 0.25}.get(op, 0.0))
+    made.save(5, {})
+    kept_s = [made.stalled_s()]
+    made.save(10, {}, must=must)
+    kept_s.append(made.stalled_s())
+    assert kept_s == [0.0, 0.0 if must else 0.25]
+    made._settle(None)
+    assert [(one["kind"], one["step"], one["stall_s"]) for one in told] == [
+        ("unsaved", 5, LATE_S),
+        ("checkpoint", 10 if must else 5, 0.25),
+    ]
+
+
+def test_each_second_of_a_checkpoint_that_is_tried_again_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    made, link, told = saving(monkeypatch, FULL, FULL, written(5))
+    link.on_ask = lambda op: clock.passes({"outcome": 60.0, "begin": 0.25}.get(op, 0.0))
+    made.save(5, {}, must=True)
+    assert made.finish(patience_s=1000.0) is None
+    stalls = [one["stall_s"] for one in told if one["kind"] in ("unsaved", "checkpoint")]
+    assert stalls == [60.25, 62.25, 64.25]
+    assert sum(stalls) == clock.now - 1000.0
 
 
 def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -359,6 +359,17 @@ def test_a_step_is_confirmed_once_its_replica_is_held_elsewhere(two: list[Node])
     assert [[one.step for one in node.stock().held if not one.own] for node in two] == [[1], [1]]
 
 
+def test_a_gang_is_told_what_replicas_have_cost_before_it(two: list[Node]) -> None:
+    ranks = gang(two, elements=3_000_000)
+    for rank in ranks:
+        assert rank.opened["toil_s"] == 0.0
+        rank.put(1)
+    known = [rank.ask("settle")["toil_s"] for rank in ranks]
+    assert min(known) > 0.0
+    later = gang(two, Token(1, 2))
+    assert all(rank.opened["toil_s"] >= toil_s for rank, toil_s in zip(later, known, strict=True))
+
+
 def test_a_node_that_did_not_take_a_replica_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """An attempt may last for weeks: one stumble of the network must not leave it without replicas.
 
