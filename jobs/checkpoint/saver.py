@@ -9,12 +9,10 @@ one before is committed, and there every rank learns if it could not be written 
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +20,8 @@ import numpy.typing as npt
 import torch
 
 from jobs.checkpoint.copying import Copier, pin
+from jobs.checkpoint.errors import Unsaved
+from jobs.checkpoint.fence import owed
 from jobs.checkpoint.fragments import access
 from jobs.checkpoint.frequency import Frequency, Price
 from jobs.checkpoint.gang import agree, gather, most, revive
@@ -140,7 +140,7 @@ class BehindSaver:
         if env.rank == 0:
             tensors = {name: shape for _, some, _ in told for name, shape in some.items()}
             about = {"run_id": job.run_id, "plan": job.plan, "model": job.model, "tensors": tensors}
-            about["debt"] = owed(RunPaths(env.run_dir).debt(env.attempt))
+            about["debt"] = owed(RunPaths(env.run_dir).debt(env.attempt), self._token)
         info = StreamInfo(
             epoch=env.epoch,
             attempt=env.attempt,
@@ -228,7 +228,8 @@ class BehindSaver:
             # the clock of one rank decides for all
             delay_s = agree(None, next(more, None) if self._env.rank == 0 else None)[0]
             if delay_s is None:
-                raise revive(failure)
+                of = Unsaved if step >= self._job.train.steps else StorageError
+                raise of(failure["what"], why=failure["why"], hint=failure["hint"])
             self._wait(delay_s, step)
             self._pending, self._last = pending, last
             self._copy()
@@ -338,20 +339,6 @@ class BehindSaver:
             return self._link.ask(op, **fields)
         except FrameError as error:
             raise unreachable(error) from error
-
-
-def owed(path: Path) -> Any:
-    """What the gang owes the store of the checkpoints (:class:`jobs.checkpoint.fence.Debt`), as JSON; None for nothing.
-
-    Raises:
-        StorageError: It cannot be read.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{path} cannot be read.", why=str(error)) from error
 
 
 def warn(text: str) -> None:

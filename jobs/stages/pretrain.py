@@ -115,8 +115,10 @@ class Pretrain:
         steps = self._job.train.steps
         if done < steps:
             self._reporter.send("training", step=done + 1, micro_batches=self._micro_batches(done + 1))
-        elif generation_of(self._env.resume_from):
-            manifest = self._save(done, wait=True)  # all was done, but not on disk
+        elif generation_of(self._env.resume_from):  # all was done, but not on disk
+            self._reporter.send("step", step=done, next="save")
+            manifest = self._save(done, wait=True)
+            self._reporter.send("step", step=done, next="finish")
         for step in range(done + 1, steps + 1):
             due = step == steps or bool(self._job.checkpoint.every and step % self._job.checkpoint.every == 0)
             ordered = self._step(step, due=due)

@@ -204,3 +204,31 @@ def test_exit_codes() -> None:
     assert exit_code(ConfigError("x")) == 2
     assert exit_code(CorruptCheckpoint("manifest", "reason")) == 76
     assert exit_code(BlowUp(3, "the loss is nan", 8)) == 77
+
+
+def test_a_gang_that_begins_after_the_last_step_says_that_it_saves(
+    job: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All was done, and not on disk: nobody may wait for a first step."""
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    told: list[object] = []
+    steps = job.train.steps
+    loop = object.__new__(Pretrain)
+    parts = {
+        "_job": job,
+        "_env": SimpleNamespace(resume_from=f"memory:{steps}:e0001-a0001"),
+        "_hooks": SimpleNamespace(model_ready=lambda module: None),
+        "_engine": SimpleNamespace(module=None),
+        "_feed": SimpleNamespace(begin=lambda schedule, first: None),
+        "_schedule": None,
+        "_saver": SimpleNamespace(open=lambda: None),
+        "_reporter": SimpleNamespace(send=lambda kind, **fields: told.append((kind, fields))),
+        "_restore": lambda: steps,
+        "_save": lambda step, *, wait: told.append("saved"),
+        "_finish": lambda step, manifest: told.append("finished"),
+    }
+    for name, part in parts.items():
+        monkeypatch.setattr(loop, name, part, raising=False)
+    loop.run()
+    said = [("step", {"step": steps, "next": word}) for word in ("save", "finish")]
+    assert told == [said[0], "saved", said[1], "finished"]

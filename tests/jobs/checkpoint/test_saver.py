@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, cast
 
@@ -11,15 +13,18 @@ import numpy as np
 import pytest
 
 from jobs.checkpoint import saver
-from jobs.checkpoint.errors import CheckpointConflict
+from jobs.checkpoint.errors import CheckpointConflict, Unsaved
+from jobs.checkpoint.fence import Branch, Debt
 from jobs.checkpoint.image import Image
 from jobs.checkpoint.outage import SIGN_OF_LIFE_S, waits
 from jobs.checkpoint.persister import PersisterLink
 from jobs.checkpoint.saver import BehindSaver
 from jobs.checkpoint.slices import whole
 from jobs.hooks import NoHooks
+from jobs.paths import RunPaths
 from jobs.report import Reporter
-from jobs.spec import CheckpointSpec, RankEnv
+from jobs.spec import CheckpointSpec, RankEnv, TrainSpec
+from strategies.codec import to_json
 from strategies.errors import StorageError
 from tests.support.jobspecs import make_job
 
@@ -47,7 +52,13 @@ class Link:
 
 
 def opened(
-    monkeypatch: pytest.MonkeyPatch, rank: int, refused: dict[int, str], *, share: float = 0.0
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int,
+    refused: dict[int, str],
+    *,
+    share: float = 0.0,
+    run_dir: str = "/nowhere",
+    steps: int = 100,
 ) -> tuple[BehindSaver, Link]:
     """The saver of one of two ranks, each on a node of its own."""
     hooked = SimpleNamespace(register_step_pre_hook=lambda hook: None)
@@ -67,12 +78,13 @@ def opened(
         master_addr="127.0.0.1",
         master_port=1,
         run_id="r",
-        run_dir="/nowhere",
+        run_dir=run_dir,
         epoch=1,
         attempt=1,
         resume_from="",
     )
-    job = dataclasses.replace(make_job(), checkpoint=CheckpointSpec(every=8, memory_every=1, memory_share=share))
+    policy = CheckpointSpec(every=8, memory_every=1, memory_share=share)
+    job = dataclasses.replace(make_job(), checkpoint=policy, train=TrainSpec(steps=steps))
     engine = SimpleNamespace(ds=None, own_time=SimpleNamespace(stalled_s=0.0), before_update=lambda act: None)
     made = BehindSaver(engine, job, env, NoHooks(), Reporter(-1), cast(PersisterLink, link))
     made.open()
@@ -120,9 +132,23 @@ def test_a_copy_that_is_dear_is_made_seldom_on_all_ranks_alike(
     assert [line.split(" steps")[0].split()[-1] for line in told] == ["2", "4", "8"]
 
 
-def saving(monkeypatch: pytest.MonkeyPatch, *outcomes: Any) -> tuple[BehindSaver, Link, list[dict[str, Any]]]:
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_the_persister_learns_what_this_gang_owes_and_no_other(
+    epoch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = RunPaths(str(tmp_path)).debt(1)
+    path.parent.mkdir(parents=True)
+    debt = to_json(Debt(owner="a controller", branch=Branch(epoch=epoch, attempt=1)))
+    path.write_text(json.dumps(debt))
+    _, link = opened(monkeypatch, 0, {}, run_dir=str(tmp_path))
+    assert link.fields("open")["info"]["about"]["debt"] == (debt if epoch == 1 else None)
+
+
+def saving(
+    monkeypatch: pytest.MonkeyPatch, *outcomes: Any, steps: int = 100
+) -> tuple[BehindSaver, Link, list[dict[str, Any]]]:
     """Rank 0 of a gang that has nobody to agree with, whose checkpoints end like this; and what it reports."""
-    made, link = opened(monkeypatch, 0, {})
+    made, link = opened(monkeypatch, 0, {}, steps=steps)
     link.outcomes = list(outcomes)
     made._buffers[0] = np.zeros(0, np.float32)
     monkeypatch.setattr(saver, "agree", lambda error, value=None: [value] if error is None else _raise(error))
@@ -182,10 +208,12 @@ def test_the_last_checkpoint_is_tried_until_it_is_written(monkeypatch: pytest.Mo
     assert not made.troubled
 
 
-def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, _, _ = saving(monkeypatch, FULL)
-    with pytest.raises(StorageError, match="Cannot write"):
+@pytest.mark.parametrize("steps", [5, 6])
+def test_patience_ends(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _, _ = saving(monkeypatch, FULL, steps=steps)
+    with pytest.raises(StorageError, match="Cannot write") as caught:
         made.save(5, {}, wait=True)
+    assert isinstance(caught.value, Unsaved) == (steps == 5), "only the last one of a run has to be written"
 
 
 def test_waits_grow_and_end_with_patience() -> None:
