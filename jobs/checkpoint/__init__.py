@@ -22,7 +22,8 @@ What is called from outside (all other names are internal)::
     jobs.checkpoint.reader     Reader                                                           numpy
     jobs.checkpoint.digest     weights_digest                                                   numpy
     jobs.checkpoint.save       save, snapshot, persist                                          torch, collective
-    jobs.checkpoint.saver      Saver, BehindSaver                                               torch, collective
+    jobs.checkpoint.keeping    Saver                                                            pure, no numpy
+    jobs.checkpoint.saver      BehindSaver                                                      torch, collective
     jobs.checkpoint.direct     DirectSaver                                                      torch, collective
     jobs.checkpoint.memory     names and records of the memory tier                             pure, no numpy
     jobs.checkpoint.restore    restore                                                          torch, collective

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jobs.checkpoint.keeping import restored_from, warn
 from jobs.checkpoint.retention import tidied
 from jobs.checkpoint.save import save
-from jobs.checkpoint.saver import restored_from, warn
 from jobs.hooks import Hooks
 from jobs.location import Location
 from jobs.paths import RunPaths
@@ -38,22 +38,25 @@ class DirectSaver:
         self._base = restored_from(env)
 
     def open(self) -> None:
-        """See :class:`Saver`."""
+        """See :class:`~jobs.checkpoint.keeping.Saver`."""
 
     def keep(self, step: int, extra: Mapping[str, Any]) -> None:
-        """See :class:`Saver`."""
+        """See :class:`~jobs.checkpoint.keeping.Saver`."""
 
     def stalled_s(self) -> float:
-        """See :class:`Saver`."""
+        """See :class:`~jobs.checkpoint.keeping.Saver`."""
         return 0.0
 
     @property
-    def troubled(self) -> bool:
-        """See :class:`Saver`; without a copy in memory a failure to write is an error at once."""
+    def in_memory(self) -> bool:
+        """See :class:`~jobs.checkpoint.keeping.Saver`."""
         return False
 
-    def save(self, step: int, extra: Mapping[str, Any], *, wait: bool, patience_s: float = 0.0) -> Location:
-        """See :class:`Saver`."""
+    def finish(self, patience_s: float = 0.0) -> None:
+        """See :class:`~jobs.checkpoint.keeping.Saver`; it is on disk when :meth:`save` returns."""
+
+    def save(self, step: int, extra: Mapping[str, Any], *, must: bool = False) -> Location:
+        """See :class:`~jobs.checkpoint.keeping.Saver`."""
         token = (self._env.epoch, self._env.attempt)
         saved = save(
             self._engine,

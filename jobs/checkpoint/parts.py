@@ -196,6 +196,22 @@ def commit_parts(place: Place[Any], parts: Sequence[Part], whole: Whole) -> Mani
     return manifest
 
 
+def retaken(place: Place[Any], rank: int) -> Part | None:
+    """What an earlier try that seemed to fail has left of a part.
+
+    Returns:
+        The part, where the checkpoint exists: nothing of it may be touched. Else None, and nothing of it is left.
+
+    Raises:
+        CheckpointConflict: Another gang has taken over.
+        StorageError: That cannot be seen.
+    """
+    if arrived_before(place) is not None:
+        return read_part(place, rank)
+    withdraw_part(place, rank)
+    return None
+
+
 def arrived_before(place: Place[Any]) -> Manifest | None:
     """The manifest, if an earlier try that seemed to fail has written it; raises CheckpointConflict, StorageError."""
     try:

@@ -1,10 +1,10 @@
-"""Who makes the checkpoints of a training loop: the persister of the node behind the rank, or the rank itself.
+"""Checkpoints that the persister of the node makes behind the rank.
 
-Behind the rank there are two phases. The state is copied into shared memory, a large one beside the forward and
+There are two phases. The state is copied into shared memory, a large one beside the forward and
 backward of the next step (:mod:`jobs.checkpoint.copying`); before the update of that step every rank waits until its
 copy is whole and the replica of it confirmed. That copy is a generation of the memory tier, and where a
-checkpoint on disk is due, the persister writes it from there while training goes on. The next one due waits until the
-one before is committed, and there every rank learns if it could not be written (:mod:`jobs.checkpoint.outage`).
+checkpoint on disk is due, the persister writes it from there while training goes on. The next one due waits a little
+for the one before, and there every rank learns what became of that (:mod:`jobs.checkpoint.outage`).
 """
 
 from __future__ import annotations
@@ -13,73 +13,34 @@ import mmap
 import os
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from jobs.checkpoint.copying import Copier, pin
-from jobs.checkpoint.errors import Unsaved
 from jobs.checkpoint.fence import owed
 from jobs.checkpoint.fragments import access
 from jobs.checkpoint.frequency import Frequency, Price
 from jobs.checkpoint.gang import agree, gather, most, revive
 from jobs.checkpoint.image import Image
+from jobs.checkpoint.keeping import restored_from, warn
 from jobs.checkpoint.layout import Place, Token
 from jobs.checkpoint.memory import StreamInfo, generation_of
-from jobs.checkpoint.outage import SIGN_OF_LIFE_S, passing, waits, words
+from jobs.checkpoint.outage import LATE_S, SIGN_OF_LIFE_S, Underway, passing, waits, words
 from jobs.checkpoint.persister import PersisterLink, unreachable
 from jobs.checkpoint.save import Run, copies_of, image_of_state, runs_of
 from jobs.checkpoint.state import rng_state, trainer_state
 from jobs.frames import FrameError, Message
 from jobs.hooks import Hooks
-from jobs.location import Location, locate
+from jobs.location import Location
 from jobs.paths import RunPaths
 from jobs.report import Reporter
 from jobs.spec import JobSpec, RankEnv
 from strategies.codec import to_json
-from strategies.errors import PhalanxError, StorageError
-
-
-class Saver(Protocol):
-    """What the loop calls. Every method is collective.
-
-    Attributes:
-        copies_every: Steps between two copies in memory as of now; 0 for none.
-    """
-
-    copies_every: int
-
-    def open(self) -> None:
-        """Once, when every rank has its state."""
-
-    def keep(self, step: int, extra: Mapping[str, Any]) -> None:
-        """After every step at which no checkpoint on disk is due."""
-
-    def stalled_s(self) -> float:
-        """Seconds for which this rank has stood still for copies in memory, since it was asked last; not collective.
-
-        Ask when a step has ended. What a checkpoint on disk has cost is reported with it instead.
-        """
-
-    @property
-    def troubled(self) -> bool:
-        """Whether the newest checkpoint of which every rank knows could not be written; the same on every rank."""
-
-    def save(self, step: int, extra: Mapping[str, Any], *, wait: bool, patience_s: float = 0.0) -> Location:
-        """A checkpoint on disk is due; returns the path of its manifest, which exists when ``wait`` is true.
-
-        Args:
-            step: The step that is complete.
-            extra: What the caller wants back.
-            wait: Return when it is written.
-            patience_s: Then, how long it is tried again where it cannot be written.
-
-        Raises:
-            CheckpointConflict: Another gang has taken over; on every rank.
-            StorageError: It was to be waited for, and cannot be written; on every rank.
-        """
+from strategies.errors import PhalanxError
 
 
 class BehindSaver:
@@ -103,7 +64,7 @@ class BehindSaver:
         self._runs: list[Run] = []
         self._device = torch.device("cpu")  # where most of the state lives
         self._buffers: dict[int, npt.NDArray[np.float32]] = {}
-        self._pending: dict[str, Any] | None = None  # the checkpoint that is being written: step, stall_s
+        self._underway: Underway | None = None
         self._in_memory = False
         self._rank_state: dict[str, Any] = {}
         self._unconfirmed = False  # a replica of the newest copy is on its way
@@ -115,8 +76,6 @@ class BehindSaver:
         self.copies_every = 0
         self._warned = ""
         self._base = restored_from(env)  # the newest checkpoint on disk of which every rank knows
-        self._last: Location | None = None  # the one that is being written
-        self._troubled = False
 
     @property
     def image_bytes(self) -> int:
@@ -124,7 +83,7 @@ class BehindSaver:
         return self._image.bytes
 
     def open(self) -> None:
-        """See :class:`Saver`."""
+        """See :class:`~jobs.checkpoint.keeping.Saver`."""
         env, job = self._env, self._job
         self._image = image_of_state(self._optimizer)
         self._runs = runs_of(self._optimizer, self._image)
@@ -162,10 +121,10 @@ class BehindSaver:
             warn(without_memory(refused))
 
     def keep(self, step: int, extra: Mapping[str, Any]) -> None:
-        """See :class:`Saver`."""
+        """See :class:`~jobs.checkpoint.keeping.Saver`."""
         begin = time.perf_counter()
         self.land()
-        self._settle(wait=False)
+        self._settle(0.0)
         if self._in_memory and self._frequency.due(step):
             self._reconsider(step)
             self._copy()
@@ -174,11 +133,11 @@ class BehindSaver:
         self._kept_s += time.perf_counter() - begin
 
     def stalled_s(self) -> float:
-        """See :class:`Saver`."""
+        """See :class:`~jobs.checkpoint.keeping.Saver`."""
         kept_s, self._kept_s = self._kept_s, 0.0
         waited_s = float(self._own_time.stalled_s)
-        if self._pending is not None and "waited_s" not in self._pending:
-            self._pending["waited_s"] = waited_s  # it was the copy of this one
+        if self._underway is not None and self._underway.waited_s is None:
+            self._underway.waited_s = waited_s  # it was the copy of this one
             return kept_s
         self._frequency.stalled(kept_s + waited_s)
         return kept_s + waited_s
@@ -194,53 +153,64 @@ class BehindSaver:
             print(told, flush=True)
 
     @property
-    def troubled(self) -> bool:
-        """See :class:`Saver`."""
-        return self._troubled
+    def in_memory(self) -> bool:
+        """See :class:`~jobs.checkpoint.keeping.Saver`."""
+        return self._in_memory
 
-    def save(self, step: int, extra: Mapping[str, Any], *, wait: bool, patience_s: float = 0.0) -> Location:
-        """See :class:`Saver`."""
+    def save(self, step: int, extra: Mapping[str, Any], *, must: bool = False) -> Location:
+        """See :class:`~jobs.checkpoint.keeping.Saver`."""
         begin = time.perf_counter()
         self.land()
         self._copy()
         record = self._record(extra)
         self._hooks.checkpoint_begin(step)
-        self._agree_on_the_last()
+        manifest = Place(self._root, step, self._token).manifest
+        if self._is_late() and not must:
+            self._copier.then(lambda: self._seal(step, record, flush=False))
+            return manifest
         hold = self._hooks.holds_commit(step)
         self._copier.then(lambda: self._seal(step, record, flush=True, hold=hold))
-        self._pending = {"step": step, "stall_s": time.perf_counter() - begin}
-        self._last = manifest = Place(self._root, step, self._token).manifest
+        stall_s = time.perf_counter() - begin
+        self._underway = Underway(step=step, manifest=manifest, record=record, began=begin, stall_s=stall_s)
         if hold:
             self._copier.wait()
             self._ask("durable")
             self._hooks.checkpoint_shards_written(step)
             self._ask("release")
-        if wait:
-            self._copier.wait()
-            self._pending["since"] = begin
-            self._insist(step, record, patience_s)
         return manifest
 
-    def _insist(self, step: int, record: Mapping[str, Any], patience_s: float) -> None:
-        """Until the checkpoint is written, or patience is over; the state stays what it is meanwhile. Collective."""
-        pending, last, more = self._pending, self._last, waits(patience_s)
-        while failure := self._agree_on_the_last():
+    def finish(self, patience_s: float = 0.0) -> PhalanxError | None:
+        """See :class:`~jobs.checkpoint.keeping.Saver`."""
+        underway, more = self._underway, waits(patience_s)
+        assert underway is not None, "save() came first"
+        underway.waited_s = 0.0  # all of it is told as the stall of this one
+        self.land()
+        while failure := self._learn(wait_s=None, whole=True)[0]:
             # the clock of one rank decides for all
             delay_s = agree(None, next(more, None) if self._env.rank == 0 else None)[0]
             if delay_s is None:
-                of = Unsaved if step >= self._job.train.steps else StorageError
-                raise of(failure["what"], why=failure["why"], hint=failure["hint"])
-            self._wait(delay_s, step)
-            self._pending, self._last = pending, last
-            self._copy()
-            self._copier.then(lambda: self._seal(step, record, flush=True, again=True))
-            self._copier.wait()
+                return revive(failure)
+            self._wait(delay_s, underway.step)
+            self._underway = replace(underway, outcome=None)
+            self._copy()  # the state is what it was
+            self._copier.then(lambda: self._seal(underway.step, underway.record, flush=True, again=True))
+            self.land()
+        return None
 
     def _wait(self, seconds: float, step: int) -> None:
         while seconds > 0:
             self._reporter.send("step", step=step, next="save")
             time.sleep(min(seconds, SIGN_OF_LIFE_S))
             seconds -= SIGN_OF_LIFE_S
+
+    def _is_late(self) -> bool:
+        """Whether the checkpoint before is still being written, after some patience with it. Collective."""
+        underway = self._underway
+        late = self._learn(wait_s=0.0 if underway is not None and underway.late else LATE_S)[1]
+        if late and underway is not None and not underway.late:
+            underway.late = True
+            self._tell_unsaved(underway.step, f"it is still being written after {LATE_S:.0f} s and more", 0.0)
+        return late
 
     def land(self) -> None:
         """Wait for the newest copy and its replica.
@@ -292,59 +262,64 @@ class BehindSaver:
             told = f"warning: {self._warned}; the newest steps are only on their own nodes"
             print(told if self._warned else "replicas are kept again", flush=True)
 
-    def _agree_on_the_last(self) -> dict[str, Any] | None:
-        """Wait for the checkpoint that is being written, and tell every rank what became of it. Collective.
+    def _learn(self, *, wait_s: float | None, whole: bool = False) -> tuple[dict[str, Any] | None, bool]:
+        """What has become of the checkpoint on its way; it is so no more unless it is still being written. Collective.
+
+        Args:
+            wait_s: How long to wait for that; None: until it is known.
+            whole: Training waits for it.
 
         Returns:
-            Why it could not be written, where training goes on all the same; on every rank.
+            Why it could not be written, and whether it is still being written; the same on every rank.
+
+        Raises:
+            PhalanxError: It could not be written, and no later one will be.
         """
-        error, failure = None, None
+        error: PhalanxError | None = None
+        underway, failure, late = self._underway, None, False
         try:
-            failure = self._settle(wait=True)
+            late = self._settle(wait_s, whole=whole)
+            failure = underway.failure if underway is not None else None
             if failure is not None and not passing(failure):
                 raise revive(failure)
         except PhalanxError as caught:
             error = caught
-        self._pending = None
-        told: dict[str, Any] | None = agree(error, failure)[0]
-        last, self._last = self._last, None
-        if last is not None:
-            self._troubled = told is not None
-        if told is None:
-            self._base = last or self._base
-        return told
+        failure, late = agree(error, [failure, late])[0]
+        if underway is not None and not late:
+            self._underway = None
+            self._base = self._base if failure else underway.manifest
+        return failure, bool(late)
 
-    def _settle(self, *, wait: bool) -> dict[str, Any] | None:
-        """Rank 0 asks what has become of the checkpoint on its way, and reports it; returns why it failed."""
-        pending = self._pending
-        if pending is None or self._env.rank != 0:
-            return None
-        done = self._ask("outcome", token=self._token, step=pending["step"], wait=wait)[0]["done"]
-        if done is None or ("error" in done and not wait):
-            return None  # every rank learns of a failure where all can take part
-        self._pending = None
-        if "error" in done:
-            warn(f"the checkpoint of step {pending['step']} could not be written: {words(done['error'])}")
-            if passing(done["error"]):
-                self._reporter.send("unsaved", step=pending["step"], reason=words(done["error"]))
-            return dict(done["error"])
+    def _settle(self, wait_s: float | None, *, whole: bool = False) -> bool:
+        """Rank 0 asks what has become of the checkpoint on its way, and reports it; returns if it is being written."""
+        underway = self._underway
+        if underway is None or self._env.rank != 0 or underway.outcome is not None:
+            return False
+        done = self._ask("outcome", token=self._token, step=underway.step, wait_s=wait_s)[0]["done"]
+        if done is None:
+            return True
+        underway.outcome = done
+        stall_s = underway.stall_s + (underway.waited_s or 0.0)
+        if whole:
+            stall_s = time.perf_counter() - underway.began
+        if failure := underway.failure:
+            if passing(failure):
+                self._tell_unsaved(underway.step, words(failure), stall_s)
+            return False
         warn(done.pop("warning", ""))
-        stalled_s = pending["stall_s"] + pending.get("waited_s", 0.0)
-        stall_s = time.perf_counter() - pending["since"] if "since" in pending else stalled_s
         self._reporter.send("checkpoint", stall_s=stall_s, **done)
-        return None
+        return False
+
+    def _tell_unsaved(self, step: int, reason: str, stall_s: float) -> None:
+        if self._env.rank == 0:
+            warn(f"the checkpoint of step {step} is not written: {reason}")
+            self._reporter.send("unsaved", step=step, reason=reason, stall_s=stall_s)
 
     def _ask(self, op: str, **fields: Any) -> tuple[Message, bytes, list[int]]:
         try:
             return self._link.ask(op, **fields)
         except FrameError as error:
             raise unreachable(error) from error
-
-
-def warn(text: str) -> None:
-    """Tell people, if there is something to tell."""
-    if text:
-        print(f"warning: {text}", flush=True)
 
 
 def without_memory(refused: Mapping[int, str]) -> str:
@@ -356,11 +331,6 @@ def without_memory(refused: Mapping[int, str]) -> str:
         return ""
     rank, why = min(refused.items())
     return f"no step can be restored from memory, on no node: that of rank {rank} has no room ({why})"
-
-
-def restored_from(env: RankEnv) -> Location | None:
-    """The checkpoint on disk that this gang goes on from, if it is one."""
-    return locate(env.resume_from) if env.resume_from and generation_of(env.resume_from) is None else None
 
 
 def _mapped(fd: int, size: int) -> npt.NDArray[np.float32]:

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch.distributed as dist
 
 from jobs.checkpoint.direct import DirectSaver
-from jobs.checkpoint.errors import storage_error
+from jobs.checkpoint.errors import Unsaved, storage_error
 from jobs.checkpoint.gang import gang_weights_digest, gather
 from jobs.checkpoint.identity import differences
+from jobs.checkpoint.keeping import Saver
 from jobs.checkpoint.layout import sync_dir, write_durably
 from jobs.checkpoint.memory import generation_of
 from jobs.checkpoint.memory_source import MemorySource, read_point
 from jobs.checkpoint.persister import link_from_environment
 from jobs.checkpoint.restore import RestoredState, restore
-from jobs.checkpoint.saver import BehindSaver, Saver
+from jobs.checkpoint.saver import BehindSaver
 from jobs.checkpoint.source import ShardSource
 from jobs.hooks import Hooks
 from jobs.initial import initialise
@@ -117,7 +118,7 @@ class Pretrain:
             self._reporter.send("training", step=done + 1, micro_batches=self._micro_batches(done + 1))
         elif generation_of(self._env.resume_from):  # all was done, but not on disk
             self._reporter.send("step", step=done, next="save")
-            manifest = self._save(done, wait=True)
+            manifest = self._save_last(done)
             self._reporter.send("step", step=done, next="finish")
         for step in range(done + 1, steps + 1):
             due = step == steps or bool(self._job.checkpoint.every and step % self._job.checkpoint.every == 0)
@@ -125,9 +126,9 @@ class Pretrain:
             if not due and not ordered:
                 self._saver.keep(step, self._extra(step))
                 continue
-            # Where checkpoints cannot be written nobody leaves of his own will: the next gang would have to read one.
-            leaving = step < steps and (ordered or (not self._saver.troubled and self._is_to_leave()))
-            manifest = self._save(step, wait=leaving or step == steps)
+            if step == steps:
+                manifest = self._save_last(step)
+            leaving = step < steps and self._save(step, ordered=ordered)
             self._reporter.send("step", step=step, next="finish" if leaving or step == steps else "step")
             if leaving:
                 self._leave(step)
@@ -228,11 +229,28 @@ class Pretrain:
     def _micro_batches(self, step: int) -> int:
         return self._schedule.micro_batches(step, self._job.plan)
 
-    def _save(self, step: int, *, wait: bool) -> Location:
+    def _save(self, step: int, *, ordered: bool) -> bool:
+        """A checkpoint is due, or the ranks have been ordered to leave after it; returns whether they do."""
+        self._sync_metrics()
+        leaving = ordered or self._is_to_leave()
+        self._saver.save(step, self._extra(step), must=leaving)
+        failure = self._saver.finish() if leaving else None
+        if failure is None or (ordered and self._saver.in_memory):
+            return leaving
+        if ordered:
+            raise failure
+        return False  # who was to make room for something better goes on instead
+
+    def _save_last(self, step: int) -> Location:
+        self._sync_metrics()
+        manifest = self._saver.save(step, self._extra(step), must=True)
+        if failure := self._saver.finish(self._job.checkpoint.patience_s):
+            raise Unsaved(failure.what, why=failure.why, hint=failure.hint)
+        return manifest
+
+    def _sync_metrics(self) -> None:
         if self._metrics is not None:
             self._metrics.sync()  # the lines of what a checkpoint holds are never lost
-        patience_s = self._job.checkpoint.patience_s if step >= self._job.train.steps else 0.0
-        return self._saver.save(step, self._extra(step), wait=wait, patience_s=patience_s)
 
     def _extra(self, step: int) -> dict[str, Any]:
         initial = {} if self._job.initial is None else {"initial": to_json(self._job.initial)}

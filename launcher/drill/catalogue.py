@@ -228,16 +228,15 @@ STORAGE = (
     ),
     Case(
         name="stuck_storage",
-        what="writing a checkpoint hangs in the kernel until it has been noticed",
+        what="writing a checkpoint hangs in the kernel for a while: training goes on, and says so",
         acts=(
             Act(do=acts.freeze_disk, held=True),
             _LET_GO,
-            Act(do=acts.thaw_disk, after=EventKind.FAILURE_DETECTED, relief=True),
+            Act(do=acts.thaw_disk, after=EventKind.CHECKPOINT_FAILED, relief=True),
         ),
         disk="freezable",
         needs=(Need.FREEZE,),
-        failures=(FailureKind.HANG,),
-        least_step=HANG_STEP,
+        events=(EventKind.CHECKPOINT_FAILED,),
     ),
     Case(
         name="stuck_writer",

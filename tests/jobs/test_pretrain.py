@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from jobs.checkpoint import CorruptCheckpoint
+from jobs.checkpoint.errors import Unsaved
 from jobs.checkpoint.exchange import Traffic
 from jobs.checkpoint.manifest import Manifest, TrainerState
 from jobs.checkpoint.restore import RestoredState
@@ -224,7 +225,7 @@ def test_a_gang_that_begins_after_the_last_step_says_that_it_saves(
         "_saver": SimpleNamespace(open=lambda: None),
         "_reporter": SimpleNamespace(send=lambda kind, **fields: told.append((kind, fields))),
         "_restore": lambda: steps,
-        "_save": lambda step, *, wait: told.append("saved"),
+        "_save_last": lambda step: told.append("saved"),
         "_finish": lambda step, manifest: told.append("finished"),
     }
     for name, part in parts.items():
@@ -232,3 +233,16 @@ def test_a_gang_that_begins_after_the_last_step_says_that_it_saves(
     loop.run()
     said = [("step", {"step": steps, "next": word}) for word in ("save", "finish")]
     assert told == [said[0], "saved", said[1], "finished"]
+
+
+def test_the_end_that_cannot_be_written_has_a_name_of_its_own(job: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same state, and no store, it would be so again: the controller has to know."""
+    failure = StorageError("Cannot write.", why="No space left on device", hint="Free some.")
+    saver = SimpleNamespace(save=lambda step, extra, must: "manifest", finish=lambda patience_s: failure)
+    loop = object.__new__(Pretrain)
+    for name, part in {"_job": job, "_saver": saver, "_metrics": None, "_extra": lambda step: {}}.items():
+        monkeypatch.setattr(loop, name, part, raising=False)
+    with pytest.raises(Unsaved) as caught:
+        loop._save_last(20)
+    assert str(caught.value) == str(failure)
+    assert exit_code(caught.value) == exit_code(failure)

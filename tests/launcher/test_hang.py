@@ -82,9 +82,10 @@ def test_who_waits_for_what_is_read_ahead_stands_where_the_reader_does() -> None
 
 
 READER_IN_THE_KERNEL = """
-import os, sys, threading
+import os, sys, threading, time
 opens = [(os.POSIX_SPAWN_OPEN, 9, sys.argv[1], os.O_RDONLY, 0)]
-threading.Thread(target=os.posix_spawn, args=("/bin/true", ["true"], {}), kwargs={"file_actions": opens}).start()
+threading.Timer(0.3, os.posix_spawn, ("/bin/true", ["true"], {}), {"file_actions": opens}).start()
+time.sleep(60)
 """  # the kernel holds who spawns, until the new process has opened its files: here a pipe that nobody writes to
 
 
@@ -94,11 +95,10 @@ def test_a_rank_whose_reader_the_kernel_holds_is_held(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", READER_IN_THE_KERNEL, str(pipe)]) as rank:
         try:
             assert eventually(lambda: "D" in stacks.states_of_tasks(rank.pid))
-            found = []
-            for text in (READING, READING.replace("in take", "in close")):
+            asked = stacks.Question(rank=0, pid=rank.pid, log=log, offset=0)
+            for text, state in ((READING, "D"), (READING.replace("in take", "in close"), "S")):
                 log.write_text(text)
-                found.append(stacks.answer(stacks.Question(rank=0, pid=rank.pid, log=log, offset=0))["state"])
-            assert found == ["D", "S"]
+                assert eventually(lambda state=state: stacks.answer(asked)["state"] == state)
         finally:
             os.close(os.open(pipe, os.O_WRONLY))
             rank.kill()

@@ -385,8 +385,9 @@ def test_the_patience_with_a_store_begins_when_it_is_asked(tmp_path: Path, outag
     a_node_is_lost(stage)
     stage.clock.now += 290.0
     stage.turn()
+    assert EventKind.WAITING_FOR_NODES in stage.kinds()
     stage.backend.alive["b"] = "b-1"
-    stage.turn(2)
+    stage.turn(4)
     stage.clock.now += 290.0
     stage.turn()
     assert stage.state() is RunState.RECOVERING

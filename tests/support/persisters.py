@@ -157,9 +157,9 @@ class Writer:
         self.fill(float(step))
         self.seal(step, flush=flush, hold=hold, again=again)
 
-    def outcome(self, step: int, *, wait: bool = True) -> Any:
+    def outcome(self, step: int, *, wait_s: float | None = None) -> Any:
         """What became of a checkpoint."""
-        return self.ask("outcome", token=self.token, step=step, wait=wait)["done"]
+        return self.ask("outcome", token=self.token, step=step, wait_s=wait_s)["done"]
 
     def place(self, step: int, root: Path) -> Place[Path]:
         """Where a checkpoint of ours is."""

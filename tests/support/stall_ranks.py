@@ -70,14 +70,14 @@ def stalls(env: RankEnv, job: dict[str, Any], persister: str, steps: int, tries:
     alone, beside, kept, saved = [], [], [], []
     for _ in range(steps):
         alone.append(train())
-        begun_s = _seconds(lambda: saver.keep(next(at), {}))
+        begun_s, before_s = _seconds(lambda: saver.keep(next(at), {})), engine.own_time.stalled_s
         beside.append(train())
-        kept.append(begun_s + saver.waited_s)
+        kept.append(begun_s + engine.own_time.stalled_s - before_s)
     paths = RunPaths(env.run_dir).checkpoint_dir
     for number in range(1, steps + 1):
-        begun_s = _seconds(lambda: saver.save(next(at), {}, wait=False))
+        begun_s, before_s = _seconds(lambda: saver.save(next(at), {})), engine.own_time.stalled_s
         train()
-        saved.append(begun_s + saver.waited_s)
+        saved.append(begun_s + engine.own_time.stalled_s - before_s)
         while len(list(paths.glob("*/*.manifest.json"))) < number:  # as more training would go on
             time.sleep(0.05)
     folder = str(Path(env.run_dir) / "deepspeed")

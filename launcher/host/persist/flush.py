@@ -1,8 +1,8 @@
 """The disk tier behind the ranks: writes the parts of this node, and commits when every rank's part is durable.
 
 The persister of rank 0's node coordinates: the others tell it what they have written, or why they could not. On the
-first failure everybody withdraws what was written, and rank 0 learns the reason when it asks, once all have told: then
-the same checkpoint may be tried again.
+first part that fails everybody withdraws what was written, and rank 0 learns the reason when it asks, once all have
+told: then the same checkpoint may be tried again. What a manifest may yet name stays, until the next one is committed.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.checkpoint.errors import CheckpointConflict
+from jobs.checkpoint.errors import CheckpointConflict, is_full
 from jobs.checkpoint.fence import Debt, pay
 from jobs.checkpoint.layout import Place, Token, place_of
 from jobs.checkpoint.manifest import TrainerState
-from jobs.checkpoint.parts import Part, Whole, arrived_before, commit_parts, withdraw_part, write_part
+from jobs.checkpoint.parts import Part, Whole, arrived_before, commit_parts, retaken, withdraw_part, write_part
 from jobs.checkpoint.retention import tidied
 from jobs.location import Location, locate
 from launcher.host.persist.shelf import Held, Shelf
@@ -137,9 +137,8 @@ class Flusher:
         held, info = writing.held, writing.held.stream.info
         report: dict[str, Any]
         try:
-            if writing.again:  # a store that did not answer may have taken some of it
-                withdraw_part(writing.place, info.rank)
-            part = write_part(
+            part = retaken(writing.place, info.rank) if writing.again else None
+            part = part or write_part(
                 writing.place,
                 info.rank,
                 held.stream.image.pieces(held.buffer.view),
@@ -221,25 +220,28 @@ class Flusher:
             done |= {"warning": tidied(self._root, pending.keep, token=pending.place.token)}
         except Exception as error:  # also what is no JSON in extra
             done = {"error": describe(error)}
+            if isinstance(error, StorageError) and is_full(error):
+                with self._shelf.changed:
+                    self._withdraw(pending)  # else a manifest that seems not to have arrived may yet
         pending.done = done
         self._settled()
 
-    def outcome(self, token: Token, step: int, *, wait: bool) -> dict[str, Any] | None:
-        """What became of a checkpoint; None while it is being made, or taken back.
+    def outcome(self, token: Token, step: int, *, wait_s: float | None) -> dict[str, Any] | None:
+        """What became of a checkpoint, once; None while it is being made, or taken back.
 
-        That it exists is told once, that it failed until it is asked for with ``wait``.
+        Args:
+            token: Whose it is.
+            step: Its step.
+            wait_s: How long to wait for that; None: until it is known.
         """
         with self._shelf.changed:
             key = (step, token)
             pending = self._pending.get(key)
             if pending is None:
                 return {"error": {"kind": "storage", "what": f"Step {step} was not written.", "why": "", "hint": ""}}
-            if wait:
-                self._shelf.changed.wait_for(lambda: pending.over)
-            if not pending.over or pending.done is None:
+            if not self._shelf.changed.wait_for(lambda: pending.over, wait_s):
                 return None
-            if wait or "error" not in pending.done:
-                del self._pending[key]
+            del self._pending[key]
             return pending.done
 
     def drain(self, patience_s: float) -> None:

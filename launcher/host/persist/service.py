@@ -10,7 +10,7 @@
 ``settle``   wait until the replica of the newest part is confirmed, or will not be: ``broken`` says why not; and what
              replicas have taken of the cores of this node so far (``toil_s``)
 ``durable``  wait until this rank's part is on the disk; ``release`` lets the commit go on (after ``hold``)
-``outcome``  rank 0: what became of the checkpoint of ``step``; with ``wait``, once it is known
+``outcome``  rank 0: what became of the checkpoint of ``step``, once; waits ``wait_s`` for that, null for ever
 ``part``     a part of a generation to restore: its record, and the descriptor if it lies here
 ``read``     bytes of a part that lies elsewhere
 """
@@ -215,7 +215,7 @@ class Desk:
 
     def _outcome(self, message: Message) -> tuple[Message, Payload, list[int]]:
         token = Token(*message["token"])
-        return {"done": self._flusher.outcome(token, int(message["step"]), wait=bool(message["wait"]))}, b"", []
+        return {"done": self._flusher.outcome(token, int(message["step"]), wait_s=message["wait_s"])}, b"", []
 
     # -- restoring -------------------------------------------------------------------------------------------------
 

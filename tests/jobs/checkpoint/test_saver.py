@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 
 from jobs.checkpoint import saver
-from jobs.checkpoint.errors import CheckpointConflict, Unsaved
+from jobs.checkpoint.errors import CheckpointConflict
 from jobs.checkpoint.fence import Branch, Debt
 from jobs.checkpoint.image import Image
-from jobs.checkpoint.outage import SIGN_OF_LIFE_S, waits
+from jobs.checkpoint.outage import LATE_S, SIGN_OF_LIFE_S, waits
 from jobs.checkpoint.persister import PersisterLink
 from jobs.checkpoint.saver import BehindSaver
 from jobs.checkpoint.slices import whole
 from jobs.hooks import NoHooks
 from jobs.paths import RunPaths
 from jobs.report import Reporter
-from jobs.spec import CheckpointSpec, RankEnv, TrainSpec
+from jobs.spec import CheckpointSpec, RankEnv
 from strategies.codec import to_json
 from strategies.errors import StorageError
 from tests.support.jobspecs import make_job
@@ -58,7 +58,6 @@ def opened(
     *,
     share: float = 0.0,
     run_dir: str = "/nowhere",
-    steps: int = 100,
 ) -> tuple[BehindSaver, Link]:
     """The saver of one of two ranks, each on a node of its own."""
     hooked = SimpleNamespace(register_step_pre_hook=lambda hook: None)
@@ -83,8 +82,7 @@ def opened(
         attempt=1,
         resume_from="",
     )
-    policy = CheckpointSpec(every=8, memory_every=1, memory_share=share)
-    job = dataclasses.replace(make_job(), checkpoint=policy, train=TrainSpec(steps=steps))
+    job = dataclasses.replace(make_job(), checkpoint=CheckpointSpec(every=8, memory_every=1, memory_share=share))
     engine = SimpleNamespace(ds=None, own_time=SimpleNamespace(stalled_s=0.0), before_update=lambda act: None)
     made = BehindSaver(engine, job, env, NoHooks(), Reporter(-1), cast(PersisterLink, link))
     made.open()
@@ -144,11 +142,9 @@ def test_the_persister_learns_what_this_gang_owes_and_no_other(
     assert link.fields("open")["info"]["about"]["debt"] == (debt if epoch == 1 else None)
 
 
-def saving(
-    monkeypatch: pytest.MonkeyPatch, *outcomes: Any, steps: int = 100
-) -> tuple[BehindSaver, Link, list[dict[str, Any]]]:
+def saving(monkeypatch: pytest.MonkeyPatch, *outcomes: Any) -> tuple[BehindSaver, Link, list[dict[str, Any]]]:
     """Rank 0 of a gang that has nobody to agree with, whose checkpoints end like this; and what it reports."""
-    made, link = opened(monkeypatch, 0, {}, steps=steps)
+    made, link = opened(monkeypatch, 0, {})
     link.outcomes = list(outcomes)
     made._buffers[0] = np.zeros(0, np.float32)
     monkeypatch.setattr(saver, "agree", lambda error, value=None: [value] if error is None else _raise(error))
@@ -174,24 +170,50 @@ def written(step: int) -> dict[str, Any]:
 
 def test_training_goes_on_beside_a_checkpoint_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     made, link, told = saving(monkeypatch, FULL, written(10))
-    made.save(5, {}, wait=False)
-    known = [made.troubled]  # nobody knows yet
-    made.save(10, {}, wait=False)
-    known.append(made.troubled)
-    assert told == [{"kind": "unsaved", "step": 5, "reason": "Cannot write. (No space left on device)"}]
-    made.save(15, {}, wait=False)
-    assert [*known, made.troubled] == [False, True, False]
+    made.save(5, {})
+    assert told == [], "nobody knows yet"
+    made.save(10, {})
+    (unsaved,) = told
+    assert (unsaved["kind"], unsaved["step"], unsaved["reason"]) == (
+        "unsaved",
+        5,
+        "Cannot write. (No space left on device)",
+    )
+    assert unsaved["stall_s"] >= 0
+    made.save(15, {})
     assert [one["kind"] for one in told] == ["unsaved", "checkpoint"]
     bases = [fields["base"] for op, fields in link.asked if op == "seal"]
     steps = [base.rpartition("step-")[2][:8] for base in bases]
     assert steps == ["", "", "00000010"], "only what exists is gone on from"
 
 
+def test_one_that_is_due_while_the_one_before_is_being_written_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, link, told = saving(monkeypatch, None, None, written(5), written(20))
+    for step in (5, 10, 15, 20, 25):
+        made.save(step, {})
+    waited = [fields["wait_s"] for op, fields in link.asked if op == "outcome"]
+    assert waited == [LATE_S, 0.0, 0.0, LATE_S], "patience is had once"
+    assert [fields["flush"] for op, fields in link.asked if op == "seal"] == [True, False, False, True, True]
+    assert [(one["kind"], one["step"]) for one in told] == [("unsaved", 5), ("checkpoint", 5), ("checkpoint", 20)]
+
+
+def test_the_last_one_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, link, _ = saving(monkeypatch, None, written(10))
+    made.save(5, {})
+    made.save(10, {}, must=True)
+    assert made.finish() is None
+    assert [fields["flush"] for op, fields in link.asked if op == "seal"] == [True, True]
+    assert [(fields["step"], fields["wait_s"]) for op, fields in link.asked if op == "outcome"] == [
+        (5, LATE_S),
+        (10, None),
+    ]
+
+
 def test_who_was_fenced_off_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     made, _, told = saving(monkeypatch, FENCED)
-    made.save(5, {}, wait=False)
+    made.save(5, {})
     with pytest.raises(CheckpointConflict):
-        made.save(10, {}, wait=False)
+        made.save(10, {})
     assert told == []
 
 
@@ -199,21 +221,21 @@ def test_the_last_checkpoint_is_tried_until_it_is_written(monkeypatch: pytest.Mo
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     made, link, told = saving(monkeypatch, FULL, FULL, written(5))
-    made.save(5, {}, wait=True, patience_s=100.0)
+    made.save(5, {}, must=True)
+    assert made.finish(patience_s=100.0) is None
     assert sum(slept) == pytest.approx(2 + 4)
     assert max(slept) <= SIGN_OF_LIFE_S
     kinds = [one["kind"] for one in told]
     assert kinds == ["unsaved", "step", "unsaved", "step", "step", "checkpoint"], "every wait is told to be alive"
     assert [fields.get("again") for op, fields in link.asked if op == "seal"] == [False, True, True]
-    assert not made.troubled
 
 
-@pytest.mark.parametrize("steps", [5, 6])
-def test_patience_ends(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, _, _ = saving(monkeypatch, FULL, steps=steps)
-    with pytest.raises(StorageError, match="Cannot write") as caught:
-        made.save(5, {}, wait=True)
-    assert isinstance(caught.value, Unsaved) == (steps == 5), "only the last one of a run has to be written"
+def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _, _ = saving(monkeypatch, FULL)
+    made.save(5, {}, must=True)
+    failure = made.finish()
+    assert isinstance(failure, StorageError)
+    assert failure.what == "Cannot write."
 
 
 def test_waits_grow_and_end_with_patience() -> None:
