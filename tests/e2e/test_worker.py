@@ -126,7 +126,8 @@ def undisturbed(start: Callable[..., Run]) -> Run:
 def test_an_undisturbed_run_tells_everything(undisturbed: Run) -> None:
     lines = undisturbed.lines()
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert {*lines[0]} == {*EXACT, "tokens_per_s", "attempt", "epoch", "seconds", "data_s", "time"}
+    told = {"tokens_per_s", "attempt", "epoch", "seconds", "data_s", "stall_s", "copies_every", "time"}
+    assert {*lines[0]} == {*EXACT, *told}
     assert all(line["attempt"] == 1 and line["tokens_per_s"] > 0 for line in lines)
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert undisturbed.kinds() == [

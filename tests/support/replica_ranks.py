@@ -53,7 +53,7 @@ def replicas_in_time(
         stalled_s = saver.stalled_s()
         if step > 1:
             found["step_s"].append(time.perf_counter() - began)
-            found["waited_s"].append(saver.waited_s)
+            found["waited_s"].append(engine.own_time.stalled_s)
             found["stalled_s"].append(stalled_s)
             found["held"].append(_holds(link, step - 1, env))
         saver.keep(step, {})
