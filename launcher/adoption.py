@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jobs.checkpoint.layout import Token
 from launcher import progress, rank_errors, stopping
 from launcher.controller import Controller
 from launcher.departure import CAUSE
@@ -166,6 +167,8 @@ def _adopt(controller: Controller, welcomes: Welcomes) -> None:
         training=controller.run.state is RunState.RUNNING,
     )
     _remember_orders(controller, controller.state, welcomes)
+    if not any(event.kind is EventKind.FENCE_LAID for event in mine):
+        controller.outset.inherit(controller.store.paths.debt(attempt.number), Token(attempt.epoch, attempt.number))
     if controller.state.training:
         controller.watch_training(controller.state)
     else:

@@ -35,13 +35,14 @@ from launcher.logbook import Fenced, Logbook
 from launcher.memory_tier import MemoryTier
 from launcher.muster import Muster
 from launcher.origin import NothingLeft
-from launcher.outset import Beginning, NotYet, Outset
+from launcher.outset import Beginning, Outset
 from launcher.phase import Phase
 from launcher.recovery import Action, Decision, Failure, FailureKind
 from launcher.request import LaunchRequest
 from launcher.run import EventKind, Run, RunEvent, RunState
 from launcher.sizing import Sizing
 from launcher.store import RunStore, dump, write_atomic
+from launcher.vigil import Vigil
 from strategies.errors import ClusterError
 from strategies.plan import ParallelPlan
 
@@ -86,6 +87,7 @@ class Controller:
         self.sizing = Sizing(request)
         self.memory = MemoryTier(clock)
         self.outset = Outset(store, self.memory)
+        self.vigil = Vigil(clock, patience_s=request.recovery.wait_for_nodes_s)
         self.hangs = HangWatch(first_s=request.recovery.first_step_s, save_s=request.recovery.save_timeout_s)
         self.departure = Departure(
             request, store.paths, sizing=self.sizing, muster=self.muster, clock=clock, record=self.record
@@ -158,6 +160,7 @@ class Controller:
         self.phase = phase
         self._since = self.clock.monotonic()
         self._noticed = False
+        self.vigil.end()
         if phase is Phase.GATHER:  # asks now, so that the answers are what ends the next poll
             self.memory.ready(self.gang, self.muster.up, self.run, self.request.job)
 
@@ -170,6 +173,8 @@ class Controller:
             self._end_leftovers(seen)
         if self.state is None:
             return
+        if self.first_step_by is not None and seen.saves(self.state.attempt):
+            self.watch_training(self.state)  # no step is left to do, only the last checkpoint
         self.hangs.note(seen, self.clock.monotonic())
         self.departure.note(seen)
         for found in self.state.observe(seen):
@@ -200,12 +205,12 @@ class Controller:
         if note.kind is EventKind.RANKS_SPAWNED:
             self.store.write_ranks(self.state.attempt, self.state.rank_table())
         if note.kind is EventKind.TRAINING_STARTED:
-            self.first_step_by = None
             self.watch_training(self.state)
         self.record(note.kind, **note.data)
 
     def watch_training(self, state: GangState) -> None:
-        """Look for hangs and stragglers from now on; a script reports no steps."""
+        """It has begun: look for hangs and stragglers from now on; a script reports no steps."""
+        self.first_step_by = None
         if not state.script:
             told = progress.last_metric(self.store.paths)
             self.hangs.begin(state.plan, self.clock.monotonic(), told_s=float(told.get("seconds", 0.0)))
@@ -224,8 +229,10 @@ class Controller:
         nodes, back = self.muster.choose(lambda count: self.sizing.largest(count) is not None)
         again = self.start_reason == "resume"
         answer = self.sizing.choose(self.run, up=len(nodes), waited_s=waited, resumed=again, why=why)
+        if answer.plan is None:
+            self.vigil.end()
         if answer.plan is not None:
-            if (begins := self._begin(answer.plan, waited)) is None:
+            if (begins := self._begin(answer.plan)) is None:
                 return
             if back:
                 self.record(EventKind.NODE_READMITTED, nodes=list(back), reason="without it there is no legal plan")
@@ -243,15 +250,12 @@ class Controller:
     def _job(self, plan: ParallelPlan) -> JobSpec:
         return self.request.job.under(plan).skipping(self.run.skips)
 
-    def _begin(self, plan: ParallelPlan, waited: float) -> Beginning | None:
+    def _begin(self, plan: ParallelPlan) -> Beginning | None:
         """Where the ranks begin; None while no checkpoint can be used, which an outage of the storage may be."""
         try:
             return self.outset.find(self._job(plan), self.run, self.lock.epoch, self.muster.up)
         except NothingLeft as nothing:
-            soon = self.start_reason != "resume" or isinstance(nothing, NotYet)
-            patient = soon and waited <= self.request.recovery.wait_for_nodes_s
-            if not patient or self.outset.worth_telling(waited):
-                self.decide(Decision(action=Action.WAIT if patient else Action.GIVE_UP, reason=str(nothing)))
+            self.decide(self.vigil.judge(nothing, resumed=self.start_reason == "resume"))
             return None
 
     def _start(self, plan: ParallelPlan, nodes: Mapping[str, AgentAddress], at: Beginning) -> None:
@@ -292,13 +296,10 @@ class Controller:
 
     def _finish(self, state: GangState) -> None:
         """Every rank has exited well: the run is done, or they have left as they were asked to."""
-        script = state.script
-        if not script and state.last_step < self.request.job.train.steps:
+        if not state.script and state.last_step < self.request.job.train.steps:
             self._stop_ranks(state)
             return
-        step = progress.resume_point(self.store.paths, script=True).step if script else state.last_step
-        digest = None if script else progress.final_record(self.store.paths).get("weights_digest")
-        self.end(EventKind.RUN_SUCCEEDED, step=step, weights_digest=digest)
+        self.end(EventKind.RUN_SUCCEEDED, **progress.result(self.store.paths, state.last_step, script=state.script))
 
     def _watch_for_hangs(self, state: GangState) -> None:
         now, wall = self.clock.monotonic(), self.clock.time()
@@ -361,8 +362,7 @@ class Controller:
             self.record(EventKind.CHECKPOINT_REJECTED, **unfit)
         self.record(EventKind.GANG_STOPPED, **failure.verdict)
         spare = self.muster.stands_by(self.run.attempt.nodes if self.run.attempt else ())
-        excluded = exclusion.after_failure(self.run, self.request.recovery, spare=spare)
-        if excluded is not None:
+        if (excluded := exclusion.after_failure(self.run, self.request.recovery, spare=spare)) is not None:
             self.record(EventKind.NODE_EXCLUDED, **excluded.fields)
         self.start_reason = "move" if failure.kind is FailureKind.PREEMPTED else "restart"
         decision = recovery.decide(self.run, failure, self.request.recovery, spare=spare)

@@ -50,6 +50,11 @@ class Observation:
     time: float
     data: dict[str, Any]
 
+    def saves(self, attempt: int) -> bool:
+        """Whether a rank of the attempt says that it makes a checkpoint from now on."""
+        told = self.kind == "report" and self.data.get("kind") == "step" and self.data.get("next") == "save"
+        return told and int(self.data.get("attempt", attempt)) == attempt
+
 
 @dataclass(slots=True)
 class Inbox:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.checkpoint import CheckpointConflict
-from jobs.checkpoint.errors import is_full
-from jobs.checkpoint.fence import Branch, Debt, pay
+from jobs.checkpoint.errors import is_full, storage_error
+from jobs.checkpoint.fence import Branch, Debt, owed, pay
 from jobs.checkpoint.layout import Token
 from jobs.spec import JobSpec
 from launcher import lineage, origin
@@ -35,8 +35,6 @@ from strategies.errors import PhalanxError, StorageError
 
 ANSWER_S = 3.0  # a store that is well has told all that there is by then
 PAY_EVERY_S = 5.0
-TELL_S = 60.0
-_OF_A_RANK = (FailureKind.RANK_ERROR, FailureKind.RANK_EXIT)
 _NOT_THERE = "the place of the checkpoints is not there, or is another run's"
 
 
@@ -82,7 +80,7 @@ class Outset:
         self._begun: tuple[Branch, Beginning] | None = None  # may be on record: it stays
         self._debt: Debt | None = None
         self._paying = False  # a payment is on its way
-        self._pay_at = self._waited_s = self._tell_at_s = 0.0
+        self._pay_at = 0.0
 
     def find(self, job: JobSpec, run: Run, epoch: int, up: Collection[str]) -> Beginning:
         """The newest state that can be had; it is laid down, or owed.
@@ -132,9 +130,10 @@ class Outset:
     def _remembered(self, job: JobSpec, run: Run) -> ResumePoint | None:
         """A state in memory, if nothing newer is known to have been on disk.
 
-        None after an error of a rank: that may be that it could not save, and would be so again.
+        None where the last checkpoint of the run could not be written for as long as it is tried: with the same state
+        and no store it would be so again.
         """
-        if run.attempt is None or run.attempt.failure in _OF_A_RANK:
+        if run.attempt is None or run.attempt.failure == FailureKind.UNSAVED:
             return None
         point = self._memory.better(run, job)(OnDisk(point=ResumePoint(), branch=lineage.of(run)))
         return point if point.memory is not None and point.step >= origin.promised(run) else None
@@ -157,9 +156,32 @@ class Outset:
         return begins
 
     def sign(self, path: Path) -> None:
-        """Leave what is owed where the ranks of the attempt find it; nothing if nothing is. Raises StorageError."""
+        """Leave what is owed where the ranks of the attempt find it; nothing if nothing is.
+
+        A controller that fell before the attempt was on record may have left there what its own would have owed.
+
+        Raises:
+            StorageError: It cannot be left, or taken away.
+        """
         if self._debt is not None:
             write_atomic(path, dump(self._debt))
+            return
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error("take away what is owed no more", path, error) from error
+
+    def inherit(self, path: Path, token: Token) -> None:
+        """Pay from now on what a gang owes that was begun by a predecessor.
+
+        Args:
+            path: Where :meth:`sign` has left it.
+            token: The gang.
+
+        Raises:
+            StorageError: It cannot be read.
+        """
+        self._debt, self._paying, self._pay_at = owed(path, token), False, time.monotonic()
 
     def settle(self) -> dict[str, Any]:
         """Pay what is owed, if the store answers; returns what is news about that, for the log. Never waits.
@@ -182,20 +204,6 @@ class Outset:
             return {}
         self._debt = None
         return {"reason": "the store of the checkpoints answers again, and earlier gangs are fenced off there"}
-
-    def worth_telling(self, waited_s: float) -> bool:
-        """Whether people should be told (again) that nothing can be gone on from; less and less often.
-
-        Args:
-            waited_s: For how long that has been so, or longer.
-        """
-        if waited_s < self._waited_s:  # another wait
-            self._tell_at_s = 0.0
-        self._waited_s = waited_s
-        if waited_s < self._tell_at_s:
-            return False
-        self._tell_at_s = max(TELL_S, 2 * waited_s)
-        return True
 
 
 def _branch_of(run: Run, token: Token, point: ResumePoint, there: bool) -> Branch:

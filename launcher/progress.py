@@ -105,6 +105,13 @@ def final_record(paths: RunPaths) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def result(paths: RunPaths, step: int, *, script: bool) -> dict[str, Any]:
+    """What the event log keeps of a run that is done: ``step`` is the last that its ranks have told of, if they do."""
+    if script:
+        return {"step": resume_point(paths, script=True).step, "weights_digest": None}
+    return {"step": step, "weights_digest": final_record(paths).get("weights_digest")}
+
+
 def results(paths: RunPaths) -> dict[str, Any] | None:
     """What an evaluation or a generation has found; None while it has not ended."""
     try:

@@ -29,6 +29,7 @@ class FailureKind(enum.StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     HANG = "hang"
     RANK_KILLED = "rank_killed"
+    UNSAVED = "unsaved"  # the last checkpoint of the run could not be written for as long as it is tried
     RANK_ERROR = "rank_error"
     RANK_EXIT = "rank_exit"
     START_TIMEOUT = "start_timeout"
@@ -49,6 +50,7 @@ BUDGET_OF: dict[FailureKind, str] = {
     FailureKind.OUT_OF_MEMORY: "memory",
     FailureKind.HANG: "hang",
     FailureKind.RANK_KILLED: "hardware",
+    FailureKind.UNSAVED: "error",
     FailureKind.RANK_ERROR: "error",
     FailureKind.RANK_EXIT: "error",
     FailureKind.START_TIMEOUT: "start",
@@ -132,7 +134,7 @@ _NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|_STATUS_ALLOC_FAILED", re.IGNORECASE
 )
 _REFUSALS = ("ConfigError", "PlanInfeasible", "ResumeRefused")  # of strategies.errors: what a rank makes of its job
-_OUT_OF_REACH = "OutOfReach"  # of jobs.checkpoint.errors
+_OUT_OF_REACH, _UNSAVED = "OutOfReach", "Unsaved"  # of jobs.checkpoint.errors
 _TROUBLE = {
     Trouble.GONE: FailureKind.DEVICE_LOST,
     Trouble.FAULT: FailureKind.DEVICE_FAULT,
@@ -214,6 +216,8 @@ def _classify_error(error: Mapping[str, Any], *, rank: int, node: str, when: flo
     signature = _signature(f"{kind}: {message}\n{trace}", step)
     if kind in _REFUSALS:
         return replace(found, kind=FailureKind.BAD_CONFIG, signature=signature)
+    if kind == _UNSAVED:
+        return replace(found, kind=FailureKind.UNSAVED, signature=signature)
     if kind == _OUT_OF_REACH:
         return replace(found, kind=FailureKind.UNREACHABLE)
     if wrong := trouble(kind, message, trace):

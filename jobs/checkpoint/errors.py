@@ -53,6 +53,10 @@ class CheckpointConflict(StorageError):
     """Another writer has committed, or holds a higher token: this writer has been fenced."""
 
 
+class Unsaved(StorageError):
+    """The last checkpoint of a run could not be written for as long as it is tried."""
+
+
 def storage_error(doing: str, path: str | Location, error: OSError) -> StorageError:
     """Explain a failed system call.
 

@@ -24,6 +24,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from jobs.checkpoint.claim import require_ours
@@ -124,6 +125,21 @@ def pay(root: Location, debt: Debt) -> None:
         require_ours(root, run=debt.claim["run"], owner=debt.claim["owner"])
     raise_fence(root, debt.branch.token, owner=debt.owner)
     begin(root, debt.branch)
+
+
+def owed(path: Path, token: Token) -> Debt | None:
+    """What a gang owes; None for nothing. What was left there for another gang of its number is not its own.
+
+    Raises:
+        StorageError: It cannot be read.
+    """
+    try:
+        found = from_json(Debt, json.loads(path.read_text()), where=str(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, ConfigError) as error:
+        raise StorageError(f"{path} cannot be read.", why=str(error)) from error
+    return found if found.branch.token == token else None
 
 
 def in_order(states: Iterable[S], branch: Branch | None) -> list[S]:

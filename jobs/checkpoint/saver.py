@@ -9,12 +9,10 @@ for the one before, and there every rank learns what became of that (:mod:`jobs.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from jobs.checkpoint.copying import Copier, pin
+from jobs.checkpoint.fence import owed
 from jobs.checkpoint.fragments import access
 from jobs.checkpoint.frequency import Frequency, Price
 from jobs.checkpoint.gang import agree, gather, most, revive
@@ -40,7 +39,7 @@ from jobs.paths import RunPaths
 from jobs.report import Reporter
 from jobs.spec import JobSpec, RankEnv
 from strategies.codec import to_json
-from strategies.errors import PhalanxError, StorageError
+from strategies.errors import PhalanxError
 
 
 class BehindSaver:
@@ -99,7 +98,7 @@ class BehindSaver:
         if env.rank == 0:
             tensors = {name: shape for _, some, _ in told for name, shape in some.items()}
             about = {"run_id": job.run_id, "plan": job.plan, "model": job.model, "tensors": tensors}
-            about["debt"] = owed(RunPaths(env.run_dir).debt(env.attempt))
+            about["debt"] = owed(RunPaths(env.run_dir).debt(env.attempt), self._token)
         info = StreamInfo(
             epoch=env.epoch,
             attempt=env.attempt,
@@ -332,20 +331,6 @@ class BehindSaver:
             return self._link.ask(op, **fields)
         except FrameError as error:
             raise unreachable(error) from error
-
-
-def owed(path: Path) -> Any:
-    """What the gang owes the store of the checkpoints (:class:`jobs.checkpoint.fence.Debt`), as JSON; None for nothing.
-
-    Raises:
-        StorageError: It cannot be read.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{path} cannot be read.", why=str(error)) from error
 
 
 def without_memory(refused: Mapping[int, str]) -> str:

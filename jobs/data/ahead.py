@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 BREATH_S = 50e-6
+CLOSE_S = 5.0
 _AT_A_TIME_S = 500e-6  # of reading between two breaths
 
 
@@ -73,12 +74,15 @@ class ReadAhead(Generic[T]):
             return item
 
     def close(self) -> None:
-        """Read no further; returns when the sample at hand is read."""
+        """Read no further; returns when the sample at hand is read, or when that takes too long.
+
+        A mount that hangs may hold the reader for good. Nobody needs what it reads any more.
+        """
         with self._turn:
             self._closed = True
             self._turn.notify_all()
         self._wanted.set()
-        self._thread.join()
+        self._thread.join(CLOSE_S)
 
     def _serve(self) -> None:
         try:

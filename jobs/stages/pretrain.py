@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch.distributed as dist
 
 from jobs.checkpoint.direct import DirectSaver
-from jobs.checkpoint.errors import storage_error
+from jobs.checkpoint.errors import Unsaved, storage_error
 from jobs.checkpoint.gang import gang_weights_digest, gather
 from jobs.checkpoint.identity import differences
 from jobs.checkpoint.keeping import Saver
@@ -116,8 +116,10 @@ class Pretrain:
         steps = self._job.train.steps
         if done < steps:
             self._reporter.send("training", step=done + 1, micro_batches=self._micro_batches(done + 1))
-        elif generation_of(self._env.resume_from):
-            manifest = self._save_last(done)  # all was done, but not on disk
+        elif generation_of(self._env.resume_from):  # all was done, but not on disk
+            self._reporter.send("step", step=done, next="save")
+            manifest = self._save_last(done)
+            self._reporter.send("step", step=done, next="finish")
         for step in range(done + 1, steps + 1):
             due = step == steps or bool(self._job.checkpoint.every and step % self._job.checkpoint.every == 0)
             ordered = self._step(step, due=due)
@@ -243,7 +245,7 @@ class Pretrain:
         self._sync_metrics()
         manifest = self._saver.save(step, self._extra(step), must=True)
         if failure := self._saver.finish(self._job.checkpoint.patience_s):
-            raise failure
+            raise Unsaved(failure.what, why=failure.why, hint=failure.hint)
         return manifest
 
     def _sync_metrics(self) -> None:

@@ -2,7 +2,8 @@
 
 How far a rank has come in every group it communicates with is read from its memory (:mod:`jobs.course`).
 SIGUSR1 makes a rank of ours write the stacks of its threads to its log: from a C handler, so that one that holds the
-interpreter's lock answers, too. One that is stopped cannot; the kernel's word for its state says so.
+interpreter's lock answers, too. One that is stopped cannot; the kernel's word for its state says so. Where the thread
+that trains waits for the one that reads ahead (:mod:`jobs.data.ahead`), it stands where that one does.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ ANSWER_S = 0.5
 _MAX_TEXT = 12000  # a hundred frames, which is all that faulthandler writes
 _MAX_DUMP_BYTES = 128 << 10
 _OURS = "jobs/worker.py"
+_WAITS_FOR_READER = re.compile(r'jobs/data/ahead\.py", line \S+ in take$')
+_READER = re.compile(r'jobs/data/ahead\.py", line \S+ in _serve$')
 _INSTALLED = re.compile(r'File "[^"]*/site-packages/')
 
 
@@ -74,23 +77,37 @@ class Stacks:
         if self._due is None or now < self._due:
             return []
         asked, self._open, self._due = self._open, [], None
-        return [_answer(one) for one in asked]
+        return [answer(one) for one in asked]
 
 
-def _answer(one: Question) -> dict[str, Any]:
+def answer(one: Question) -> dict[str, Any]:
+    """Where a rank stands that was asked, see :meth:`Stacks.collect`."""
     progress = progress_of(one.pid)
+    stack = main_stack(_written(one))
+    state = state_of(one.pid)
+    if state == "S" and any(map(_WAITS_FOR_READER.search, stack.splitlines())) and "D" in states_of_tasks(one.pid):
+        state = "D"  # the kernel holds the reader, and with it the rank
     return {
         "rank": one.rank,
-        "state": state_of(one.pid),
-        "stack": main_stack(_written(one))[:_MAX_TEXT],
+        "state": state,
+        "stack": stack[:_MAX_TEXT],
         "progress": progress and progress.to_json(),
     }
 
 
 def state_of(pid: int) -> str:
     """The kernel's letter for a process: R running, S sleeping, D in the disk or a driver, T stopped; "" when gone."""
+    return _letter(Path("/proc", str(pid), "stat"))
+
+
+def states_of_tasks(pid: int) -> set[str]:
+    """The letters for all threads of a process."""
+    return {_letter(path) for path in Path("/proc", str(pid), "task").glob("*/stat")}
+
+
+def _letter(stat: Path) -> str:
     try:
-        line = Path("/proc", str(pid), "stat").read_text(errors="replace")
+        line = stat.read_text(errors="replace")
     except OSError:
         return ""
     return line[line.rindex(")") + 2 :][:1]
@@ -104,7 +121,10 @@ def _written(one: Question) -> str:
 
 
 def main_stack(text: str) -> str:
-    """The stack of the thread that trains, innermost frame first, out of what the rank wrote."""
+    """The stack of the thread that trains, innermost frame first, out of what the rank wrote.
+
+    Where it waits for what is read ahead, the frames of the reader come first: they are what it waits in.
+    """
     sections: list[list[str]] = []
     for line in text.splitlines():
         if line.startswith(("Thread 0x", "Current thread 0x")):
@@ -112,4 +132,7 @@ def main_stack(text: str) -> str:
         elif sections and line.startswith("  File "):
             sections[-1].append(_INSTALLED.sub('File "', line.strip()))
     ours = [section for section in sections if any(_OURS in line for line in section)]
-    return "\n".join((ours or sections or [[]])[-1])
+    main = (ours or sections or [[]])[-1]
+    waits = any(map(_WAITS_FOR_READER.search, main))
+    reader = next((some for some in sections if waits and any(map(_READER.search, some))), [])
+    return "\n".join(reader + main)

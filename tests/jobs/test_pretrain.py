@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from jobs.checkpoint import CorruptCheckpoint
+from jobs.checkpoint.errors import Unsaved
 from jobs.checkpoint.exchange import Traffic
 from jobs.checkpoint.manifest import Manifest, TrainerState
 from jobs.checkpoint.restore import RestoredState
@@ -204,3 +205,44 @@ def test_exit_codes() -> None:
     assert exit_code(ConfigError("x")) == 2
     assert exit_code(CorruptCheckpoint("manifest", "reason")) == 76
     assert exit_code(BlowUp(3, "the loss is nan", 8)) == 77
+
+
+def test_a_gang_that_begins_after_the_last_step_says_that_it_saves(
+    job: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All was done, and not on disk: nobody may wait for a first step."""
+    monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+    told: list[object] = []
+    steps = job.train.steps
+    loop = object.__new__(Pretrain)
+    parts = {
+        "_job": job,
+        "_env": SimpleNamespace(resume_from=f"memory:{steps}:e0001-a0001"),
+        "_hooks": SimpleNamespace(model_ready=lambda module: None),
+        "_engine": SimpleNamespace(module=None),
+        "_feed": SimpleNamespace(begin=lambda schedule, first: None),
+        "_schedule": None,
+        "_saver": SimpleNamespace(open=lambda: None),
+        "_reporter": SimpleNamespace(send=lambda kind, **fields: told.append((kind, fields))),
+        "_restore": lambda: steps,
+        "_save_last": lambda step: told.append("saved"),
+        "_finish": lambda step, manifest: told.append("finished"),
+    }
+    for name, part in parts.items():
+        monkeypatch.setattr(loop, name, part, raising=False)
+    loop.run()
+    said = [("step", {"step": steps, "next": word}) for word in ("save", "finish")]
+    assert told == [said[0], "saved", said[1], "finished"]
+
+
+def test_the_end_that_cannot_be_written_has_a_name_of_its_own(job: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same state, and no store, it would be so again: the controller has to know."""
+    failure = StorageError("Cannot write.", why="No space left on device", hint="Free some.")
+    saver = SimpleNamespace(save=lambda step, extra, must: "manifest", finish=lambda patience_s: failure)
+    loop = object.__new__(Pretrain)
+    for name, part in {"_job": job, "_saver": saver, "_metrics": None, "_extra": lambda step: {}}.items():
+        monkeypatch.setattr(loop, name, part, raising=False)
+    with pytest.raises(Unsaved) as caught:
+        loop._save_last(20)
+    assert str(caught.value) == str(failure)
+    assert exit_code(caught.value) == exit_code(failure)

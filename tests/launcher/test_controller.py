@@ -157,6 +157,30 @@ def test_start_timeout(tmp_path: Path) -> None:
     assert "no first step within 60 s" in str(stage.store.events()[-1].data)
 
 
+def test_a_gang_that_has_only_to_save_has_the_patience_of_a_save(tmp_path: Path) -> None:
+    """It begins after the last step, so it never says that a first one has begun; the store takes its time."""
+    stage = Stage(tmp_path, start_timeout_s=60.0)
+    stage.turn(2)
+    assert stage.controller.first_step_by is not None
+    stage.report("a", "step", 7, rank=0, step=20, next="save")
+    stage.turn()
+    assert stage.controller.first_step_by is not None, "that was another attempt"
+    for _ in range(40):
+        for rank in range(4):
+            stage.report("ab"[rank // 2], "step", 1, rank=rank, step=20, next="save")
+        stage.turn()
+        stage.clock.now += 20.0
+    assert stage.state() is RunState.STARTING
+    stage.clock.now += 60.0
+    stage.turn()
+    assert [call for call in stage.gang.calls if call[0] == "dump"] == [("dump", 1)]
+    stage.clock.now += 10.0
+    stage.turn()
+    (failure,) = [e.data["failure"] for e in stage.store.events() if e.kind is EventKind.FAILURE_DETECTED]
+    assert failure["kind"] == "hang"
+    assert "while saving a checkpoint" in failure["detail"]
+
+
 def test_damaged_checkpoint_is_never_tried_again(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     stage.start()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,13 +16,16 @@ import pytest
 
 from jobs.course import Lane, Progress
 from launcher.exclusion import after_failure
+from launcher.hang import Standing
 from launcher.hang_watch import ASK_S, EARLY_MARGIN_S, FACTOR, MARGIN_S, TURN_S, HangWatch, StepClock
+from launcher.host import stacks
 from launcher.host.stacks import main_stack
 from launcher.observation import Observation
 from launcher.recovery import FailureKind
 from launcher.request import RecoverySpec
 from launcher.run import Run
 from strategies.plan import ParallelPlan
+from tests.support.persisters import eventually
 
 PLAN = ParallelPlan(tp=2, pp=2, zero_stage=1, stages=(1, 1), micro_batch=1, grad_accum=2)
 LOOP = ["worker.py:main", "pretrain.py:run", "pretrain.py:_step"]
@@ -43,6 +50,16 @@ RECEIVE = stack(TRAINING, "deepspeed/runtime/pipe/p2p.py:recv", "torch/distribut
 LOADING = stack("jobs/data/samples.py:sample")
 
 
+READING = """
+Thread 0x01 (most recent call first):
+  File "/x/jobs/data/samples.py", line 1 in sample
+  File "/x/jobs/data/ahead.py", line 9 in _serve
+Current thread 0x02 (most recent call first):
+  File "/x/jobs/data/ahead.py", line 7 in take
+  File "/x/jobs/worker.py", line 3 in main
+"""
+
+
 def test_the_training_thread_is_found_among_others() -> None:
     text = """noise
 Thread 0x01 (most recent call first):
@@ -55,6 +72,36 @@ more noise"""
     frames = main_stack(text).splitlines()
     assert [line.rsplit(" ", 1)[1] for line in frames] == ["recv", "main"]
     assert main_stack("nothing") == ""
+
+
+def test_who_waits_for_what_is_read_ahead_stands_where_the_reader_does() -> None:
+    assert [line.rsplit(" ", 1)[1] for line in main_stack(READING).splitlines()] == ["sample", "_serve", "take", "main"]
+    elsewhere = main_stack(READING.replace("in take", "in close")).splitlines()
+    assert [line.rsplit(" ", 1)[1] for line in elsewhere] == ["close", "main"]
+    assert Standing(step=1, stack=main_stack(READING)).frames[0] == ("/x/jobs/data/samples.py", "sample")
+
+
+READER_IN_THE_KERNEL = """
+import os, sys, threading, time
+opens = [(os.POSIX_SPAWN_OPEN, 9, sys.argv[1], os.O_RDONLY, 0)]
+threading.Timer(0.3, os.posix_spawn, ("/bin/true", ["true"], {}), {"file_actions": opens}).start()
+time.sleep(60)
+"""  # the kernel holds who spawns, until the new process has opened its files: here a pipe that nobody writes to
+
+
+def test_a_rank_whose_reader_the_kernel_holds_is_held(tmp_path: Path) -> None:
+    pipe, log = tmp_path / "pipe", tmp_path / "log"
+    os.mkfifo(pipe)
+    with subprocess.Popen([sys.executable, "-c", READER_IN_THE_KERNEL, str(pipe)]) as rank:
+        try:
+            assert eventually(lambda: "D" in stacks.states_of_tasks(rank.pid))
+            asked = stacks.Question(rank=0, pid=rank.pid, log=log, offset=0)
+            for text, state in ((READING, "D"), (READING.replace("in take", "in close"), "S")):
+                log.write_text(text)
+                assert eventually(lambda state=state: stacks.answer(asked)["state"] == state)
+        finally:
+            os.close(os.open(pipe, os.O_WRONLY))
+            rank.kill()
 
 
 # --- when ---------------------------------------------------------------------------------------------------------

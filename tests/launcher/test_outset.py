@@ -8,26 +8,30 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from jobs.checkpoint import CheckpointConflict, fence, list_checkpoints, manifest
 from jobs.checkpoint.claim import claim
+from jobs.checkpoint.errors import Unsaved
 from jobs.checkpoint.fence import Branch, Debt
 from jobs.checkpoint.layout import Token
 from jobs.checkpoint.storage import PosixStorage
 from jobs.location import Location
 from launcher import adoption, origin
 from launcher.errand import Errand, Silent
+from launcher.gang import Gang
 from launcher.logbook import Fenced
 from launcher.outset import Outset
 from launcher.phase import Phase
 from launcher.run import EventKind, RunState
+from launcher.store import dump
 from strategies.codec import from_json
-from strategies.errors import ResumeRefused
+from strategies.errors import ResumeRefused, StorageError
 from tests.launcher.test_fencing import a_rank_falls_in, begins, cut_off
 from tests.launcher.test_origin import a_node_is_lost, hold, killed, trained
+from tests.launcher.test_takeover import Live
 from tests.support.checkpoints import write_checkpoint
 from tests.support.stage import Stage
 
@@ -183,7 +187,37 @@ def test_what_is_known_to_be_newer_on_disk_is_waited_for(
     assert begins(stage)[1:] == [str(newest)]
 
 
-def test_ranks_that_could_not_save_are_not_started_again_before_the_store_answers(
+def a_rank_ends_with(stage: Stage, code: int, **error: Any) -> None:
+    if error:
+        stage.report("b", "error", 1, rank=3, traceback="t", **error)
+    stage.gang.say("exit", "b", rank=3, attempt=1, code=code, signal=None, log_tail="")
+    killed(stage, "a", "b")
+    stage.turn(4)
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (7, {"type": "StorageError", "message": "The persister of this node does not do its work.", "step": 13}),
+        (1, {"type": "ZeroDivisionError", "message": "division by zero", "step": 13}),
+        (1, {}),
+    ],
+)
+def test_a_rank_that_falls_by_itself_gives_up_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outage: Outage, code: int, error: dict[str, Any]
+) -> None:
+    """Its persister has died, or the code is wrong: not that it could not save."""
+    stage, _ = trained(tmp_path)
+    hold(stage, monkeypatch, step=12, attempt=1)
+    impatient(stage)
+    outage.fails = True
+    outage.over.clear()
+    stage.report("a", "unsaved", 1, rank=0, step=12, reason="Cannot write the checkpoint shard.")
+    a_rank_ends_with(stage, code, **error)
+    assert begins(stage)[1:] == ["memory:12:e0001-a0001"]
+
+
+def test_ranks_that_could_not_save_the_end_are_not_started_again_before_the_store_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outage: Outage
 ) -> None:
     """They would come to the same step and fail there alike, and that is the end of a run."""
@@ -192,11 +226,8 @@ def test_ranks_that_could_not_save_are_not_started_again_before_the_store_answer
     impatient(stage)
     outage.fails = True
     outage.over.clear()
-    told = {"type": "StorageError", "message": "Cannot write the checkpoint shard.", "traceback": "t", "step": 15}
-    stage.report("b", "error", 1, rank=3, **told)
-    stage.gang.say("exit", "b", rank=3, attempt=1, code=7, signal=None, log_tail="")
-    killed(stage, "a", "b")
-    stage.turn(4)
+    a_rank_ends_with(stage, 7, type=Unsaved.__name__, message="Cannot write the checkpoint shard.", step=20)
+    assert stage.store.run().failures[-1].kind == "unsaved"
     assert len(begins(stage)) == 1
     assert [e.data["action"] for e in stage.store.events() if e.kind is EventKind.DECISION] == ["restart", "wait"]
     outage.over.set()
@@ -263,6 +294,111 @@ def test_who_was_replaced_meanwhile_learns_it_from_the_store(
     fence.raise_fence(stage.store.paths.checkpoints, Token(2, 3), owner="a later controller")
     with pytest.raises(Fenced):
         until_laid(stage)
+
+
+def test_what_a_predecessor_would_have_owed_is_not_owed_by_the_gang_that_comes_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outage: Outage
+) -> None:
+    """It fell before the attempt was on record; then the store answers, and the same number has another epoch."""
+    stage, _ = trained(tmp_path)
+    hold(stage, monkeypatch, step=12, attempt=1)
+    impatient(stage)
+    outage.fails = True
+    outage.over.clear()
+    record = stage.controller.record
+
+    def fall(kind: EventKind, **data: Any) -> None:
+        if kind is EventKind.ATTEMPT_PLANNED:
+            raise KeyboardInterrupt
+        record(kind, **data)
+
+    monkeypatch.setattr(stage.controller, "record", fall)
+    with pytest.raises(KeyboardInterrupt):
+        a_rank_falls_in(stage, 1)
+    debt, path = owed(stage), stage.store.paths.debt(2)
+    assert debt.branch.token == Token(1, 2)
+    outage.over.set()
+    stage.lock.release()
+    stage.renew()
+    adoption.begin(stage.controller)
+    hold(stage, monkeypatch, step=12, attempt=1)
+    stage.turn(4)
+    assert begins(stage)[1:] == ["memory:12:e0001-a0001"]
+    assert fence.highest(stage.store.paths.checkpoint_dir) == Token(2, 2)
+    assert not path.exists()
+
+
+def test_a_gang_owes_only_what_is_its_own(tmp_path: Path) -> None:
+    path, debt = tmp_path / "debt.json", Debt(owner="me", branch=Branch(epoch=1, attempt=2))
+    assert fence.owed(path, Token(1, 2)) is None
+    path.write_bytes(dump(debt))
+    assert fence.owed(path, Token(1, 2)) == debt
+    assert fence.owed(path, Token(2, 2)) is None
+    path.write_text('{"owner": 1}')
+    with pytest.raises(StorageError, match=r"debt\.json cannot be read"):
+        fence.owed(path, Token(1, 2))
+
+
+class LiveSecond(Live):
+    """Agents that hold the second attempt."""
+
+    held = 2
+
+
+@pytest.mark.parametrize("laid", [False, True])
+def test_who_takes_a_gang_over_pays_what_it_owes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outage: Outage, laid: bool
+) -> None:
+    stage, _ = trained(tmp_path)
+    hold(stage, monkeypatch, step=12, attempt=1)
+    impatient(stage, pay_every_s=0.05 if laid else 1e9)
+    outage.fails = True
+    outage.over.clear()
+    a_rank_falls_in(stage, 1)
+    stage.start()
+    stage.store.write_ranks(2, [{"node": "ab"[rank // 2], "rank": rank, "pid": 100 + rank} for rank in range(4)])
+    if laid:
+        outage.over.set()
+        until_laid(stage)
+    stage.lock.release()
+    stage.renew()
+    stage.gang = LiveSecond(stage.clock)
+    stage.controller.gang = cast(Gang, stage.gang)
+    impatient(stage, pay_every_s=0.05)
+    adoption.begin(stage.controller)
+    assert stage.controller.phase is Phase.RUN
+    stage.turn(2)
+    assert (FENCE in stage.kinds()) is laid
+    outage.over.set()
+    until_laid(stage)
+    for _ in range(10):
+        stage.turn()
+        threading.Event().wait(0.02)
+    assert stage.kinds().count(FENCE) == 1
+    assert fence.current(stage.store.paths.checkpoint_dir) == owed(stage).branch
+    assert len(begins(stage)) == 2
+
+
+def test_the_patience_with_a_store_begins_when_it_is_asked(tmp_path: Path, outage: Outage) -> None:
+    """Before that there were no nodes; and in between there are none again."""
+    stage, _ = trained(tmp_path, nodes=("a", "b"), spares=0, wait_for_nodes_s=300.0, min_nodes=2)
+    impatient(stage, answer_s=0.02)
+    outage.over.clear()
+    a_node_is_lost(stage)
+    stage.clock.now += 290.0
+    stage.turn()
+    assert EventKind.WAITING_FOR_NODES in stage.kinds()
+    stage.backend.alive["b"] = "b-1"
+    stage.turn(4)
+    stage.clock.now += 290.0
+    stage.turn()
+    assert stage.state() is RunState.RECOVERING
+    told = [e.data["reason"] for e in stage.store.events() if e.data.get("action") == "wait"]
+    assert "has not answered for" in told[-1]
+    stage.clock.now += 20.0
+    stage.turn()
+    assert stage.state() is RunState.FAILED
+    assert "has not answered for" in stage.store.run().reason
 
 
 def test_nothing_is_laid_among_the_checkpoints_of_another_run(tmp_path: Path) -> None:

@@ -25,11 +25,13 @@ ENDS: dict[EventKind, dict[str, Any]] = {
 class Live(FakeGang):
     """Agents that still hold the first attempt."""
 
+    held = 1
+
     def connect(self, addresses: Any) -> None:
         if not self.calls:
             self.calls.append(("connect", "all"))
             for node in "ab":
-                self.say("agent_up", node, attempt=1, ranks=[{"rank": 0, "pid": 1, "exited": None}])
+                self.say("agent_up", node, attempt=self.held, ranks=[{"rank": 0, "pid": 1, "exited": None}])
 
     def kill(self, attempt: int, grace_s: float = 0.0) -> None:
         super().kill(attempt, grace_s)

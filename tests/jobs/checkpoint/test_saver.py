@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn, cast
 
@@ -13,14 +15,17 @@ import pytest
 
 from jobs.checkpoint import saver
 from jobs.checkpoint.errors import CheckpointConflict
+from jobs.checkpoint.fence import Branch, Debt
 from jobs.checkpoint.image import Image
 from jobs.checkpoint.outage import LATE_S, SIGN_OF_LIFE_S, waits
 from jobs.checkpoint.persister import PersisterLink
 from jobs.checkpoint.saver import BehindSaver
 from jobs.checkpoint.slices import whole
 from jobs.hooks import NoHooks
+from jobs.paths import RunPaths
 from jobs.report import Reporter
 from jobs.spec import CheckpointSpec, RankEnv
+from strategies.codec import to_json
 from strategies.errors import StorageError
 from tests.support.jobspecs import make_job
 
@@ -53,7 +58,13 @@ class Link:
 
 
 def opened(
-    monkeypatch: pytest.MonkeyPatch, rank: int, refused: dict[int, str], *, share: float = 0.0, toil_s: float = 0.0
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int,
+    refused: dict[int, str],
+    *,
+    share: float = 0.0,
+    run_dir: str = "/nowhere",
+    toil_s: float = 0.0,
 ) -> tuple[BehindSaver, Link]:
     """The saver of one of two ranks, each on a node of its own."""
     hooked = SimpleNamespace(register_step_pre_hook=lambda hook: None)
@@ -74,7 +85,7 @@ def opened(
         master_addr="127.0.0.1",
         master_port=1,
         run_id="r",
-        run_dir="/nowhere",
+        run_dir=run_dir,
         epoch=1,
         attempt=1,
         resume_from="",
@@ -190,6 +201,18 @@ def test_who_waits_for_a_slower_rank_does_not_wait_for_a_copy(monkeypatch: pytes
     assert {copy_s for copy_s, _ in prices} == {0.0078125}
     assert {step_s for _, step_s in prices[2:]} == {1.5}, "it is a part of the step"
     assert made.copies_every == 1
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_the_persister_learns_what_this_gang_owes_and_no_other(
+    epoch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = RunPaths(str(tmp_path)).debt(1)
+    path.parent.mkdir(parents=True)
+    debt = to_json(Debt(owner="a controller", branch=Branch(epoch=epoch, attempt=1)))
+    path.write_text(json.dumps(debt))
+    _, link = opened(monkeypatch, 0, {}, run_dir=str(tmp_path))
+    assert link.fields("open")["info"]["about"]["debt"] == (debt if epoch == 1 else None)
 
 
 def saving(monkeypatch: pytest.MonkeyPatch, *outcomes: Any) -> tuple[BehindSaver, Link, list[dict[str, Any]]]:

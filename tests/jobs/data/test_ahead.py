@@ -111,6 +111,19 @@ def test_the_end_comes_after_the_sample_at_hand() -> None:
     assert 2 not in reader.begun
 
 
+def test_a_reader_that_hangs_holds_up_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.data.ahead.CLOSE_S", 0.05)
+    reader = Reader()
+    reader.goes_on = {1: threading.Event()}
+    ahead = ReadAhead(reader, 1, 9)
+    assert reader.begun[1].wait(LONG_S)
+    ahead.close()
+    assert ahead._thread.is_alive()
+    reader.goes_on[1].set()
+    ahead._thread.join(LONG_S)
+    assert 2 not in reader.begun
+
+
 def test_nothing_is_begun_after_the_end() -> None:
     reader = Reader()
     ahead = ReadAhead(reader, 1, 100)
