@@ -120,12 +120,13 @@ def loop_of(monkeypatch: pytest.MonkeyPatch, samples: Samples, train: Any, tmp_p
     """A loop of one rank whose engine is ``train``."""
     job, loop = job_of(steps=3), object.__new__(Pretrain)
     engine = engine_of()
-    engine.own_time = SimpleNamespace(begin=lambda count: None, end=lambda: (0.1, 0.1))
+    engine.own_time = SimpleNamespace(begin=lambda count: None, end=lambda: (0.1, 0.1), queued_s=0.0)
     engine.train_step = train
     nothing = SimpleNamespace(step=0, step_begin=lambda step: None, step_end=lambda step: None)
     loop._job, loop._engine, loop._hooks, loop._counter = job, engine, nothing, nothing
     loop._schedule, loop._env = SampleSchedule(global_batch=8), SimpleNamespace(attempt=1, epoch=1)  # type: ignore[assignment]
     loop._reporter = SimpleNamespace(send=lambda *unused, **more: None)  # type: ignore[assignment]
+    loop._saver = SimpleNamespace(stalled_s=lambda: 0.0, copies_every=0)  # type: ignore[assignment]
     loop._orders = SimpleNamespace(leaves_after=lambda step: False)  # type: ignore[assignment]
     loop._watch = SimpleNamespace(judge=lambda loss, norm: "")  # type: ignore[assignment]
     loop._evaluation = SimpleNamespace(due=lambda step: False)  # type: ignore[assignment]
