@@ -126,7 +126,7 @@ def loop_of(monkeypatch: pytest.MonkeyPatch, samples: Samples, train: Any, tmp_p
     loop._job, loop._engine, loop._hooks, loop._counter = job, engine, nothing, nothing
     loop._schedule, loop._env = SampleSchedule(global_batch=8), SimpleNamespace(attempt=1, epoch=1)  # type: ignore[assignment]
     loop._reporter = SimpleNamespace(send=lambda *unused, **more: None)  # type: ignore[assignment]
-    loop._saver = SimpleNamespace(stalled_s=lambda: 0.0, copies_every=0)  # type: ignore[assignment]
+    loop._saver = SimpleNamespace(stalled_s=lambda: 0.0, copies_every=0)
     loop._orders = SimpleNamespace(leaves_after=lambda step: False)  # type: ignore[assignment]
     loop._watch = SimpleNamespace(judge=lambda loss, norm: "")  # type: ignore[assignment]
     loop._evaluation = SimpleNamespace(due=lambda step: False)  # type: ignore[assignment]
