@@ -59,7 +59,7 @@ def cluster(nodes: int, extra: Mapping[str, str] | None = None) -> Iterator[Clus
 def phalanx_on(where: Cluster, job: Sequence[str], folder: Path, *, spares: int = 0) -> Contender:
     """phalanx as a client of the cluster, submitted on the head (elsewhere a Ray node joins first, for seconds)."""
     place = ["cluster=existing", f"cluster.address={where.address}", f"cluster.nodes={RANKS // SLOTS}"]
-    place += [f"cluster.slots_per_node={SLOTS}", f"cluster.spares={spares}"]
+    place += [f"cluster.slots_per_node={SLOTS}", f"cluster.spares={spares}", "checkpoint.memory_share=0"]
     bare = phalanx(job, *place, name="phalanx")
     environment = {"RAY_AUTH_TOKEN": TOKEN, "RAY_AUTH_MODE": "token", "HOME": str(folder)}
 
