@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.mounts import mounts
+
 PROC = Path("/proc")
 _UNLIMITED = 1 << 60  # version 1 says "no limit" as a number of about 2^63
 
@@ -50,7 +52,7 @@ def memory_group(pid: int | str = "self", proc: Path = PROC) -> MemoryGroup | No
     """The group of a process; None where there is none, or it cannot be seen from here."""
     try:
         groups = (proc / str(pid) / "cgroup").read_text().splitlines()
-        mounts = (proc / "self" / "mountinfo").read_text().splitlines()
+        table = (proc / "self" / "mountinfo").read_text()
     except OSError:
         return None
     paths: dict[str, str] = {}
@@ -59,21 +61,18 @@ def memory_group(pid: int | str = "self", proc: Path = PROC) -> MemoryGroup | No
         paths |= dict.fromkeys(controllers.split(","), path)
     for controller in ("memory", ""):  # version 1 where it has the memory, else version 2
         if controller in paths:
-            for root, top in _mounted(mounts, controller):
+            for root, top in _mounted(table, controller):
                 found = _group_below(root, top, paths[controller])
                 if found is not None:
                     return found
     return None
 
 
-def _mounted(mounts: list[str], controller: str) -> Iterator[tuple[str, Path]]:
+def _mounted(table: str, controller: str) -> Iterator[tuple[str, Path]]:
     """Which part of the hierarchy is mounted where; ``controller`` is empty for version 2."""
-    for line in mounts:
-        left, _, right = line.partition(" - ")
-        fields, kind = left.split(), right.split()
-        fits = kind[0] == "cgroup" and controller in kind[2].split(",") if controller else kind[0] == "cgroup2"
-        if fits:
-            yield fields[3], Path(fields[4].replace("\\040", " "))
+    for mount in mounts(table):
+        if mount.kind == "cgroup" and controller in mount.options if controller else mount.kind == "cgroup2":
+            yield mount.root, Path(mount.point)
 
 
 def _group_below(root: str, top: Path, path: str) -> MemoryGroup | None:

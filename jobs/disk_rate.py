@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.mounts import TABLE, mount_of
+
 BLOCK_BYTES = 4 << 20
 IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs"})
 """File systems without a disk behind them."""
@@ -37,17 +39,11 @@ class DiskTimes:
 
 def file_system(folder: Path) -> str:
     """Kind of the file system that a folder is on, by the kernel's name; empty where that cannot be told."""
-    best, kind, device = -1, "", os.stat(folder).st_dev
     try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        mount = mount_of(os.path.realpath(folder), TABLE.read_text())
     except OSError:
         return ""
-    for line in lines:
-        front, _, back = line.partition(" - ")
-        major, minor = front.split()[2].split(":")
-        if os.makedev(int(major), int(minor)) == device and len(front.split()[4]) > best:
-            best, kind = len(front.split()[4]), back.split()[0]
-    return kind
+    return mount.kind if mount is not None else ""
 
 
 def measure(folder: Path, size: int) -> DiskTimes:

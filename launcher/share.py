@@ -13,36 +13,23 @@ import contextlib
 import os
 from pathlib import Path
 
-MOUNTS = Path("/proc/self/mountinfo")
+from jobs.mounts import TABLE, mount_of
+
 _KEPT_S = 60.0  # acregmax, where the mount does not say otherwise
 _NFS = ("nfs", "nfs4")
 
 
-def stale_s(path: Path, mounts: Path = MOUNTS) -> float:
+def stale_s(path: Path, table: Path = TABLE) -> float:
     """Seconds for which a file that another machine has written may be seen as it was before; 0 as a rule."""
-    kind, options = "", [""]
+    mount = None
     with contextlib.suppress(OSError):
-        kind, options = _mount_of(os.path.realpath(path), mounts.read_text())
-    if kind not in _NFS or "nocto" not in options or "noac" in options:
+        mount = mount_of(os.path.realpath(path), table.read_text())
+    if mount is None or mount.kind not in _NFS or "nocto" not in mount.options or "noac" in mount.options:
         return 0.0
-    told = dict(one.split("=", 1) for one in options if "=" in one)
+    told = dict(one.split("=", 1) for one in mount.options if "=" in one)
     with contextlib.suppress(ValueError):
         return float(told.get("acregmax") or told.get("actimeo") or _KEPT_S)
     return _KEPT_S
-
-
-def _mount_of(path: str, table: str) -> tuple[str, list[str]]:
-    """Kind and options of the file system of a path: of the mounts above it the deepest, and of those the last."""
-    found, deepest = ("", [""]), -1
-    for line in table.splitlines():
-        head, _, tail = line.partition(" - ")
-        fields, rest = head.split(), tail.split()
-        if len(fields) < 6 or len(rest) < 3:
-            continue
-        point = fields[4].replace("\\040", " ").rstrip("/")
-        if (path == point or path.startswith(point + "/")) and len(point) >= deepest:
-            found, deepest = (rest[0], [*fields[5].split(","), *rest[2].split(",")]), len(point)
-    return found
 
 
 def look_again(folder: Path, name: str) -> None:
