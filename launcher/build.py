@@ -190,7 +190,7 @@ def work_of(config: Config, model: ModelSpec, batch: BatchSpec, machine: Cluster
         precision=config.train.precision,
         framework=config.planner.framework,
         tokens=float(run_tokens(batch, config.train.steps)) if tokens is None else tokens,
-        saving=Saving(config.checkpoint.every, config.checkpoint.memory_every),
+        saving=Saving(config.checkpoint.every, config.checkpoint.memory_every, config.checkpoint.memory_share),
         packing=config.data.packing,
     )
 

@@ -49,7 +49,7 @@ def predicted(request: LaunchRequest, plan: ParallelPlan) -> dict[str, Any]:
         cluster=request.cluster,
         precision=job.train.precision,
         tokens=float(run_tokens(job.batch, job.train.steps)),
-        saving=Saving(job.checkpoint.every, job.checkpoint.memory_every),
+        saving=Saving(job.checkpoint.every, job.checkpoint.memory_every, job.checkpoint.memory_share),
         packing=job.data.packing,
     )
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.checkpoint.claim import claim, require_ours
-from jobs.checkpoint.layout import sync_dir
+from jobs.checkpoint.storage import link_new, sync_dir
 from jobs.location import locate
 from jobs.metrics import tells_of_a_step
 from jobs.paths import RunPaths
@@ -68,7 +68,7 @@ def create_exclusive(path: Path, data: bytes) -> bool:
                 os.fsync(file.fileno())
             _link(aside, path)
         except FileExistsError:
-            return _is_ours(aside)
+            return False
         finally:
             aside.unlink(missing_ok=True)
         sync_dir(path.parent)
@@ -79,7 +79,7 @@ def create_exclusive(path: Path, data: bytes) -> bool:
 
 def _link(aside: Path, path: Path) -> None:
     try:
-        os.link(aside, path)
+        link_new(aside, path)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
@@ -88,15 +88,6 @@ def _link(aside: Path, path: Path) -> None:
             why=f"{error.strerror}; one of several contenders can be given a name, on every node, and no more",
             hint="Choose another run.dir: a local disk, NFS, Lustre, GPFS, CephFS. Checkpoints may be elsewhere.",
         ) from error
-
-
-def _is_ours(aside: Path) -> bool:
-    """Whether it was our own link that is in the way: an NFS client that heard no answer has asked once more."""
-    try:
-        with open(aside, "rb") as file:
-            return os.fstat(file.fileno()).st_nlink > 1
-    except FileNotFoundError:
-        return False
 
 
 def _refused(path: Path, error: OSError) -> StorageError:

@@ -109,7 +109,7 @@ class PosixStorage:
                 size = os.fstat(fd).st_size
             finally:
                 os.close(fd)
-            os.link(aside, path)  # fails when it exists, also over NFS; a rename would overwrite
+            link_new(aside, path)
         finally:
             os.unlink(aside)  # gives the space back on a full disk
         return size
@@ -351,6 +351,24 @@ def write_all(fd: int, data: memoryview) -> None:
     """Write all of ``data``; a single call may write less (and at most 2 GiB)."""
     while len(data):
         data = data[os.write(fd, data) :]
+
+
+def link_new(aside: Path, path: Path) -> None:
+    """Give a file that is complete its name, unless that is taken; a rename would overwrite.
+
+    Raises:
+        FileExistsError: The name is taken. Not so where the own link is in the way: an NFS client that heard no answer
+            asks once more.
+        OSError: The file system refuses.
+    """
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        names = 1
+        with contextlib.suppress(FileNotFoundError), open(aside, "rb") as file:  # opening asks the server again
+            names = os.fstat(file.fileno()).st_nlink
+        if names == 1:
+            raise
 
 
 def sync_dir(folder: Path) -> None:

@@ -48,6 +48,11 @@ class Outage:
         for name in ("create", "read", "names", "sizes", "size"):
             self._wrap(monkeypatch, name, getattr(PosixStorage, name))
 
+    def begin(self, *, fails: bool = True) -> None:
+        """Calls fail from now on; or wait."""
+        self.fails = fails
+        self.over.clear()
+
     def _wrap(self, monkeypatch: pytest.MonkeyPatch, name: str, real: Callable[..., Any]) -> None:
         def call(*arguments: Any) -> Any:
             if self.fails and not self.over.is_set():
@@ -94,8 +99,7 @@ def test_an_outage_of_the_store_holds_up_no_recovery_from_memory(
     late, beyond = cut_off(stage, 11), cut_off(stage, 13)
     hold(stage, monkeypatch, step=12, attempt=1)
     impatient(stage, pay_every_s=0.05)
-    outage.fails = fails
-    outage.over.clear()
+    outage.begin(fails=fails)
     end(stage)
     assert stage.controller.phase is Phase.RUN
     assert begins(stage) == ["", "memory:12:e0001-a0001"]
@@ -126,8 +130,7 @@ def test_what_the_old_gang_commits_meanwhile_counts_as_far_as_it_is_history(
     late, beyond = cut_off(stage, 11), cut_off(stage, 13)
     hold(stage, monkeypatch, step=12, attempt=1)
     impatient(stage)
-    outage.fails = True
-    outage.over.clear()
+    outage.begin()
     a_node_is_lost(stage)
     outage.over.set()
     late()
@@ -153,8 +156,7 @@ def test_a_gang_that_was_replaced_before_it_could_pay_commits_nothing(
     root = stage.store.paths.checkpoint_dir
     hold(stage, monkeypatch, step=12, attempt=1)
     impatient(stage)
-    outage.fails = True
-    outage.over.clear()
+    outage.begin()
     a_rank_falls_in(stage, 1)
     outage.over.set()
     a_rank_falls_in(stage, 2)
@@ -173,7 +175,7 @@ def test_what_is_known_to_be_newer_on_disk_is_waited_for(
     stage, (_, newest) = trained(tmp_path)
     hold(stage, monkeypatch, step=9, attempt=1)
     impatient(stage)
-    outage.over.clear()
+    outage.begin(fails=False)
     a_node_is_lost(stage)
     assert stage.state() is RunState.RECOVERING
     (wait,) = [e.data["reason"] for e in stage.store.events() if e.data.get("action") == "wait"]
@@ -210,8 +212,7 @@ def test_a_rank_that_falls_by_itself_gives_up_no_memory(
     stage, _ = trained(tmp_path)
     hold(stage, monkeypatch, step=12, attempt=1)
     impatient(stage)
-    outage.fails = True
-    outage.over.clear()
+    outage.begin()
     stage.report("a", "unsaved", 1, rank=0, step=12, reason="Cannot write the checkpoint shard.")
     a_rank_ends_with(stage, code, **error)
     assert begins(stage)[1:] == ["memory:12:e0001-a0001"]
@@ -224,8 +225,7 @@ def test_ranks_that_could_not_save_the_end_are_not_started_again_before_the_stor
     stage, _ = trained(tmp_path)
     hold(stage, monkeypatch, step=12, attempt=1)
     impatient(stage)
-    outage.fails = True
-    outage.over.clear()
+    outage.begin()
     a_rank_ends_with(stage, 7, type=Unsaved.__name__, message="Cannot write the checkpoint shard.", step=20)
     assert stage.store.run().failures[-1].kind == "unsaved"
     assert len(begins(stage)) == 1
@@ -241,7 +241,7 @@ def test_a_long_wait_is_told_again_but_less_and_less_often_and_ends_when_it_was_
 ) -> None:
     stage, _ = trained(tmp_path, wait_for_nodes_s=1000.0)
     impatient(stage, answer_s=0.02)
-    outage.over.clear()
+    outage.begin(fails=False)
     a_node_is_lost(stage)
     for _ in range(90):
         stage.clock.now += 10.0
@@ -287,8 +287,7 @@ def test_who_was_replaced_meanwhile_learns_it_from_the_store(
     stage, _ = trained(tmp_path)
     hold(stage, monkeypatch, step=12, attempt=1)
     impatient(stage, pay_every_s=0.5)
-    outage.fails = True
-    outage.over.clear()
+    outage.begin()
     a_rank_falls_in(stage, 1)
     outage.over.set()
     fence.raise_fence(stage.store.paths.checkpoints, Token(2, 3), owner="a later controller")
@@ -303,8 +302,7 @@ def test_what_a_predecessor_would_have_owed_is_not_owed_by_the_gang_that_comes_i
     stage, _ = trained(tmp_path)
     hold(stage, monkeypatch, step=12, attempt=1)
     impatient(stage)
-    outage.fails = True
-    outage.over.clear()
+    outage.begin()
     record = stage.controller.record
 
     def fall(kind: EventKind, **data: Any) -> None:
@@ -352,8 +350,7 @@ def test_who_takes_a_gang_over_pays_what_it_owes(
     stage, _ = trained(tmp_path)
     hold(stage, monkeypatch, step=12, attempt=1)
     impatient(stage, pay_every_s=0.05 if laid else 1e9)
-    outage.fails = True
-    outage.over.clear()
+    outage.begin()
     a_rank_falls_in(stage, 1)
     stage.start()
     stage.store.write_ranks(2, [{"node": "ab"[rank // 2], "rank": rank, "pid": 100 + rank} for rank in range(4)])
@@ -383,7 +380,7 @@ def test_the_patience_with_a_store_begins_when_it_is_asked(tmp_path: Path, outag
     """Before that there were no nodes; and in between there are none again."""
     stage, _ = trained(tmp_path, nodes=("a", "b"), spares=0, wait_for_nodes_s=300.0, min_nodes=2)
     impatient(stage, answer_s=0.02)
-    outage.over.clear()
+    outage.begin(fails=False)
     a_node_is_lost(stage)
     stage.clock.now += 290.0
     stage.turn()

@@ -34,7 +34,7 @@ from strategies.reliability import (
 )
 from strategies.reliability_terms import explain
 from strategies.repair import spares_for
-from strategies.saving import Saving, saved
+from strategies.saving import Saving, affordable, saved
 from strategies.simulation import simulate
 from tests.strategies.runs import A100, GPT3, GPT4, plan_of, work
 
@@ -410,6 +410,21 @@ def test_a_save_that_is_due_waits_for_the_one_before() -> None:
     waits_s = (1000 - 10 * STEP_S) / 10
     assert often.copy_s == pytest.approx(what.copy_s + waits_s), "shared out over the saves of ten steps"
     assert saved(what, Saving(200, 1), STEP_S).copy_s == what.copy_s
+
+
+def test_copies_in_memory_lie_as_far_apart_as_their_share_of_the_time_asks() -> None:
+    step_s = 0.5
+    what = process(128, step_s, 2e12, A100)
+    free = saved(what, Saving(64, 1), step_s)
+    assert (free.memory_s, free.copy_s / step_s > 0.01) == (step_s, True)
+    for share in (0.1, 0.01, 0.001):
+        steps = affordable(what, Saving(1 << 20, 1, share), step_s)
+        kept = saved(what, Saving(1 << 20, 1, share), step_s)
+        assert kept.memory_s == steps * step_s
+        assert kept.stall <= share < kept.stall * 4, "and no further apart than that, by powers of two"
+    assert affordable(what, Saving(64, 3, 1e-9), step_s) == 48, "never rarer than to disk"
+    assert affordable(what, Saving(2, 3, 1e-9), step_s) == 3, "what was asked for is the least"
+    assert affordable(what, Saving(64, 1, 0.01), 1e4) == 1, "long steps have room for one each"
 
 
 def test_the_planner_and_the_simulation_agree_on_what_a_run_is_told() -> None:

@@ -40,6 +40,21 @@ def save_to(root: Path, snap: Snapshot, token: tuple[int, int] = (1, 1)) -> Path
     return saved.path
 
 
+def test_a_link_whose_answer_was_lost_is_no_conflict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+
+    def asked_twice(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", asked_twice)
+    path = save_to(tmp_path, snapshot(8))
+    assert newest(RunPaths(tmp_path).checkpoints) == path
+    with pytest.raises(CheckpointConflict):
+        save_to(tmp_path, snapshot(8))
+    assert not list(RunPaths(tmp_path).checkpoints.rglob("*.tmp"))
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""

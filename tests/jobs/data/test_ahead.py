@@ -92,10 +92,13 @@ def test_steps_are_taken_in_order() -> None:
 
 @pytest.mark.parametrize("last", [4, 5])
 def test_nothing_is_left_to_read(last: int) -> None:
-    ahead = ReadAhead(Reader(), 5, last)
+    reader = Reader()
+    ahead = ReadAhead(reader, 5, last)
     if last == 5:
         ahead.take(5)
     ahead.close()
+    assert not ahead._thread.is_alive()
+    assert list(reader.begun) == [5][: last - 4], "and nothing is read"
 
 
 def test_the_end_comes_after_the_sample_at_hand() -> None:
