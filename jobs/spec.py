@@ -72,8 +72,9 @@ class SourceSpec:
     Attributes:
         path: File or folder; empty for ``stdlib``.
         name: What people call it; unique in the mixture.
-        kind: How documents lie in it: one of :data:`jobs.data.sources.KINDS`.
+        kind: How documents lie in it: one of :data:`jobs.data.kinds.KINDS`.
         field: Where the text of a record is (``jsonl``, ``parquet``, ``arrow``).
+        config, split: Which part of a dataset's folder is meant (:mod:`jobs.data.layout`); empty for the usual ones.
         weight: Share of the run's tokens, in proportion to the other weights; None where ``epochs`` says it.
         epochs: How many times its tokens are seen in the whole run; None where ``weight`` says it.
         store: Folder of its prepared shards.
@@ -87,6 +88,8 @@ class SourceSpec:
     name: str = ""
     kind: str = "auto"
     field: str = "text"
+    config: str = ""
+    split: str = ""
     weight: float | None = None
     epochs: float | None = None
     store: str = ""
@@ -103,12 +106,12 @@ class DataSpec:
     Attributes:
         kind: ``stdlib``: Python's standard library; ``text``: files of the user; ``mixture``: ``sources``.
         path: File or folder (``text`` only).
-        store: Folder of the prepared token store (of a mixture: of its tokenizer), on the shared file system; empty
-            until prepared.
+        store: Folder of the prepared token store (of a mixture: of its tokenizer), on the shared file system.
         digest: Digest of the prepared tokens; ranks refuse a store that does not carry it.
         vocab: Vocabulary of the tokenizer.
         sources: What a mixture is made of. Any other kind has one source, itself, once it needs one of the following.
         tokenizer: A ``tokenizer.json`` (``mixture``); empty trains one.
+        end_token: Which of its tokens ends a document; empty: the one that the files beside it name.
         validation: Part of the documents that is not trained on but validated with.
         packing: No token sees another document than its own, and positions start anew with each.
         end_id: The token that ends a document.
@@ -121,6 +124,7 @@ class DataSpec:
     vocab: int = 0
     sources: tuple[SourceSpec, ...] = ()
     tokenizer: str = ""
+    end_token: str = ""
     validation: float = 0.0
     packing: bool = False
     end_id: int = 0

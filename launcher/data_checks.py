@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from jobs.data.kinds import KINDS
 from jobs.data.mixture import form_problems
-from jobs.data.sources import KINDS, default_name
+from jobs.data.sources import default_name
 from jobs.data.surveying import named
 from jobs.spec import DataSpec, SourceSpec
 from launcher.schema import Config
@@ -24,6 +25,8 @@ def data_spec(config: Config) -> DataSpec:
             name=one.name or "",
             kind=one.kind,
             field=one.field,
+            config=one.config or "",
+            split=one.split or "",
             weight=one.weight,
             epochs=one.epochs,
         )

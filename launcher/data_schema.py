@@ -17,6 +17,9 @@ class SourceConfig:
             Face dataset as ``save_to_disk`` leaves it), ``stdlib``; of a folder ``text`` is every file, the others are
             the files of that kind. ``auto`` goes by the names of the files, which have to be of one kind.
         field: Field of a record that holds the text.
+        config: Configuration of a dataset as it lies on the Hugging Face hub: one that its card names, or the folder
+            below ``path`` that its splits are in; null means the card's default, or the only one.
+        split: Split of such a dataset, or ``all`` of it; null means ``train``.
         weight: Share of the run's tokens, in proportion to the weights of the others.
         epochs: Instead of a weight: how many times its tokens are seen in the whole run. If no source has a weight,
             nothing can fill or give way to make that exact: the epochs are proportions then, and the run says so.
@@ -26,6 +29,8 @@ class SourceConfig:
     name: str | None = None
     kind: str = "auto"
     field: str = "text"
+    config: str | None = None
+    split: str | None = None
     weight: float | None = None
     epochs: float | None = None
 

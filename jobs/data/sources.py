@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import sysconfig
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from jobs.data.corpus import GENERATED, SKIPPED_FOLDERS, walk
 from jobs.data.documents import COMPRESSED, Part, arrow, batches
-from jobs.data.splits import TRAIN, trained
+from jobs.data.kinds import EXTENSIONS
+from jobs.data.layout import choose
 from jobs.spec import SourceSpec
 from strategies.errors import ConfigError, StorageError
 
-KINDS = ("auto", "text", "jsonl", "parquet", "arrow", "stdlib")
 UNIT_BYTES = 2 << 20  # so small that a kill costs little and that all workers end together, on small corpora, too
 MAX_UNITS = 4096  # of a source: more shards than that are too many files
-_EXTENSIONS = {
-    "jsonl": (".jsonl", ".ndjson", ".json"),
-    "parquet": (".parquet", ".pq"),
-    "arrow": (".arrow", ".feather"),
-}
-_DATASET = "dataset_info.json"  # in a folder that Hugging Face's save_to_disk made
-_SPLITS = "dataset_dict.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,9 +36,10 @@ class Unit:
 def default_name(source: SourceSpec) -> str:
     """What a source is called when nobody says it: the last part of its path."""
     name = Path(source.path).name
-    for ending in (*COMPRESSED, *(one for some in _EXTENSIONS.values() for one in some), ".txt"):
+    for ending in (*COMPRESSED, *(one for some in EXTENSIONS.values() for one in some), ".txt"):
         name = name.removesuffix(ending)
-    return name or source.kind
+    named = name or source.kind
+    return f"{named}-{source.config.replace('/', '-')}" if source.config else named
 
 
 def units(source: SourceSpec) -> list[Unit]:
@@ -61,7 +50,8 @@ def units(source: SourceSpec) -> list[Unit]:
             which of its splits is meant.
         StorageError: A folder or file cannot be read.
     """
-    kind, paths, _ = _files(source)
+    chosen = choose(source)
+    kind, paths = chosen.kind, chosen.paths
     limit = max(UNIT_BYTES, sum(_size(path) for path in paths) // MAX_UNITS)
     found: list[Unit] = []
     gathered: list[Part] = []
@@ -79,96 +69,12 @@ def units(source: SourceSpec) -> list[Unit]:
 
 
 def held_out(source: SourceSpec) -> str:
-    """What of a dataset's folder is left out because it is not the split to train on, in a line; "" for nothing.
+    """What of a dataset's folder is taken and what is left out of it, in a line; "" for nothing.
 
     Raises:
         ConfigError, StorageError: As :func:`units`.
     """
-    left = _files(source)[2]
-    told = " and ".join(f"{split} ({number} {'file' if number == 1 else 'files'})" for split, number in left.items())
-    return f"of {source.path} the split {TRAIN} is taken, {told} left out" if told else ""
-
-
-def _files(source: SourceSpec) -> tuple[str, list[Path], Mapping[str, int]]:
-    """The kind of a source, its files, and how many are left out by the split that they are of."""
-    if source.kind == "stdlib":
-        root = Path(sysconfig.get_path("stdlib"))
-        return "text", walk(root, suffix=".py", skipped=SKIPPED_FOLDERS | GENERATED), {}
-    root = Path(source.path).expanduser().absolute()
-    if not root.exists():
-        raise ConfigError(f"{root}: there is no such file or folder")
-    if not root.is_dir():
-        kind = _kind_of(root) if source.kind == "auto" else source.kind
-        return kind, [root], {}
-    if source.kind in ("auto", "arrow") and (dataset := _dataset(root)):
-        return "arrow", [dataset / name for name in _shards(dataset)], {}
-    paths = walk(root)
-    kind = _kind_of_all(root, paths) if source.kind == "auto" else source.kind
-    chosen = [path for path in paths if kind == "text" or _kind_of(path) == kind]
-    if not chosen:
-        raise ConfigError(f"{root}: holds no files of kind {kind} ({len(paths)} files were found)")
-    if source.kind == "text":
-        return kind, chosen, {}  # a folder of any texts, asked for as such
-    return kind, *trained(root, chosen, strict=kind != "text")
-
-
-def _kind_of_all(root: Path, paths: Sequence[Path]) -> str:
-    """The kind of all files of a folder; nothing of it is left out unasked.
-
-    Raises:
-        ConfigError: They are of more than one kind.
-    """
-    kinds = Counter(_kind_of(path) for path in paths)
-    if kinds.keys() == {"text", "jsonl"} and all(
-        _plain(path).endswith(".json") for path in paths if _kind_of(path) == "jsonl"
-    ):
-        return "text"  # beside text such a file is most likely none of JSON lines
-    if len(kinds) > 1:
-        told = ", ".join(f"{kinds[kind]} {kind}" for kind in sorted(kinds))
-        raise ConfigError(
-            f"{root}: holds files of more than one kind ({told}). Say which is meant, kind: "
-            f"{' or '.join(sorted(kinds))}, or give each a source and a folder of its own"
-        )
-    return next(iter(kinds), "text")
-
-
-def _plain(path: Path) -> str:
-    """The name of a file without what says how it is compressed."""
-    name = path.name
-    for ending in COMPRESSED:
-        name = name.removesuffix(ending)
-    return name
-
-
-def _kind_of(path: Path) -> str:
-    name = _plain(path)
-    return next((kind for kind, endings in _EXTENSIONS.items() if name.endswith(endings)), "text")
-
-
-def _dataset(root: Path) -> Path | None:
-    """The folder of a Hugging Face dataset: itself, or its ``train`` split."""
-    if (root / _SPLITS).is_file():
-        splits = list(_read(root / _SPLITS).get("splits", []))
-        if "train" not in splits:
-            raise ConfigError(f"{root}: has no split 'train'; give the folder of one of {', '.join(splits) or 'none'}")
-        return root / "train"
-    return root if (root / _DATASET).is_file() else None
-
-
-def _shards(dataset: Path) -> list[str]:
-    state = _read(dataset / "state.json")
-    try:
-        return [str(one["filename"]) for one in state["_data_files"]]
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{dataset / 'state.json'}: does not name the files of a dataset (_data_files)") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
-    return value if isinstance(value, dict) else {}
+    return choose(source).note
 
 
 def _size(path: Path) -> int:

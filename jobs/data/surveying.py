@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.data.documents import Part
+from jobs.data.kinds import KINDS
 from jobs.data.mixture import form_problems
-from jobs.data.sources import KINDS, Unit, default_name, units
+from jobs.data.sources import Unit, default_name, units
 from jobs.data.work import Request, Runner, answers
 from jobs.spec import DataSpec, SourceSpec
 from strategies.codec import to_json

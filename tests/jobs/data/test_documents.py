@@ -13,7 +13,7 @@ import pytest
 
 from jobs.data.corpus import PIECE_BYTES
 from jobs.data.documents import Findings, Part, read_part
-from jobs.data.sources import held_out, units
+from jobs.data.sources import units
 from jobs.data.work import texts
 from jobs.spec import SourceSpec
 from strategies.errors import ConfigError
@@ -152,88 +152,3 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             units(SourceSpec(path=str(tmp_path / path), field=field))
         assert words in caught.value.what
-
-
-def files_of(source: SourceSpec) -> list[str]:
-    root = Path(source.path)
-    return [str(Path(part.path).relative_to(root)) for unit in units(source) for part in unit.parts]
-
-
-@pytest.mark.parametrize(
-    ("names", "taken", "told"),
-    [
-        (
-            [
-                "data/train-0-of-2.parquet",
-                "data/train-1-of-2.parquet",
-                "data/test-0.parquet",
-                "data/validation-0.parquet",
-            ],
-            ["data/train-0-of-2.parquet", "data/train-1-of-2.parquet"],
-            "test (1 file) and validation (1 file) left out",
-        ),
-        (["en/c4-train.0-of-2.parquet", "en/c4-validation.0-of-1.parquet"], ["en/c4-train.0-of-2.parquet"], "valid"),
-        (["Train/a.jsonl", "dev/a.jsonl", "dev/b.jsonl"], ["Train/a.jsonl"], "validation (2 files) left out"),
-        (["train.jsonl", "test.jsonl"], ["train.jsonl"], "test (1 file) left out"),
-        (["train/a.txt", "test/a.txt"], ["train/a.txt"], "test (1 file) left out"),
-        (["tests/a.txt", "test/b.txt", "train.py"], ["test/b.txt", "tests/a.txt", "train.py"], ""),
-        (["test-0.parquet", "test-1.parquet"], ["test-0.parquet", "test-1.parquet"], ""),
-        (["trainers.jsonl", "contest.jsonl"], ["contest.jsonl", "trainers.jsonl"], ""),
-    ],
-)
-def test_only_the_split_to_train_on_is_taken(names: list[str], taken: list[str], told: str, tmp_path: Path) -> None:
-    """Of a dataset as it lies on the Hugging Face hub; a folder of source code is none."""
-    make(tmp_path, names)
-    source = SourceSpec(path=str(tmp_path))
-    assert sorted({*files_of(source)}) == taken
-    assert (told in held_out(source)) if told else held_out(source) == ""
-    if taken != sorted(names):
-        assert files_of(SourceSpec(path=str(tmp_path), kind="text"))[0] == min(names, key=lambda one: Path(one).parts)
-
-
-@pytest.mark.parametrize(
-    ("names", "told"),
-    [
-        (["validation-0.jsonl", "test-0.jsonl"], "1 validation, 1 test"),
-        (["train-0.jsonl", "test-0.jsonl", "more.jsonl"], "1 train, 1 test, 1 of no split"),
-        (["a.jsonl", "test-0.jsonl"], "1 test, 1 of no split"),
-    ],
-)
-def test_splits_that_nobody_can_choose_from_are_refused(names: list[str], told: str, tmp_path: Path) -> None:
-    make(tmp_path, names)
-    with pytest.raises(ConfigError) as caught:
-        units(SourceSpec(path=str(tmp_path)))
-    assert f"which are meant is not clear ({told})" in caught.value.what
-
-
-def make(root: Path, names: list[str]) -> None:
-    """Files with documents in them."""
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".parquet":
-            write_table(path, "parquet")
-        else:
-            path.write_bytes(lines())
-
-
-def test_nothing_of_a_folder_is_left_out_unasked(tmp_path: Path) -> None:
-    """Of a folder with files of several kinds phalanx does not choose one."""
-    for number in range(3):
-        (tmp_path / f"{number}.txt").write_text("some text")
-    (tmp_path / "metadata.json").write_text("{}")
-    (unit,) = units(SourceSpec(path=str(tmp_path)))
-    assert (unit.kind, len(unit.parts)) == ("text", 4), "JSON beside text is a text as well"
-    (tmp_path / "a.jsonl").write_bytes(lines())
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines()))
-    write_table(tmp_path / "c.parquet", "parquet")
-    with pytest.raises(ConfigError) as caught:
-        units(SourceSpec(path=str(tmp_path)))
-    assert "more than one kind (3 jsonl, 1 parquet, 3 text)" in caught.value.what
-    assert "kind: jsonl or parquet or text" in caught.value.what
-    (unit,) = units(SourceSpec(path=str(tmp_path), kind="parquet"))
-    assert [Path(part.path).name for part in unit.parts] == ["c.parquet"]
-    for path in (*tmp_path.glob("*.txt"), *tmp_path.glob("*.parquet"), *tmp_path.glob("*.jsonl*")):
-        path.unlink()
-    (unit,) = units(SourceSpec(path=str(tmp_path)))
-    assert unit.kind == "jsonl", "some call their JSON lines so"
