@@ -80,8 +80,7 @@ class SourceSpec:
         store: Folder of its prepared shards.
         digest: Digest of its tokens.
         share: Its part of all samples, of :data:`jobs.data.mixture.SHARES`.
-        documents: Documents in it that are trained on.
-        tokens: Tokens in it that are trained on.
+        documents, tokens: How many of it are trained on.
     """
 
     path: str = ""

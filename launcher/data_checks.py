@@ -37,6 +37,7 @@ def data_spec(config: Config) -> DataSpec:
         path=data.path or "",
         sources=tuple(sources),
         tokenizer=data.tokenizer or "",
+        end_token=data.end_token or "",
         validation=data.validation,
         packing=data.packing,
     )
@@ -91,6 +92,9 @@ def data_problems(config: Config) -> Iterator[Problem]:
     if data.kind == "mixture":
         for number, key, message, hint in form_problems(named(data_spec(config)), KINDS):
             yield Problem(key=f"data.sources[{number}].{key}", message=message, hint=hint)
+    if data.end_token and not data.tokenizer and not config.train.init_from:
+        message = "a tokenizer that is trained on the text has no end but its own"
+        yield Problem(key="data.end_token", message=message, hint="data.tokenizer=FILE names another.")
     if config.train.eval_every and not data.validation:
         message = "there is nothing to validate with, data.validation is 0"
         yield Problem(key="train.eval_every", message=message, hint="data.validation=0.01 keeps one document in 100.")

@@ -46,6 +46,9 @@ class DataConfig:
         cache: Folder of prepared token stores, shared like ``run.dir``; null means ``<run.dir>/.data``.
         sources: What a mixture is made of.
         tokenizer: A ``tokenizer.json``; null trains a byte-pair tokenizer of ``model.vocab`` tokens on the text.
+        end_token: The special token of ``tokenizer`` that ends a document; null means the one that the files beside it
+            name (``tokenizer_config.json``, ``special_tokens_map.json``, ``generation_config.json``, ``config.json``),
+            or else one by a usual name.
         validation: Part of the documents that is kept from training, for ``train.eval_every``: chosen by the documents
             themselves.
         packing: No token sees another document than its own, and positions start anew with each.
@@ -57,6 +60,7 @@ class DataConfig:
     cache: str | None = None
     sources: tuple[SourceConfig, ...] = ()
     tokenizer: str | None = None
+    end_token: str | None = None
     validation: float = 0.0
     packing: bool = False
     workers: int | None = None

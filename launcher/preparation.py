@@ -41,6 +41,7 @@ def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> Laun
         screen.say("reading what is asked")
         return pretrained.with_rows(request, Path(config.data.cache))
     from jobs.data import prepare, prepare_mixture
+    from jobs.data.blend import ended
     from jobs.data.sources import held_out
     from jobs.data.surveying import named
 
@@ -54,8 +55,9 @@ def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> Laun
     samples = request.job.schedule().trained(request.job.train.steps + 1)
     runner = _runner(config, screen)
     data = prepare_mixture(spec, root, model.vocab, progress, seq=model.seq, samples=samples, runner=runner)
-    for note in filter(None, map(held_out, named(spec))):
-        screen.say(f"data: {note}")
+    for note in (*map(held_out, named(spec)), ended(spec)):
+        if note:
+            screen.say(f"data: {note}")
     screen.say(mixture_text(data, samples, model.seq))
     if request.job.train.eval_every:
         require_validation(data, model.seq)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from jobs.data import tokenizer as bpe
 from jobs.data.build import Progress, silent
+from jobs.data.ends import MAP, End, find_end, usual
 from jobs.data.fitting import excluded, settled
 from jobs.data.making import Place, Recipe, make_shards
 from jobs.data.shards import (
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 
 __all__ = ["flaws", "named", "prepare_mixture"]
 
+Given = tuple["Tokenizer", End | None]
+"""A tokenizer that a person has named, and the token that ends a document; None where nobody knows it."""
 _PROOF = "digest"  # beside a tokenizer: the SHA-256 of its file
 
 
@@ -62,8 +66,8 @@ def flaws(data: DataSpec, vocab: int, *, most_bytes: float, seq: int = 0, form: 
     problems = misformed(sources) if form else []
     some = [one for one in sources if formed(one)]
     found = survey_sources(some, Processes(), problems, silent, most_bytes=most_bytes)
-    given = _given(data.tokenizer, vocab, problems)
-    return problems + excluded(found, seq, given)
+    given = _given(data, vocab, problems)
+    return problems + excluded(found, seq, given and given[0])
 
 
 def prepare_mixture(
@@ -98,11 +102,12 @@ def prepare_mixture(
     runner = runner or Processes()
     problems = misformed(named(data))
     found = survey_sources(named(data), runner, problems, progress)
-    given = _given(data.tokenizer, vocab, problems)
-    _refuse(problems + excluded(found, seq, given, samples=samples, validation=data.validation))
+    given = _given(data, vocab, problems)
+    _refuse(problems + excluded(found, seq, given and given[0], samples=samples, validation=data.validation))
     try:
-        tokenizer, folder = _tokenizer(given, found, root.absolute(), vocab, library, progress)
-        metas = _tokenize(data, found, tokenizer, folder, runner, progress)
+        tokenizer, end_id, folder = _tokenizer(given, found, root.absolute(), vocab, library, progress)
+        recipe = Recipe.of(tokenizer, end_id, folder / TOKENIZER, data.validation)
+        metas = _tokenize(recipe, found, folder, runner, progress)
     except OSError as error:
         raise StorageError(
             f"The token store cannot be written to {root}.",
@@ -132,6 +137,18 @@ def prepare_mixture(
     )
 
 
+def ended(data: DataSpec) -> str:
+    """What ends a document under the tokenizer that is given, and who says so, in a line; "" where none is given.
+
+    Raises:
+        ConfigError: Nobody knows.
+    """
+    if not data.tokenizer:
+        return ""
+    end = find_end(bpe.read_tokenizer(Path(data.tokenizer)), Path(data.tokenizer), data.end_token)
+    return f"{end.name} ends a document: {end.why}"
+
+
 def mixture_digest(sources: Sequence[SourceSpec]) -> str:
     """What the samples depend on beside the seed and their length."""
     told = "|".join(f"{source.digest}:{source.share}" for source in sources)
@@ -150,14 +167,15 @@ def _refuse(problems: Sequence[str]) -> None:
 # ---- the tokenizer ----------------------------------------------------------------------------------------------
 
 
-def _given(path: str, vocab: int, problems: list[str]) -> Tokenizer | None:
+def _given(data: DataSpec, vocab: int, problems: list[str]) -> Given | None:
     """The tokenizer that is given, checked; None for one to train, which can have ``vocab`` tokens."""
-    if not path:
+    if not data.tokenizer:
         if flaw := bpe.vocab_flaw(vocab) if vocab else "":
             problems.append(flaw)
         return None
+    path = Path(data.tokenizer)
     try:
-        tokenizer = bpe.read_tokenizer(Path(path))
+        tokenizer = bpe.read_tokenizer(path)
     except ConfigError as error:
         problems.append(f"data.tokenizer: {error.what}")
         return None
@@ -167,33 +185,50 @@ def _given(path: str, vocab: int, problems: list[str]) -> Tokenizer | None:
             f"data.tokenizer: {path} has {size} tokens, model.vocab={vocab} is too small for it. "
             f"Set model.vocab to {size} or more."
         )
-    if bpe.end_token(tokenizer) is None:
-        problems.append(f"data.tokenizer: {path} has no token that ends a document (one of {', '.join(bpe.ENDS)})")
-    return tokenizer
+    try:
+        return tokenizer, find_end(tokenizer, path, data.end_token)
+    except ConfigError as error:
+        problems.append(error.what)
+        return tokenizer, None
 
 
 def _tokenizer(
-    given: Tokenizer | None, found: Sequence[Surveyed], root: Path, vocab: int, library: str, progress: Progress
-) -> tuple[Tokenizer, Path]:
-    """The tokenizer and the folder that it lies in."""
-    if given is None:
-        parts = [FORMAT_VERSION, bpe.TRAINING_BYTES, library, vocab, *(one.digest for one in found)]
-        key = _key("tokenizer", *parts)
-        with contextlib.suppress(OSError):
-            if file_digest(root / key / TOKENIZER) == (root / key / _PROOF).read_text(encoding="utf-8"):
-                return bpe.read_tokenizer(root / key / TOKENIZER), root / key
-        progress("training the tokenizer", 0.0)
-        size = sum(one.text_bytes for one in found)
-        given = bpe.train_on(_training_text(found), vocab, where=", ".join(one.source.name for one in found), size=size)
-    else:
-        key = _key("tokenizer", given.to_str())
+    given: Given | None, found: Sequence[Surveyed], root: Path, vocab: int, library: str, progress: Progress
+) -> tuple[Tokenizer, int, Path]:
+    """The tokenizer, the token that ends a document, and the folder that it lies in."""
+    if given is not None:
+        tokenizer, end = given
+        assert end is not None, "else it is refused"
+        return tokenizer, end.id, _laid_down(root, tokenizer, end)
+    key = _key("tokenizer", FORMAT_VERSION, bpe.TRAINING_BYTES, library, vocab, *(one.digest for one in found))
     folder = root / key
+    with contextlib.suppress(OSError):
+        if file_digest(folder / TOKENIZER) == (folder / _PROOF).read_text(encoding="utf-8"):
+            return bpe.read_tokenizer(folder / TOKENIZER), bpe.END_OF_TEXT_ID, folder
+    progress("training the tokenizer", 0.0)
+    size = sum(one.text_bytes for one in found)
+    made = bpe.train_on(_training_text(found), vocab, where=", ".join(one.source.name for one in found), size=size)
+    _lay_down(folder, made)
+    return made, bpe.END_OF_TEXT_ID, folder
+
+
+def _laid_down(root: Path, tokenizer: Tokenizer, end: End) -> Path:
+    """A folder with the tokenizer that is given; beside it stands what ends a document, for whoever goes on with it."""
+    common = usual(tokenizer)
+    other = () if common is not None and common.id == end.id else (end.name,)
+    folder = root / _key("tokenizer", tokenizer.to_str(), *other)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MAP).write_text(json.dumps({"eos_token": end.name}), encoding="utf-8")
+    _lay_down(folder, tokenizer)
+    return folder
+
+
+def _lay_down(folder: Path, tokenizer: Tokenizer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f".{TOKENIZER}"
-    aside.write_text(given.to_str(), encoding="utf-8")
+    aside.write_text(tokenizer.to_str(), encoding="utf-8")
     aside.replace(folder / TOKENIZER)
     (folder / _PROOF).write_text(file_digest(folder / TOKENIZER), encoding="utf-8")
-    return given, folder
 
 
 def _training_text(found: Sequence[Surveyed]) -> Iterator[str]:
@@ -219,10 +254,9 @@ def _key(word: str, *parts: object) -> str:
 
 
 def _tokenize(
-    data: DataSpec, found: Sequence[Surveyed], tokenizer: Tokenizer, folder: Path, runner: Runner, progress: Progress
+    recipe: Recipe, found: Sequence[Surveyed], folder: Path, runner: Runner, progress: Progress
 ) -> list[tuple[Path, SourceMeta]]:
     """Every source's store: what is missing of it, or damaged, is made."""
-    recipe = Recipe.of(tokenizer, folder / TOKENIZER, data.validation)
     stores = [folder.parent / _key("source", *recipe.key(one)) for one in found]
     whole = [_whole(store) for store in stores]
     requests: list[Request] = []

@@ -44,10 +44,9 @@ class Recipe:
     validation: float
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, path: Path, validation: float) -> Recipe:
-        """The recipe of a tokenizer that lies in ``path`` and has a token that ends a document."""
-        vocab, end_id = bpe.vocabulary(tokenizer), bpe.end_token(tokenizer)
-        assert end_id is not None
+    def of(cls, tokenizer: Tokenizer, end_id: int, path: Path, validation: float) -> Recipe:
+        """The recipe of a tokenizer that lies in ``path``, one token of which ends a document."""
+        vocab = bpe.vocabulary(tokenizer)
         return cls(
             tokenizer=path,
             digest=file_digest(path),

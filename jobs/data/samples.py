@@ -9,6 +9,7 @@ from jobs.data import tokenizer as bpe
 from jobs.data.mixture import Interleaving
 from jobs.data.order import SampleOrder
 from jobs.data.shards import TRAIN, VALID, Tokens, broken, read_source
+from jobs.data.spelling import Plain
 from jobs.data.store import TOKENIZER, TokenStore, file_digest
 from jobs.spec import DataSpec
 
@@ -115,7 +116,7 @@ class Mixture:
 
     def encode(self, text: str) -> list[int]:
         """See :class:`Samples`."""
-        return list(self.tokenizer().encode(text, add_special_tokens=False).ids)
+        return Plain(self.tokenizer()).encode(text)
 
     def decode(self, tokens: list[int]) -> str:
         """See :class:`Samples`."""

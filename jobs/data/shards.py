@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.checkpoint.layout import sync_dir
 from jobs.data.documents import Findings, Piece, read_part
 from jobs.data.sources import Unit
+from jobs.data.spelling import Plain
 from jobs.data.store import file_digest
 from strategies.codec import from_json, to_json
 from strategies.errors import ConfigError, StorageError
@@ -145,7 +146,7 @@ def side_of(head: bytes, validation: float) -> str:
 
 
 def make_shard(
-    unit: Unit, folder: Path, number: int, *, tokenizer: Any, end_id: int, width: int, validation: float
+    unit: Unit, folder: Path, number: int, *, tokenizer: Plain, end_id: int, width: int, validation: float
 ) -> Shard:
     """Tokenize a unit into a shard.
 
@@ -153,7 +154,7 @@ def make_shard(
         unit: What to read.
         folder: Folder of the source's store.
         number: Number of the shard.
-        tokenizer: A tokenizer of the tokenizers library.
+        tokenizer: Reads text.
         end_id: Token to put after each document.
         width: Bytes per token.
         validation: Part of the documents that is validated with.
@@ -166,11 +167,10 @@ def make_shard(
         writers = {side: stack.enter_context(_Writer(file_of(folder, number, side), end_id, width)) for side in SIDES}
         side = TRAIN
         for batch in _batches(unit):
-            encodings = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
-            for piece, encoding in zip(batch, encodings, strict=True):
+            for piece, ids in zip(batch, tokenizer.batch([piece.text for piece in batch]), strict=True):
                 if piece.head is not None:
                     side = side_of(piece.head, validation) if validation else TRAIN
-                writers[side].add(encoding.ids, ends=piece.last)
+                writers[side].add(ids, ends=piece.last)
         sides = {name: writer.close() for name, writer in writers.items()}
     shard = Shard(**sides)
     _write(record_of(folder, number), json.dumps(to_json(shard)).encode())

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.data.corpus import PIECE_BYTES, Corpus, pieces
+from jobs.data.ends import END_OF_TEXT
 from strategies.errors import ConfigError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
-ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>", "[SEP]")
 MIN_VOCAB = 257  # every byte, and the end of a document
 MAX_VOCAB = 1 << 31
 TRAINING_BYTES = 4 << 20
@@ -122,11 +121,6 @@ def read_tokenizer(path: Path) -> Tokenizer:
 def vocabulary(tokenizer: Tokenizer) -> int:
     """How many tokens a model needs for it: one more than the largest number."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-
-
-def end_token(tokenizer: Tokenizer) -> int | None:
-    """The token that ends a document; None if it has none of the usual ones."""
-    return next((number for name in ENDS if (number := tokenizer.token_to_id(name)) is not None), None)
 
 
 def bytewise(tokenizer: Tokenizer) -> bool:

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from jobs.data.documents import Findings, Part, Piece, read_part
 from jobs.data.shards import Shard, is_whole, make_shard
 from jobs.data.sources import Unit
+from jobs.data.spelling import Plain
 from strategies.codec import from_json, to_json
 from strategies.errors import PhalanxError, StorageError
 
@@ -104,10 +105,10 @@ def texts(unit: Unit) -> Iterator[Piece]:
 
 
 @functools.lru_cache(maxsize=2)
-def _tokenizer(path: str) -> Any:
+def _tokenizer(path: str) -> Plain:
     from jobs.data.tokenizer import read_tokenizer
 
-    return read_tokenizer(Path(path))
+    return Plain(read_tokenizer(Path(path)))
 
 
 class Processes:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.checkpoint.layout import sync_dir, write_durably
+from jobs.data.ends import named_beside
+from jobs.data.spelling import Plain
 from jobs.data.tokenizer import END_OF_TEXT_ID, read_tokenizer, vocabulary
 from jobs.hf.folder import CONFIG
 from jobs.inference.questions import Question, read_prompts, read_questions, read_texts
@@ -71,6 +73,7 @@ class Encoder:
         self.start = [] if start is None else [start]
         try:
             self.tokenizer: Tokenizer = read_tokenizer(path)
+            self._plain = Plain(self.tokenizer)
         except ConfigError as error:
             raise StorageError(f"The tokenizer {path} cannot be read.", why=error.what) from error
 
@@ -82,11 +85,11 @@ class Encoder:
         """
         found = self.tokenizer.encode(text, add_special_tokens=False)
         given = 0 if self.start or len(found) < 2 else min(found.offsets[0][1], found.offsets[1][0])
-        return self.start + list(found.ids), len(text[given:].encode())
+        return self.start + self._plain.spelled(list(found.ids)), len(text[given:].encode())
 
     def __call__(self, text: str) -> list[int]:
         """Tokens of a text, as it stands within a document."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._plain.encode(text)
 
 
 def flaws(spec: InferenceSpec, weights: WeightsSpec | None, vocab: int, *, stop: bool) -> dict[str, PhalanxError]:
@@ -162,6 +165,8 @@ def prepare(spec: InferenceSpec, weights: WeightsSpec, model: ModelSpec, cache: 
     path = _place_of(spec, weights)
     start, end, packing = _ends_of(weights, model)
     encode = Encoder(path, start)
+    if end is None and (name := named_beside(path)) is not None:
+        end = encode.tokenizer.token_to_id(name)
     found = list(_prompt_rows(spec, encode, model) if stop else _scored_rows(spec, encode, model))
     if not found:
         raise ConfigError("There is nothing to predict.", why="no text has more than one token")
@@ -282,7 +287,7 @@ def _ends_of(weights: WeightsSpec, model: ModelSpec) -> tuple[int | None, int | 
     """The tokens that begin and end a document, and whether documents were apart where the weights were trained.
 
     In a run one token is both, as it stands between documents; but where these are apart, none sees the token before
-    its first. A folder's config.json may name them.
+    its first. A folder's config.json may name them; else the files of the tokenizer may name the end.
     """
     if weights.kind == "checkpoint":
         samples = samples_of(weights)

@@ -21,9 +21,10 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from jobs.data import open_samples, prepare_mixture
+from jobs.data.ends import find_end
 from jobs.data.samples import Mixture
 from jobs.data.shards import VALID, Tokens, read_source, side_of
-from jobs.data.tokenizer import end_token, read_tokenizer
+from jobs.data.tokenizer import read_tokenizer
 from jobs.data.work import Answer, Request, perform
 from jobs.spec import DataSpec, SourceSpec
 from strategies.errors import ConfigError, StorageError
@@ -275,7 +276,7 @@ def test_a_tokenizer_that_is_given(sources: tuple[SourceSpec, ...], tmp_path: Pa
             mixture(sources, tokenizer=str(path)), tmp_path / "s", 257, seq=SEQ, samples=100, runner=Inline()
         )
     assert f"{path} has 300 tokens, model.vocab=257 is too small for it. Set model.vocab to 300" in str(caught.value)
-    assert end_token(tokenizer) == data.end_id
+    assert find_end(tokenizer, path).id == data.end_id
     short = SourceSpec(path=str(write(tmp_path / "short.jsonl", ["xyz"])), weight=1)
     for prefix, words in (
         (False, "The data have a problem:.*short.*at most 4 tokens"),
