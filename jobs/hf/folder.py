@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,32 +116,57 @@ def inspect(path: Path, model: ModelSpec | None = None) -> tuple[Folder, list[Fl
             own = _spec(values)
             flaws = _other_model(own, model) + _beyond(window_of(config), model.seq) if model is not None else []
             model = model or own
-    files, wrong = _weight_files(path)
-    tensors: dict[str, Stored] = {}
-    for file in files:
-        found, broken = _read_header(file)
-        wrong += broken
-        wrong += [Flaw(message=f"{name} is in two files") for name in found if name in tensors]
-        tensors |= found
-    tensors = {name: one for name, one in tensors.items() if not name.endswith(_BUFFERS)}
-    if model is not None and model.flavour == "gpt3" and not any(name.startswith(_PREFIX) for name in tensors):
-        tensors = {name if name == "lm_head.weight" else _PREFIX + name: one for name, one in tensors.items()}
+    tensors, unknown, files, wrong = _all_tensors(path)
+    known = [*tensors, *(unknown or ())]
+    if model is not None and model.flavour == "gpt3" and not any(name.startswith(_PREFIX) for name in known):
+        tensors = {_prefixed(name): one for name, one in tensors.items()}
+        unknown = unknown and {_prefixed(name) for name in unknown}
     folder = Folder(path=path, config=config, tensors=tensors, files=tuple(files))
-    if model is not None and not wrong:
+    if model is not None and unknown is not None:
         try:
-            wrong = compare(folder, parts_of(model), tied=model.tied)
+            wrong += compare(folder, parts_of(model), tied=model.tied, unknown=unknown)
         except ConfigError as error:
-            wrong = [Flaw(message=error.what.rstrip("."), hint=error.why)]
+            wrong += [Flaw(message=error.what.rstrip("."), hint=error.why)]
     return folder, [*flaws, *wrong]
 
 
-def compare(folder: Folder, parts: Iterable[Part], *, tied: bool) -> list[Flaw]:
-    """What the folder lacks, has too much of, or has in another shape or type."""
+def _all_tensors(path: Path) -> tuple[dict[str, Stored], set[str] | None, list[Path], list[Flaw]]:
+    """The tensors that can be seen, buffers left out; those that files which cannot be read have; the files; flaws.
+
+    Nobody knows what such files have (None) where there is no index that says it.
+    """
+    files, places, wrong = _weight_files(path)
+    tensors: dict[str, Stored] = {}
+    unread = set(places.values()) - {file.name for file in files}
+    for file in files:
+        found, broken, whole = _read_header(file)
+        wrong += broken
+        wrong += [Flaw(message=f"{name} is in two files") for name in found if name in tensors]
+        tensors |= found
+        unread |= set() if whole else {file.name}
+    lost = {name for name, file in places.items() if file in unread and name not in tensors}
+    unknown = lost if places or (files and not unread) else None
+    return {name: one for name, one in tensors.items() if not name.endswith(_BUFFERS)}, unknown, files, wrong
+
+
+def _prefixed(name: str) -> str:
+    return name if name == "lm_head.weight" else _PREFIX + name
+
+
+def compare(folder: Folder, parts: Iterable[Part], *, tied: bool, unknown: Collection[str] = frozenset()) -> list[Flaw]:
+    """What the folder lacks, has too much of, or has in another shape or type.
+
+    Args:
+        folder: The folder.
+        parts: What is needed.
+        tied: The output projection may be there or not.
+        unknown: Tensors in files that cannot be read: whether they are right is not known.
+    """
     wanted = {part.name: part.shape for part in parts}
     have = dict(folder.tensors)
     if tied:
         have.pop("lm_head.weight", None)  # a copy of the embedding
-    missing = [name for name in wanted if name not in have]
+    missing = [name for name in wanted if name not in have and name not in unknown]
     extra = [name for name in have if name not in wanted]
     shapes = [
         f"{name} is {list(one.shape)}, {list(wanted[name])} is needed"
@@ -236,8 +261,8 @@ def _read_config_file(path: Path) -> tuple[Mapping[str, Any], list[Flaw]]:
     return (document, []) if isinstance(document, dict) else ({}, [Flaw(message=f"{CONFIG} is not a mapping")])
 
 
-def _weight_files(path: Path) -> tuple[list[Path], list[Flaw]]:
-    """The files of weights: those of the index, or the single one."""
+def _weight_files(path: Path) -> tuple[list[Path], dict[str, str], list[Flaw]]:
+    """The files of weights: those of the index, with which tensor it says is in which file, or the single one."""
     index = path / _INDEX
     if index.is_file():
         try:
@@ -246,23 +271,23 @@ def _weight_files(path: Path) -> tuple[list[Path], list[Flaw]]:
                 raise TypeError("a file name is not text")
             names = sorted(set(weight_map.values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            return [], [Flaw(message=f"{_INDEX} cannot be used: {type(error).__name__}: {error}")]
+            return [], {}, [Flaw(message=f"{_INDEX} cannot be used: {type(error).__name__}: {error}")]
         odd = [name for name in names if Path(name).name != name]
         missing = [name for name in names if name not in odd and not (path / name).is_file()]
         flaws = [Flaw(message=f"{_INDEX} names files outside the folder: {_some(odd)}")] if odd else []
         flaws += [Flaw(message=f"files of {_INDEX} are missing: {_some(missing)}")] if missing else []
-        return [path / name for name in names if name not in odd + missing], flaws
+        return [path / name for name in names if name not in odd + missing], weight_map, flaws
     if (path / _SINGLE).is_file():
-        return [path / _SINGLE], []
+        return [path / _SINGLE], {}, []
     pickles = sorted(file.name for file in path.glob("*.bin")) + sorted(file.name for file in path.glob("*.pt*"))
     if pickles:
         message = f"its weights are pickles ({_some(pickles)}), and phalanx loads no pickle: loading one runs code"
-        return [], [Flaw(message=message, hint="Save the model again with safe_serialization=True.")]
-    return [], [Flaw(message=f"it has neither {_SINGLE} nor {_INDEX}")]
+        return [], {}, [Flaw(message=message, hint="Save the model again with safe_serialization=True.")]
+    return [], {}, [Flaw(message=f"it has neither {_SINGLE} nor {_INDEX}")]
 
 
-def _read_header(file: Path) -> tuple[dict[str, Stored], list[Flaw]]:
-    """The tensors of one safetensors file."""
+def _read_header(file: Path) -> tuple[dict[str, Stored], list[Flaw], bool]:
+    """The tensors of one safetensors file, what is wrong with it, and whether its header names all that is in it."""
     try:
         size = file.stat().st_size
         with file.open("rb") as handle:
@@ -270,22 +295,30 @@ def _read_header(file: Path) -> tuple[dict[str, Stored], list[Flaw]]:
             if length > min(size, _MAX_HEADER_BYTES):
                 raise ValueError("its header is longer than the file")
             header = json.loads(handle.read(length))
-        tensors, end = {}, 0
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            start, stop = entry["data_offsets"]
-            shape = tuple(int(extent) for extent in entry["shape"])
-            width = WIDTHS.get(entry["dtype"])
-            if width is not None and stop - start != width * math.prod(shape):
-                raise ValueError(f"{name} has {stop - start} bytes, its shape and type need {width * math.prod(shape)}")
-            tensors[name] = Stored(file=file, dtype=entry["dtype"], shape=shape, offset=8 + length + start)
-            end = max(end, stop)
-        if size != 8 + length + end:
-            raise ValueError(f"it has {size} bytes, its header says {8 + length + end}: it is cut off or damaged")
+        header.pop("__metadata__", None)
+        found = {name: _entry(file, 8 + length, entry) for name, entry in header.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return {}, [Flaw(message=f"{file.name} cannot be used: {error}")]
-    return tensors, []
+        return {}, [_unusable(file, str(error))], False
+    flaws = []
+    for name, (stored, count) in found.items():
+        needed = WIDTHS.get(stored.dtype, 0) * math.prod(stored.shape)
+        if stored.dtype in WIDTHS and count != needed:
+            flaws.append(_unusable(file, f"{name} has {count} bytes, its shape and type need {needed}"))
+    end = max((stored.offset + count for stored, count in found.values()), default=8 + length)
+    if size != end:
+        flaws.append(_unusable(file, f"it has {size} bytes, its header says {end}: it is cut off or damaged"))
+    return {name: stored for name, (stored, _) in found.items()}, flaws, True
+
+
+def _entry(file: Path, begin: int, entry: Mapping[str, Any]) -> tuple[Stored, int]:
+    """A tensor, and how many bytes it has."""
+    start, stop = (int(one) for one in entry["data_offsets"])
+    shape = tuple(int(extent) for extent in entry["shape"])
+    return Stored(file=file, dtype=str(entry["dtype"]), shape=shape, offset=begin + start), stop - start
+
+
+def _unusable(file: Path, why: str) -> Flaw:
+    return Flaw(message=f"{file.name} cannot be used: {why}")
 
 
 def _tensors(count: int) -> str:

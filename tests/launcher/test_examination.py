@@ -62,6 +62,35 @@ def test_values_plan_and_data_come_together(folder: Path, capsys: pytest.Capture
     assert len(lines) == len({*lines}) == int(said.split()[4])
 
 
+def test_tensors_plan_and_data_come_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the weights lack tensors and have others, one file of theirs is gone, and the rest of the run is wrong."""
+    from safetensors.torch import load_file, save_file
+
+    hf = folder / "hf"
+    hf_models.make(hf, "llama", shard="20KB", vocab_size=320)
+    files = sorted(hf.glob("model-*.safetensors"))
+    tensors = load_file(files[1])
+    gone = sorted(tensors)[0]
+    tensors["nobody.weight"] = tensors.pop(gone)
+    save_file(tensors, files[1])
+    files[-1].unlink()
+    data = ("data=mixture", SOURCES, "data.tokenizer=tokenizer.json", "data.end_token='<|end|>'")
+    code = refused("model.from_hf=hf", "train.init_from=hf", "strategy.tp=3", *data, "cluster=process")
+    said = capsys.readouterr().err
+    assert code == 2
+    for part in (
+        f"hf: 1 tensor is missing: {gone}",
+        "hf: 1 tensor is not in the model: nobody.weight",
+        f"hf: files of model.safetensors.index.json are missing: {files[-1].name}",
+        "heads_divisible_by_tp",
+        "empty: has weight 2, but no documents",
+        "gone: there is no such file or folder",
+        "data.end_token: '<|end|>' is no special token of",
+        "Did you mean '<|endoftext|>'?",
+    ):
+        assert part in said, said
+
+
 def test_a_plan_that_is_refused_brings_what_is_wrong_with_the_data(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

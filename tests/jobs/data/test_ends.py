@@ -75,7 +75,7 @@ def prepared(path: Path, folder: Path, texts: list[str] = TEXTS, **fields: Any) 
 
 
 def stored(data: DataSpec) -> list[list[int]]:
-    """The tokens of every document, without its end."""
+    """The tokens of every document, with its end."""
     folder = Path(data.sources[0].store)
     meta = read_source(folder)
     ids = Tokens(folder, meta, "train").slice(0, meta.tokens("train"))

@@ -431,6 +431,41 @@ def test_cut_off_and_missing_files_are_told(tmp_path: Path) -> None:
     assert f"files of model.safetensors.index.json are missing: {files[1].name}" in told
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_files_that_cannot_be_read_hide_nothing_of_the_others(tmp_path: Path, kind: str) -> None:
+    """What they hold is unknown, by the index, and not called missing; all else is judged."""
+    from safetensors.torch import load_file, save_file
+
+    hf_models.make(tmp_path / "hf", kind, shard="20KB")
+    files = sorted((tmp_path / "hf").glob("model-*.safetensors"))
+    assert len(files) > 4
+    tensors = load_file(files[0])
+    gone, bent = sorted(tensors)[:2]
+    tensors["nobody.weight"] = tensors.pop(gone)
+    tensors[bent] = torch.ones(3, 1)
+    save_file(tensors, files[0])
+    files[1].write_bytes(b"\0" * 9)
+    files[2].unlink()
+    files[3].write_bytes(files[3].read_bytes()[:-4])
+    told = refusal(tmp_path / "hf")
+    assert "has 6 problems" in told, told
+    assert f"{files[1].name} cannot be used" in told
+    assert f"files of model.safetensors.index.json are missing: {files[2].name}" in told
+    assert f"{files[3].name} cannot be used: it has " in told
+    assert f"1 tensor is missing: {gone}" in told
+    assert "1 tensor is not in the model: nobody.weight" in told
+    assert f"1 tensor is of another shape: {bent} is [3, 1]" in told
+
+
+@pytest.mark.parametrize("content", [b"\0" * 9, b"\2\0\0\0\0\0\0\0[]", b'\x08\0\0\0\0\0\0\0{"a": 3}'])
+def test_of_a_single_file_that_cannot_be_read_nothing_is_called_missing(tmp_path: Path, content: bytes) -> None:
+    hf_models.make(tmp_path / "hf", "llama")
+    (tmp_path / "hf" / "model.safetensors").write_bytes(content)
+    told = refusal(tmp_path / "hf")
+    assert "model.safetensors cannot be used" in told
+    assert "problems" not in told
+
+
 def test_another_model_is_refused_field_by_field(tmp_path: Path) -> None:
     hf_models.make(tmp_path / "hf", "llama")
     other = dataclasses.replace(model_of(tmp_path / "hf"), layers=2, norm_eps=1e-3, seq=16)
