@@ -21,7 +21,7 @@ from strategies.errors import PhalanxError
 from strategies.specs import ClusterSpec
 
 MOST_BYTES = 256 << 20
-"""Text that is read only to tell what else is wrong; of more, what its files say from outside is told."""
+"""Text that is read only to tell what else is wrong, of the smallest sources; of others, what is seen from outside."""
 
 _SIZES = ((1, 8), (16, 1), (1024, 16))  # nodes and slots of clusters that differ much
 

@@ -54,7 +54,7 @@ def flaws(data: DataSpec, vocab: int, *, most_bytes: float, seq: int = 0, form: 
     Args:
         data: The mixture.
         vocab: Tokens of the model; 0 if that is not known.
-        most_bytes: Of more text than so much, only what can be told without reading it.
+        most_bytes: So much text is read, of the smallest sources; of the others, what can be told without reading them.
         seq: Tokens per sequence; 0 if that is not known.
         form: Say, too, what is wrong with the list of sources itself.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -78,14 +79,17 @@ def survey_sources(
     *,
     most_bytes: float = math.inf,
 ) -> list[Surveyed]:
-    """Read every source once, as it will be read.
+    """Read every source once, as it will be read, the smallest first where there is too much for all.
 
     Args:
         sources: Named.
         runner: Where the work is done.
         problems: All that is wrong is added here.
         progress: Told how far it is (``reading``).
-        most_bytes: More than so much is not read.
+        most_bytes: More than so much is not read in all.
+
+    Returns:
+        Those that were read.
     """
     work: list[list[Unit]] = []
     lost: set[str] = set()
@@ -96,8 +100,8 @@ def survey_sources(
             problems.append(f"{source.name}: {error.what}")
             work.append([])
             lost.add(source.name)
-    if sum(unit.size for some in work for unit in some) > most_bytes:
-        return []
+    read = _affordable([sum(unit.size for unit in some) for some in work], most_bytes)
+    sources, work = [sources[one] for one in read], [work[one] for one in read]
     requests: list[Request] = [{"verb": "survey", "unit": to_json(unit)} for some in work for unit in some]
     told = answers(runner, requests, [unit.size for some in work for unit in some], "reading", progress)
     found, at = [], 0
@@ -109,6 +113,13 @@ def survey_sources(
         if source.name not in lost and source.kind in KINDS:
             problems += _problems(found[-1], parts)
     return found
+
+
+def _affordable(sizes: Sequence[int], most_bytes: float) -> list[int]:
+    """As many of the smallest as come to no more than ``most_bytes``, in their own order."""
+    order = sorted(range(len(sizes)), key=sizes.__getitem__)
+    totals = itertools.accumulate(sizes[one] for one in order)
+    return sorted(one for one, total in zip(order, totals, strict=True) if total <= most_bytes)
 
 
 def _summary(source: SourceSpec, work: Sequence[Unit], parts: Sequence[tuple[Part, dict[str, Any]]]) -> Surveyed:

@@ -120,6 +120,24 @@ def test_a_model_that_cannot_be_read_has_no_plan_to_judge(folder: Path, capsys: 
     assert "gone: there is no such file or folder" in said
 
 
+def test_an_empty_source_is_told_beside_one_that_is_too_much_to_read(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (folder / "good.jsonl").stat().st_size
+    monkeypatch.setattr("launcher.examination.MOST_BYTES", size - 1)
+    (folder / "good.jsonl").write_bytes((folder / "good.jsonl").read_bytes()[:-2] + b"\n")  # its last record is broken
+    words = ("model=moe_tiny", "strategy.ep=3", "cluster=process", "data=mixture", SOURCES)
+    assert refused(*words) == 2
+    said = capsys.readouterr().err
+    assert "experts_divisible_by_ep" in said
+    assert "empty: has weight 2, but no documents" in said
+    assert "gone: there is no such file or folder" in said
+    assert "good: 1 record" not in said, "so much is not read to tell what else is wrong"
+    monkeypatch.setattr("launcher.examination.MOST_BYTES", 2 * size)
+    assert refused(*words) == 2
+    assert "good: 1 record cannot be used" in capsys.readouterr().err
+
+
 def test_data_that_are_refused_leave_no_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused("model=moe_tiny", "data=mixture", SOURCES, "cluster=process", "strategy.dp=1") == 2
     assert "The data have 2 problems" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from launcher import build
 from launcher.config import compose
@@ -19,6 +20,7 @@ from launcher.request import LaunchRequest
 from launcher.resume_diff import compare
 from launcher.resume_plan import _unvalidated, _with_data
 from strategies.errors import ConfigError
+from tests.support.hf_models import tokenizer
 
 SOURCES = "data.sources=[{path: a.jsonl, weight: 3}, {path: wiki, name: w, epochs: 3.4, field: body}]"
 
@@ -60,6 +62,7 @@ def test_every_mistake_at_once() -> None:
     ):
         assert words in said, said
     assert "data.sources: missing" in problem("data=mixture")
+    assert "data.end_token: a tokenizer that is trained on the text has no end" in problem("data.end_token=x")
     assert "data.kind=stdlib has none" in problem(SOURCES)
     assert "unknown key 'wieght'" in problem("data=mixture", "data.sources=[{path: a, wieght: 1}]")
     assert "expected at most 0.5" in problem("data.validation=0.7")
@@ -121,6 +124,60 @@ def test_text_and_vocabulary_are_told_together(tmp_path: Path) -> None:
     assert "The run has 2 problems" in caught.value.what
     assert "model.vocab=100 is outside 257" in caught.value.what
     assert "there is no such file or folder" in caught.value.what
+
+
+def test_a_part_of_a_dataset_and_an_end_are_asked_for_and_told(tmp_path: Path) -> None:
+    for name, word in (("big/train", "big"), ("small/train", "small"), ("small/test", "test")):
+        (tmp_path / "hub" / name).parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps({"text": f"{word} {n} and {n * n}"}) for n in range(300))
+        (tmp_path / "hub" / f"{name}.jsonl").write_text("\n".join(lines))
+    tokenizer(tmp_path / "tokenizer.json", 299)
+    given = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    given.add_special_tokens(["<|stop|>"])
+    given.save(str(tmp_path / "tokenizer.json"))
+    words = (f"data.tokenizer={tmp_path}/tokenizer.json", "data.end_token='<|stop|>'")
+    with pytest.raises(ConfigError, match="has 2 configurations"):
+        small(tmp_path, *words, sources="{path: %s/hub, weight: 1}")
+    request, said = small_request(tmp_path, *words, sources="{path: %s/hub, config: small, weight: 1}")
+    assert "the split train of the configuration small is taken, test (1 file) left out" in said
+    assert "data: <|stop|> ends a document: data.end_token names it" in said
+    assert "hub-small" in said
+    data = request.job.data
+    assert (data.end_id, data.sources[0].documents) == (given.token_to_id("<|stop|>"), 300)
+    other = replace(request, job=replace(request.job, data=replace(data, end_token="<|endoftext|>")))
+    assert [(one.field, one.verdict) for one in compare(request, other, step=3)] == [("data.end_token", "refused")]
+    request, said = small_request(tmp_path, sources="{path: %s/hub, config: small, split: test, weight: 1}")
+    assert "the split test of the configuration small is taken" in said
+
+
+class Watched(Screen):
+    """Remembers how far a phase was each time that the progress line was drawn: the bar, and the part in percent."""
+
+    def __init__(self) -> None:
+        super().__init__(io.StringIO())
+        self.bar = 20
+        self.drawn: list[tuple[int, int]] = []
+
+    def progress(self, text: str) -> None:
+        """Of tokenizing alone."""
+        if text.startswith("data: tokenizing ["):
+            self.drawn.append((text.count("="), int(text.split()[-2])))
+
+
+def test_the_bar_of_tokenizing_moves_from_nothing_to_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.data.sources.UNIT_BYTES", 2000)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"a {n} and {n * n}"}) + "\n" for n in range(600)))
+    words = ["data=mixture", f"data.sources=[{{path: {tmp_path}/a.jsonl, weight: 1}}]", "model.vocab=300"]
+    words += ["model.seq=16", "cluster=process", "data.workers=1"]
+    config = build.settle(compose(words), name="run", cwd=tmp_path)
+    prepare_data(config, build.build_request(config, words), screen := Watched())
+    percents = [percent for _, percent in screen.drawn]
+    assert (percents[0], percents[-1]) == (0, 100)
+    assert percents == sorted(percents)
+    assert len({*percents}) > 8, "it moves with every shard that is made"
+    assert all(abs(bar - percent / 5) <= 1 for bar, percent in screen.drawn)
+    assert {bar for bar, _ in screen.drawn} >= {0, 20}
+    assert len({bar for bar, _ in screen.drawn}) > 8
 
 
 def test_a_small_mixture_is_prepared_and_told(tmp_path: Path) -> None:

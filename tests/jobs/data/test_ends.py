@@ -14,10 +14,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from jobs.data import prepare_mixture
 from jobs.data.blend import ended
-from jobs.data.ends import find_end
+from jobs.data.ends import find_end, named_beside
 from jobs.data.samples import Mixture
 from jobs.data.shards import Tokens, read_source
 from jobs.data.tokenizer import read_tokenizer, vocabulary
+from jobs.hf.tokenizer import write_tokenizer
 from jobs.spec import DataSpec, SourceSpec
 from strategies.errors import ConfigError
 from tests.jobs.data.test_blend import Inline
@@ -155,9 +156,12 @@ def test_an_end_that_nobody_knows_can_be_named(tmp_path: Path) -> None:
     assert again == first
     assert first.sources[0].store != second.sources[0].store, "shards that were made with another end are others"
     assert first.digest != second.digest
-    for data in (first, second):
+    for data, name in ((first, DEEPSEEK), (second, "<|User|>")):
         kept = Path(data.store, "tokenizer.json")
         assert find_end(read_tokenizer(kept), kept).id == data.end_id, "whoever goes on with it has the same end"
+        (out := tmp_path / name).mkdir()
+        write_tokenizer(kept, out, data.end_id)
+        assert named_beside(out / "tokenizer.json") == name, "and so has who takes it out"
 
 
 def test_an_end_that_cannot_be_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,26 @@ def test_what_spells_a_special_token_is_text_everywhere(folder: Path, tmp_path: 
     assert 0 not in choice.tokens[choice.begin - 1 :]
     assert plain.decode(list(choice.tokens[choice.begin :])) == f" {spelled}"
     assert (text.bytes, choice.bytes) == (len(spelled), len(spelled) + 1)
+
+
+def test_the_files_of_a_tokenizer_name_the_end_that_a_config_does_not(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    asked = InferenceSpec(prompt="def f")
+
+    def end() -> int | None:
+        return prepare(asked, find(str(copy)), model_of(copy), tmp_path / "cache", stop=True).end
+
+    assert end() is None
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|stop|>"])
+    tokenizer.save(str(copy / "tokenizer.json"))
+    (copy / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|stop|>"}}')
+    assert end() == tokenizer.token_to_id("<|stop|>") > 0
+    (copy / "config.json").write_text(json.dumps(config))
+    assert end() == 0, "the config's counts first"
 
 
 def test_choices_stand_behind_solved_examples(folder: Path, tmp_path: Path) -> None:
