@@ -40,7 +40,7 @@ class Plain:
 
     def spelled(self, ids: list[int]) -> list[int]:
         """What the tokenizer has found in a text, with those spelled that are special."""
-        if self._special.isdisjoint(ids):
+        if not self._special or self._special.isdisjoint(ids):
             return ids
         return [one for number in ids for one in self._spelled.get(number, (number,))]
 

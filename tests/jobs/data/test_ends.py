@@ -106,19 +106,18 @@ def test_any_tokenizer_keeps_documents_apart_and_whole(make: Callable[[], Tokeni
 
 def test_the_files_beside_a_tokenizer_name_its_end(tmp_path: Path) -> None:
     chat = bpe("</s>", "<|im_end|>", DEEPSEEK)
-    for number, (beside, name) in enumerate(
-        (
-            ({}, "</s>"),
-            ({"tokenizer_config": {"eos_token": "<|im_end|>"}}, "<|im_end|>"),
-            ({"tokenizer_config": {"eos_token": {"content": DEEPSEEK, "lstrip": False}}}, DEEPSEEK),
-            ({"tokenizer_config": {"eos_token": None}, "special_tokens_map": {"eos_token": DEEPSEEK}}, DEEPSEEK),
-            ({"special_tokens_map": {"eos_token": {"content": "<|im_end|>"}}}, "<|im_end|>"),
-            ({"generation_config": {"eos_token_id": chat.token_to_id(DEEPSEEK)}}, DEEPSEEK),
-            ({"generation_config": {"eos_token_id": [chat.token_to_id("<|im_end|>"), 0]}}, "<|im_end|>"),
-            ({"config": {"eos_token_id": chat.token_to_id(DEEPSEEK)}}, DEEPSEEK),
-            ({"config": {"eos_token_id": 2}}, "</s>"),  # of another vocabulary, or the default of its library
-        )
-    ):
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("</s>", {}),
+        ("<|im_end|>", {"tokenizer_config": {"eos_token": "<|im_end|>"}}),
+        (DEEPSEEK, {"tokenizer_config": {"eos_token": {"content": DEEPSEEK, "lstrip": False}}}),
+        (DEEPSEEK, {"tokenizer_config": {"eos_token": None}, "special_tokens_map": {"eos_token": DEEPSEEK}}),
+        ("<|im_end|>", {"special_tokens_map": {"eos_token": {"content": "<|im_end|>"}}}),
+        (DEEPSEEK, {"generation_config": {"eos_token_id": chat.token_to_id(DEEPSEEK)}}),
+        ("<|im_end|>", {"generation_config": {"eos_token_id": [chat.token_to_id("<|im_end|>"), 0]}}),
+        (DEEPSEEK, {"config": {"eos_token_id": chat.token_to_id(DEEPSEEK)}}),
+        ("</s>", {"config": {"eos_token_id": 2}}),  # of another vocabulary, or the default of its library
+    ]
+    for number, (name, beside) in enumerate(cases):
         path = saved(chat, tmp_path / str(number), **beside)
         found = find_end(read_tokenizer(path), path)
         assert (found.name, found.id) == (name, chat.token_to_id(name))
@@ -165,14 +164,11 @@ def test_an_end_that_nobody_knows_can_be_named(tmp_path: Path) -> None:
 
 
 def test_an_end_that_cannot_be_is_refused(tmp_path: Path) -> None:
-    for beside, told in (
-        ({"tokenizer_config": {"eos_token": "<eos>"}}, "name '<eos>' as the end of a text, and it has no such token"),
-        (
-            {"tokenizer_config": {"eos_token": "<unk>"}},
-            "'<unk>' of .* cannot end documents: text that the tokenizer does",
-        ),
+    for end, told in (
+        ("<eos>", "name '<eos>' as the end of a text, and it has no such token"),
+        ("<unk>", "'<unk>' of .* cannot end documents: text that the tokenizer does"),
     ):
-        path = saved(unigram(), tmp_path / "t", **beside)
+        path = saved(unigram(), tmp_path / "t", tokenizer_config={"eos_token": end})
         with pytest.raises(ConfigError, match=told):
             find_end(read_tokenizer(path), path)
     (tmp_path / "t" / "tokenizer_config.json").write_text("{")
