@@ -86,7 +86,7 @@ def _by_names(root: Path, files: Sequence[Path], source: SourceSpec, *, card: bo
     documents = [path for path in files if not is_about(path)]
     kind = _kind(source, root, documents)
     documents = _of_kind(kind, documents)
-    if not documents and source.kind == "auto":
+    if not documents and source.kind == "auto" and not card:
         return Chosen(kind=kind, paths=tuple(files))  # it tells about nothing but itself
     taken = by_names(root, documents, split=source.split, configuration=source.config, strict=kind != "text")
     if kind == "text" and not taken.what and not card and not source.split:

@@ -222,6 +222,8 @@ def test_a_card_without_configurations_leaves_it_to_the_names(tmp_path: Path) ->
     source = SourceSpec(path=str(tmp_path / "a"))
     assert documents(source) == ["one.txt", "two.txt"], "a card is no document, even beside texts"
     assert "README.md left out" in held_out(source)
+    make(tmp_path / "bare", ["LICENSE"], **{"README.md": card()})
+    assert "holds no files of kind text (2 files were found)" in refusal(SourceSpec(path=str(tmp_path / "bare")))
     make(tmp_path / "b", ["one.md"], **{"README.md": "---\na rule: of: a text\n---\n"})
     assert len(documents(SourceSpec(path=str(tmp_path / "b")))) == 2
     make(tmp_path / "c", ["data/train-0.jsonl", "data/test-0.jsonl"], **{"README.md": card("{config_name: default}")})
