@@ -1,5 +1,7 @@
 """Written by :mod:`tests.e2e.probe_capabilities`; :mod:`strategies.capabilities` says what it means."""
 
+MADE_WITH = {"deepspeed": "0.19.8", "torch": "2.13.0+cpu"}
+
 TABLE = """
 0 bf16 bf16 none 1f1b | none | ....C ...SC ..E.C ..ESC .P..C .PE.C T...C T.E.C | refused phalanx: cp 2: context parallelism is modelled only
 0 bf16 bf16 none 1f1b | none | ..E.. ..ES. T.E.. T.ES. | refused phalanx: zero_stage 0 with ep 2 and gradients in bf16 is modelled only
