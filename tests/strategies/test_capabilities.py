@@ -149,7 +149,7 @@ def test_what_is_inferred_says_so_and_is_right_where_it_was_tried() -> None:
     table = parse_table(TABLE)
     both = {key: found for key, found in table.items() if key not in key.rows}
     assert {key.degrees for key in both} == {".....", "T....", ".P..."}
-    assert {key.offload for key in both} == {offload for key in table for offload in [key.offload]}
+    assert {key.offload for key in both} == {key.offload for key in table}
     for key, tried in both.items():
         inferred = look_up({row: table[row] for row in key.rows}, key)
         assert inferred is not None
@@ -210,12 +210,12 @@ class Command:
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.table = folder / "table.py"
         self.state = folder / "state.jsonl"
+        self.compiled = False
+        self.tried: list[Key] = []
         patch.setattr(probe_capabilities, "is_compiled", lambda: self.compiled)
         patch.setattr(probe_capabilities, "probe", self._probe)
         patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
         patch.setenv("CC", "false")
-        self.compiled = False
-        self.tried: list[Key] = []
 
     def _probe(self, _: object, key: Key) -> Outcome:
         self.tried.append(key)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from strategies.capabilities import Key, Outcome, format_table, parse_table
 from strategies.codec import from_json, to_json
@@ -50,9 +51,9 @@ class TableFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        found = {"MADE_WITH": {}, "TABLE": ""} | _constants(path.read_text() if path.exists() else "")
-        self.made_with: dict[str, str] = found["MADE_WITH"]
-        self.rows = parse_table(found["TABLE"])
+        found = _constants(path.read_text() if path.exists() else "")
+        self.made_with: dict[str, str] = found.get("MADE_WITH", {})
+        self.rows = parse_table(found.get("TABLE", ""))
 
     def of_this_deepspeed(self) -> dict[Key, Outcome]:
         """Its rows, if they are of the DeepSpeed that is installed."""
@@ -65,7 +66,7 @@ class TableFile:
         self._path.write_text(f"{_HEAD}\nMADE_WITH = {made_with}\n\n{table}")
 
 
-def _constants(source: str) -> dict[str, object]:
+def _constants(source: str) -> dict[str, Any]:
     """The constants of a module, which is not run."""
     return {
         target.id: ast.literal_eval(statement.value)
