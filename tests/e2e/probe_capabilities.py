@@ -1,7 +1,7 @@
 """Trains two steps per combination of a plan through the engine and writes down what happened.
 
 ``make capabilities`` (``python -m tests.e2e.probe_capabilities --write``) rewrites ``strategies/capability_table.py``;
-do it for a new DeepSpeed. Half an hour on two free cores: small gangs of at most 8 ranks, forked from warm processes.
+do it for a new DeepSpeed. Some 40 minutes on two cores: small gangs of at most 8 ranks, forked from warm processes.
 What has been seen is kept in a state file, so a probe that was stopped goes on where it was; another DeepSpeed or torch
 starts anew. Refused combinations are tried, too: the reason in the table is DeepSpeed's own. What our engine does not
 build has our reason, behind ``phalanx:``. What this machine cannot try (state on disks, where DeepSpeed's op for it is
