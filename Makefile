@@ -17,7 +17,7 @@ else \
 	echo "This Python cannot make virtual environments. Install its venv package (Debian: apt-get install python3-venv), then try again." >&2; exit 1; fi
 endef
 
-.PHONY: demo test test-full capabilities bench lint setup clean
+.PHONY: demo test test-full capabilities bench lint setup ops clean
 
 setup: $(STAMP)
 
@@ -36,11 +36,17 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/phalanx submit experiment=quickstart fault_seed=$(SEED)
 
+# DeepSpeed's op for state on disks, where there is what it takes to compile it: once, a few minutes. Elsewhere it is said.
+ops: setup
+	@$(BIN)/python -m jobs.engine || echo "So the tests of state on disks are skipped."
+
 # The tests are of the CPU, on every machine; a run, and so the demo, takes what there is.
-test test-full bench capabilities: export DS_ACCELERATOR ?= cpu
+test test-full bench capabilities ops: export DS_ACCELERATOR ?= cpu
+# What is compiled for them is no run's: it may be of another accelerator.
+test test-full bench capabilities ops: export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 # What needs no ranks runs on every core; what starts ranks has the machine to itself. Both run, whatever the first finds.
-test: setup
+test: ops
 	@failed=0; \
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --ignore tests/e2e --ignore tests/benchmarks || failed=1; \
 	$(BIN)/python -m pytest tests/e2e || failed=1; \

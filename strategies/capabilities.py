@@ -4,15 +4,18 @@
 rewrites :mod:`strategies.capability_table`; a test compares a sample of the two. A degree in the table stands for "1"
 or "more than 1".
 
-The full product of all axes would take days, so the table has two kinds of rows: of the *state* (degrees, schedule,
-ZeRO, precisions, offload) without recomputation, and of the *activations* (degrees, schedule, ZeRO, recomputation, the
-split sequence) in fp32. The two meet only in our own layers, so a plan runs if both of its rows do.
+The full product of all axes would take many hours, so the table has two kinds of rows: of the *state* (degrees,
+schedule, ZeRO, precisions, offload) without recomputation, and of the *activations* (degrees, schedule, ZeRO,
+recomputation, the split sequence) in fp32. The two meet only in our own layers, so a plan runs if both of its rows do;
+that is inferred, and the outcome names the rows. It is tried where there are no other degrees, with tensor parallelism,
+and with a pipeline: rows with full recomputation of every state. Nothing else is inferred: what has no row does not run
+(so offload with gradients in 16 bit).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from types import MappingProxyType
@@ -34,8 +37,9 @@ _SPLIT = "+split"
 class Key(NamedTuple):
     """A combination; the degrees (:data:`AXES`) are True above 1.
 
-    There is no ``dp``: the probe has two replicas, and one is the same with groups of one rank. ``offload`` is that of
-    the plan, with ``@nvme`` behind it when there is a path to disks.
+    There is no ``dp``: the probe has two replicas, or two ranks that share a sequence, which are replicas to DeepSpeed;
+    one is the same with groups of one rank. ``offload`` is that of the plan, with ``@nvme`` behind it when there is a
+    path to disks.
     """
 
     tp: bool
@@ -58,16 +62,16 @@ class Key(NamedTuple):
 
     @property
     def rows(self) -> tuple[Key, ...]:
-        """The rows of the table that say whether it runs."""
+        """The rows of the table that say whether it runs, if it has no row of its own."""
         state = self._replace(recompute="none", sequence_parallel=False)
         if state == self:
             return (state,)
         return state, self._replace(precision="fp32", grad_dtype="fp32", offload="none")
 
     @property
-    def to_deepspeed(self) -> Key:
-        """What DeepSpeed sees of it: ranks that share a sequence are replicas, and it does not see them split it."""
-        return self._replace(sp=False, sequence_parallel=False)
+    def name(self) -> str:
+        """As the table has it: ZeRO stage, precision, gradients, offload, schedule | recompute | degrees."""
+        return format_table({self: Outcome(runs=False)}).rpartition("|")[0].strip()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,12 +83,16 @@ class Outcome:
         engine: Class of DeepSpeed's engine.
         optimizer: Class of DeepSpeed's optimizer.
         reason: Why it did not train.
+        tried: The probe tried it; False where the machine that it ran on could not, for the reason.
+        inferred_from: The rows that this follows from, by name; empty where the combination has a row of its own.
     """
 
     runs: bool
     engine: str = ""
     optimizer: str = ""
     reason: str = ""
+    tried: bool = True
+    inferred_from: tuple[str, ...] = ()
 
 
 def key_of(plan: ParallelPlan, precision: Precision) -> Key:
@@ -113,7 +121,7 @@ def parse_table(text: str) -> dict[Key, Outcome]:
             engine, optimizer = rest.split()
             found = Outcome(runs=True, engine=engine, optimizer=optimizer)
         else:
-            found = Outcome(runs=False, reason=rest)
+            found = Outcome(runs=False, reason=rest, tried=word == "refused")
         for activation, letters in product(activations.split(","), degrees.split()):
             key = Key(
                 **{axis: letter in letters for letter, axis in zip(_LETTERS, AXES, strict=True)},
@@ -136,7 +144,8 @@ def format_table(table: Mapping[Key, Outcome]) -> str:
     """
     grouped: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for key, found in sorted(table.items(), key=lambda item: item[0]):
-        verdict = f"runs {found.engine} {found.optimizer}" if found.runs else f"refused {found.reason}"
+        refused = f"{'refused' if found.tried else 'untried'} {found.reason}"
+        verdict = f"runs {found.engine} {found.optimizer}" if found.runs else refused
         kinds = f"{key.zero_stage} {key.precision} {key.grad_dtype} {key.offload} {key.schedule}"
         activation = key.recompute + _SPLIT * key.sequence_parallel
         grouped.setdefault((kinds, verdict), {}).setdefault(key.degrees, []).append(activation)
@@ -153,13 +162,27 @@ def format_table(table: Mapping[Key, Outcome]) -> str:
 
 
 def outcome(plan: ParallelPlan, precision: Precision) -> Outcome | None:
-    """What the probe saw for such a plan; None if the combination was not probed."""
-    known = _probed()
-    rows = key_of(plan, precision).rows
-    # Experts are layers of ours: where spread ones were not probed, what runs with whole ones does.
-    seen = [(row, row.to_deepspeed, row.to_deepspeed._replace(ep=False)) for row in rows]
-    found = [next((known[row] for row in some if row in known), None) for some in seen]
-    return next((one for one in found if one is None or not one.runs), found[0])
+    """What the probe saw for such a plan, or what follows from it; None if there is nothing to say."""
+    return _seen(key_of(plan, precision))
+
+
+@cache
+def _seen(key: Key) -> Outcome | None:
+    return look_up(_probed(), key)
+
+
+def look_up(table: Mapping[Key, Outcome], key: Key) -> Outcome | None:
+    """What a table says of a combination: its own row, else what both of :attr:`Key.rows` say together."""
+    if key in table:
+        return table[key]
+    found = [(row.name, table.get(row)) for row in key.rows]
+    for name, one in found:
+        if one is None:
+            return None
+        if not one.runs:
+            return replace(one, inferred_from=(name,))
+    _, state = found[0]
+    return state and replace(state, inferred_from=tuple(name for name, _ in found))
 
 
 @cache
@@ -181,13 +204,17 @@ def runnable(plan: ParallelPlan, precision: Precision, model: ModelSpec) -> Viol
         precision: Arithmetic of forward and backward.
         model: The model; both flavours run the same combinations.
     """
-    modelled = unbuilt(plan, precision, model)
+    modelled = unbuilt(plan, precision, model) or _refused(plan, model)
     if modelled is not None:
         return Violation(rule="combination_runs", message=modelled[0], hint=modelled[1])
     seen = outcome(plan, precision)
     if seen is not None and seen.runs:
         return None
-    reason = seen.reason if seen is not None else "it has never been tried"
+    if seen is None:
+        reason = "it has never been tried"
+    else:
+        reason = f"{'' if seen.tried else 'it has not been tried: '}{seen.reason}"
+        reason += f" (as in '{seen.inferred_from[0]}')" if seen.inferred_from else ""
     return Violation(
         rule="combination_probed",
         message=f"{plan.describe()} in {precision}, gradients in {plan.grad_dtype}, does not run: {reason}",
@@ -229,10 +256,16 @@ def _not_with_experts(plan: ParallelPlan, model: ModelSpec) -> tuple[str, str] |
     """What runs, but not with experts: message and hint."""
     if model.moe is None:
         return None
-    if plan.ep > 1 and plan.zero_stage == 3:
-        message = f"zero_stage 3 with ep {plan.ep} is modelled only: DeepSpeed's ZeRO-3 cuts over all replicas"
-        return message, "strategy.zero_stage=2, or strategy.ep=1"
     if plan.ep > 1 and plan.zero_stage == 0 and plan.grad_dtype != "fp32" and plan.pp == 1:
-        message = f"zero_stage 0 with ep {plan.ep} and gradients in {plan.grad_dtype} is modelled only"
-        return message, "strategy.zero_stage=1"
+        message = f"zero_stage 0 with ep {plan.ep} and gradients in {plan.grad_dtype} is modelled only: "
+        # DeepSpeed trains it, with another gradient norm than any other plan; phalanx has replaced the others.
+        return f"{message}the norm of FP16_UnfusedOptimizer leaves experts out", "strategy.zero_stage=1"
     return None
+
+
+def _refused(plan: ParallelPlan, model: ModelSpec) -> tuple[str, str] | None:
+    """What DeepSpeed refuses, in our words: message and hint. The probe asks it all the same, and a test compares."""
+    if model.moe is None or plan.ep == 1 or plan.zero_stage != 3:
+        return None
+    message = f"zero_stage 3 with ep {plan.ep} is modelled only: DeepSpeed takes no such experts under ZeRO-3"
+    return message, "strategy.zero_stage=2, or strategy.ep=1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,29 +41,32 @@ def build() -> Path:
 
 def _compile(folder: Path) -> None:
     what = "DeepSpeed's op for state on disks (async_io) cannot be compiled here."
-    if not cpp_extension.is_ninja_available():
-        raise ConfigError(what, why="ninja is missing", hint="pip install ninja")
-    builder = AsyncIOBuilder()
-    if not builder.is_compatible(verbose=False):
-        why = "a program that calls io_submit, of libaio, could not be compiled and linked"
-        hint = f"Install {NEEDS}, or set CFLAGS and LDFLAGS to where libaio is; then {BUILD} again."
-        raise ConfigError(what, why=why, hint=hint)
-    try:
-        with _compiled_extensions_in(folder):
+    with _compiling_in(folder):
+        if not cpp_extension.is_ninja_available():
+            raise ConfigError(what, why="ninja is missing", hint="pip install ninja")
+        builder = AsyncIOBuilder()
+        if not builder.is_compatible(verbose=False):
+            why = "a program that calls io_submit, of libaio, could not be compiled and linked"
+            hint = f"Install {NEEDS}, or set CFLAGS and LDFLAGS to where libaio is; then {BUILD} again."
+            raise ConfigError(what, why=why, hint=hint)
+        try:
             builder.load(verbose=False)
-    except (RuntimeError, ImportError, OSError) as error:
-        raise ConfigError(what, why=str(error)[-2000:], hint=f"It takes {NEEDS}.") from error
+        except (RuntimeError, ImportError, OSError) as error:
+            raise ConfigError(what, why=str(error)[-2000:], hint=f"It takes {NEEDS}.") from error
 
 
 @contextmanager
-def _compiled_extensions_in(folder: Path) -> Iterator[None]:
-    before = os.environ.get(ROOT)
-    os.environ[ROOT] = str(folder)
+def _compiling_in(folder: Path) -> Iterator[None]:
+    """Extensions go into a folder; the tools beside this Python (ninja) count, also if nobody has activated it."""
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+    before = {name: os.environ.get(name) for name in (ROOT, "PATH")}
+    os.environ |= {ROOT: str(folder), "PATH": path}
     try:
         yield
     finally:
-        del os.environ[ROOT]
-        os.environ.update({} if before is None else {ROOT: before})
+        for name, value in before.items():
+            del os.environ[name]
+            os.environ.update({} if value is None else {name: value})
 
 
 def load() -> None:

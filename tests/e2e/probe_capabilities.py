@@ -1,36 +1,38 @@
 """Trains two steps per combination of a plan through the engine and writes down what happened.
 
 ``make capabilities`` (``python -m tests.e2e.probe_capabilities --write``) rewrites ``strategies/capability_table.py``;
-do it for a new DeepSpeed. Half an hour on two free cores: small gangs of at most 8 ranks, forked from warm processes.
+do it for a new DeepSpeed. Some 40 minutes on two cores: small gangs of at most 8 ranks, forked from warm processes.
 What has been seen is kept in a state file, so a probe that was stopped goes on where it was; another DeepSpeed or torch
 starts anew. Refused combinations are tried, too: the reason in the table is DeepSpeed's own. What our engine does not
-build has our reason, behind ``phalanx:``.
+build has our reason, behind ``phalanx:``. What this machine cannot try (state on disks, where DeepSpeed's op for it is
+not compiled and cannot be; fp16) stays as it was, if the former table is of the same DeepSpeed, else ``untried``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import queue
 import re
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from jobs.disks import BUILD, is_compiled
+from jobs.disks import is_compiled
 from strategies import capabilities, capability_table
 from strategies.capabilities import AXES, Key, Outcome
-from strategies.codec import from_json, to_json
+from strategies.codec import to_json
 from strategies.plan import GradDtype, ParallelPlan, Recompute, Schedule
 from strategies.rules import check
 from strategies.specs import BatchSpec, ModelSpec, MoeSpec, Precision
+from tests.support.capability_files import State, TableFile
 from tests.support.gang import GangFailed, WarmPool
 from tests.support.jobspecs import make_job, make_plan
 
@@ -47,6 +49,7 @@ BATCH = 8  # sequences per step: two stages of DualPipeV need 4 micro-batches of
 STEPS = 2
 MOST_RANKS = 8
 STATE = Path(".capabilities.jsonl")
+TABLE = Path(capability_table.__file__)
 
 PRECISIONS: tuple[tuple[Precision, GradDtype], ...] = (
     ("fp32", "fp32"),
@@ -79,6 +82,7 @@ def combinations() -> Iterator[Key]:
             yield plain
             if grad == "fp32" and not _hopeless(plain):
                 yield from (plain._replace(offload=offload) for offload in OFFLOADS[zero])
+    yield from _meetings()
     recomputes: tuple[Recompute, ...] = ("none", "selective", "full")
     for key in _degrees():
         for zero, recompute, split in product((0, 1, 2, 3), recomputes, (False, True)):
@@ -87,20 +91,32 @@ def combinations() -> Iterator[Key]:
                 yield found
 
 
+def _meetings() -> Iterator[Key]:
+    """Every state with full recomputation, alone, with a split sequence, and in a pipeline: what else is inferred."""
+    for key in _degrees():
+        if key.degrees in (".....", "T....", ".P..."):
+            for zero, (precision, grad) in product(OFFLOADS, PRECISIONS):
+                offloads = ("none", *OFFLOADS[zero]) if grad == "fp32" else ("none",)
+                for offload in offloads:
+                    found = key._replace(zero_stage=zero, precision=precision, grad_dtype=grad, offload=offload)
+                    found = found._replace(recompute="full", sequence_parallel=key.tp)
+                    if len(found.rows) > 1 and found not in found.rows and not _hopeless(found):
+                        yield found
+
+
 def _hopeless(key: Key) -> bool:
     """A pipeline has no ZeRO-2 and 3: their plain rows say so, and no recomputation or offload mends it."""
     return key.pp and key.zero_stage >= 2
 
 
 def _degrees() -> Iterator[Key]:
-    """What fits on 8 ranks with two replicas, which experts are spread over."""
+    """All degrees; :func:`plan_of` makes them fit on 8 ranks, but for some with cp, which have no ranks."""
     plain: dict[str, Any] = {"zero_stage": 0, "precision": "fp32", "grad_dtype": "fp32", "recompute": "none"}
     schedules: dict[bool, tuple[Schedule, ...]] = {False: ("1f1b",), True: ("1f1b", "dualpipev")}
     for degrees in product((False, True), repeat=len(AXES)):
         axes: dict[str, Any] = dict(zip(AXES, degrees, strict=True))
         key = Key(**axes, **plain)
-        if 2 ** (1 + sum(degrees) - key.ep) <= MOST_RANKS:
-            yield from (key._replace(schedule=schedule) for schedule in schedules[key.pp])
+        yield from (key._replace(schedule=schedule) for schedule in schedules[key.pp])
 
 
 def model_of(key: Key) -> ModelSpec:
@@ -111,12 +127,16 @@ def model_of(key: Key) -> ModelSpec:
 
 
 def plan_of(key: Key, disks: str = "/nowhere") -> ParallelPlan:
-    """The smallest plan of a combination."""
+    """The smallest plan of a combination: experts are spread, and state is cut, over two replicas.
+
+    Where those would be more than 8 ranks, over the two that share a sequence, which are replicas to DeepSpeed.
+    """
     offload, _, place = key.offload.partition("@")
+    others = 2 ** (key.tp + key.pp + key.sp + key.cp)
     return make_plan(
         model_of(key),
         BATCH,
-        dp=2,
+        dp=2 if 2 * others <= MOST_RANKS else 1,
         **{axis: 1 + getattr(key, axis) for axis in AXES},
         zero_stage=key.zero_stage,
         grad_dtype=key.grad_dtype,
@@ -202,57 +222,62 @@ def probe_all(
         raise failed[0]
 
 
-class State:
-    """What has been seen so far, on disk: one line of versions, then one line per combination."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What cannot be tried here.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.table: dict[Key, Outcome] = {}
-        versions = {name: version(name) for name in ("deepspeed", "torch")}
-        lines = path.read_text().splitlines() if path.exists() else []
-        if not lines or json.loads(lines[0]) != versions:
-            path.write_text(json.dumps(versions) + "\n")
-            return
-        for line in lines[1:]:
-            row = json.loads(line)
-            self.table[Key(**row["key"])] = from_json(Outcome, row["outcome"])
+    Attributes:
+        no_disks: Why there can be no state on disks; empty if there can.
+        no_fp16: Why there is no arithmetic in fp16; empty if there is.
+    """
 
-    def add(self, key: Key, found: Outcome) -> None:
-        """Keep one."""
-        self.table[key] = found
-        with self.path.open("a") as file:
-            file.write(json.dumps({"key": key._asdict(), "outcome": to_json(found)}) + "\n")
+    no_disks: str = ""
+    no_fp16: str = ""
+
+    def lacks(self, key: Key) -> str:
+        """Why a combination cannot be tried here; empty if it can, or takes no ranks."""
+        reasons = self.no_disks if DISKS in key.offload else "", self.no_fp16 if key.precision == "fp16" else ""
+        return next((reason for reason in reasons if reason and not unbuilt(key)), "")
 
 
-def write(table: Mapping[Key, Outcome]) -> None:
-    """Replace the table in the source."""
-    path = Path(capability_table.__file__)
-    before, _, _ = path.read_text().partition('TABLE = """')
-    path.write_text(f'{before}TABLE = """\n{capabilities.format_table(table)}"""  # noqa: E501\n')
+def this_machine() -> Machine:
+    """What can be tried here, with DeepSpeed's op for state on disks compiled if that is possible."""
+    import torch
+
+    cpu = os.environ.get("DS_ACCELERATOR", "cpu") == "cpu"
+    computes = not cpu or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return Machine(no_disks=compile_op(), no_fp16="" if computes else "this CPU does not compute in fp16")
 
 
-def choose(arguments: argparse.Namespace, seen: Mapping[Key, Outcome], wanted: Sequence[Key]) -> list[Key]:
+def compile_op() -> str:
+    """Compile DeepSpeed's op for state on disks unless it is there; why that is not possible, empty if it is."""
+    if is_compiled():
+        return ""
+    print("compiling DeepSpeed's op for state on disks, async_io: a few minutes", file=sys.stderr, flush=True)
+    done = subprocess.run([sys.executable, "-m", "jobs.engine"], capture_output=True, text=True, check=False)
+    print((done.stdout + done.stderr).strip(), file=sys.stderr, flush=True)
+    if done.returncode == 0:
+        return ""
+    why = re.search(r"why: +(.+)", done.stderr)
+    return _clean(f"async_io cannot be compiled: {why[1] if why else done.stderr.strip()[-80:]}")
+
+
+def choose(
+    arguments: argparse.Namespace, seen: Mapping[Key, Outcome], wanted: Sequence[Key], machine: Machine
+) -> list[Key]:
     """What to try now, the plain ones first."""
     part, _, parts = arguments.share.partition("/")
-    left = [key for key in wanted if re.search(arguments.only, name_of(key))] if arguments.only else wanted
-    left = [key for key in left if arguments.only or key not in seen]
-    if not is_compiled():
-        print(f"state on disks is left out: {BUILD} first", file=sys.stderr)
-        left = [key for key in left if DISKS not in key.offload or unbuilt(key)]
+    left = [key for key in wanted if re.search(arguments.only, key.name)] if arguments.only else wanted
+    left = [key for key in left if (arguments.only or key not in seen) and not machine.lacks(key)]
     plain_first = sorted(left, key=lambda key: key.ep + key.sp + key.cp + key.sequence_parallel)
     return plain_first[int(part) - 1 :: int(parts)]
 
 
-def name_of(key: Key) -> str:
-    """A combination as the table has it: ZeRO stage, precision, gradients, offload, schedule | recompute | degrees."""
-    line = capabilities.format_table({key: Outcome(runs=False)})
-    return line.rpartition("|")[0].strip()
-
-
-def main() -> int:
-    """Probe everything; see the module's text."""
+def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="rewrite strategies/capability_table.py")
+    parser.add_argument("--write", action="store_true", help="rewrite the table")
+    parser.add_argument("--table", type=Path, default=TABLE, help="the module that has it")
     parser.add_argument("--state", type=Path, default=STATE, help="where what has been seen is kept")
     parser.add_argument("--jobs", type=int, default=2, help="gangs at a time")
     parser.add_argument("--partly", action="store_true", help="write what has been seen, also if combinations are left")
@@ -261,9 +286,14 @@ def main() -> int:
     parser.add_argument(
         "--limit-s", type=float, default=float("inf"), help="stop after so many seconds, to go on later"
     )
-    arguments = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Probe everything; see the module's text."""
+    arguments, machine = parsed(words), this_machine()
     state, wanted, begin = State(arguments.state), list(combinations()), time.monotonic()
-    left = choose(arguments, state.table, wanted)
+    left = choose(arguments, state.table, wanted, machine)
     done = 0
 
     def seen(key: Key, found: Outcome) -> None:
@@ -271,26 +301,43 @@ def main() -> int:
         state.add(key, found)
         done += 1
         rest_s = (time.monotonic() - begin) / done * (len(left) - done)
-        words = f"{found.engine} {found.optimizer}" if found.runs else found.reason
-        print(f"{done}/{len(left)}, {rest_s:.0f} s left: {name_of(key)}: {words}", file=sys.stderr, flush=True)
+        said = f"{found.engine} {found.optimizer}" if found.runs else found.reason
+        print(f"{done}/{len(left)}, {rest_s:.0f} s left: {key.name}: {said}", file=sys.stderr, flush=True)
 
     probe_all(left, seen, jobs=arguments.jobs, limit_s=arguments.limit_s)
-    known = capabilities.parse_table(capability_table.TABLE) if arguments.only else state.table
-    return finish(arguments, known | {key: state.table[key] for key in left if key in state.table}, wanted)
+    known = TableFile(arguments.table).of_this_deepspeed() if arguments.only else state.table
+    return finish(arguments, known | {key: state.table[key] for key in left if key in state.table}, wanted, machine)
 
 
-def finish(arguments: argparse.Namespace, seen: Mapping[Key, Outcome], wanted: Sequence[Key]) -> int:
-    """Write or print the table; returns the exit code, 1 when combinations are left."""
+def finish(arguments: argparse.Namespace, seen: Mapping[Key, Outcome], wanted: Sequence[Key], machine: Machine) -> int:
+    """Write or print the table; returns the exit code, 1 when combinations are left that can be tried here."""
+    file = TableFile(arguments.table)
     table = {key: seen[key] for key in wanted if key in seen}
-    if len(table) < len(wanted) and not arguments.only:
+    table |= _not_here([key for key in wanted if key not in table], file.of_this_deepspeed(), machine)
+    if len(table) < len(wanted):
         print(f"{len(wanted) - len(table)} of {len(wanted)} combinations are left: run this again", file=sys.stderr)
         if not arguments.partly:
             return 1
     if arguments.write:
-        write(table)
+        file.write(table)
     else:
         print(capabilities.format_table(table), end="")
     return 0
+
+
+def _not_here(left: Sequence[Key], former: Mapping[Key, Outcome], machine: Machine) -> dict[Key, Outcome]:
+    """What this machine cannot try: what the former table of the same DeepSpeed has, else that it was not tried."""
+    reasons = {key: reason for key in left if (reason := machine.lacks(key))}
+    table = {
+        key: former[key] if key in former and former[key].tried else Outcome(runs=False, reason=reason, tried=False)
+        for key, reason in reasons.items()
+    }
+    for reason in dict.fromkeys(reasons.values()):
+        rows = [table[key] for key, one in reasons.items() if one == reason]
+        kept = sum(row.tried for row in rows)
+        words = f"{kept} stay as the former table of this DeepSpeed has them, {len(rows) - kept} are untried"
+        print(f"{len(rows)} combinations cannot be tried here ({reason}): {words}", file=sys.stderr)
+    return table
 
 
 if __name__ == "__main__":

@@ -137,6 +137,7 @@ def test_a_node_without_the_op_says_what_to_do(pool: WarmPool, tmp_path: Path) -
     (said,) = pool.run("tests.support.disk_ranks:refusals", world_size=1, arguments={"folder": str(tmp_path)})
     assert said["load"].startswith("ConfigError: DeepSpeed's op for state on disks (async_io) is not compiled on ")
     assert said["build"].startswith("ConfigError: DeepSpeed's op for state on disks (async_io) cannot be compiled here")
+    assert "why:  a program that calls io_submit" in said["build"], "ninja is there, beside this Python"
     for text in said.values():
         assert "apt-get install g++ libaio-dev" in text
         assert BUILD in text

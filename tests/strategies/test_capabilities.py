@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
-import os
-import random
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
-import torch
 
-from jobs.disks import is_compiled
-from strategies.capabilities import AXES, Key, Outcome, format_table, key_of, outcome, parse_table, runnable
+from strategies.capabilities import AXES, Key, Outcome, format_table, key_of, look_up, outcome, parse_table, runnable
 from strategies.capability_table import TABLE
 from strategies.plan import Recompute, Schedule
 from strategies.rules import check
 from strategies.specs import BatchSpec
 from tests.e2e import probe_capabilities
-from tests.e2e.probe_capabilities import BATCH, DISKS, State, combinations, model_of, plan_of, probe_all, unbuilt
+from tests.e2e.probe_capabilities import (
+    BATCH,
+    DISKS,
+    MOST_RANKS,
+    Machine,
+    combinations,
+    model_of,
+    parsed,
+    plan_of,
+    unbuilt,
+)
 from tests.strategies.support import TINY, plan
+from tests.support.capability_files import State, TableFile, versions
+
+WITH_ALL = Machine()
+WITHOUT_OP = Machine(no_disks="async_io cannot be compiled: no libaio")
+SEEN = Outcome(runs=True, engine="E", optimizer="O")
 
 
 def test_the_table_is_what_the_writer_writes() -> None:
@@ -44,10 +55,8 @@ def test_the_format_keeps_everything() -> None:
         for recompute, split in product(recomputes, (False, True))
         for schedule, offload in others
     ]
-    table = {
-        key: Outcome(runs=True, engine="E", optimizer="O") if i % 3 else Outcome(runs=False, reason="a reason: so")
-        for i, key in enumerate(keys)
-    }
+    kinds = SEEN, Outcome(runs=False, reason="a reason: so"), Outcome(runs=False, reason="no op", tried=False)
+    table = {key: kinds[i % 3] for i, key in enumerate(keys)}
     assert parse_table(format_table(table)) == table
 
 
@@ -69,10 +78,12 @@ def test_rules_and_table_agree_on_every_probed_combination() -> None:
         assert key_of(the_plan, key.precision) == key
         batch = BatchSpec(global_batch=BATCH, seq=model.seq)
         broken = check(model=model, plan=the_plan, batch=batch, cluster=None, precision=key.precision, modelled=True)
+        verdict = runnable(the_plan, key.precision, model)
         if found.reason.startswith("phalanx: "):
             assert unbuilt(key), key
-        else:
-            assert (not broken) == found.runs, (key, broken)
+        elif found.tried:
+            refused = broken or (verdict is not None and verdict.rule == "combination_runs")
+            assert (not refused) == found.runs, (key, broken, verdict)
 
 
 def test_dualpipev_runs_with_every_state_that_1f1b_runs_with() -> None:
@@ -82,64 +93,203 @@ def test_dualpipev_runs_with_every_state_that_1f1b_runs_with() -> None:
         assert table[key].runs == table[key._replace(schedule="1f1b")].runs, key
 
 
-def test_the_rows_of_the_table_are_those_of_the_probe() -> None:
+def test_every_combination_has_been_tried() -> None:
+    """Else ``make capabilities``: until then, what has not been tried does not run. Some machines cannot try some."""
     keys = list(combinations())
     assert len(keys) == len(set(keys))
     assert all(set(key.rows) <= set(keys) for key in keys)
-    assert set(parse_table(TABLE)) <= set(keys)
+    table = parse_table(TABLE)
+    assert set(table) == set(keys)
+    assert all(DISKS in key.offload or key.precision == "fp16" for key, found in table.items() if not found.tried)
+
+
+def test_all_degrees_are_among_them() -> None:
+    """None is taken for another: with eight ranks, those that share a sequence are the replicas."""
+    found = {tuple(getattr(key, axis) for axis in AXES): plan_of(key) for key in combinations()}
+    assert set(found) == set(product((False, True), repeat=len(AXES)))
+    assert all(one.world_size <= MOST_RANKS for one in found.values() if one.cp == 1)
+    folded = found[True, True, True, True, False]
+    assert (folded.dp, folded.sp, folded.ep) == (1, 2, 2)
+    assert all(one.dp == 2 for degrees, one in found.items() if not degrees[4] and sum(degrees) - degrees[2] < 3)
+
+
+def test_only_what_phalanx_does_not_build_has_its_reason() -> None:
+    """ZeRO-3 with experts is DeepSpeed's to refuse."""
+    for key, found in parse_table(TABLE).items():
+        ours = key.cp or (key.ep and not key.pp and key.zero_stage == 0 and key.grad_dtype != "fp32")
+        assert found.reason.startswith("phalanx: ") == ours, key
+        if key.ep and key.zero_stage == 3 and not key.pp and not key.cp:
+            assert found.reason.startswith("Native DeepSpeed MoE is not supported with ZeRO Stage 3"), key
+
+
+def engine_of(key: Key) -> str:
+    """The class of DeepSpeed that its version at hand trains with."""
+    return {"1f1b": "PipelineEngine", "dualpipev": "DualPipeVEngine"}[key.schedule] if key.pp else "DeepSpeedEngine"
+
+
+def optimizer_of(key: Key) -> str:
+    """Likewise: the readers of state know these."""
+    if key.zero_stage == 3:
+        return "DeepSpeedZeroOptimizer_Stage3"
+    if key.zero_stage > 0:
+        bf16 = (key.zero_stage, key.precision, key.grad_dtype, key.offload) == (1, "bf16", "fp32", "none")
+        return "BF16_Optimizer" if bf16 else "DeepSpeedZeroOptimizer"
+    if key.precision == "fp32":
+        return "AdamW"
+    return "BF16_Optimizer" if key.precision == "bf16" and key.pp else "FP16_UnfusedOptimizer"
+
+
+def test_each_row_names_its_engine_and_optimizer() -> None:
+    for key, found in parse_table(TABLE).items():
+        if found.runs:
+            assert (found.engine, found.optimizer) == (engine_of(key), optimizer_of(key)), key
+
+
+def test_what_is_inferred_says_so_and_is_right_where_it_was_tried() -> None:
+    table = parse_table(TABLE)
+    both = {key: found for key, found in table.items() if key not in key.rows}
+    assert {key.degrees for key in both} == {".....", "T....", ".P..."}
+    assert {key.offload for key in both} == {key.offload for key in table}
+    for key, tried in both.items():
+        inferred = look_up({row: table[row] for row in key.rows}, key)
+        assert inferred is not None
+        assert inferred.runs == tried.runs, key
+        assert inferred.inferred_from[-1:] == (key.rows[1 if inferred.runs else -2].name,)
+        assert look_up(table, key) == tried
+
+
+def test_what_has_no_row_does_not_run_and_another_row_is_named() -> None:
+    plain = plan(precision="bf16", tp=2, dp=2, zero_stage=1, recompute="full")
+    found = outcome(plain, "bf16")
+    assert found is not None
+    assert found.inferred_from == ("1 bf16 fp32 none 1f1b | none | T....", "1 fp32 fp32 none 1f1b | full | T....")
+    alone = outcome(replace(plain, recompute="none"), "bf16")
+    assert alone is not None
+    assert alone.inferred_from == ()
+    never = replace(plain, grad_dtype="bf16", offload="optimizer")
+    assert outcome(never, "bf16") is None
+    violation = runnable(never, "bf16", TINY)
+    assert violation is not None
+    assert violation.message.endswith("does not run: it has never been tried")
+    piped = plan(precision="bf16", tp=2, pp=2, zero_stage=2, recompute="selective")
+    violation = runnable(piped, "bf16", TINY)
+    assert violation is not None
+    assert violation.message.endswith("parallelism (as in '2 bf16 fp32 none 1f1b | none | TP...')")
 
 
 def test_the_probe_goes_on_where_it_was_and_starts_anew_for_another_deepspeed(tmp_path: Path) -> None:
     path, key = tmp_path / "state.jsonl", next(combinations())
-    State(path).add(key, Outcome(runs=True, engine="E", optimizer="O"))
-    assert State(path).table == {key: Outcome(runs=True, engine="E", optimizer="O")}
+    State(path).add(key, SEEN)
+    assert State(path).table == {key: SEEN}
     first, *rest = path.read_text().splitlines()
     path.write_text("\n".join([first.replace('"deepspeed": "', '"deepspeed": "9'), *rest]) + "\n")
     assert State(path).table == {}
 
 
-def test_some_rows_can_be_tried_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_some_rows_can_be_tried_again() -> None:
     wanted = list(combinations())
-    state = dict.fromkeys(wanted, Outcome(runs=True, engine="E", optimizer="O"))
-    monkeypatch.setattr(probe_capabilities, "is_compiled", lambda: True)
-    assert probe_capabilities.choose(argparse.Namespace(only="", share="1/1"), state, wanted) == []
-    asked = argparse.Namespace(only=r"optimizer@nvme 1f1b \| none \| T\.{4}", share="1/1")
-    found = probe_capabilities.choose(asked, state, wanted)
+    state = dict.fromkeys(wanted, SEEN)
+    assert probe_capabilities.choose(parsed([]), state, wanted, WITH_ALL) == []
+    asked = parsed(["--only", r"optimizer@nvme 1f1b \| none \| T\.{4}"])
+    found = probe_capabilities.choose(asked, state, wanted, WITH_ALL)
     assert {(key.tp, key.sp, key.zero_stage, key.offload) for key in found} == {(True, False, 3, "optimizer@nvme")}
     assert {key.precision for key in found} == {"fp32", "bf16", "fp16"}
-    monkeypatch.setattr(probe_capabilities, "is_compiled", lambda: False)
-    assert probe_capabilities.choose(asked, state, wanted) == []
-    assert "python -m jobs.engine first" in capsys.readouterr().err
+    without_fp16 = probe_capabilities.choose(asked, state, wanted, Machine(no_fp16="no fp16"))
+    assert {key.precision for key in without_fp16} == {"fp32", "bf16"}
+    assert probe_capabilities.choose(asked, state, wanted, WITHOUT_OP) == []
 
 
-@pytest.mark.full
-@pytest.mark.timeout(300)
-def test_a_sample_of_the_table_is_what_deepspeed_does() -> None:
-    """Rows drawn with ``CAPABILITY_SEED``; the whole table is compared with ``-m full``."""
-    seed = os.environ.get("CAPABILITY_SEED", "0")
-    table = {key: found for key, found in parse_table(TABLE).items() if can_try(key)}
-    drawn = random.Random(seed).sample(sorted(table), 5)
-    found: dict[Key, Outcome] = {}
-    probe_all(drawn, found.__setitem__, jobs=1)
-    assert found == {key: table[key] for key in drawn}, f"CAPABILITY_SEED={seed}"
+class Command:
+    """``make capabilities`` without ranks, on a machine that cannot compile the op.
+
+    Attributes:
+        compiled: The machine has the op all the same.
+        tried: What the last one has tried.
+    """
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.table = folder / "table.py"
+        self.state = folder / "state.jsonl"
+        self.compiled = False
+        self.tried: list[Key] = []
+        patch.setattr(probe_capabilities, "is_compiled", lambda: self.compiled)
+        patch.setattr(probe_capabilities, "probe", self._probe)
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+        patch.setenv("CC", "false")
+
+    def _probe(self, _: object, key: Key) -> Outcome:
+        self.tried.append(key)
+        return Outcome(runs=False, reason="phalanx: not built") if unbuilt(key) else SEEN
+
+    def __call__(self, *words: str) -> int:
+        """Run it; returns the exit code."""
+        self.tried.clear()
+        return probe_capabilities.main(
+            ["--write", "--table", str(self.table), "--state", str(self.state), "--jobs", "1", *words]
+        )
 
 
-@pytest.mark.full
-def test_every_combination_has_been_tried() -> None:
-    """Else ``make capabilities``: until then, what has not been tried does not run."""
-    assert set(parse_table(TABLE)) == set(combinations())
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    return Command(tmp_path, monkeypatch)
 
 
-@pytest.mark.full
-@pytest.mark.timeout(7200)
-def test_the_table_is_what_the_probe_sees() -> None:
-    table = {key: found for key, found in parse_table(TABLE).items() if can_try(key)}
-    found: dict[Key, Outcome] = {}
-    probe_all(list(table), found.__setitem__, jobs=2)
-    assert found == table
+def on_disks(key: Key) -> bool:
+    return DISKS in key.offload and not unbuilt(key)
 
 
-def can_try(key: Key) -> bool:
-    """Our engine builds it, and this machine has the arithmetic, and the op for disks."""
-    arithmetic = key.precision != "fp16" or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return not unbuilt(key) and arithmetic and (DISKS not in key.offload or is_compiled())
+def test_one_command_writes_the_table_without_the_op(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    """It tries to compile it, for real; here that cannot be. The rows say that they were not tried."""
+    wanted = set(combinations())
+    assert command() == 0
+    assert set(command.tried) == {key for key in wanted if not on_disks(key)}
+    file = TableFile(command.table)
+    assert file.made_with == versions()
+    assert set(file.rows) == wanted
+    reason = "async_io cannot be compiled: a program that calls io_submit, of libaio, could not be compiled and linked"
+    for key, found in file.rows.items():
+        assert (found == Outcome(runs=False, reason=reason, tried=False)) == on_disks(key), key
+    number = sum(map(on_disks, wanted))
+    said = capsys.readouterr().err
+    assert f"{number} combinations cannot be tried here ({reason})" in said
+    assert f"0 stay as the former table of this DeepSpeed has them, {number} are untried" in said
+    assert "apt-get install g++ libaio-dev" in said
+
+
+def test_with_the_op_the_rows_are_tried_and_stay_for_this_deepspeed_alone(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command.compiled = True
+    assert command() == 0
+    assert set(command.tried) == set(combinations())
+    whole = command.table.read_text()
+    assert all(found.tried for found in TableFile(command.table).rows.values())
+    command.compiled = False
+    monkeypatch.setattr(probe_capabilities, "compile_op", lambda: "no op")
+    command.state.unlink()
+    assert command() == 0
+    assert command.table.read_text() == whole, "rows that cannot be tried here are kept"
+    command.state.unlink()
+    command.table.write_text(whole.replace('"deepspeed": "', '"deepspeed": "9'))
+    assert command() == 0
+    assert {key for key, found in TableFile(command.table).rows.items() if not found.tried} == set(
+        filter(on_disks, combinations())
+    )
+
+
+def test_what_was_stopped_writes_nothing_and_rows_of_two_versions_do_not_mix(command: Command) -> None:
+    command.compiled = True
+    assert command("--limit-s", "0") == 1
+    assert not command.table.exists()
+    assert command() == 0
+    whole = command.table.read_text()
+    assert command() == 0
+    assert command.tried == [], "it goes on where it was"
+    assert command.table.read_text() == whole
+    assert command("--only", r"^1 fp32 .*\| none \| T\.{4}") == 0
+    assert 0 < len(command.tried) < 10
+    assert command.table.read_text() == whole
+    other = whole.replace('"deepspeed": "', '"deepspeed": "9')
+    command.table.write_text(other)
+    assert command("--only", r"^1 fp32 .*\| none \| T\.{4}") == 1
+    assert command.table.read_text() == other

@@ -38,8 +38,8 @@ def where_state_lives(env: RankEnv, job: dict[str, Any], steps: int) -> dict[str
 
 
 def refusals(env: RankEnv, folder: str) -> dict[str, str]:
-    """What a node without the op, and without what it takes to compile it, says; ``folder`` is empty."""
-    os.environ |= {"TORCH_EXTENSIONS_DIR": folder, "CC": "false"}
+    """What a node without the op, and without a compiler, says; ``folder`` is empty. Of the tools only those of pip."""
+    os.environ |= {"TORCH_EXTENSIONS_DIR": folder, "CC": "false", "PATH": folder}
     said = {}
     for name, act in (("load", async_io.load), ("build", async_io.build)):
         try:
