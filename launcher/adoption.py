@@ -134,11 +134,11 @@ def _remember_orders(controller: Controller, state: GangState, welcomes: Welcome
     """What the ranks were asked to do before this controller came: to leave after a step, or at a checkpoint."""
     state.remaining_s = {n: float(welcomes[n]["leaves_in_s"]) for n in state.placement if "leaves_in_s" in welcomes[n]}
     state.leave_after = max((int(welcomes[node].get("leave_after", 0)) for node in state.placement), default=0)
-    if state.leave_after:
-        state.leaving = "move"
-    elif controller.store.paths.leave(state.attempt).exists():
+    if controller.store.paths.leave(state.attempt).exists():
         excluded = any(controller.run.excluded.get(node, 0.0) > controller.clock.time() for node in state.placement)
         state.leaving = "move" if excluded else "grow"
+    elif state.leave_after:
+        state.leaving = "move"
 
 
 def _adopt(controller: Controller, welcomes: Welcomes) -> None:

@@ -64,7 +64,7 @@ class GangState:
             once, whoever needs it); may be empty.
         training: The first step has begun.
         leaving: Why the next attempt will be made (``grow``, ``move``), once the ranks were asked to leave.
-        leave_after: After this step, if not at the next checkpoint; 0 for that.
+        leave_after: After this step, if not at an earlier checkpoint; 0 for none.
         notices: Nodes that will be taken away.
         remaining_s: Node to how long it had left when this controller met it, for one that was told before.
     """
