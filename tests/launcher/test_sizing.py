@@ -15,7 +15,7 @@ from launcher.config import compose
 from launcher.departure import FOR_MORE as LEFT
 from launcher.describe import brief, describe
 from launcher.gang import Gang
-from launcher.ledger import ledger
+from launcher.ledger import account, ledger
 from launcher.phase import Phase
 from launcher.render_events import event_line
 from launcher.request import RecoverySpec
@@ -234,6 +234,7 @@ def test_by_default_the_arithmetic_decides(tmp_path: Path) -> None:
 def slow_to_start(root: Path) -> Stage:
     """Two nodes and no spare, with the defaults; their first step began after 30 s, and one of them is lost."""
     stage = Stage(root, nodes=TWO, spares=0)
+    stage.clock.now = stage.store.events()[-1].time
     stage.store._wall = stage.clock.time
     stage.turn(2)
     stage.clock.now += 30.0
@@ -503,9 +504,10 @@ def test_every_second_of_it_has_a_name() -> None:
         event(6.0, EventKind.FAILURE_DETECTED, 1, failed_at=5.0),
         event(6.5, EventKind.GANG_STOPPED, 1, failure="node_lost"),
         event(6.5, EventKind.DECISION, 1, action="restart", delay_s=0.0),
-        event(9.5, EventKind.WAITING_FOR_NODES),
-        event(16.5, EventKind.DECISION, 0, action="shrink", delay_s=0.0),
-        event(16.6, EventKind.ATTEMPT_PLANNED, 2, reason="restart"),
+        event(9.7, EventKind.DECISION, action="wait", delay_s=0.0, waited_s=3.1),
+        event(9.7, EventKind.WAITING_FOR_NODES),
+        event(16.5, EventKind.DECISION, 0, action="shrink", delay_s=0.0, waited_s=9.9),
+        event(16.6, EventKind.ATTEMPT_PLANNED, 2, reason="restart", waited_s=10.0),
         event(17.0, EventKind.RANKS_SPAWNED, 2, resume_from="x"),
         event(18.0, EventKind.TRAINING_STARTED, 2, step=3),
         event(19.5, EventKind.DECISION, 2, action="grow", delay_s=0.0),
@@ -526,15 +528,29 @@ def test_every_second_of_it_has_a_name() -> None:
             "checkpoint_stall": 0.4,
             "detect": 1.0,
             "decide": 0.5 + 0.5,
-            "place": 3.0 + 0.5 + 0.6,
+            "place": 0.1 + 0.4 + 0.6,
             "restore": 1.0 + 0.5,
             "replay": 1.0,
-            "wait": 7.0,
+            "wait": 9.9 + 0.1,
             "finish": 0.5,
             "wall": 23.5,
         }
     )
     assert sum(books[name] for name in CLASSES) == pytest.approx(23.5)
+
+
+@pytest.mark.parametrize(("away_s", "noticed"), [(20.0, True), (2.0, False)])
+def test_waiting_begins_when_nodes_are_found_missing(tmp_path: Path, away_s: float, noticed: bool) -> None:
+    """Whether it lasts long enough to be told to people or not."""
+    stage = slow_to_start(tmp_path)
+    stage.turn(int(away_s / 0.2))
+    stage.backend.alive["b"] = "b-1"
+    stage.turn(2)
+    stage.start()
+    assert (EventKind.WAITING_FOR_NODES in stage.kinds()) is noticed
+    (incident,) = account(stage.store.events(), (), now=stage.clock.now).incidents
+    assert incident.seconds["wait"] == pytest.approx(away_s, abs=0.61)
+    assert incident.seconds["place"] <= 0.61
 
 
 def test_people_are_told(tmp_path: Path) -> None:
