@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from launcher.clock import Clock
 
 NOTICE_S = 3.0  # waiting for nodes shorter than this is not worth a line in the log
@@ -24,7 +26,7 @@ class Shortage:
         self._since, self._told = None, False
 
     @property
-    def told(self) -> dict[str, float]:
+    def told(self) -> dict[str, Any]:
         """What the event log keeps of it: ``waited_s``; empty where none was missing."""
         return {} if self._since is None else {"waited_s": round(self._clock.monotonic() - self._since, 3)}
 

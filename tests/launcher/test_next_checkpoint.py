@@ -25,7 +25,7 @@ MEMORY = CheckpointSpec(every=0, memory_every=1)
 DETECT_S, STEP_S = 5.0, 0.2
 
 
-def policy(stage: Stage, checkpoint: CheckpointSpec, kind: str = "pretrain") -> None:
+def policy(stage: Stage, checkpoint: CheckpointSpec, kind: Any = "pretrain") -> None:
     """Which checkpoints the ranks are to make."""
     job = stage.request.job
     stage.controller.departure._job = replace(

@@ -192,7 +192,7 @@ def test_patience_follows_from_what_a_restart_takes(tmp_path: Path) -> None:
     attempt = replace(run.attempts[0], started=100.0, trained=130.0)
     run = replace(run, attempts=(attempt,))
 
-    def patience(run: Run = run, **recovery: float) -> tuple[float, str]:
+    def patience(run: Run = run, **recovery: Any) -> tuple[float, str]:
         """Seconds from which on it goes on with the smaller plan, to a tenth; and why, as people are told."""
         sizing = Sizing(replace(stage.request, recovery=replace(stage.request.recovery, **recovery)))
         for tenths in range(10000):
