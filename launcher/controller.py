@@ -226,8 +226,8 @@ class Controller:
         self.muster.call_up(self.gang, urgent=True)
         waited, why = self.clock.monotonic() - self._since, self.backend.why_missing
         nodes, back = self.muster.choose(lambda count: self.sizing.largest(count) is not None)
-        again = self.start_reason == "resume"
-        answer = self.sizing.choose(self.run, up=len(nodes), waited_s=waited, resumed=again, why=why)
+        again, idle_s = self.start_reason == "resume", self.shortage.idle_s(self.sizing.largest(len(nodes)) is not None)
+        answer = self.sizing.choose(self.run, up=len(nodes), waited_s=waited, idle_s=idle_s, resumed=again, why=why)
         if answer.plan is None:
             self.vigil.end()
         if answer.plan is not None:

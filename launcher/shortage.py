@@ -19,11 +19,19 @@ class Shortage:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._since: float | None = None  # monotonic
+        self._possible: float | None = None  # since when a smaller plan could run (monotonic)
         self._told = False
 
     def end(self) -> None:
         """Whatever comes next is another gathering."""
-        self._since, self._told = None, False
+        self._since = self._possible = None
+        self._told = False
+
+    def idle_s(self, possible: bool) -> float:
+        """For how long some plan could have run on what is there, now that one can or cannot (``possible``)."""
+        now = self._clock.monotonic()
+        self._possible = (now if self._possible is None else self._possible) if possible else None
+        return 0.0 if self._possible is None else now - self._possible
 
     @property
     def told(self) -> dict[str, Any]:

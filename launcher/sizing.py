@@ -9,7 +9,8 @@
     smaller than it could be, grow               -> leave at the next checkpoint, start the larger plan
 
 How long waiting is cheaper follows from what restarts have taken (:func:`strategies.shrink.worth_waiting_s`); while
-that is not known, it is :data:`UNKNOWN_S`. A person's ``shrink_after_s`` takes the place of both.
+that is not known, it is :data:`UNKNOWN_S`. A person's ``shrink_after_s`` takes the place of both. It counts from when
+a smaller plan could run.
 
 The first attempt is never smaller: a person who asks for four nodes and has three wants to know. Who has waited for a
 node once does not wait for it again at the next failure.
@@ -33,7 +34,8 @@ from strategies.shrink import plan_on, step_work, throughput, worth_waiting_s
 from strategies.topology import nodes_needed
 
 UNKNOWN_S = 60.0
-"""How long to wait for a node where no attempt has trained yet, so that nobody knows what a restart takes."""
+"""How long to wait for a node where no attempt has trained yet, so that nobody knows what a restart takes; and at least
+after a person's resume, when nodes only begin to come."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +68,9 @@ class Sizing:
         self._largest: dict[int, ParallelPlan | None] = {}
         self.need = nodes_needed(request.job.plan, request.cluster.slots_per_node)
 
-    def choose(self, run: Run, *, up: int, waited_s: float, resumed: bool, why: Callable[[], str]) -> Answer:
+    def choose(
+        self, run: Run, *, up: int, waited_s: float, resumed: bool, why: Callable[[], str], idle_s: float | None = None
+    ) -> Answer:
         """What to start on the nodes that are up while no gang runs.
 
         Args:
@@ -75,6 +79,7 @@ class Sizing:
             waited_s: How long it has been waited for more.
             resumed: A person has asked for the wanted plan anew, so that all its nodes are waited for.
             why: Says why nodes are missing.
+            idle_s: For how long of that a smaller plan could have run: nothing else is lost by waiting. None: all.
         """
         wanted, found = self._job.plan, self.largest(up)
         if found == wanted:
@@ -83,13 +88,13 @@ class Sizing:
             before = None if resumed else self._shrunk(run.attempt)
             if before is not None and (found == before or step_work(found) < step_work(before)):
                 return Answer(plan=found, decision=None if found == before else self._growth(found, up))
-            patience_s = self._patience_s(run, found)
-            if waited_s >= patience_s:
-                return Answer(plan=found, decision=self._shrinking(run, found, up, waited_s, why()))
-            return Answer(decision=self._waiting(run, found, up, patience_s))
+            patience_s, words = self._patience(run, found, resumed)
+            if (waited_s if idle_s is None else idle_s) >= patience_s:
+                return Answer(plan=found, decision=self._shrinking(found, up, waited_s, why(), words))
+            return Answer(decision=self._waiting(run, up, patience_s, words))
         if waited_s > self._spec.wait_for_nodes_s:
             return Answer(decision=self._ending(run, up, waited_s, why()))
-        return Answer(decision=self._waiting(run, None, up, self._spec.wait_for_nodes_s))
+        return Answer(decision=self._waiting(run, up, self._spec.wait_for_nodes_s, ""))
 
     def growth(self, plan: ParallelPlan, up: int) -> Decision | None:
         """Why the running gang should leave at its next checkpoint; None if it is as large as it can be."""
@@ -131,39 +136,33 @@ class Sizing:
         plan = plan_of(attempt)
         return None if plan == self._job.plan or wanted_of(attempt) != self._job.plan else plan
 
-    def _patience_s(self, run: Run, found: ParallelPlan) -> float:
-        """How long to wait before ``found``: never longer than for what nothing can take the place of."""
-        restart_s, patience_s = _restart_s(run), self._spec.shrink_after_s
-        if patience_s is None:
-            patience_s = UNKNOWN_S if restart_s is None else worth_waiting_s(found, self._job.plan, restart_s)
-        return min(patience_s, self._spec.wait_for_nodes_s)
-
-    def _waiting(self, run: Run, found: ParallelPlan | None, up: int, patience_s: float) -> Decision:
-        reason = f"waiting at most {patience_s:.0f} s for {self.need - up} of {self.need} nodes"
-        if found is None:
-            obstacle = self._obstacle(up) or "none is legal there"
-            reason += f"; no smaller plan is used: {obstacle}" if run.attempts else ""
+    def _patience(self, run: Run, found: ParallelPlan, resumed: bool) -> tuple[float, str]:
+        """How long to wait before ``found`` (s), and what speaks for that, in numbers, with what has decided."""
+        speed, restart_s, spec, by = throughput(found, self._job.plan), _restart_s(run), self._spec, ""
+        words, patience_s = f"{found.describe()} would make {speed:.0%} of the steps per second", UNKNOWN_S
+        if restart_s is None:
+            words += "; what a restart takes is not known yet"
         else:
-            reason += f"; {self._arithmetic(run, found)}"
-        return Decision(action=Action.WAIT, reason=reason)
-
-    def _arithmetic(self, run: Run, found: ParallelPlan) -> str:
-        """What speaks for waiting and what for the smaller plan, in numbers, and what has decided."""
-        speed, restart_s, spec = throughput(found, self._job.plan), _restart_s(run), self._spec
-        words, worth_s = f"{found.describe()} would make {speed:.0%} of the steps per second", UNKNOWN_S
-        if restart_s is not None:
-            worth_s = worth_waiting_s(found, self._job.plan, restart_s)
+            patience_s = worth_waiting_s(found, self._job.plan, restart_s)
             words += f" and one more restart of {restart_s:.1f} s later, to grow back: waiting is cheaper up to "
-            words += f"{restart_s:.1f} s / {speed:.2f} = {worth_s:.1f} s"
+            words += f"{restart_s:.1f} s / {speed:.2f} = {patience_s:.1f} s"
         if spec.shrink_after_s is not None:
-            return f"{words} (decided by recovery.shrink_after_s={spec.shrink_after_s:g})"
-        if worth_s > spec.wait_for_nodes_s:
-            return f"{words} (decided by recovery.wait_for_nodes_s={spec.wait_for_nodes_s:g})"
-        return words if restart_s is not None else f"{words}; what a restart takes is not known yet"
+            patience_s, by = spec.shrink_after_s, f"recovery.shrink_after_s={spec.shrink_after_s:g}"
+        elif resumed and patience_s < UNKNOWN_S:
+            patience_s, by = UNKNOWN_S, "the resume: nodes have only begun to come"
+        if patience_s > spec.wait_for_nodes_s:
+            patience_s, by = spec.wait_for_nodes_s, f"recovery.wait_for_nodes_s={spec.wait_for_nodes_s:g}"
+        return patience_s, f"{words} (decided by {by})" if by else words
 
-    def _shrinking(self, run: Run, plan: ParallelPlan, up: int, waited_s: float, why: str) -> Decision:
+    def _waiting(self, run: Run, up: int, patience_s: float, words: str) -> Decision:
+        reason = f"waiting at most {patience_s:.0f} s for {self.need - up} of {self.need} nodes"
+        if not words and run.attempts:
+            words = f"no smaller plan is used: {self._obstacle(up) or 'none is legal there'}"
+        return Decision(action=Action.WAIT, reason=f"{reason}; {words}" if words else reason)
+
+    def _shrinking(self, plan: ParallelPlan, up: int, waited_s: float, why: str, words: str) -> Decision:
         reason = f"{up} of {self.need} nodes are there after {waited_s:.0f} s: {why}; going on as {self._words(plan)}"
-        return Decision(action=Action.SHRINK, reason=f"{reason}; {self._arithmetic(run, plan)}")
+        return Decision(action=Action.SHRINK, reason=f"{reason}; {words}")
 
     def _growth(self, plan: ParallelPlan, up: int) -> Decision:
         reason = f"{min(up, self.need)} of {self.need} nodes are there again: going on as {self._words(plan)}"

@@ -192,11 +192,11 @@ def test_patience_follows_from_what_a_restart_takes(tmp_path: Path) -> None:
     attempt = replace(run.attempts[0], started=100.0, trained=130.0)
     run = replace(run, attempts=(attempt,))
 
-    def patience(run: Run = run, **recovery: Any) -> tuple[float, str]:
+    def patience(run: Run = run, resumed: bool = False, **recovery: Any) -> tuple[float, str]:
         """Seconds from which on it goes on with the smaller plan, to a tenth; and why, as people are told."""
         sizing = Sizing(replace(stage.request, recovery=replace(stage.request.recovery, **recovery)))
         for tenths in range(10000):
-            answer = sizing.choose(run, up=1, waited_s=tenths / 10, resumed=False, why=lambda: "")
+            answer = sizing.choose(run, up=1, waited_s=tenths / 10, resumed=resumed, why=lambda: "")
             if answer.plan is not None:
                 assert answer.decision is not None
                 return tenths / 10, answer.decision.reason
@@ -221,6 +221,11 @@ def test_patience_follows_from_what_a_restart_takes(tmp_path: Path) -> None:
     seconds, why = patience(shrink_after_s=12.0)
     assert seconds == 12.0
     assert why.endswith(f"{thirty} (decided by recovery.shrink_after_s=12)")
+    seconds, why = patience(resumed=True)
+    assert seconds == 60.0
+    assert why.endswith(f"{thirty} (decided by the resume: nodes have only begun to come)")
+    assert patience(restarted(60.0), resumed=True)[0] == 80.0
+    assert patience(resumed=True, shrink_after_s=3.0)[0] == 3.0
     seconds, why = patience(replace(run, attempts=(replace(attempt, trained=None),)))
     assert seconds == UNKNOWN_S == 60.0
     assert why.endswith(f"{words}; what a restart takes is not known yet")
@@ -537,6 +542,21 @@ def test_every_second_of_it_has_a_name() -> None:
         }
     )
     assert sum(books[name] for name in CLASSES) == pytest.approx(23.5)
+
+
+def test_nothing_is_lost_while_no_plan_can_run(tmp_path: Path) -> None:
+    """All nodes are gone, and come back one by one: the first is not taken alone because it came late."""
+    stage = slow_to_start(tmp_path)
+    stage.backend.alive.pop("a")
+    stage.gang.say("agent_lost", "a", why="silent")
+    stage.turn(500)  # 100 s
+    stage.backend.alive["a"] = "a-1"
+    stage.turn(100)  # 20 s
+    assert len(stage.store.run().attempts) == 1
+    stage.backend.alive["b"] = "b-1"
+    stage.turn(2)
+    stage.start()
+    assert [attempt.wanted for attempt in stage.store.run().attempts] == [None, None]
 
 
 @pytest.mark.parametrize(("away_s", "noticed"), [(20.0, True), (2.0, False)])
