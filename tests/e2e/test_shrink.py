@@ -31,7 +31,7 @@ from tests.support import cli
 
 pytestmark = pytest.mark.timeout(420)
 NO_SPARE = ("cluster.spares=0", "recovery.shrink_after_s=0")
-STEPS = 72
+STEPS = 120
 FAULT = 'faults=["node_kill@node=1,step=10"]'
 LONG = ("train.global_batch=32", f"train.steps={STEPS}", "checkpoint.every=4", *NO_SPARE)
 
