@@ -88,6 +88,11 @@ class RunPaths:
         except FileNotFoundError:
             return self.checkpoint_dir
 
+    def at_home(self, path: str) -> str:
+        """Where a checkpoint of the run lies now that was recorded before its directory was moved; else ``path``."""
+        _, mark, inside = path.rpartition(f"/{self.root.name}/{self.checkpoint_dir.name}/")
+        return str(self.checkpoint_dir / inside) if mark else path
+
     def attempt(self, number: int) -> Path:
         """Folder of attempt ``number``."""
         return self.attempts / str(number)

@@ -8,10 +8,10 @@ checkpoint_stall   steps waiting for a state to be copied, into memory or for th
 detect             from the failure (or the last sign of life) until the controller knew
 decide             from knowing until every old rank is gone and the decision is recorded; and, when ranks leave on
                    purpose at a checkpoint, until they are gone
-place              from the decision until the new ranks exist
+place              from the decision until the new ranks exist, without a wait for nodes
 restore            from the new ranks' existence until their first step begins
 replay             work that was lost and done again
-wait               backing off, waiting for nodes, or down until a person resumed
+wait               backing off, waiting for nodes (from when they were found missing), or down until a person resumed
 finish             from the last step to the recorded end: last digest, tear-down
 =================  ====================================================================================
 """

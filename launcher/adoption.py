@@ -101,25 +101,41 @@ def _meet_agents(controller: Controller) -> tuple[dict[str, Mapping[str, Any]], 
 
 
 def _adoptable(controller: Controller, welcomes: Welcomes) -> bool:
-    """Every node of the newest attempt answers and still holds it, and nobody has begun to stop it."""
+    """Every node of the newest attempt answers and holds all its ranks, and nobody has begun to stop them."""
     attempt = controller.run.attempt
     if attempt is None or attempt.ended is not None:
         return False
     if controller.run.state not in (RunState.STARTING, RunState.RUNNING):
         return False
-    paths = controller.store.paths
-    if not paths.ranks(attempt.number).exists():
-        return False
     plan, job = plan_of(attempt), controller.request.job
     if plan is None or wanted_of(attempt) != job.plan:
         return False
-    if read_json(paths.job(attempt.number)) != to_json(job.under(plan).skipping(controller.run.skips)):
+    if read_json(controller.store.paths.job(attempt.number)) != to_json(job.under(plan).skipping(controller.run.skips)):
         return False  # a resume had changed the request when its controller fell
-    return all(
+    if not all(
         welcomes.get(node, {}).get("attempt") == attempt.number
         and not any((rank.get("exited") or {}).get("requested") for rank in welcomes[node].get("ranks", ()))
         for node in attempt.nodes
-    )
+    ):
+        return False
+    held = [rank for ranks in _ranks_of(controller, attempt, welcomes).values() for rank in ranks]
+    return sorted(held) == list(range(plan.world_size))
+
+
+def _ranks_of(controller: Controller, attempt: Attempt, welcomes: Welcomes) -> dict[str, dict[int, int]]:
+    """Node to its ranks with their process ids: as on record or, where a predecessor fell before that, as agents say.
+
+    An agent that has been told to start ranks will; until then their process ids are 0.
+    """
+    found: dict[str, dict[int, int]] = {node: {} for node in attempt.nodes}
+    path = controller.store.paths.ranks(attempt.number)
+    if path.exists():
+        for entry in read_json(path):
+            found[entry["node"]][entry["rank"]] = entry["pid"]
+        return found
+    for node, ranks in found.items():
+        ranks |= {int(entry["rank"]): int(entry["pid"]) for entry in welcomes[node].get("ranks", ())}
+    return found
 
 
 def _reason_after(run: Run) -> str:
@@ -134,11 +150,11 @@ def _remember_orders(controller: Controller, state: GangState, welcomes: Welcome
     """What the ranks were asked to do before this controller came: to leave after a step, or at a checkpoint."""
     state.remaining_s = {n: float(welcomes[n]["leaves_in_s"]) for n in state.placement if "leaves_in_s" in welcomes[n]}
     state.leave_after = max((int(welcomes[node].get("leave_after", 0)) for node in state.placement), default=0)
-    if state.leave_after:
-        state.leaving = "move"
-    elif controller.store.paths.leave(state.attempt).exists():
+    if controller.store.paths.leave(state.attempt).exists():
         excluded = any(controller.run.excluded.get(node, 0.0) > controller.clock.time() for node in state.placement)
         state.leaving = "move" if excluded else "grow"
+    elif state.leave_after:
+        state.leaving = "move"
 
 
 def _adopt(controller: Controller, welcomes: Welcomes) -> None:
@@ -147,18 +163,17 @@ def _adopt(controller: Controller, welcomes: Welcomes) -> None:
     assert attempt is not None
     plan = plan_of(attempt)
     assert plan is not None
-    spawned: dict[str, dict[int, int]] = {node: {} for node in attempt.nodes}
-    for entry in read_json(controller.store.paths.ranks(attempt.number)):
-        spawned[entry["node"]][entry["rank"]] = entry["pid"]
+    held = _ranks_of(controller, attempt, welcomes)
     log = controller.store.events()
     mine = [event for event in log if event.attempt == attempt.number]
+    told = any(event.kind is EventKind.RANKS_SPAWNED for event in mine)
     controller.state = GangState(
         attempt=attempt.number,
         plan=plan,
-        placement={node: sorted(ranks) for node, ranks in spawned.items()},
+        placement={node: sorted(ranks) for node, ranks in held.items()},
         script=controller.request.job.kind == "script",
         resume_from=attempt.resume_from,
-        spawned=spawned,
+        spawned=held if told else {},  # else the agents' own word of it is put on record
         commits={int(e.data["step"]) for e in mine if e.kind is EventKind.CHECKPOINT_COMMITTED},
         unsaved={float(e.data.get("told", 0.0)) for e in mine if e.kind is EventKind.CHECKPOINT_FAILED},
         afresh={str(e.data["node"]) for e in mine if e.kind is EventKind.POOL_UNSAFE},

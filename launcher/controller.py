@@ -40,13 +40,12 @@ from launcher.phase import Phase
 from launcher.recovery import Action, Decision, Failure, FailureKind
 from launcher.request import LaunchRequest
 from launcher.run import EventKind, Run, RunEvent, RunState
+from launcher.shortage import Shortage
 from launcher.sizing import Sizing
 from launcher.store import RunStore, dump, write_atomic
 from launcher.vigil import Vigil
 from strategies.errors import ClusterError
 from strategies.plan import ParallelPlan
-
-GATHER_NOTICE_S = 3.0  # waiting for nodes shorter than this is not worth a line in the log
 
 
 class Controller:
@@ -84,7 +83,7 @@ class Controller:
         self.state: GangState | None = None
         self.start_reason = "start"
         self.muster = Muster(backend, request.cluster, clock, self.record)
-        self.sizing = Sizing(request)
+        self.sizing, self.shortage = Sizing(request), Shortage(clock)
         self.memory = MemoryTier(clock)
         self.outset = Outset(store, self.memory)
         self.vigil = Vigil(clock, patience_s=request.recovery.wait_for_nodes_s)
@@ -96,7 +95,7 @@ class Controller:
         self._since = clock.monotonic()  # of the present phase
         self._until = 0.0  # end of the back-off (monotonic)
         self.first_step_by: float | None = None
-        self._noticed = self._cancelling = False
+        self._cancelling = False
 
     @property
     def run(self) -> Run:
@@ -148,10 +147,10 @@ class Controller:
     def _number(self) -> int:
         return self.state.attempt if self.state else 0
 
-    def decide(self, decision: Decision | None) -> None:
+    def decide(self, decision: Decision | None, **more: Any) -> None:
         """Put a decision on record, if there is one; giving up ends the run."""
         if decision is not None:
-            self.record(EventKind.DECISION, **decision.fields)
+            self.record(EventKind.DECISION, **decision.fields, **more)
         if decision is not None and decision.action is Action.GIVE_UP:
             self.end(EventKind.RUN_FAILED, reason=decision.reason)
 
@@ -159,7 +158,7 @@ class Controller:
         """Change the phase."""
         self.phase = phase
         self._since = self.clock.monotonic()
-        self._noticed = False
+        self.shortage.end()
         self.vigil.end()
         if phase is Phase.GATHER:  # asks now, so that the answers are what ends the next poll
             self.memory.ready(self.gang, self.muster.up, self.run, self.request.job)
@@ -227,8 +226,8 @@ class Controller:
         self.muster.call_up(self.gang, urgent=True)
         waited, why = self.clock.monotonic() - self._since, self.backend.why_missing
         nodes, back = self.muster.choose(lambda count: self.sizing.largest(count) is not None)
-        again = self.start_reason == "resume"
-        answer = self.sizing.choose(self.run, up=len(nodes), waited_s=waited, resumed=again, why=why)
+        again, idle_s = self.start_reason == "resume", self.shortage.idle_s(self.sizing.largest(len(nodes)) is not None)
+        answer = self.sizing.choose(self.run, up=len(nodes), waited_s=waited, idle_s=idle_s, resumed=again, why=why)
         if answer.plan is None:
             self.vigil.end()
         if answer.plan is not None:
@@ -236,15 +235,14 @@ class Controller:
                 return
             if back:
                 self.record(EventKind.NODE_READMITTED, nodes=list(back), reason="without it there is no legal plan")
-            self.decide(answer.decision)
+            self.decide(answer.decision, **self.shortage.told)
             for path, reason in begins.passed.items():
                 self.record(EventKind.CHECKPOINT_REJECTED, path=path, reason=reason, absent=True)
             self._start(answer.plan, nodes, begins)
         elif answer.decision is None or answer.decision.action is Action.GIVE_UP:
             self.decide(answer.decision)
-        elif waited > GATHER_NOTICE_S and not self._noticed and self.run.attempts:
-            self._noticed = True
-            self.decide(answer.decision)
+        elif self.run.attempts and self.shortage.note():  # before the first attempt it is no wait, but the start
+            self.decide(answer.decision, **self.shortage.told)
             self.record(EventKind.WAITING_FOR_NODES, have=len(nodes), need=self.sizing.need, why=why())
 
     def _job(self, plan: ParallelPlan) -> JobSpec:
@@ -267,7 +265,7 @@ class Controller:
         self.memory.settle(paths.memory(self.state.attempt), at.point)
         self.outset.sign(paths.debt(self.state.attempt))
         planned = told(self.run, self.state, wanted.plan, reason=self.start_reason)
-        self.record(EventKind.ATTEMPT_PLANNED, **planned, **at.told)
+        self.record(EventKind.ATTEMPT_PLANNED, **planned, **at.told, **self.shortage.told)
         self.start_reason = "restart"
         self.first_step_by = self.clock.monotonic() + self.request.recovery.first_step_s
         self.enter(Phase.RUN)

@@ -4,18 +4,22 @@
 decision   why                                             when they leave
 =========  ==============================================  =========================================================
 leave      a node of theirs will be taken away             after a step that all ranks are told beforehand
-replace    a rank is slow, and a spare stands by           at the next checkpoint
-grow       they are fewer than they could be               at the next checkpoint
+replace    a rank is slow, and a spare stands by           at the next checkpoint, on disk or in memory
+grow       they are fewer than they could be               at the next checkpoint, on disk or in memory
 =========  ==============================================  =========================================================
 
 Nothing is lost in any of them, and none counts as a restart. Where a node goes before that is possible,
-:mod:`launcher.notice` says what is done instead, and what it costs.
+:mod:`launcher.notice` says what is done instead, and what it costs. Ranks that keep copies in memory can leave after
+any step: they make one on purpose. So they are told one that nobody can have come to when the word of it comes, and
+leave there or at a checkpoint that is due on disk, whichever is first. Ranks that come to no checkpoint before the last
+step are not asked.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 from jobs.paths import RunPaths
@@ -24,7 +28,7 @@ from launcher.exclusion import Exclusion
 from launcher.gang_state import GangState
 from launcher.hang_watch import HangWatch
 from launcher.muster import Muster
-from launcher.notice import Course, Kept, choose
+from launcher.notice import Course, Kept, choose, unhurried
 from launcher.observation import Observation
 from launcher.recovery import Action, Decision, Failure, FailureKind
 from launcher.request import LaunchRequest
@@ -124,6 +128,8 @@ class Departure:
             return self._before_a_node_goes(gang, state, hangs)
         if state.leaving != "move":
             self._for_more(state)
+        if state.leaving:
+            self._order(gang, state, hangs)
         return None
 
     def _before_a_node_goes(self, gang: Gang, state: GangState, hangs: HangWatch) -> Failure | None:
@@ -131,16 +137,18 @@ class Departure:
         now = self._clock.monotonic()
         known = self._gone_at
         self._gone_at = {node: known.get(node, now + told.within_s) for node, told in state.notices.items()}
-        if state.leave_after >= max(1, state.last_step):
+        agreed, moving = _agreed(state), state.leaving == "move"
+        if agreed and (moving or agreed == state.last_step):
             return None
         first = min(state.notices, key=lambda node: self._gone_at[node])
         at = hangs.present(state.last_step, now, save_s=self.saves.longest_s)
-        answer = choose(at, self._kept(state), max(0.0, self._gone_at[first] - now))
+        answer = choose(at, self._kept(state), max(0.0, self._gone_at[first] - now), agreed)
         told = f"{'; '.join(notice.detail for notice in state.notices.values())}: {answer.words}"
         if answer.course is Course.SWAP:
             detail, when = told, self._clock.time()
             return Failure(kind=FailureKind.PREEMPTED, time=when, node=first, step=state.last_step + 1, detail=detail)
-        if answer.words and not state.leave_after and self._said != (said := f"{answer.course} {state.attempt}"):
+        said = f"{answer.course} {state.attempt}"
+        if answer.words and self._said != said and not (moving and state.leave_after):
             self._said = said
             self._decide(Action.LEAVE, told)
         if answer.course is Course.LEAVE:
@@ -157,9 +165,27 @@ class Departure:
             memory_every=job.checkpoint.memory_every if state.copies_every is None else state.copies_every,
         )
 
+    def _may_leave(self, state: GangState) -> bool:
+        """They come to a checkpoint, on disk or as far as is known in memory, before they are done anyway."""
+        kept = replace(self._kept(state), memory_every=state.copies_every or 0)
+        return self._job.kind == "pretrain" and kept.next_after(state.last_step) < kept.steps
+
+    def _order(self, gang: Gang, state: GangState, hangs: HangWatch) -> None:
+        """Where copies are kept, the next checkpoint on disk need not be waited for.
+
+        Nothing urges: a node to which the word has not come within ``recovery.detect_s`` is lost.
+        """
+        if not state.copies_every or _agreed(state):
+            return
+        at = hangs.present(state.last_step, self._clock.monotonic(), save_s=self.saves.longest_s)
+        after = unhurried(at, self._spec.detect_s)
+        if 0 < after < self._job.train.steps:
+            state.leave_after = after
+            gang.leave(state.attempt, after)
+
     def _replace(self, state: GangState, failure: Failure) -> None:
         """Only if nobody has to wait: a node stands by, and the present plan goes on."""
-        if self._muster.warm(state.placement) <= len(state.placement):
+        if self._muster.warm(state.placement) <= len(state.placement) or not self._may_leave(state):
             return
         self._decide(Action.REPLACE, f"{failure.detail}: the ranks leave at their next checkpoint, a spare takes over")
         until = self._clock.time() + self._spec.exclude_for_s
@@ -170,7 +196,8 @@ class Departure:
         """A larger plan fits: ask the ranks to leave at their next checkpoint; not any more: let them stay."""
         if state.plan == self._plan and not state.leaving:
             return  # as large as was asked for: nothing to count in every turn
-        growth = self._sizing.growth(state.plan, self._muster.warm(state.placement)) if state.training else None
+        possible = state.training and (bool(state.leaving) or self._may_leave(state))
+        growth = self._sizing.growth(state.plan, self._muster.warm(state.placement)) if possible else None
         if (growth is not None) is bool(state.leaving):
             return
         if growth is None:
@@ -188,3 +215,8 @@ class Departure:
     def _decide(self, action: Action, reason: str) -> None:
         fields: dict[str, Any] = Decision(action=action, reason=reason).fields
         self._record(EventKind.DECISION, **fields)
+
+
+def _agreed(state: GangState) -> int:
+    """The step after which ranks have been told to leave, while all of them may still obey; 0 for none."""
+    return state.leave_after if state.leave_after >= max(1, state.last_step) else 0

@@ -60,11 +60,11 @@ class GangState:
         first_step: First step that the attempt runs.
         last_step: Highest step that a rank has reported.
         copies_every: Steps between two copies in memory, 0 for none, as a rank has told last; None while none has.
-        restored: What ranks have read back: ``restored_s`` of the slowest, ``restored_bytes`` of all (each byte is read
-            once, whoever needs it); may be empty.
+        restored: What ranks have read back: ``restored_s`` of the slowest, ``restored_bytes`` of all (from disk each
+            byte once, whoever needs it; from memory as often as there are ranks that need it); may be empty.
         training: The first step has begun.
         leaving: Why the next attempt will be made (``grow``, ``move``), once the ranks were asked to leave.
-        leave_after: After this step, if not at the next checkpoint; 0 for that.
+        leave_after: After this step, if not at an earlier checkpoint; 0 for none.
         notices: Nodes that will be taken away.
         remaining_s: Node to how long it had left when this controller met it, for one that was told before.
     """

@@ -198,6 +198,14 @@ class Book:
         self._put(tail if self.training else self._class, until - self._since, self._open)
         self._since = until
 
+    def _charge_waiting(self, event: RunEvent) -> None:
+        """What has passed, of which the end was a wait for nodes: that is known only when some were missing."""
+        waited_s = max(0.0, float(event.data.get("waited_s") or 0.0))
+        if waited_s and not self.training:
+            self._charge(event.time - waited_s)
+            self._turn("wait")
+        self._charge(event.time)
+
     def _turn(self, name: str) -> None:
         """The class of what follows."""
         self._class, self.training, self._owed = name, 0, 0.0
@@ -217,7 +225,7 @@ class Book:
             self._owed += max(0.0, float(event.data.get("stall_s", 0.0)))
 
     def _on_planned(self, event: RunEvent) -> None:
-        self._charge(event.time)
+        self._charge_waiting(event)
         reason, first = event.data.get("reason"), int(event.data.get("first_step", 1))
         self._restart = reason in ("restart", "grow", "move")
         self._turn("place" if self._restart else "start")
@@ -298,7 +306,7 @@ class Book:
         action = str(event.data.get("action", ""))
         if action in ("grow", "replace", "leave", "adopt"):
             return  # the ranks go on, if only to their next checkpoint
-        self._charge(event.time)
+        self._charge_waiting(event)
         if self._open is not None:
             self._open.action = action
         self._turn("wait" if action == "wait" or float(event.data.get("delay_s") or 0.0) > 0 else "place")

@@ -103,15 +103,16 @@ class Answer:
     words: str = ""
 
 
-def choose(at: Present, kept: Kept, left_s: float) -> Answer:
+def choose(at: Present, kept: Kept, left_s: float, agreed: int = 0) -> Answer:
     """What the gang does.
 
     Args:
         at: Where it is.
         kept: What survives.
         left_s: Seconds until the node is gone.
+        agreed: A later step after which the ranks leave already, for another reason; 0 for none.
     """
-    for after in _agreeable(at):
+    for after in [agreed] if agreed else _agreeable(at):
         step = min(after, kept.steps)
         within_s = at.ends_s(step) + at.save_s + EXIT_S
         if within_s <= left_s or not at.most_s:
@@ -124,6 +125,18 @@ def choose(at: Present, kept: Kept, left_s: float) -> Answer:
     if _is_being_kept(at, kept) and left_s > EXIT_S:
         return Answer(course=Course.GO_ON, step=at.last)
     return _swap(at, kept, left_s)
+
+
+def unhurried(at: Present, delivery_s: float) -> int:
+    """A step after which ranks can leave that nothing urges; 0 while it is not known how long steps take.
+
+    Args:
+        at: Where the gang is.
+        delivery_s: In which an order comes to every rank whose node is there at all.
+    """
+    if not at.typical_s:
+        return 0
+    return at.last + STEPS_AHEAD + math.ceil(delivery_s / (EARLY * at.typical_s))
 
 
 def _is_being_kept(at: Present, kept: Kept) -> bool:

@@ -132,7 +132,7 @@ def newest(
 
     Args:
         paths: The run's files.
-        rejected: Checkpoints that are not looked at.
+        rejected: Checkpoints that are not looked at, wherever the run directory was when that was recorded.
         script: What is done lies in folders with a mark.
         known: What the event log tells of the newest attempt.
         better: What to go on from instead of what is on disk.
@@ -141,6 +141,7 @@ def newest(
         StorageError: The checkpoints cannot be looked at.
     """
     passed: dict[str, str] = {}
+    rejected = frozenset(map(paths.at_home, rejected))
     while True:
         disk = progress.on_disk(paths, script=script, rejected=rejected | passed.keys(), known=known)
         passed |= {path: reason for path, reason in disk.damaged if path not in rejected}

@@ -63,7 +63,9 @@ class RecoverySpec:
         wait_for_nodes_s: How long to wait for a missing node when no spare is left and no smaller plan may be used, and
             for checkpoints of which none can be used.
         shrink: Go on with a smaller plan when nodes are missing; scripts never do.
-        shrink_after_s: How long to wait before that; null means as long as waiting is cheaper than one more restart.
+        shrink_after_s: How long to wait before that; null means as long as waiting is cheaper than one more restart
+            later, by what restarts have taken (60 s where none is known yet, and at least that after a person's
+            resume). Never longer than ``wait_for_nodes_s``.
         grow: Go back to the larger plan, at a checkpoint, when its nodes are there again.
         min_nodes: With fewer nodes it waits; null means whatever is legal.
         start_timeout_s: From placing the ranks to their first step; null means three times what the planner expects of
@@ -90,7 +92,7 @@ class RecoverySpec:
     same_error_limit: int = 2
     wait_for_nodes_s: float = 300.0
     shrink: bool = True
-    shrink_after_s: float | None = 60.0
+    shrink_after_s: float | None = None
     grow: bool = True
     min_nodes: int | None = None
     start_timeout_s: float | None = None

@@ -47,7 +47,8 @@ class EventKind(enum.StrEnum):
     RUN_SUBMITTED = "run_submitted"  # request: digest
     CONTROLLER_STARTED = "controller_started"  # host, pid, adopted
     # plan, wanted (if not the plan), nodes or moved (launcher.roster), resume_from, unfenced (why, if so), first_step,
-    # reason: start | restart | resume | grow | move (a node was taken away with notice, or swapped: no failure)
+    # reason: start | restart | resume | grow | move (a node was taken away with notice, or swapped: no failure),
+    # waited_s (for nodes, up to now; not at the start)
     ATTEMPT_PLANNED = "attempt_planned"
     FENCE_LAID = "fence_laid"  # reason: the attempt was planned unfenced
     RANKS_SPAWNED = "ranks_spawned"  # pids: number of ranks
@@ -60,7 +61,8 @@ class EventKind(enum.StrEnum):
     # cause, failure, node, rank (after all evidence is in; failure is "" if it left on purpose), signature, last_step
     GANG_STOPPED = "gang_stopped"
     RANKS_DYING = "ranks_dying"  # node, left: rows of rank, pid, state, that SIGKILL has not ended yet; waited_s
-    DECISION = "decision"  # action, reason, delay_s, skip: samples to leave out from now on, or null
+    # action, reason, delay_s, skip (samples to leave out from now on, or null), waited_s (for nodes, up to now)
+    DECISION = "decision"
     WAITING_FOR_NODES = "waiting_for_nodes"  # have, need, why
     NODE_EXCLUDED = "node_excluded"  # node, until (UTC seconds), reason
     NODE_READMITTED = "node_readmitted"  # nodes, reason

@@ -3,10 +3,14 @@
 ::
 
     enough nodes for the plan that is asked for  -> that plan
-    too few, shrink_after_s not over             -> wait
-    too few, shrink_after_s over                 -> shrink: the next plan that is legal and runs on what is there
+    too few, waiting is cheaper                  -> wait
+    too few, it is not any more                  -> shrink: the next plan that is legal and runs on what is there
     no such plan, wait_for_nodes_s over          -> give up, with the reason
     smaller than it could be, grow               -> leave at the next checkpoint, start the larger plan
+
+How long waiting is cheaper follows from what restarts have taken (:func:`strategies.shrink.worth_waiting_s`); while
+that is not known, it is :data:`UNKNOWN_S`. A person's ``shrink_after_s`` takes the place of both. It counts from when
+a smaller plan could run.
 
 The first attempt is never smaller: a person who asks for four nodes and has three wants to know. Who has waited for a
 node once does not wait for it again at the next failure.
@@ -14,7 +18,6 @@ node once does not wait for it again at the next failure.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -29,6 +32,10 @@ from strategies.errors import ConfigError
 from strategies.plan import ParallelPlan
 from strategies.shrink import plan_on, step_work, throughput, worth_waiting_s
 from strategies.topology import nodes_needed
+
+UNKNOWN_S = 60.0
+"""How long to wait for a node where no attempt has trained yet, so that nobody knows what a restart takes; and at least
+after a person's resume, when nodes only begin to come."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +68,9 @@ class Sizing:
         self._largest: dict[int, ParallelPlan | None] = {}
         self.need = nodes_needed(request.job.plan, request.cluster.slots_per_node)
 
-    def choose(self, run: Run, *, up: int, waited_s: float, resumed: bool, why: Callable[[], str]) -> Answer:
+    def choose(
+        self, run: Run, *, up: int, waited_s: float, resumed: bool, why: Callable[[], str], idle_s: float | None = None
+    ) -> Answer:
         """What to start on the nodes that are up while no gang runs.
 
         Args:
@@ -70,6 +79,7 @@ class Sizing:
             waited_s: How long it has been waited for more.
             resumed: A person has asked for the wanted plan anew, so that all its nodes are waited for.
             why: Says why nodes are missing.
+            idle_s: For how long of that a smaller plan could have run: nothing else is lost by waiting. None: all.
         """
         wanted, found = self._job.plan, self.largest(up)
         if found == wanted:
@@ -78,13 +88,13 @@ class Sizing:
             before = None if resumed else self._shrunk(run.attempt)
             if before is not None and (found == before or step_work(found) < step_work(before)):
                 return Answer(plan=found, decision=None if found == before else self._growth(found, up))
-            patience_s = min(self._patience_s(run, found), self._spec.wait_for_nodes_s)
-            if waited_s >= patience_s:
-                return Answer(plan=found, decision=self._shrinking(run, found, up, waited_s, why()))
-            return Answer(decision=self._waiting(run, found, up, patience_s))
+            patience_s, words = self._patience(run, found, resumed)
+            if (waited_s if idle_s is None else idle_s) >= patience_s:
+                return Answer(plan=found, decision=self._shrinking(found, up, waited_s, why(), words))
+            return Answer(decision=self._waiting(run, up, patience_s, words))
         if waited_s > self._spec.wait_for_nodes_s:
             return Answer(decision=self._ending(run, up, waited_s, why()))
-        return Answer(decision=self._waiting(run, None, up, self._spec.wait_for_nodes_s))
+        return Answer(decision=self._waiting(run, up, self._spec.wait_for_nodes_s, ""))
 
     def growth(self, plan: ParallelPlan, up: int) -> Decision | None:
         """Why the running gang should leave at its next checkpoint; None if it is as large as it can be."""
@@ -126,36 +136,33 @@ class Sizing:
         plan = plan_of(attempt)
         return None if plan == self._job.plan or wanted_of(attempt) != self._job.plan else plan
 
-    def _patience_s(self, run: Run, found: ParallelPlan) -> float:
-        if self._spec.shrink_after_s is not None:
-            return self._spec.shrink_after_s
-        restart_s = _restart_s(run)
-        return math.inf if restart_s is None else worth_waiting_s(found, self._job.plan, restart_s)
-
-    def _waiting(self, run: Run, found: ParallelPlan | None, up: int, patience_s: float) -> Decision:
-        limit = min(patience_s, self._spec.wait_for_nodes_s)
-        reason = f"waiting at most {limit:.0f} s for {self.need - up} of {self.need} nodes"
-        if found is None:
-            obstacle = self._obstacle(up) or "none is legal there"
-            reason += f"; no smaller plan is used: {obstacle}" if run.attempts else ""
+    def _patience(self, run: Run, found: ParallelPlan, resumed: bool) -> tuple[float, str]:
+        """How long to wait before ``found`` (s), and what speaks for that, in numbers, with what has decided."""
+        speed, restart_s, spec, by = throughput(found, self._job.plan), _restart_s(run), self._spec, ""
+        words, patience_s = f"{found.describe()} would make {speed:.0%} of the steps per second", UNKNOWN_S
+        if restart_s is None:
+            words += "; what a restart takes is not known yet"
         else:
-            reason += f"; {self._arithmetic(run, found)}"
-        return Decision(action=Action.WAIT, reason=reason)
-
-    def _arithmetic(self, run: Run, found: ParallelPlan) -> str:
-        """What speaks for waiting and what for the smaller plan, in numbers."""
-        speed, restart_s = throughput(found, self._job.plan), _restart_s(run)
-        words = f"{found.describe()} would make {speed:.0%} of the steps per second"
-        if restart_s is not None:
+            patience_s = worth_waiting_s(found, self._job.plan, restart_s)
             words += f" and one more restart of {restart_s:.1f} s later, to grow back: waiting is cheaper up to "
-            words += f"{restart_s:.1f} s / {speed:.2f} = {worth_waiting_s(found, self._job.plan, restart_s):.1f} s"
-        if self._spec.shrink_after_s is not None:
-            words += f" (decided by recovery.shrink_after_s={self._spec.shrink_after_s:g})"
-        return words
+            words += f"{restart_s:.1f} s / {speed:.2f} = {patience_s:.1f} s"
+        if spec.shrink_after_s is not None:
+            patience_s, by = spec.shrink_after_s, f"recovery.shrink_after_s={spec.shrink_after_s:g}"
+        elif resumed and patience_s < UNKNOWN_S:
+            patience_s, by = UNKNOWN_S, "the resume: nodes have only begun to come"
+        if patience_s > spec.wait_for_nodes_s:
+            patience_s, by = spec.wait_for_nodes_s, f"recovery.wait_for_nodes_s={spec.wait_for_nodes_s:g}"
+        return patience_s, f"{words} (decided by {by})" if by else words
 
-    def _shrinking(self, run: Run, plan: ParallelPlan, up: int, waited_s: float, why: str) -> Decision:
+    def _waiting(self, run: Run, up: int, patience_s: float, words: str) -> Decision:
+        reason = f"waiting at most {patience_s:.0f} s for {self.need - up} of {self.need} nodes"
+        if not words and run.attempts:
+            words = f"no smaller plan is used: {self._obstacle(up) or 'none is legal there'}"
+        return Decision(action=Action.WAIT, reason=f"{reason}; {words}" if words else reason)
+
+    def _shrinking(self, plan: ParallelPlan, up: int, waited_s: float, why: str, words: str) -> Decision:
         reason = f"{up} of {self.need} nodes are there after {waited_s:.0f} s: {why}; going on as {self._words(plan)}"
-        return Decision(action=Action.SHRINK, reason=f"{reason}; {self._arithmetic(run, plan)}")
+        return Decision(action=Action.SHRINK, reason=f"{reason}; {words}")
 
     def _growth(self, plan: ParallelPlan, up: int) -> Decision:
         reason = f"{min(up, self.need)} of {self.need} nodes are there again: going on as {self._words(plan)}"
@@ -174,8 +181,10 @@ class Sizing:
 
 
 def _restart_s(run: Run) -> float | None:
-    """Seconds from planning an attempt to its first step, the median so far."""
-    starts = [one.trained - one.started for one in run.attempts if one.trained is not None]
+    """Seconds from planning an attempt to its first step, the median so far: of restarts, where there were any."""
+    took = [(one.reason, one.trained - one.started) for one in run.attempts if one.trained is not None]
+    warm = [seconds for reason, seconds in took if reason not in ("start", "resume")]  # by a person, on nodes just met
+    starts = warm or [seconds for _, seconds in took]
     return statistics.median(starts) if starts else None
 
 

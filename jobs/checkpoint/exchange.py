@@ -1,4 +1,4 @@
-"""Filling the live optimizer state from a checkpoint, each byte read once by the whole gang.
+"""Filling the live optimizer state from a checkpoint, on disk each byte read once by the whole gang.
 
 Ranks say which blocks they need; a block that several need is read by one of them and sent to the others, in rounds
 that bound the memory. A gang with the plan of the writers finds everything in its own shards: then nothing is sent, nor

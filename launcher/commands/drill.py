@@ -33,6 +33,8 @@ def command(ctx: click.Context, faults: str, seed: int, count: int, as_json: boo
     """Rehearse a run at toy width, with the same kinds of parallelism, and break it on purpose.
 
     OVERRIDES are those of plan. Every fault is injected into a run of its own and compared with the undisturbed run.
+    Random faults are drawn from all that can be rehearsed on this machine, but for controller_kill_start, whose place
+    is always the same, and ray_head_kill, which takes minutes.
     Exit code: 0 every fault fired and every run ended as it must, 104 one did not, 105 some faults cannot be rehearsed
     on this machine and the others passed. Ctrl-C ends everything that was started.
     """

@@ -49,6 +49,7 @@ class Case:
         network: Nodes are machines of their own, in network namespaces.
         saving: Its step must be one after which a checkpoint is made.
         least_step: First step at which it can happen.
+        last_step: Last step at which it is drawn, where what follows takes more than one; 0 for the last but one.
         drawn: May be drawn by ``--faults random``.
     """
 
@@ -71,6 +72,7 @@ class Case:
     network: bool = False
     saving: bool = False
     least_step: int = EVERY + 2
+    last_step: int = 0
     drawn: bool = False
 
     @property

@@ -8,13 +8,15 @@ from launcher.drill import acts
 from launcher.drill.acts import Act
 from launcher.drill.case import Case, Outcome
 from launcher.drill.needs import Need
-from launcher.drill.toy import NUMERIC_STEP
-from launcher.recovery import FailureKind
+from launcher.drill.toy import EVERY, NUMERIC_STEP, STEPS
+from launcher.recovery import Action, FailureKind
 from launcher.run import EventKind
 
 HANG_STEP = 7  # a gang must have made a few steps before it is known how long one takes
 LONG = 80  # steps, for what takes its time: the pace of each rank is learned, or ranks leave in good order
 LEARNED_STEP = 40
+NAMED_IN = 24  # steps, in which a slow rank is named
+RELIEVED_IN = 3 * EVERY  # steps, in which a checkpoint is found unsaved and a later one is due
 ONE_SPARE: dict[str, object] = {"cluster.spares": 1}
 TWO_SPARES = {"cluster.spares": 2}
 AT_ONCE: dict[str, object] = {"recovery.shrink_after_s": 1.0}  # nobody waits for a node that will not come
@@ -55,6 +57,7 @@ RANKS = (
         faults=("device_lost@rank={rank},step={step},phase={phase}",),
         changes=ONE_SPARE,
         failures=(FailureKind.DEVICE_LOST,),
+        drawn=True,
         least_step=2,
     ),
     Case(
@@ -89,7 +92,9 @@ RANKS = (
         needs=(Need.TWO_NODES,),
         events=("straggler_found",),
         steps=LONG,
+        drawn=True,
         least_step=LEARNED_STEP,
+        last_step=LONG - NAMED_IN,
     ),
 )
 
@@ -135,7 +140,7 @@ NODES = (
         faults=("rank_kill@rank={rank},step={step}",),
         acts=(Act(do=acts.kill_node("other"), after=EventKind.FAILURE_DETECTED),),
         changes=ONE_SPARE,
-        failures=(FailureKind.NODE_LOST, FailureKind.RANK_KILLED),
+        failures=(FailureKind.NODE_LOST, Action.SWAP),  # seen to go, or found gone when the next gang is formed
         drawn=True,
     ),
     Case(
@@ -155,6 +160,7 @@ NODES = (
         needs=(Need.TWO_NODES,),
         failures=_NODE_GONE,
         outcome=Outcome.CLOSE,
+        drawn=True,
     ),
     Case(
         name="no_spare_left",
@@ -186,6 +192,7 @@ LINKS = (
         needs=(Need.NETWORK, Need.TWO_NODES),
         network=True,
         failures=_CUT_OFF,
+        drawn=True,
     ),
     Case(
         name="partition_heals",
@@ -199,6 +206,7 @@ LINKS = (
         needs=(Need.NETWORK, Need.TWO_NODES),
         network=True,
         failures=_CUT_OFF,
+        drawn=True,
     ),
     Case(
         name="slow_link",
@@ -210,6 +218,7 @@ LINKS = (
         ),
         needs=(Need.NETWORK, Need.SHAPING, Need.TWO_NODES),
         network=True,
+        drawn=True,
     ),
 )
 
@@ -225,6 +234,8 @@ STORAGE = (
         disk="small",
         needs=(Need.TMPFS,),
         events=(EventKind.CHECKPOINT_FAILED,),
+        drawn=True,
+        last_step=STEPS - RELIEVED_IN,
     ),
     Case(
         name="stuck_storage",
@@ -237,6 +248,8 @@ STORAGE = (
         disk="freezable",
         needs=(Need.FREEZE,),
         events=(EventKind.CHECKPOINT_FAILED,),
+        drawn=True,
+        last_step=STEPS - RELIEVED_IN,
     ),
     Case(
         name="stuck_writer",
@@ -244,6 +257,7 @@ STORAGE = (
         faults=("rank_stop@rank={rank},step={step},phase=checkpoint",),
         failures=(FailureKind.HANG,),
         saving=True,
+        drawn=True,
         least_step=HANG_STEP,
     ),
     Case(
@@ -335,7 +349,7 @@ CONTROL = (
         what="the controller is killed while the first ranks start",
         ambush_late=False,
         adopted=False,
-        drawn=False,
+        drawn=False,  # its place is always the same
     ),
     Case(
         name="controller_kill_stop",
@@ -371,6 +385,7 @@ CONTROL = (
         changes={"cluster.kind": "local"},
         needs=(Need.RAY,),
         resumes=1,
+        drawn=False,  # minutes, most of them Ray's own
     ),
 )
 

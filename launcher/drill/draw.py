@@ -41,7 +41,7 @@ def _one(cases: Sequence[Case], text: str, plan: ParallelPlan, nodes: int) -> Dr
     phase = "step_begin"
     if any("{phase}" in fault for fault in case.faults):
         phase = _pick(f"{text}|phase", _PHASES)
-    steps = range(case.least_step, STEPS)
+    steps = range(case.least_step, case.last_step + 1 if case.last_step else STEPS)
     if case.numeric:
         steps = range(NUMERIC_STEP, NUMERIC_STEP + 1)
     chosen = [step for step in steps if step % EVERY == 0] if case.saving or phase in _PHASES[2:] else list(steps)

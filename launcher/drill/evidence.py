@@ -143,7 +143,7 @@ def _told(event: RunEvent) -> str:
 def _unnoticed(case: Case, events: Sequence[RunEvent]) -> str:
     found = dict.fromkeys(f"{kind}: {detail}" for kind, detail in _failures(events))
     there = "; ".join(found) or "no failure"
-    wanted = [str(kind) for kind in (*case.failures, *case.events)] or ["no failure"]
+    wanted = [*filter(None, [" or ".join(case.failures)]), *map(str, case.events)] or ["no failure"]
     wanted += [f"a second controller{' that adopts' if case.adopted else ''}"] if case.ambush and case.resumes else []
     return f"the log should show {' and '.join(wanted)}; it shows {there}"
 

@@ -31,7 +31,7 @@ from tests.support import cli
 
 pytestmark = pytest.mark.timeout(420)
 NO_SPARE = ("cluster.spares=0", "recovery.shrink_after_s=0")
-STEPS = 72
+STEPS = 120
 FAULT = 'faults=["node_kill@node=1,step=10"]'
 LONG = ("train.global_batch=32", f"train.steps={STEPS}", "checkpoint.every=4", *NO_SPARE)
 
@@ -161,8 +161,8 @@ def undisturbed_long(folder: Path) -> RunStore:
     return cli.store(folder, "undisturbed-long")
 
 
-def assert_grown(run: RunStore) -> None:
-    """It has shrunk once and grown once, and only the lost node has cost steps."""
+def assert_grown(run: RunStore, every: int = 4) -> None:
+    """It has shrunk once and grown once, and only the lost node has cost steps; ``every``: steps between saves."""
     state = run.run()
     assert [one for one in decisions(run) if one != "adopt"] == ["restart", "shrink", "grow"]
     assert [attempt.reason for attempt in state.attempts] == ["start", "restart", "grow"]
@@ -171,19 +171,21 @@ def assert_grown(run: RunStore) -> None:
     assert left.wanted == grown.plan
     assert left.cause == LEFT
     assert grown.first_step == left.last_step + 1
-    assert grown.first_step % 4 == 1
+    assert not every or grown.first_step % every == 1
     assert state.restarts == 1
     assert state.steps_lost <= 1  # step 9, if the replica of it was still on its way
     assert len(list(run.metrics())) == STEPS + state.steps_lost
 
 
 @pytest.mark.full  # three minutes; tests/launcher/test_sizing.py grows one by hand
+@pytest.mark.parametrize("every", [4, 0])
 def test_grows_back_when_the_node_returns(
-    folder: Path, undisturbed_long: RunStore, monkeypatch: pytest.MonkeyPatch
+    every: int, folder: Path, undisturbed_long: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With no checkpoint on disk before the last step every copy in memory is one to leave at."""
     nodes_return(monkeypatch, step=14)
-    run = run_here(folder, "grown", *LONG, FAULT)
-    assert_grown(run)
+    run = run_here(folder, f"grown-{every}", *LONG, f"checkpoint.every={every}", FAULT)
+    assert_grown(run, every)
     assert_agrees(run, undisturbed_long)
     cli.assert_nothing_left(run.paths.root)
 

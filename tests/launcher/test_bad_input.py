@@ -17,7 +17,7 @@ from jobs.checkpoint.layout import Place, Token, place_of
 from jobs.checkpoint.manifest import commit, read_manifest
 from jobs.checkpoint.slices import whole
 from jobs.spec import DataSpec
-from launcher import resume_checks
+from launcher import origin, resume_checks
 from launcher.cli import main
 from launcher.lock import ControllerLock
 from launcher.run import EventKind
@@ -157,6 +157,25 @@ def test_a_run_directory_that_was_moved_goes_on(store: RunStore, tmp_path: Path)
     os.rename(store.paths.root, moved)
     there = RunStore.open(moved)
     assert resume_checks.check(there, there.run(), there.request()) == []
+
+
+@pytest.mark.parametrize("absent", [True, False])
+def test_what_was_found_damaged_is_so_where_the_run_directory_was_moved_to(
+    store: RunStore, tmp_path: Path, absent: bool
+) -> None:
+    """Only a rank that reads every byte can see it."""
+    bad = newest(store)
+    store.append(EventKind.CHECKPOINT_REJECTED, epoch=1, attempt=1, path=str(bad), reason="a digest", absent=absent)
+    moved = tmp_path / "elsewhere" / "demo"
+    moved.parent.mkdir()
+    os.rename(store.paths.root, moved)
+    there = RunStore.open(moved)
+    rejected = there.run().rejected
+    point, _ = origin.newest(there.paths, rejected=rejected, script=False)
+    assert point.path
+    assert Path(point.path).is_relative_to(moved)
+    assert point.step < place_of(bad).step
+    assert rejected == {str(bad)}, "people read where it was"
 
 
 def test_a_run_directory_under_another_name(store: RunStore, tmp_path: Path, resume: Resume) -> None:

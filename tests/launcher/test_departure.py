@@ -130,7 +130,7 @@ def test_near_the_end_nobody_is_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("replace_stragglers", [False, True])
 def test_a_slow_rank_is_on_record_and_replaced_if_wished(tmp_path: Path, replace_stragglers: bool) -> None:
-    stage = Stage(tmp_path, replace_stragglers=replace_stragglers)
+    stage = Stage(tmp_path, replace_stragglers=replace_stragglers, steps=30)
     stage.start()
     stage.gang.say("pool", "c", state="ready", reason="")
     steps(stage, 1, 1, 19, slow=2)

@@ -11,14 +11,16 @@ import pytest
 
 from launcher import adoption
 from launcher.account import CLASSES
+from launcher.config import compose
 from launcher.departure import FOR_MORE as LEFT
 from launcher.describe import brief, describe
 from launcher.gang import Gang
-from launcher.ledger import ledger
+from launcher.ledger import account, ledger
 from launcher.phase import Phase
 from launcher.render_events import event_line
+from launcher.request import RecoverySpec
 from launcher.run import EventKind, Run, RunEvent, RunState
-from launcher.sizing import Sizing, plan_of
+from launcher.sizing import UNKNOWN_S, Sizing, plan_of
 from launcher.store import RunStore
 from launcher.supervise import request_cancel
 from tests.support.fakes import FakeGang, tiny_request
@@ -189,16 +191,81 @@ def test_patience_follows_from_what_a_restart_takes(tmp_path: Path) -> None:
     run = stage.store.run()
     attempt = replace(run.attempts[0], started=100.0, trained=130.0)
     run = replace(run, attempts=(attempt,))
-    request = replace(stage.request, recovery=replace(stage.request.recovery, shrink_after_s=None))
 
-    def plan_after(seconds: float, run: Run = run, wait_for_nodes_s: float = 300.0) -> bool:
-        sizing = Sizing(replace(request, recovery=replace(request.recovery, wait_for_nodes_s=wait_for_nodes_s)))
-        return sizing.choose(run, up=1, waited_s=seconds, resumed=False, why=lambda: "").plan is not None
+    def patience(run: Run = run, resumed: bool = False, **recovery: Any) -> tuple[float, str]:
+        """Seconds from which on it goes on with the smaller plan, to a tenth; and why, as people are told."""
+        sizing = Sizing(replace(stage.request, recovery=replace(stage.request.recovery, **recovery)))
+        for tenths in range(10000):
+            answer = sizing.choose(run, up=1, waited_s=tenths / 10, resumed=resumed, why=lambda: "")
+            if answer.plan is not None:
+                assert answer.decision is not None
+                return tenths / 10, answer.decision.reason
+        raise AssertionError("never")
 
-    assert not plan_after(39.9)  # 30 s / 0.75
-    assert plan_after(40.0)
-    assert plan_after(10.0, wait_for_nodes_s=10.0)  # never longer than the patience with anything else
-    assert not plan_after(200.0, run=replace(run, attempts=(replace(attempt, trained=None),)))  # nothing is known yet
+    def restarted(*seconds: float) -> Run:
+        more = [replace(attempt, number=n, reason="restart", trained=100 + s) for n, s in enumerate(seconds, 2)]
+        return replace(run, attempts=(attempt, *more))
+
+    words = "TP2 ZeRO-1, micro-batch 1 x 2 would make 75% of the steps per second"
+    thirty = (
+        f"{words} and one more restart of 30.0 s later, to grow back: waiting is cheaper up to 30.0 s / 0.75 = 40.0 s"
+    )
+    seconds, why = patience()
+    assert seconds == 40.0
+    assert why.endswith(thirty)
+    assert patience(restarted(2.0))[0] == 2.7  # a restart is no first start
+    assert patience(restarted(2.0, 60.0, 240.0))[0] == 80.0
+    seconds, why = patience(restarted(240.0))
+    assert seconds == 300.0  # never longer than the patience with anything else
+    assert why.endswith("/ 0.75 = 320.0 s (decided by recovery.wait_for_nodes_s=300)")
+    seconds, why = patience(shrink_after_s=12.0)
+    assert seconds == 12.0
+    assert why.endswith(f"{thirty} (decided by recovery.shrink_after_s=12)")
+    seconds, why = patience(resumed=True)
+    assert seconds == 60.0
+    assert why.endswith(f"{thirty} (decided by the resume: nodes have only begun to come)")
+    assert patience(restarted(60.0), resumed=True)[0] == 80.0
+    assert patience(resumed=True, shrink_after_s=3.0)[0] == 3.0
+    seconds, why = patience(replace(run, attempts=(replace(attempt, trained=None),)))
+    assert seconds == UNKNOWN_S == 60.0
+    assert why.endswith(f"{words}; what a restart takes is not known yet")
+
+
+def test_by_default_the_arithmetic_decides(tmp_path: Path) -> None:
+    assert compose([]).recovery.shrink_after_s is None
+    assert RecoverySpec().shrink_after_s is None
+
+
+def slow_to_start(root: Path) -> Stage:
+    """Two nodes and no spare, with the defaults; their first step began after 30 s, and one of them is lost."""
+    stage = Stage(root, nodes=TWO, spares=0)
+    stage.clock.now = stage.store.events()[-1].time
+    stage.store._wall = stage.clock.time
+    stage.turn(2)
+    stage.clock.now += 30.0
+    stage.start()
+    lose(stage, "b", left=("a",))
+    return stage
+
+
+def test_a_node_that_returns_in_time_is_waited_for(tmp_path: Path) -> None:
+    stage = slow_to_start(tmp_path)
+    stage.turn(100)  # 20 s
+    stage.backend.alive["b"] = "b-1"
+    stage.turn(2)
+    stage.start()
+    assert ("spawn", 2, {"a": [0, 1], "b": [2, 3]}) in stage.gang.calls
+    assert [action for action, _ in decisions(stage)] == ["restart", "wait"]
+    assert "waiting at most 41 s for 1 of 2 nodes" in decisions(stage)[1][1]
+    assert [attempt.wanted for attempt in stage.store.run().attempts] == [None, None]
+
+
+def test_a_node_that_stays_away_for_longer_is_not(tmp_path: Path) -> None:
+    stage = slow_to_start(tmp_path)
+    stage.turn(200)  # 40 s
+    assert [action for action, _ in decisions(stage)] == ["restart", "wait"]
+    stage.turn(10)
+    assert [action for action, _ in decisions(stage)] == ["restart", "wait", "shrink"]
 
 
 def test_the_next_failure_of_a_smaller_gang_waits_for_nobody(tmp_path: Path) -> None:
@@ -442,9 +509,10 @@ def test_every_second_of_it_has_a_name() -> None:
         event(6.0, EventKind.FAILURE_DETECTED, 1, failed_at=5.0),
         event(6.5, EventKind.GANG_STOPPED, 1, failure="node_lost"),
         event(6.5, EventKind.DECISION, 1, action="restart", delay_s=0.0),
-        event(9.5, EventKind.WAITING_FOR_NODES),
-        event(16.5, EventKind.DECISION, 0, action="shrink", delay_s=0.0),
-        event(16.6, EventKind.ATTEMPT_PLANNED, 2, reason="restart"),
+        event(9.7, EventKind.DECISION, action="wait", delay_s=0.0, waited_s=3.1),
+        event(9.7, EventKind.WAITING_FOR_NODES),
+        event(16.5, EventKind.DECISION, 0, action="shrink", delay_s=0.0, waited_s=9.9),
+        event(16.6, EventKind.ATTEMPT_PLANNED, 2, reason="restart", waited_s=10.0),
         event(17.0, EventKind.RANKS_SPAWNED, 2, resume_from="x"),
         event(18.0, EventKind.TRAINING_STARTED, 2, step=3),
         event(19.5, EventKind.DECISION, 2, action="grow", delay_s=0.0),
@@ -465,15 +533,44 @@ def test_every_second_of_it_has_a_name() -> None:
             "checkpoint_stall": 0.4,
             "detect": 1.0,
             "decide": 0.5 + 0.5,
-            "place": 3.0 + 0.5 + 0.6,
+            "place": 0.1 + 0.4 + 0.6,
             "restore": 1.0 + 0.5,
             "replay": 1.0,
-            "wait": 7.0,
+            "wait": 9.9 + 0.1,
             "finish": 0.5,
             "wall": 23.5,
         }
     )
     assert sum(books[name] for name in CLASSES) == pytest.approx(23.5)
+
+
+def test_nothing_is_lost_while_no_plan_can_run(tmp_path: Path) -> None:
+    """All nodes are gone, and come back one by one: the first is not taken alone because it came late."""
+    stage = slow_to_start(tmp_path)
+    stage.backend.alive.pop("a")
+    stage.gang.say("agent_lost", "a", why="silent")
+    stage.turn(500)  # 100 s
+    stage.backend.alive["a"] = "a-1"
+    stage.turn(100)  # 20 s
+    assert len(stage.store.run().attempts) == 1
+    stage.backend.alive["b"] = "b-1"
+    stage.turn(2)
+    stage.start()
+    assert [attempt.wanted for attempt in stage.store.run().attempts] == [None, None]
+
+
+@pytest.mark.parametrize(("away_s", "noticed"), [(20.0, True), (2.0, False)])
+def test_waiting_begins_when_nodes_are_found_missing(tmp_path: Path, away_s: float, noticed: bool) -> None:
+    """Whether it lasts long enough to be told to people or not."""
+    stage = slow_to_start(tmp_path)
+    stage.turn(int(away_s / 0.2))
+    stage.backend.alive["b"] = "b-1"
+    stage.turn(2)
+    stage.start()
+    assert (EventKind.WAITING_FOR_NODES in stage.kinds()) is noticed
+    (incident,) = account(stage.store.events(), (), now=stage.clock.now).incidents
+    assert incident.seconds["wait"] == pytest.approx(away_s, abs=0.61)
+    assert incident.seconds["place"] <= 0.61
 
 
 def test_people_are_told(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,12 +28,15 @@ class Live(FakeGang):
     """Agents that still hold the first attempt."""
 
     held = 1
+    ranks: Mapping[str, Sequence[int]] = {"a": (0, 1), "b": (2, 3)}
+    running = True  # else the agents wait for their pools
 
     def connect(self, addresses: Any) -> None:
         if not self.calls:
             self.calls.append(("connect", "all"))
-            for node in "ab":
-                self.say("agent_up", node, attempt=self.held, ranks=[{"rank": 0, "pid": 1, "exited": None}])
+            for node, ranks in self.ranks.items():
+                told = [{"rank": rank, "pid": 100 + rank if self.running else 0, "exited": None} for rank in ranks]
+                self.say("agent_up", node, attempt=self.held if ranks else 0, ranks=told)
 
     def kill(self, attempt: int, grace_s: float = 0.0) -> None:
         super().kill(attempt, grace_s)
@@ -102,3 +107,72 @@ def test_a_gang_that_was_stopped_at_the_last_moment_is_not_adopted(tmp_path: Pat
     assert news(stage, before) == [EventKind.CONTROLLER_STARTED]
     assert [call for call in stage.gang.calls if call[0] == "kill"] == [("kill", 1, 0.0)]
     assert (stage.controller.phase, stage.controller.start_reason) == (Phase.GATHER, "restart")
+
+
+def ordered(root: Path, **live: Any) -> Stage:
+    """The first controller was killed when ranks were ordered, before it had heard of any; a second one looks."""
+    stage = Stage(root)
+    stage.turn(2)
+    stage.lock.release()
+    stage.renew()
+    assert not stage.store.paths.ranks(1).exists()
+    gang = Live(stage.clock)
+    for name, value in live.items():
+        setattr(gang, name, value)
+    stage.gang, stage.controller.gang = gang, cast(Gang, gang)
+    return stage
+
+
+def remembered(stage: Stage, node: str, ranks: Sequence[int]) -> None:
+    """An agent tells that its ranks run."""
+    stage.gang.say("spawned", node, attempt=1, ranks=[{"rank": rank, "pid": 100 + rank} for rank in ranks])
+
+
+@pytest.mark.parametrize("running", [True, False])
+@pytest.mark.parametrize("wish", [None, WISH])
+def test_ranks_of_which_nothing_was_heard_are_adopted(tmp_path: Path, wish: Any, running: bool) -> None:
+    stage = ordered(tmp_path, running=running)
+    adoption.begin(stage.controller, resume=wish)
+    assert stage.controller.phase is Phase.RUN
+    assert not [call for call in stage.gang.calls if call[0] in ("spawn", "kill")]
+    assert stage.state() is RunState.STARTING
+    remembered(stage, "a", (0, 1))
+    stage.report("a", "training", 1, rank=0, step=1)
+    stage.turn()
+    assert EventKind.RANKS_SPAWNED not in stage.kinds()
+    remembered(stage, "b", (2, 3))
+    stage.report("a", "step", 1, rank=0, step=3)
+    stage.turn()
+    assert stage.kinds()[-2:] == [EventKind.RANKS_SPAWNED, EventKind.TRAINING_STARTED]
+    assert [row["pid"] for row in json.loads(stage.store.paths.ranks(1).read_text())] == [100, 101, 102, 103]
+    run = stage.store.run()
+    assert (run.state, len(run.attempts), run.restarts, run.steps_lost) == (RunState.RUNNING, 1, 0, 0)
+    remembered(stage, "a", (0, 1))
+    stage.turn()
+    assert stage.kinds().count(EventKind.RANKS_SPAWNED) == 1
+
+
+@pytest.mark.parametrize("ranks", [{"a": (0, 1), "b": ()}, {"a": (0, 1), "b": (2,)}, {"a": (0, 1)}])
+def test_half_a_gang_is_not(tmp_path: Path, ranks: dict[str, tuple[int, ...]]) -> None:
+    """The word had not come to all nodes."""
+    stage = ordered(tmp_path, ranks=ranks)
+    adoption.begin(stage.controller)
+    assert ("kill", 1, 0.0) in stage.gang.calls
+    assert stage.store.run().attempts[0].ended is not None
+
+
+def test_what_was_on_disk_and_not_in_the_log_is_told(tmp_path: Path) -> None:
+    """The controller fell between writing the table of the ranks and recording that they run."""
+    stage = Stage(tmp_path)
+    stage.turn(2)
+    stage.store.write_ranks(1, [{"rank": r, "node": n, "pid": 100 + r} for n, rs in Live.ranks.items() for r in rs])
+    stage.lock.release()
+    stage.renew()
+    stage.gang = Live(stage.clock)
+    stage.controller.gang = cast(Gang, stage.gang)
+    adoption.begin(stage.controller)
+    assert stage.controller.phase is Phase.RUN
+    for node, ranks in Live.ranks.items():
+        remembered(stage, node, ranks)
+    stage.turn()
+    assert EventKind.RANKS_SPAWNED in stage.kinds()

@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 
 from jobs.faults import Kind, resolve
+from launcher.commands.drill import command
 from launcher.config import compose
 from launcher.drill import acts
 from launcher.drill.case import Aim, Case, Outcome, faults_of, usual_aim
@@ -15,6 +16,7 @@ from launcher.drill.catalogue import CATALOGUE, named
 from launcher.drill.draw import draws
 from launcher.drill.toy import EVERY, Toy, shrink
 from launcher.phase import Phase
+from launcher.straggler import LEARNED
 
 ASKED = {
     "rank SIGKILL": "rank_sigkill",
@@ -116,6 +118,26 @@ def test_whatever_is_drawn_is_legal(toy: Toy) -> None:
     assert {one.case.name for one in drawn} == {case.name for case in some}
     assert {one.aim.rank for one in drawn} == set(range(toy.plan.world_size))
     assert len({one.aim.step for one in drawn}) > 10
+
+
+def test_what_takes_its_time_is_drawn_early_enough(toy: Toy) -> None:
+    slow = {case.name: case for case in CATALOGUE if case.last_step}
+    assert set(slow) == {"straggler", "disk_full", "stuck_storage"}
+    for one in draws(list(slow.values()), seed=1, count=200, plan=toy.plan, nodes=2):
+        room = one.case.steps - one.aim.step
+        if one.case.name == "straggler":  # named within 20 steps, once its own pace is known
+            assert one.aim.step > LEARNED
+            assert room >= 20 + 4
+        else:  # one checkpoint fails, and the one after that says so
+            assert room > 2 * EVERY
+
+
+def test_everything_is_drawn_but_what_has_one_place_or_takes_minutes() -> None:
+    assert {case.name for case in CATALOGUE if not case.drawn} == {"controller_kill_start", "ray_head_kill"}
+    told = " ".join(str(command.help).split())
+    assert (
+        "but for controller_kill_start, whose place is always the same, and ray_head_kill, which takes minutes" in told
+    )
 
 
 def test_only_a_smaller_plan_may_differ() -> None:

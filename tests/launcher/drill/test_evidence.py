@@ -105,6 +105,26 @@ def test_a_failure_at_another_place_will_not_do(run: RunStore) -> None:
     assert "does not name the place of rank_kill@rank=2,step=8" in found.proof
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (EventKind.DECISION, {"action": "swap", "reason": "c takes the place of a: it stands by", "delay_s": 0.0}),
+        (EventKind.GANG_STOPPED, {"cause": "node a was lost: closed", "failure": "node_lost", "last_step": 7}),
+    ],
+)
+def test_a_node_that_dies_in_a_recovery_must_be_noticed(run: RunStore, kind: EventKind, told: dict[str, Any]) -> None:
+    """The death of the rank that came before it is none of its proof."""
+    proof(run, KILL, 12.0)
+    proof(run, "drill.1", 12.5, did="SIGKILL of all 4 processes of a")
+    found = of("node_kill_in_recovery", run)
+    assert not found.fired
+    assert "the log should show node_lost or swap; it shows rank_killed" in found.proof
+    put(run, 21, kind, attempt=1, **told)
+    found = of("node_kill_in_recovery", run)
+    assert found.fired
+    assert str(told.get("reason") or told.get("cause")) in found.proof
+
+
 def test_damage_must_be_found(run: RunStore) -> None:
     for number, did in ((1, "one bit flipped"), (2, "SIGKILL of rank process 7")):
         proof(run, f"drill.{number}", 12.0, did=did)
