@@ -147,6 +147,12 @@ def test_parity(pool: WarmPool, reference: Callable[[ModelSpec], Run]) -> None:
     check_parity(pool, reference, SIGMOID, PLANS["ep2-pp2"])
 
 
+@pytest.mark.timeout(300)
+def test_parity_in_three_dimensions(pool: WarmPool, reference: Callable[[ModelSpec], Run]) -> None:
+    """Shares of experts of replicas, each cut into shards, in a pipeline: eight ranks."""
+    check_parity(pool, reference, SOFTMAX, PLANS["ep2-tp2-pp2"])
+
+
 @pytest.mark.full
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("plan", PLANS)
