@@ -60,11 +60,16 @@ def _folder(root: Path, kind: str) -> Path:
     return root
 
 
-def job_of(root: Path, kind: Any, degrees: dict[str, Any], source: Path | None = None, **asked: Any) -> JobSpec:
-    """A job as the launcher makes it; ``source``: whose weights, if not those of the folder."""
+def job_of(root: Path, kind: Any, degrees: dict[str, Any], **asked: Any) -> JobSpec:
+    """A job as the launcher makes it."""
+    return job_with(root / "hf", root, kind, degrees, **asked)
+
+
+def job_with(source: Path, root: Path, kind: Any, degrees: dict[str, Any], **asked: Any) -> JobSpec:
+    """The same with the weights of another source."""
     model = model_of(root / "hf")
     job = make_job(model, make_plan(model, BATCH, micro_batch=2, **degrees), global_batch=BATCH)
-    weights = digested(find(str(source or root / "hf")), model)
+    weights = digested(find(str(source)), model)
     files = {"text": "text.jsonl", "choices": "questions.jsonl"} if kind == "evaluate" else {"prompts": "prompts.txt"}
     spec = InferenceSpec(**{key: str(root / name) for key, name in files.items()} | asked)
     spec = prepare(spec, weights, model, root / "cache", stop=kind == "generate")
@@ -146,9 +151,9 @@ def test_the_same_text_from_a_checkpoint_of_ours(pool: WarmPool, folder: Path, t
     """Greedy, from slices that no plan of these wrote."""
     samples = {"packing": False, "end_id": END_OF_TEXT_ID}
     manifest = write_model_checkpoint(tmp_path / "checkpoints", model_of(folder / "hf"), samples=samples)
-    asked: dict[str, Any] = {"source": manifest, "tokenizer": str(folder / "hf" / "tokenizer.json"), "tokens": 12}
+    asked: dict[str, Any] = {"tokenizer": str(folder / "hf" / "tokenizer.json"), "tokens": 12}
     one, other = (
-        run(pool, job_of(folder, "generate", degrees, **asked), tmp_path / str(len(degrees)))
+        run(pool, job_with(manifest, folder, "generate", degrees, **asked), tmp_path / str(len(degrees)))
         for degrees in ({}, PLANS["tp2-pp2"])
     )
     texts = [text["tokens"] for text in one["texts"]]

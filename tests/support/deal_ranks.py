@@ -118,9 +118,9 @@ def _compare(model: ModelSpec, grid: Grid, rows: int, tokens: int, split: bool, 
     mine, theirs = log.take(grid), plain_log.take(Grid())
     near["stats"] = (mine.load, mine.dropped) == (theirs.load, theirs.dropped)
     near["losses"] = abs(mine.aux_loss / theirs.aux_loss - 1) < 1e-5
-    rows = torch.tensor(exchanges.crossed)  # there and back again, and the gradients
-    dist.all_reduce(rows)
-    near["crossed"] = rows.tolist() == [mine.crossed] * 4
+    crossed = torch.tensor(exchanges.crossed)  # there and back again, and the gradients
+    dist.all_reduce(crossed)
+    near["crossed"] = crossed.tolist() == [mine.crossed] * 4
     near["aside"] = (mine.load[-1] == 0) == aside
     return near
 

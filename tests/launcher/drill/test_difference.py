@@ -21,6 +21,18 @@ UNSHOWN = {
     "plan.stages": "as even as before, and layers and stages are shown (uneven ones are shown)",
     "strategy.grad_dtype": "given, where it was derived: the plan's is the same",
 }
+SIZES = (
+    "strategy.",
+    "model.",
+    "cluster.nodes",
+    "cluster.slots_per_node",
+    "train.ramp.",
+    "train.global_batch",
+    "train.steps",
+    "train.tokens",
+    "train.warmup_steps",
+    "checkpoint.every",
+)
 FOUND_OUT = {"cluster.device": "what it computes on is no setting: here the CPU"}
 
 
@@ -54,10 +66,8 @@ def test_all_that_changes_is_shown(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt4_1800b", "gpt3_175b", "llama3_405b"])
 def test_what_is_no_size_has_a_reason(name: str) -> None:
-    sizes = ("strategy.", "model.", "cluster.nodes", "cluster.slots", "train.ramp.", "train.global_batch")
-    sizes += ("train.steps", "train.tokens", "train.warmup_steps", "checkpoint.every")
     for change in miniature(compose([f"experiment={name}"])).changes:
-        assert change.why or change.key.startswith(sizes), change
+        assert change.why or change.key.startswith(SIZES), change
 
 
 def test_what_trains_is_shown_where_it_is_other_code() -> None:
