@@ -48,6 +48,7 @@ _SELDOM = (
     "checkpoint.keep",
 )
 _WIDTH = 116
+_LONGEST = 36
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,4 +154,5 @@ def _short(value: Any) -> str:
         return ", ".join(parts if len(parts) <= 4 else [*parts[:2], "...", parts[-1]]) or "-"
     if isinstance(value, bool):
         return str(value).lower()
-    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    text = "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= _LONGEST else f"...{text[3 - _LONGEST :]}"  # a path: its end tells more

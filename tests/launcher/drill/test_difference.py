@@ -9,6 +9,7 @@ import pytest
 
 from launcher import build
 from launcher.config import compose
+from launcher.drill.changes import changes_text
 from launcher.drill.miniature import miniature
 from launcher.drill.toy import shrink
 from launcher.schema import Config
@@ -68,6 +69,15 @@ def test_all_that_changes_is_shown(name: str) -> None:
 def test_what_is_no_size_has_a_reason(name: str) -> None:
     for change in miniature(compose([f"experiment={name}"])).changes:
         assert change.why or change.key.startswith(SIZES), change
+
+
+def test_a_long_path_does_not_push_the_reasons_away() -> None:
+    toy = miniature(compose(["experiment=gpt3_175b", f"run.dir=/{'far/' * 40}"]))
+    (row,) = (line for line in changes_text(toy.changes).splitlines() if line.startswith("data.path"))
+    assert row.split("  ")[-1] == "a small text of its own"
+    shown = next(one for one in row.split() if one.startswith("..."))
+    assert shown.endswith("/.data/rehearsal/corpus.txt")
+    assert len(row) < 116
 
 
 def test_what_trains_is_shown_where_it_is_other_code() -> None:
