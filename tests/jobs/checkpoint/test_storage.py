@@ -52,7 +52,7 @@ def test_a_link_whose_answer_was_lost_is_no_conflict(tmp_path: Path, monkeypatch
     assert newest(RunPaths(tmp_path).checkpoints) == path
     with pytest.raises(CheckpointConflict):
         save_to(tmp_path, snapshot(8))
-    assert not list(RunPaths(tmp_path).checkpoints.rglob("*.tmp"))
+    assert not list(RunPaths(tmp_path).checkpoint_dir.rglob("*.tmp"))
 
 
 @pytest.fixture
