@@ -8,8 +8,8 @@ Kinds, with their fields beside ``kind`` and ``time`` (UTC seconds):
 ``training``    every rank is ready and the first step begins: ``step``, and of how many ``micro_batches`` it is made
 ``step``        an optimizer step is done: ``step``, and what comes ``next``: ``step``, ``evaluate``, ``save`` or
                 ``finish``; how many ``seconds`` it took, in how many of them the rank did not wait for others
-                (``own_s``), and in how many of those it had no core to run on (``queued_s``); after how many steps the
-                state is copied into memory (``copies_every``); of how many
+                (``own_s``), in how many of those it had no core to run on (``queued_s``) or waited for its samples
+                (``data_s``); after how many steps the state is copied into memory (``copies_every``); of how many
                 ``micro_batches`` the step after it is made (sent by every rank; again, with the same ``step`` and
                 ``next`` alone, when a checkpoint is saved and after every batch of an evaluation)
 ``checkpoint``  a checkpoint is committed (sent by rank 0): ``step``, ``path``, ``bytes``, ``written_bytes``,

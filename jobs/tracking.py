@@ -32,13 +32,15 @@ ENDINGS = {"run_succeeded": 0, "run_failed": 1, "run_cancelled": 255}
 """Kinds of the events after which nothing follows, and the exit code that W&B shows for them."""
 
 _LOGGED = ("loss", "grad_norm", "lr", "tokens_per_s", "seconds", "attempt", "epoch")
-_OF_ROUTERS = ("aux_loss", "balance_loss", "z_loss", "imbalance", "dropped", "crossed")
+_OF_ROUTERS = ("aux_loss", "balance_loss", "z_loss", "imbalance", "imbalance_layer", "dropped", "crossed")
 
 
 def numbers_of(line: Mapping[str, Any]) -> dict[str, Any]:
     """What of a line of metrics.jsonl is logged; what routers do has names of its own."""
-    routing = {f"moe/{key}": value for key, value in line.get("moe", {}).items() if key in _OF_ROUTERS}
-    return {key: line[key] for key in _LOGGED if key in line} | routing
+    routers = line.get("moe", {})
+    routing = {f"moe/{key}": value for key, value in routers.items() if key in _OF_ROUTERS}
+    loads = {f"moe/load/{expert}": visits for expert, visits in enumerate(routers.get("load", ()))}
+    return {key: line[key] for key in _LOGGED if key in line} | routing | loads
 
 
 class Tracker(Protocol):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jobs.checkpoint.errors import CorruptCheckpoint
+from jobs.checkpoint.identity import model_differences
 from jobs.checkpoint.manifest import list_checkpoints, read_manifest
 from jobs.hf import folder as hf
 from jobs.location import locate
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 
 _FORMS = "PATH is a folder with config.json and safetensors, a run directory, or the manifest of a checkpoint."
 _MANIFEST = ".manifest.json"
-# In these a model may differ from the one whose weights it takes: no tensor depends on them.
-_FREE = ("name", "seq", "init_std", "rope_theta", "position_rows")
+# In these a model may differ from the one whose weights it takes: no tensor depends on them, and they are not what is
+# made of a token, but how that is trained and planned.
+_TRAINED = tuple(f"moe.{name}" for name in ("balance_weight", "z_weight", "capacity_factor", "imbalance"))
+_FREE = ("name", "seq", "init_std", "rope_theta", "position_rows", *_TRAINED)
 
 
 class WeightSource(Protocol):
@@ -116,11 +119,7 @@ def check(weights: WeightsSpec, model: ModelSpec) -> None:
         hf.open_folder(Path(weights.path), model)
         return
     there = read_manifest(weights.path).model
-    different = [
-        f"model.{field.name}: {getattr(there, field.name)} in the checkpoint, {getattr(model, field.name)} here"
-        for field in dataclasses.fields(model)
-        if field.name not in _FREE and getattr(there, field.name) != getattr(model, field.name)
-    ]
+    different = model_differences(there, model, _FREE)
     hint = "Take its model; the sequence length and the rotary base may be others."
     if there.learned_positions != model.learned_positions:
         rows = there.learned_positions

@@ -94,7 +94,8 @@ class Account:
         steps: Optimizer steps that count.
         saves: Checkpoints committed.
         failed_saves: Those that could not be written, every try counted.
-        data_s: Of the productive seconds, those in which rank 0 waited for its samples.
+        data_s: Of the productive seconds, those in which rank 0 waited for its samples. For another rank that waits all
+            ranks do, in their exchanges: :mod:`launcher.straggler` names it.
         memory_s: Of the seconds of checkpoint stalls, those that copies have cost which only memory keeps.
     """
 

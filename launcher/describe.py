@@ -98,6 +98,7 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "epoch": run.epoch,
         "loss": _losses(store, last),
         "tokens_per_s": last.get("tokens_per_s"),
+        "moe": last.get("moe"),
         "attempts": [_attempt(attempt, store.paths) for attempt in run.attempts],
         "excluded": _excluded(run, events, now),
         "stragglers": [{"attempt": e.attempt, **e.data} for e in events if e.kind is EventKind.STRAGGLER_FOUND],

@@ -15,6 +15,12 @@ from launcher.account import CLASSES, INCIDENT_CLASSES, Account
 from launcher.forecast import KEYS
 from launcher.run import Run, RunState
 
+_ROUTERS = {
+    "aux_loss": "Auxiliary losses of the routers, with their weights.",
+    "imbalance": "Load of the busiest expert over the average load, in the layer where it is largest.",
+    "dropped": "Visits of tokens for which an expert had no room.",
+    "crossed": "Visits for which a token went to another rank.",
+}
 _UNITS = {"step_s": "step_seconds", "stall_s": "checkpoint_stall_seconds", "detect_s": "detect_seconds"}
 _UNITS |= {"restart_s": "restart_seconds", "goodput": "goodput_ratio"}
 
@@ -77,6 +83,7 @@ def metrics(facts: Facts) -> list[Metric]:
         _one("loss", "Loss of that step.", metric.get("loss")),
         _one("gradient_norm", "Gradient norm of that step.", metric.get("grad_norm")),
         _one("tokens_per_second", "Tokens per second of that step.", metric.get("tokens_per_s")),
+        *_routers(metric.get("moe", {})),
         _one("attempt", "Number of the newest attempt.", float(len(run.attempts))),
         _one("controller_epoch", "Incarnation of the controller.", float(run.epoch)),
         _one("nodes_up", "Nodes with an agent, spares included.", float(facts.nodes_up)),
@@ -90,6 +97,13 @@ def metrics(facts: Facts) -> list[Metric]:
 
 def _one(name: str, text: str, value: float | None, kind: str = "gauge") -> Metric:
     return Metric(name=name, kind=kind, text=text, samples=[({}, value)])
+
+
+def _routers(found: Mapping[str, Any]) -> list[Metric]:
+    """What the routers of that step have done; nothing without experts."""
+    visits = {str(expert): float(count) for expert, count in enumerate(found.get("load", ()))}
+    load = _by("moe_load", "Visits of tokens per expert, over all layers.", "expert", visits)
+    return [*(_one(f"moe_{key}", text, found.get(key)) for key, text in _ROUTERS.items()), load]
 
 
 def _checkpoint(facts: Facts) -> list[Metric]:

@@ -47,6 +47,7 @@ _RULES: tuple[tuple[str, Verdict | None, str], ...] = (
     ("run_dir", "safe", "the same run in another place"),
     ("kind", "refused", "another kind of job is another run"),
     ("model.name", "safe", "a name for people"),
+    ("model.moe.imbalance", "safe", "only planned with"),
     ("model", "refused", "the checkpoints hold the weights of another model"),
     ("batch", "refused", "the position in the data is counted in batches of the old size"),
     ("inference", "refused", "what is done was done with the old questions"),

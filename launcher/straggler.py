@@ -19,6 +19,7 @@ import statistics
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from launcher.observation import Observation
 from launcher.recovery import Failure, FailureKind
@@ -35,6 +36,7 @@ WARM_UP = 3  # the first steps of an attempt compile, allocate and connect
 LEARNED = 32  # steps from which a rank's own pace is learned
 MAX_NAMED = 8  # in one attempt; the log grows with decisions
 CROWDED = 0.05  # of its own time: where the median rank waits so long for a core, waiting is nobody's fault
+READING = 0.1  # of its own time: from here on it is told that a slow rank waited for its samples
 _FEW = 8  # from so many values on, one of them hardly moves the median
 
 
@@ -51,6 +53,21 @@ class Slow:
     rank: int
     ratio: float
     step: int
+
+
+class Times(NamedTuple):
+    """What a rank tells of a step, in seconds: its own, all of them, without a core, and waiting for its samples."""
+
+    own_s: float
+    seconds: float
+    queued_s: float
+    data_s: float
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Times:
+        """As the report of a step has them."""
+        rest = (float(data.get(name, 0.0)) for name in ("queued_s", "data_s"))
+        return cls(float(data["own_s"]), float(data["seconds"]), *rest)
 
 
 @dataclass(slots=True)
@@ -212,7 +229,7 @@ class StragglerWatch:
         self._plan: ParallelPlan | None = None
         self._pace: Pace | None = None
         self._nodes: dict[int, str] = {}
-        self._steps: dict[int, dict[int, tuple[float, float, float]]] = {}
+        self._steps: dict[int, dict[int, Times]] = {}
         self._found: list[tuple[Failure, float]] = []
         self._told = 0
 
@@ -234,28 +251,29 @@ class StragglerWatch:
         rank, step = int(data["rank"]), int(data["step"])
         self._nodes[rank] = seen.node
         reported = self._steps.setdefault(step, {})
-        reported[rank] = (float(data["own_s"]), float(data["seconds"]), float(data.get("queued_s", 0.0)))
+        reported[rank] = Times.of(data)
         if len(reported) == self._plan.world_size:
             self._steps = {later: some for later, some in self._steps.items() if later > step}
             self._complete(self._plan, step, reported, seen.time)
 
-    def _complete(
-        self, plan: ParallelPlan, step: int, reported: Mapping[int, tuple[float, float, float]], when: float
-    ) -> None:
+    def _complete(self, plan: ParallelPlan, step: int, reported: Mapping[int, Times], when: float) -> None:
         if self._pace is None:
             self._pace = Pace(peers_of(plan, self._nodes))
         told = [reported[rank] for rank in range(plan.world_size)]
-        own_s = on_a_core([own for own, _, _ in told], [queued for _, _, queued in told])
-        step_s = max(seconds for _, seconds, _ in told)
+        own_s = on_a_core([one.own_s for one in told], [one.queued_s for one in told])
+        step_s = max(one.seconds for one in told)
         for slow in self._pace.note(step, own_s, step_s):
             if self._told < MAX_NAMED:
                 self._told += 1
-                self._found.append((self._failure(plan, slow, own_s[slow.rank], when), slow.ratio))
+                found = self._failure(plan, slow, own_s[slow.rank], told[slow.rank].data_s, when)
+                self._found.append((found, slow.ratio))
 
-    def _failure(self, plan: ParallelPlan, slow: Slow, own_s: float, when: float) -> Failure:
+    def _failure(self, plan: ParallelPlan, slow: Slow, own_s: float, data_s: float, when: float) -> Failure:
         at, node = Topology(plan).coordinates(slow.rank), self._nodes[slow.rank]
         name = f"rank {slow.rank} on {node} (pipe {at.pipe}, data {at.data}, model {at.model})"
         detail = f"{name} takes {slow.ratio:.2f}x as long as it should for its part of a step, {own_s:.3g} s"
+        if data_s > READING * own_s:
+            detail += f", of which it waited {data_s:.3g} s for its samples"
         return Failure(kind=FailureKind.STRAGGLER, time=when, node=node, rank=slow.rank, step=slow.step, detail=detail)
 
     def take(self) -> list[tuple[Failure, float]]:

@@ -45,8 +45,9 @@ class RouterStats:
         aux_loss: What was added to the token loss for the gradient: both losses below, times their weights.
         balance_loss: Load-balancing loss, mean over sequences, summed over layers.
         z_loss: The router's z-loss, likewise.
-        load: Visits of tokens per expert, over all layers.
+        load: Visits of tokens per expert, over all layers; layers that are uneven in opposite ways look even here.
         imbalance: Load of the busiest expert over the average load, in the layer where it is largest.
+        imbalance_layer: Which of the model's blocks that is.
         dropped: Visits for which an expert had no room.
         crossed: Visits for which a token went to another rank.
     """
@@ -56,6 +57,7 @@ class RouterStats:
     z_loss: float
     load: tuple[int, ...]
     imbalance: float
+    imbalance_layer: int
     dropped: int
     crossed: int
 
@@ -114,16 +116,19 @@ class RouterLog:
         table, self._table = self._table, torch.zeros_like(self._table)
         all_reduce(all_reduce(table, grid.data_group), grid.pipe_group)
         experts = self._moe.experts
-        layers = table[table[:, -1] > 0]  # those with a router
+        numbers = table[:, -1].nonzero().flatten()  # those with a router
+        layers = table[numbers]
         load = layers[:, :experts]
         balance, z = (float((layers[:, experts + i] / layers[:, -1]).sum()) for i in (2, 3))
-        mean = load.mean(dim=1, keepdim=True).clamp(min=1e-9)
+        ratios = load.amax(dim=1) / load.mean(dim=1).clamp(min=1e-9)
+        worst = int(ratios.argmax()) if len(layers) else None
         return RouterStats(
             aux_loss=self._moe.balance_weight * balance + self._moe.z_weight * z,
             balance_loss=balance,
             z_loss=z,
             load=tuple(int(count) for count in load.sum(dim=0)),
-            imbalance=float((load / mean).max()) if len(layers) else 0.0,
+            imbalance=0.0 if worst is None else float(ratios[worst]),
+            imbalance_layer=0 if worst is None else int(numbers[worst]),
             dropped=int(layers[:, experts].sum()),
             crossed=int(layers[:, experts + 1].sum()),
         )

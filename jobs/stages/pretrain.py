@@ -179,7 +179,7 @@ class Pretrain:
             self._note(line)
         doing = "evaluate" if evaluates else then
         times = {"own_s": round(own_s, 6), "seconds": round(seconds, 6), "copies_every": self._saver.copies_every}
-        times["queued_s"] = round(self._engine.own_time.queued_s, 6)
+        times |= {"queued_s": round(self._engine.own_time.queued_s, 6), "data_s": round(data_s, 6)}
         self._reporter.send("step", step=step, next=doing, **times, micro_batches=self._micro_batches(step + 1))
         if evaluates:
             self._note(line | {"eval": self._evaluate(step)})

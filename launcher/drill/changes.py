@@ -27,20 +27,13 @@ _PLAN = (
     "offload",
     "offload_path",
     "sequence_parallel",
+    "flash",
     "micro_batch",
+    "grad_accum",
 )
-_GROUPS = ("model", "data", "cluster", "train", "checkpoint", "recovery", "tracking")
-_UNSHOWN = (
-    "cluster.hardware",
-    "cluster.device",
-    "cluster.name",
-    "cluster.address",
-    "model.name",
-    "data.path",
-    "data.cache",
-    "tracking.",
-    "train.sample_prompt",
-)
+_GROUPS = ("model", "data", "cluster", "train", "checkpoint", "recovery", "tracking", "planner", "experiment")
+# Names for people, where the machine is, and what computes: that is found out, not configured.
+_UNSHOWN = ("model.name", "cluster.name", "cluster.address", "cluster.device")
 _TOLD = ("strategy", "model", "train", "checkpoint")
 _ALWAYS = ("strategy.zero_stage", "strategy.recompute", "model.tied", "checkpoint.memory_every")
 _SELDOM = (
@@ -55,6 +48,7 @@ _SELDOM = (
     "checkpoint.keep",
 )
 _WIDTH = 116
+_LONGEST = 36
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,10 +87,10 @@ def shown(config: Config, plan: ParallelPlan) -> dict[str, Any]:
     """Key -> value of what makes a run what it is, the plan's values resolved."""
     tree = to_json(config)
     found = {f"{group}.{key}": value for group in _GROUPS for key, value in tree[group].items()}
-    found = {key: value for key, value in found.items() if not key.startswith(_UNSHOWN)}
+    found = {key: value for key, value in found.items() if key not in _UNSHOWN}
     resolved = {f"strategy.{key}": getattr(plan, key) for key in _PLAN}
     uneven = list(plan.stages) if len({*plan.stages}) > 1 else None
-    return resolved | {"strategy.stages": uneven, "tracking.kind": config.tracking.kind} | found
+    return resolved | {"strategy.stages": uneven} | found
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any], why: Mapping[str, str]) -> tuple[Change, ...]:
@@ -160,4 +154,5 @@ def _short(value: Any) -> str:
         return ", ".join(parts if len(parts) <= 4 else [*parts[:2], "...", parts[-1]]) or "-"
     if isinstance(value, bool):
         return str(value).lower()
-    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    text = "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= _LONGEST else f"...{text[3 - _LONGEST :]}"  # a path: its end tells more

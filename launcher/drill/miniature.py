@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.drill.changes import changes_text, same_text
-from launcher.drill.toy import EVERY, SUBMIT, Toy, shrink
+from launcher.drill.toy import CORPUS, EVERY, SUBMIT, Toy, shrink
 from launcher.host.accelerator import Devices
 from launcher.render import plural, seconds, shorten_ids
 from launcher.schema import Config
@@ -37,14 +37,10 @@ def miniature(config: Config, found: Devices | None = None) -> Toy:
         ConfigError: It is no training, or the size of its cluster is not known.
         PlanInfeasible: Its plan is illegal, or no small plan of its kind runs.
     """
-    toy = shrink(config, SUBMIT, found)
-    small = replace(
-        toy.config,
-        data=replace(toy.config.data, path=str(Path(config.run.dir) / ".data" / "rehearsal" / "corpus.txt")),
-        faults=config.faults or (FAULT,),
-        experiment=replace(config.experiment, require_faults=True),
-    )
-    return replace(toy, config=small)
+    text = str(Path(config.run.dir) / ".data" / "rehearsal" / CORPUS)
+    setting = replace(SUBMIT, changes={"data.path": text, "experiment.require_faults": True})
+    toy = shrink(config, setting, found)
+    return replace(toy, config=replace(toy.config, faults=config.faults or (FAULT,)))
 
 
 def announcement(toy: Toy, faults: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from launcher.drill.evidence import gather
 from launcher.drill.needs import missing
 from launcher.drill.rehearsal import Ended, Rehearsal, create, prepared, undisturbed
 from launcher.drill.report import Result
-from launcher.drill.toy import STEPS, Toy
+from launcher.drill.toy import CORPUS, STEPS, Toy
 from launcher.follow import Screen
 from launcher.schema import Config
 from launcher.store import RunStore, write_atomic
@@ -179,7 +179,7 @@ def corpus(folder: Path) -> Path:
     Raises:
         StorageError: The folder cannot be written.
     """
-    path = folder / "corpus.txt"
+    path = folder / CORPUS
     lines = (f"def f{i}(x):\n    return x * {i} + {i * i % 97}" for i in range(_LINES))
     write_atomic(path, "\n".join(lines).encode())
     return path

@@ -29,6 +29,7 @@ MOST_RANKS = 8
 NODES = 2
 STEPS = 20
 EVERY = 3  # steps between checkpoints
+CORPUS = "corpus.txt"  # what it learns
 NUMERIC_STEP = 18  # of the faults that spoil numbers: all share one oracle; a spike needs 16 losses before it
 _WIDTH, _LEAST_HEAD, _MOST_HEAD = 64, 4, 16
 _MOST_EXPERTS, _MOST_GROUP = 16, 16
@@ -38,11 +39,15 @@ _RAMP_STEPS = 12  # of the smallest size: six steps of that, three of twice as m
 _DEGREES = ("tp", "pp", "dp", "sp", "cp")
 _REPLICAS = ("dp", "sp", "cp")  # whose ranks share the experts
 
+_TEXT = "a small text of its own"
 _WHY = {
-    **dict.fromkeys(("data.kind", "data.sources", "data.tokenizer", "data.validation"), "a small text of its own"),
+    **dict.fromkeys((f"data.{key}" for key in ("kind", "path", "sources", "tokenizer", "validation")), _TEXT),
+    "data.cache": "beside its text",
     "train.eval_every": "nothing is kept from training",
     "train.deterministic": "runs are compared bit by bit",
     "cluster.kind": "on this machine",
+    "cluster.hardware": "nothing is predicted of this machine",
+    "cluster.device_memory_bytes": "nothing is predicted of this machine",
     "tracking.kind": "nobody's experiment",
     "train.lr": "so that few steps learn something",
     "train.init_from": "weights of the full width",
@@ -54,6 +59,8 @@ _WHY = {
     "model.from_hf": "narrower",
     "model.head_width": "hidden / heads",
     "model.position_rows": "that of the flavour",
+    "planner.framework": "what trains here",
+    "experiment.require_faults": "its faults are its own",
 }
 
 
@@ -173,7 +180,7 @@ def _reduced(config: Config, plan: ParallelPlan, degrees: Mapping[str, int], set
     changed = replace(
         config,
         model=model,
-        data=DataConfig(kind="text", path=config.data.path, packing=config.data.packing),
+        data=DataConfig(kind="text", path=CORPUS, packing=config.data.packing),
         cluster=_cluster(config.cluster, math.prod(degrees.values()), setting),
         strategy=_strategy(plan, degrees, model.moe.experts if model.moe else 1),
         train=_train(config.train, plan, degrees),

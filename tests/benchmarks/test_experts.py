@@ -15,7 +15,7 @@ import pytest
 
 from strategies.codec import to_json
 from strategies.specs import ModelSpec, MoeSpec
-from tests.benchmarks.stats import ratio, repeats, show
+from tests.benchmarks.stats import Musts, repeats, show
 from tests.support.gang import WarmPool
 from tests.support.jobspecs import LLAMA, make_job, make_plan
 
@@ -27,7 +27,7 @@ BATCH, STEPS = 32, 8
 @pytest.mark.full
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("ep", [4, 2])
-def test_a_step_with_experts(ep: int) -> None:
+def test_a_step_with_experts(ep: int, musts: Musts) -> None:
     contenders: dict[str, tuple[ModelSpec, dict[str, Any]]] = {
         f"experts, EP{ep}": (SPARSE, {"ep": ep}),
         "dense": (DENSE, {}),
@@ -47,4 +47,4 @@ def test_a_step_with_experts(ep: int) -> None:
                 assert (ranks[0]["crossed"] > BATCH * model.seq) == ("ep" in degrees)
     show(f"a step of 4 ranks, {SPARSE.active_parameters / 1e6:.1f} M parameters per token", seconds)
     names = list(contenders)
-    ratio(seconds[names[0]], seconds[names[1]], what="experts / dense", must=1.3)
+    musts.ratio(seconds[names[0]], seconds[names[1]], what="experts / dense", must=1.3)

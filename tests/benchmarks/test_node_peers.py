@@ -18,7 +18,7 @@ import pytest
 
 from tests.benchmarks.clusters import TUNED, Cluster, cluster, phalanx_on, ray_train_on
 from tests.benchmarks.contenders import RANKS, Contender, job_of, running, words
-from tests.benchmarks.stats import ratio, repeats, show
+from tests.benchmarks.stats import Musts, repeats, show
 from tests.support import netns
 
 STEPS, EVERY, KILL_AT = 40, 10, 13
@@ -27,8 +27,8 @@ NODES = 3
 
 def measure(
     where: Cluster, contender: Contender, run_dir: Path, job: dict[str, object]
-) -> tuple[float, dict[int, float]]:
-    """Seconds from the power cut to the first new step, and the losses of the run."""
+) -> tuple[float, int, dict[int, float]]:
+    """Seconds from the power cut to the first new step, the steps lost, and the losses of the run."""
     with running(contender, run_dir, job) as run:
         run.wait_for_step(KILL_AT)
         run.wait_for_checkpoint(EVERY)
@@ -37,27 +37,29 @@ def measure(
         where.net.kill(victim)
         first = run.wait_for_step(0, attempt=2)
         assert not {run.pid_of(rank, 2) for rank in range(RANKS)} & set(where.net.pids(victim))
-        took = first["time"] - killed
-        print(f"  {contender.name}: {took:.2f} s, {run.steps_lost(EVERY)} steps lost{run.timeline(killed)}", flush=True)
+        took, lost = first["time"] - killed, run.steps_lost(EVERY)
+        print(f"  {contender.name}: {took:.2f} s, {lost} steps lost{run.timeline(killed)}", flush=True)
         losses = run.finish()
     where.start_node(victim)
-    return took, losses
+    return took, lost, losses
 
 
 @pytest.mark.full
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not netns.available(), reason="needs root and ip netns")
-def test_node_killed(tmp_path: Path) -> None:
+def test_node_killed(tmp_path: Path, musts: Musts) -> None:
     job = words(tmp_path, steps=STEPS, every=EVERY)
     document = job_of(job, tmp_path)
     seconds: dict[str, list[float]] = {}
     curves: list[dict[int, float]] = []
+    most_lost = [0]  # by phalanx
 
     def take(where: Cluster, contender: Contender, number: int) -> None:
         name = f"{number}-{contender.name.replace(' ', '-').replace(',', '')}"
-        took, losses = measure(where, contender, tmp_path / name / "run", document)
+        took, lost, losses = measure(where, contender, tmp_path / name / "run", document)
         seconds.setdefault(contender.name, []).append(took)
         curves.append(losses)
+        most_lost.append(lost if contender.ours else 0)
 
     def round_on(extra: Mapping[str, str], name: str, number: int, *, ours: bool) -> None:
         with cluster(NODES, extra) as where:
@@ -72,4 +74,5 @@ def test_node_killed(tmp_path: Path) -> None:
     assert all(curve == curves[0] for curve in curves), "not everybody computed the same"
     show("kill of a node, with a spare -> first new step, 4 ranks, PP2 x TP2", seconds)
     for theirs in ("Ray Train", "Ray Train, tuned"):
-        ratio(seconds["phalanx"], seconds[theirs], what=f"phalanx / {theirs}", must=1 / 5)
+        musts.ratio(seconds["phalanx"], seconds[theirs], what=f"phalanx / {theirs}", must=1 / 5)
+    musts.hold("steps that phalanx lost at most", max(most_lost), "<=", 1, ".0f")

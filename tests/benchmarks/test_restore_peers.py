@@ -24,7 +24,7 @@ import pytest
 from strategies.codec import to_json
 from tests.benchmarks.contenders import PEER_ENVIRONMENT
 from tests.benchmarks.peers import TAG
-from tests.benchmarks.stats import ratio, repeats, show
+from tests.benchmarks.stats import Musts, repeats, show
 from tests.support.gang import WarmPool
 from tests.support.jobspecs import GPT, make_job, make_plan
 
@@ -97,7 +97,7 @@ def check_same(losses: list[float]) -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-def test_changed_plan_beside_the_same_plan(tmp_path: Path) -> None:
+def test_changed_plan_beside_the_same_plan(tmp_path: Path, musts: Musts) -> None:
     """Beside the same plan twice: the plan that wrote (the same checkpoint), and the plan that reads (the same work).
 
     Replicas of data parallelism hold the weights several times, and gather them whoever wrote the checkpoint.
@@ -118,13 +118,13 @@ def test_changed_plan_beside_the_same_plan(tmp_path: Path) -> None:
     show(f"restore of {saved[WRITER]['bytes'] / 1e6:.0f} MB, saved under the same plan", same)
     show(f"saved under {WRITER}", changed)
     for plan, seconds in changed.items():
-        ratio(seconds, same[WRITER], what=f"{WRITER} -> {plan} / {WRITER} -> {WRITER}", must=2.0)
-        ratio(seconds, same[plan], what=f"{WRITER} -> {plan} / {plan} -> {plan}", must=2.0)
+        musts.ratio(seconds, same[WRITER], what=f"{WRITER} -> {plan} / {WRITER} -> {WRITER}", must=2.0)
+        musts.ratio(seconds, same[plan], what=f"{WRITER} -> {plan} / {plan} -> {plan}", must=2.0)
 
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-def test_changed_plan_beside_deepspeed_universal(tmp_path: Path) -> None:
+def test_changed_plan_beside_deepspeed_universal(tmp_path: Path, musts: Musts) -> None:
     ours: list[float] = []
     theirs: dict[str, list[float]] = {"save_checkpoint": [], "ds_to_universal": [], "load_checkpoint": []}
     with WarmPool() as pool:
@@ -140,4 +140,4 @@ def test_changed_plan_beside_deepspeed_universal(tmp_path: Path) -> None:
     check_same(bench.losses)
     whole = [sum(parts) for parts in zip(*theirs.values(), strict=True)]
     show("from DP4 to DP2, save included", {"phalanx": ours, "DeepSpeed universal": whole, **theirs})
-    ratio(ours, whole, what="phalanx / DeepSpeed universal", must=0.5)
+    musts.ratio(ours, whole, what="phalanx / DeepSpeed universal", must=0.5)

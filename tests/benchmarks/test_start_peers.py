@@ -16,7 +16,7 @@ import pytest
 
 from tests.benchmarks.clusters import cluster, phalanx_on
 from tests.benchmarks.contenders import Contender, job_of, running, torchrun, words
-from tests.benchmarks.stats import ratio, repeats, show
+from tests.benchmarks.stats import Musts, repeats, show
 from tests.support import netns
 
 STEPS = 5
@@ -35,7 +35,7 @@ def measure(contender: Contender, run_dir: Path, job: dict[str, object]) -> tupl
 @pytest.mark.full
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not netns.available(), reason="needs root and ip netns")
-def test_submit(tmp_path: Path) -> None:
+def test_submit(tmp_path: Path, musts: Musts) -> None:
     job = words(tmp_path, steps=STEPS, every=0)
     document = job_of(job, tmp_path)
     seconds: dict[str, list[float]] = {}
@@ -50,4 +50,4 @@ def test_submit(tmp_path: Path) -> None:
     assert len(curves[0]) == STEPS
     assert all(curve == curves[0] for curve in curves), "not everybody computed the same"
     show("start of the command -> first step, 4 ranks, PP2 x TP2", seconds)
-    ratio(seconds["phalanx"], seconds["torchrun"], what="phalanx on a running cluster / torchrun, cold", must=1.0)
+    musts.ratio(seconds["phalanx"], seconds["torchrun"], what="phalanx on a running cluster / torchrun, cold", must=1.0)

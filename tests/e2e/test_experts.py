@@ -135,12 +135,22 @@ def check_parity(
     assert all(sum(step["load"]) == visits and step["dropped"] == 0 for step in stats)
     assert min(step["imbalance"] for step in stats) >= 2
     assert all((step["crossed"] > visits / 4) == (degrees.get("ep", 1) > 1) for step in stats)
+    # Each visit to another rank is a row there and one back, and a gradient of either; recomputing repeats a part.
+    ways = 4 if degrees.get("recompute", "none") == "none" else 6
+    sent = [sum(rank["crossed"][number] for rank in ranks) for number in range(STEPS)]
+    assert sent == [ways * step["crossed"] for step in stats], "what is told of crossing is what the exchanges carried"
 
 
 @pytest.mark.timeout(300)
 def test_parity(pool: WarmPool, reference: Callable[[ModelSpec], Run]) -> None:
     """Shares of experts, stages of which one has no experts, ZeRO: all at once on four ranks."""
     check_parity(pool, reference, SIGMOID, PLANS["ep2-pp2"])
+
+
+@pytest.mark.timeout(300)
+def test_parity_in_three_dimensions(pool: WarmPool, reference: Callable[[ModelSpec], Run]) -> None:
+    """Shares of experts of replicas, each cut into shards, in a pipeline: eight ranks."""
+    check_parity(pool, reference, SOFTMAX, PLANS["ep2-tp2-pp2"])
 
 
 @pytest.mark.full

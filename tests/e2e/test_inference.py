@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from jobs.data.tokenizer import END_OF_TEXT_ID
 from jobs.hf.folder import model_of
 from jobs.inference.rows import prepare, read_rows
 from jobs.paths import RunPaths
@@ -19,6 +20,7 @@ from jobs.spec import CheckpointSpec, InferenceSpec, JobSpec, TrainSpec
 from jobs.weights import digested, find
 from strategies.codec import to_json
 from tests.support import hf_models
+from tests.support.checkpoints import write_model_checkpoint
 from tests.support.gang import GangFailed, WarmPool
 from tests.support.jobspecs import make_job, make_plan
 
@@ -60,9 +62,14 @@ def _folder(root: Path, kind: str) -> Path:
 
 def job_of(root: Path, kind: Any, degrees: dict[str, Any], **asked: Any) -> JobSpec:
     """A job as the launcher makes it."""
+    return job_with(root / "hf", root, kind, degrees, **asked)
+
+
+def job_with(source: Path, root: Path, kind: Any, degrees: dict[str, Any], **asked: Any) -> JobSpec:
+    """The same with the weights of another source."""
     model = model_of(root / "hf")
     job = make_job(model, make_plan(model, BATCH, micro_batch=2, **degrees), global_batch=BATCH)
-    weights = digested(find(str(root / "hf")), model)
+    weights = digested(find(str(source)), model)
     files = {"text": "text.jsonl", "choices": "questions.jsonl"} if kind == "evaluate" else {"prompts": "prompts.txt"}
     spec = InferenceSpec(**{key: str(root / name) for key, name in files.items()} | asked)
     spec = prepare(spec, weights, model, root / "cache", stop=kind == "generate")
@@ -138,6 +145,21 @@ def test_the_same_text_under_any_plan(
     assert len(texts) == 4
     assert [[text["prompt"], text["tokens"]] for text in other["texts"]] == texts
     assert max(len(tokens) for _, tokens in texts) == 20
+
+
+def test_the_same_text_from_a_checkpoint_of_ours(pool: WarmPool, folder: Path, tmp_path: Path) -> None:
+    """Greedy, from slices that no plan of these wrote."""
+    samples = {"packing": False, "end_id": END_OF_TEXT_ID}
+    manifest = write_model_checkpoint(tmp_path / "checkpoints", model_of(folder / "hf"), samples=samples)
+    asked: dict[str, Any] = {"tokenizer": str(folder / "hf" / "tokenizer.json"), "tokens": 12}
+    one, other = (
+        run(pool, job_with(manifest, folder, "generate", degrees, **asked), tmp_path / str(len(degrees)))
+        for degrees in ({}, PLANS["tp2-pp2"])
+    )
+    texts = [text["tokens"] for text in one["texts"]]
+    assert [text["tokens"] for text in other["texts"]] == texts
+    assert max(map(len, texts)) == 12
+    assert len({*map(tuple, texts)}) > 1, "what is added depends on the prompt"
 
 
 @pytest.mark.full

@@ -117,6 +117,44 @@ def test_half_of_the_nodes_do_the_work_of_all(name: str, folder: Path, undisturb
     cli.assert_nothing_left(run.paths.root)
 
 
+RAMP = ("train.ramp={start: 2, increment: 2, samples: 48}", "train.global_batch=8", "strategy.tp=1", "strategy.pp=2")
+RAMPED = (*RAMP, "strategy.dp=2", "train.steps=18")
+SIZES = [2] * 8 + [4] * 4 + [6] * 3 + [8] * 3
+
+
+def batches(run: RunStore) -> list[int]:
+    """Sequences that every step was made of, as its speed says."""
+    seq = run.request().job.batch.seq
+    found = {int(line["step"]): round(line["tokens_per_s"] * line["seconds"] / seq) for line in run.metrics()}
+    return [found[step] for step in sorted(found)]
+
+
+def position(run: RunStore) -> Any:
+    """Where the run has come to in its samples: what its last checkpoint says."""
+    found = newest(run.paths.checkpoints)
+    assert found is not None
+    return Reader(found).manifest.extra["sampler"]
+
+
+@pytest.mark.full
+def test_a_run_whose_batch_grows_shrinks_in_mid_ramp(folder: Path) -> None:
+    """Every step before and after has the samples that it has in a run that nobody disturbed."""
+    done = cli.phalanx(*cli.tiny(folder, "ramp", *RAMPED), cwd=folder)
+    assert done.code == 0, done.err
+    faults = 'faults=["node_kill@node=1,step=10"]'
+    done = cli.phalanx(*cli.tiny(folder, "ramp-shrunk", *RAMPED, *NO_SPARE, faults), cwd=folder)
+    assert done.code == 0, done.err
+    whole, run = cli.store(folder, "ramp"), cli.store(folder, "ramp-shrunk")
+    assert decisions(run) == ["restart", "shrink"]
+    first, second = run.run().attempts
+    plans = plan_of(first), plan_of(second)
+    assert [(one.pp, one.dp, one.grad_accum) for one in plans if one is not None] == [(2, 2, 4), (2, 1, 8)]
+    assert second.first_step in (9, 10), "the batch still grows"
+    assert batches(run) == batches(whole) == SIZES
+    assert position(run) == position(whole)
+    assert_agrees(run, whole)
+
+
 @pytest.mark.full
 def test_the_oracle_sees_one_sample(folder: Path, undisturbed: RunStore) -> None:
     """The comparison above can fail: one sample that is left out is another curve, from its step on."""

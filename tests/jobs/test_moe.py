@@ -15,7 +15,7 @@ from jobs.hf.config import pooled_weight
 from jobs.models.gpt import Decoder, LossFunction, Recipe
 from jobs.models.moe import Expert, MixtureOfExperts
 from jobs.models.routing import balance_loss, capacity, choose, visits, within, z_loss
-from jobs.parallel.router_log import RouterLog
+from jobs.parallel.router_log import RouterLog, Seen
 from jobs.parallel.vocabulary import IGNORE
 from strategies.plan import Recompute
 from strategies.specs import ModelSpec, MoeSpec, Routing
@@ -338,6 +338,19 @@ def test_dropped_visits_are_counted() -> None:
     stats = log.take(Grid())
     assert stats.dropped > 0
     assert sum(stats.load) + stats.dropped == 2 * 12 * 2 * 2
+
+
+def test_layers_that_are_uneven_in_opposite_ways_do_not_look_even() -> None:
+    """Of two layers the one sends every token to one expert and the other to the other; a third is a little uneven."""
+    model = dataclasses.replace(TINY, layers=4, moe=dataclasses.replace(MOE, experts=2, top_k=1, dense_layers=1))
+    log = RouterLog(model, cast(MoeSpec, model.moe), 1.0)
+    for layer, load in ((1, [8, 0]), (2, [0, 8]), (3, [5, 3])):
+        x, row = torch.ones(1, 4, 3, requires_grad=True), torch.zeros(1)
+        seen = Seen(layer=layer, part=1.0, load=torch.tensor([load]), dropped=row, crossed=row)
+        torch.autograd.backward(log.watch(x, row, row, seen), torch.ones(1, 4, 3))
+    stats = log.take(Grid())
+    assert stats.load == (13, 11)
+    assert (stats.imbalance, stats.imbalance_layer) == (2.0, 1)
 
 
 def test_nothing_is_counted_without_gradients() -> None:

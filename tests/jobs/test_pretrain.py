@@ -192,7 +192,16 @@ def test_what_routers_do_is_in_the_metrics(job: JobSpec) -> None:
     result = SimpleNamespace(loss=2.0, grad_norm=1.0, lr=0.1, overflow=False, moe=None)
     plain = loop._line(9, result, 0.5)  # type: ignore[arg-type]
     assert "moe" not in plain
-    stats = RouterStats(aux_loss=0.1, balance_loss=4.2, z_loss=3.0, load=(3, 5), imbalance=1.25, dropped=0, crossed=4)
+    stats = RouterStats(
+        aux_loss=0.1,
+        balance_loss=4.2,
+        z_loss=3.0,
+        load=(3, 5),
+        imbalance=1.25,
+        imbalance_layer=1,
+        dropped=0,
+        crossed=4,
+    )
     result.moe = stats
     line = loop._line(9, result, 0.5)  # type: ignore[arg-type]
     assert json.loads(json.dumps(line))["moe"] == dataclasses.asdict(stats) | {"load": [3, 5]}

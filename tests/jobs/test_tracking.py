@@ -251,7 +251,8 @@ def test_tracking_needs_no_torch() -> None:
 
 
 def test_what_routers_do_is_logged_under_names_of_its_own() -> None:
-    routing = {"aux_loss": 0.1, "load": [3, 5], "imbalance": 1.25, "dropped": 0, "crossed": 4}
+    routing = {"aux_loss": 0.1, "load": [3, 5], "imbalance": 1.25, "imbalance_layer": 7, "dropped": 0, "crossed": 4}
     assert numbers_of({"step": 1, "loss": 2.0, "time": 5.0, "moe": routing}) == {
-        "loss": 2.0, "moe/aux_loss": 0.1, "moe/imbalance": 1.25, "moe/dropped": 0, "moe/crossed": 4,
+        "loss": 2.0, "moe/aux_loss": 0.1, "moe/imbalance": 1.25, "moe/imbalance_layer": 7, "moe/dropped": 0,
+        "moe/crossed": 4, "moe/load/0": 3, "moe/load/1": 5,
     }  # fmt: skip

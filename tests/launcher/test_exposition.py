@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from launcher.describe import describe
 from launcher.exposition import Metric, exposition
 from launcher.meter import Meter, metering
 from launcher.run import EventKind
+from launcher.store import append_line
 from tests.support.golden import assert_golden
 from tests.support.runs import T0, add_steps, begin_attempt, failed_run, make_run, put, recovered_run
 
@@ -67,6 +70,21 @@ def test_a_live_run_is_followed_bit_by_bit(tmp_path: Path) -> None:
     assert found['phalanx_seconds{class="checkpoint_stall"}'] == pytest.approx(0.2)
     assert found["phalanx_loss"] == pytest.approx(7.75)
     assert samples(meter.text(T0 + 13))["phalanx_checkpoint_age_seconds"] == pytest.approx(4.0)
+
+
+def test_routers_have_numbers_where_there_are_any(tmp_path: Path) -> None:
+    store = make_run(tmp_path)
+    begin_attempt(store, 1, 2.0, nodes=["a", "b", "c", "d"], step=1, reason="start")
+    add_steps(store, 1, 1, 5, 4.0)
+    assert "_moe_" not in Meter(store, store.request()).text(T0 + 12)
+    routing = {"aux_loss": 0.5, "imbalance": 2.5, "imbalance_layer": 3, "load": [3, 5], "dropped": 0, "crossed": 4}
+    line = {"step": 6, "attempt": 1, "time": T0 + 10, "loss": 7.0, "moe": routing}
+    append_line(store.paths.metrics, json.dumps(line).encode() + b"\n")
+    found = samples(Meter(store, store.request()).text(T0 + 12))
+    names = ("phalanx_moe_aux_loss", "phalanx_moe_imbalance", "phalanx_moe_dropped", "phalanx_moe_crossed")
+    assert [found[name] for name in names] == [0.5, 2.5, 0, 4]
+    assert (found['phalanx_moe_load{expert="0"}'], found['phalanx_moe_load{expert="1"}']) == (3, 5)
+    assert describe(store, T0 + 12)["moe"] == routing
 
 
 def test_names_are_quoted_and_numbers_that_are_none_are_written() -> None:

@@ -51,6 +51,13 @@ def test_verdicts(word: str, verdict: str, tmp_path: Path) -> None:
     assert all(change.reason for change in changes)
 
 
+@pytest.mark.parametrize(("word", "verdict"), [("imbalance=2", "safe"), ("balance_weight=0.5", "refused")])
+def test_what_a_run_with_experts_may_change(word: str, verdict: str, tmp_path: Path) -> None:
+    words = ("model=moe_tiny", f"model.moe.{word}")
+    (change,) = compare(request(tmp_path, words[0]), request(tmp_path, *words), step=0)
+    assert (change.field, change.verdict) == (words[1].partition("=")[0], verdict)
+
+
 def test_nothing_changed(tmp_path: Path) -> None:
     assert compare(request(tmp_path), request(tmp_path), step=10) == []
 

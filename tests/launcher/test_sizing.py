@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+from jobs.spec import JobSpec
 from launcher import adoption
 from launcher.account import CLASSES
 from launcher.config import compose
@@ -23,6 +24,8 @@ from launcher.run import EventKind, Run, RunEvent, RunState
 from launcher.sizing import UNKNOWN_S, Sizing, plan_of
 from launcher.store import RunStore
 from launcher.supervise import request_cancel
+from strategies.codec import from_json
+from strategies.ramp import Ramp
 from tests.support.fakes import FakeGang, tiny_request
 from tests.support.stage import Stage
 
@@ -114,6 +117,31 @@ def test_waits_first_and_then_goes_on_with_one_node(tmp_path: Path) -> None:
     assert "pipeline" not in job["deepspeed"]
     ranks = json.loads(stage.store.paths.ranks(2).read_text())
     assert [row["coordinates"] for row in ranks] == [{"pipe": 0, "data": 0, "model": m} for m in (0, 1)]
+
+
+def test_a_batch_that_grows_goes_on_growing_under_the_smaller_plan(tmp_path: Path) -> None:
+    """Two replicas become one: every step has the samples that it would have had, in twice as many micro-batches."""
+    stage = Stage(tmp_path, nodes=TWO, spares=0, shrink_after_s=10.0)
+    job = stage.request.job
+    batch = replace(job.batch, global_batch=8, ramp=Ramp(start=2, increment=2, samples=30))
+    plan = replace(job.plan, pp=1, stages=(2,), dp=2, grad_accum=4)
+    stage.request = replace(stage.request, job=replace(job, plan=plan, batch=batch))
+    stage.lock.release()
+    stage.renew()
+    adoption.begin(stage.controller)
+    stage.start()
+    stage.report("a", "step", 1, rank=0, step=7)
+    lose(stage, "b", left=("a",))
+    stage.turn(60)
+    stage.start()
+    second = from_json(JobSpec, json.loads(stage.store.paths.job(2).read_text()))
+    assert (second.plan.tp, second.plan.dp, second.plan.grad_accum) == (2, 1, 8)
+    assert second.batch == batch
+    wanted, found = stage.request.job.schedule(), second.schedule()
+    assert [found.batch_at(step) for step in (1, 7, 30)] == [2, 4, 8]
+    for step in range(1, 30):
+        assert found.step_range(step) == wanted.step_range(step)
+        assert found.micro_batches(step, second.plan) == 2 * wanted.micro_batches(step, plan)
 
 
 def test_a_spare_is_better_than_a_smaller_plan(tmp_path: Path) -> None:

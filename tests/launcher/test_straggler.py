@@ -116,6 +116,23 @@ def say(watch: StragglerWatch, rank: int, step: int, own_s: float) -> None:
     watch.note(Observation(kind="report", node=f"node-{rank // 2}", time=float(step), data=data))
 
 
+@pytest.mark.parametrize(("data_s", "told"), [(0.15, ", of which it waited 0.15 s for its samples"), (0.01, "")])
+def test_a_slow_disk_is_named_as_what_it_is(data_s: float, told: str) -> None:
+    """Rank 2 waits for its samples, the others wait for it in their exchanges: rank 0 knows nothing of it."""
+    watch = StragglerWatch()
+    watch.begin(plan_of(2, 2, 1))
+    for step in range(1, 40):
+        for rank in range(4):
+            slow = rank == 2
+            data = {"kind": "step", "rank": rank, "step": step, "seconds": 0.3, "own_s": 0.25 if slow else 0.1}
+            data["data_s"] = data_s if slow else 0.0
+            watch.note(Observation(kind="report", node=f"node-{rank // 2}", time=float(step), data=data))
+    ((failure, ratio),) = watch.take()
+    assert failure.rank == 2
+    assert ratio == pytest.approx(2.5)
+    assert failure.detail.endswith(f"2.50x as long as it should for its part of a step, 0.25 s{told}")
+
+
 # --- more ranks than cores ----------------------------------------------------------------------------------------
 
 

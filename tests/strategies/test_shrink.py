@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
 from strategies.plan import ParallelPlan, accumulation
+from strategies.ramp import Ramp
 from strategies.rules import check
+from strategies.schedule import SampleSchedule
 from strategies.shrink import plan_on, step_work, throughput, worth_waiting_s
-from strategies.specs import BatchSpec, ClusterSpec, MoeSpec, Precision
+from strategies.specs import BatchSpec, ClusterSpec, ModelSpec, MoeSpec, Precision
 from strategies.topology import nodes_needed
 from tests.strategies.support import BATCH, FOUR_BY_TWO, TINY, plan, random_model
 
@@ -79,8 +82,19 @@ def test_what_does_not_run_is_passed_over() -> None:
     assert on(1, plan(cp=2, dp=2)) is None
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_always_legal_and_the_batch_is_exact(seed: int) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawn:
+    """A plan that is legal, and a cluster for which it may be too large."""
+
+    model: ModelSpec
+    wanted: ParallelPlan
+    batch: BatchSpec
+    cluster: ClusterSpec
+    precision: Precision
+
+
+def draw(seed: int) -> Drawn | None:
+    """None where what was drawn is not legal."""
     rng = random.Random(seed)
     model = random_model(rng)
     precision: Precision = "fp32" if rng.random() < 0.5 else "bf16"
@@ -91,9 +105,29 @@ def test_always_legal_and_the_batch_is_exact(seed: int) -> None:
         "pp": rng.randint(1, min(4, model.layers)),
         "dp": rng.randint(1, 6),
     }
+    if rng.random() < 0.5:
+        degrees["ep"] = ep = rng.choice([size for size in range(1, 7) if degrees["dp"] % size == 0])
+        moe = MoeSpec(experts=ep * rng.randint(1, 4), top_k=1, ffn=24, dense_layers=rng.randint(0, model.layers - 1))
+        model = replace(model, moe=moe)
+    if rng.random() < 0.5 and batch.global_batch > degrees["dp"]:
+        start = rng.randint(degrees["dp"], batch.global_batch - 1)
+        increment = rng.choice([one for one in range(1, 40) if (batch.global_batch - start) % one == 0])
+        batch = replace(batch, ramp=Ramp(start=start, increment=increment, samples=rng.randint(1, 400)))
     wanted = plan(model, batch, precision, **degrees)
     if check(model=model, plan=wanted, batch=batch, cluster=None, precision=precision):
+        return None
+    return Drawn(model=model, wanted=wanted, batch=batch, cluster=cluster, precision=precision)
+
+
+SEEDS = range(400)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_always_legal_and_the_batch_is_exact(seed: int) -> None:
+    case = draw(seed)
+    if case is None:
         return
+    model, wanted, batch, cluster, precision = case.model, case.wanted, case.batch, case.cluster, case.precision
     found = plan_on(model=model, plan=wanted, batch=batch, cluster=cluster, precision=precision)
     assert found is not None, "one rank always runs"
     assert check(model=model, plan=found, batch=batch, cluster=cluster, precision=precision) == ()
@@ -103,6 +137,36 @@ def test_always_legal_and_the_batch_is_exact(seed: int) -> None:
         assert (found.micro_batch, found.zero_stage) == (wanted.micro_batch, wanted.zero_stage)
         if wanted.tp * wanted.pp <= cluster.slots:
             assert (found.tp, found.pp, found.stages) == (wanted.tp, wanted.pp, wanted.stages)
+        assert wanted.ep % found.ep == 0, "a rank takes whole shares of the experts"
+    steps_are_exact(found, batch)
+
+
+def steps_are_exact(found: ParallelPlan, batch: BatchSpec) -> None:
+    """Whatever the size of the batch, its samples are dealt out once each, and no replica computes on padding alone."""
+    schedule, first = SampleSchedule.of(batch), 0
+    for step in range(1, 40):
+        count, size = schedule.micro_batches(step, found), schedule.batch_at(step)
+        dealt = [[schedule.rows(step, replica, index, found) for index in range(count)] for replica in range(found.dp)]
+        given = [[one for rows in replica for one in rows if one is not None] for replica in dealt]
+        assert sorted(one for replica in given for one in replica) == list(range(first, first + size))
+        assert all(given), "a replica has nothing but padding"
+        assert count <= found.grad_accum
+        first += size
+
+
+def test_what_is_drawn_is_worth_drawing() -> None:
+    """Runs whose batch grows, with experts in shares, and both at once have to shrink, and some give up shares."""
+    kinds = Counter[tuple[bool, bool]]()
+    fewer_shares = 0
+    for case in filter(None, map(draw, SEEDS)):
+        found = plan_on(
+            model=case.model, plan=case.wanted, batch=case.batch, cluster=case.cluster, precision=case.precision
+        )
+        if found is not None and found != case.wanted:
+            kinds[case.batch.ramp is not None, case.wanted.ep > 1] += 1
+            fewer_shares += found.ep < case.wanted.ep
+    assert min(kinds[ramp, shared] for ramp in (False, True) for shared in (False, True)) >= 5, kinds
+    assert fewer_shares >= 5
 
 
 def test_waiting_is_worth_a_restart() -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -21,6 +18,7 @@ from jobs.parallel.router_log import RouterLog
 from jobs.spec import JobSpec, RankEnv
 from strategies.codec import from_json
 from strategies.specs import ModelSpec, MoeSpec
+from tests.support.exchanges import counted
 
 ROW_WEIGHT = 0.5
 
@@ -32,24 +30,6 @@ def _layer(model: ModelSpec, grid: Grid) -> tuple[MixtureOfExperts, RouterLog]:
 
 
 # --- counted ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _counted(grid: Grid) -> Iterator[Counter[str]]:
-    """Bytes of numbers that this rank gives to exchanges, by the group."""
-    names = {grid.expert_group: "experts", grid.model_group: "shards"}
-    sent, real = Counter[str](), dist.all_to_all_single
-
-    def count(out: torch.Tensor, given: torch.Tensor, *sizes: Any, **group: Any) -> Any:
-        if given.is_floating_point():
-            sent[names[group["group"]]] += given.nbytes
-        return real(out, given, *sizes, **group)
-
-    dist.all_to_all_single = count  # type: ignore[assignment]
-    try:
-        yield sent
-    finally:
-        dist.all_to_all_single = real
 
 
 def traffic(env: RankEnv, job: dict[str, Any]) -> dict[str, Any]:
@@ -79,15 +59,15 @@ def traffic(env: RankEnv, job: dict[str, Any]) -> dict[str, Any]:
             kept.update(_storage(tensor))
         return tensor
 
-    with _counted(grid) as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with counted(grid) as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = layer(x)
-    with _counted(grid) as backward:
+    with counted(grid) as backward:
         torch.autograd.backward(out.float().square().sum())
     shutdown()
     ((place, size),) = routed.items()
     return {
-        "forward": forward,
-        "backward": backward,
+        "forward": forward.sent_bytes,
+        "backward": backward.sent_bytes,
         "kept": sum(count for where, count in kept.items() if where != place),
         "input": size if place in kept else 0,
     }
@@ -127,7 +107,8 @@ def _compare(model: ModelSpec, grid: Grid, rows: int, tokens: int, split: bool, 
     wanted = [_pass(whole, *_given(model, replica, rows, tokens)) for replica in range(grid.dp)]
     held = grid.positions(tokens // grid.tp) if split else slice(None)
     x, gradient = (given[:, held] for given in _given(model, grid.data, rows, tokens))
-    found, own = _pass(ours, x, gradient), wanted[grid.data]
+    with counted(grid) as exchanges:
+        found, own = _pass(ours, x, gradient), wanted[grid.data]
     near = {name: torch.allclose(found[name], own[name][:, held], atol=1e-5) for name in ("out", "x")}
     for parameter in ours.parameters():
         name, box = _meta(parameter).name, _meta(parameter).box
@@ -137,6 +118,9 @@ def _compare(model: ModelSpec, grid: Grid, rows: int, tokens: int, split: bool, 
     mine, theirs = log.take(grid), plain_log.take(Grid())
     near["stats"] = (mine.load, mine.dropped) == (theirs.load, theirs.dropped)
     near["losses"] = abs(mine.aux_loss / theirs.aux_loss - 1) < 1e-5
+    crossed = torch.tensor(exchanges.crossed)  # there and back again, and the gradients
+    dist.all_reduce(crossed)
+    near["crossed"] = crossed.tolist() == [mine.crossed] * 4
     near["aside"] = (mine.load[-1] == 0) == aside
     return near
 

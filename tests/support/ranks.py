@@ -24,6 +24,7 @@ from jobs.weights import open_weights
 from strategies.codec import from_json, to_json
 from strategies.deepspeed_config import learning_rate
 from strategies.schedule import SampleSchedule
+from tests.support.exchanges import counted
 
 
 def sample(job: JobSpec, index: int) -> torch.Tensor:
@@ -84,13 +85,18 @@ def train(env: RankEnv, job: dict[str, Any], steps: int, weights: bool = False) 
     """Train ``steps`` steps.
 
     Returns:
-        Losses, norms and rates in hexadecimal; what kind of engine it was; with ``weights``, the initial and final
-        weights whose primary copy is here (:func:`dump`).
+        Losses, norms and rates in hexadecimal; what kind of engine it was; per step, the rows that it gave to other
+        ranks on the way to experts and back, gradients included (``crossed``); with ``weights``, the initial and
+        final weights whose primary copy is here (:func:`dump`).
     """
     spec = from_json(JobSpec, job)
     engine = Engine.build(spec, env)
     initial = dump(engine) if weights else []
-    results = [engine.train_step(step, batches(spec, step, engine.grid)) for step in range(1, steps + 1)]
+    results, crossed = [], []
+    with counted(engine.grid) as exchanges:
+        for step in range(1, steps + 1):
+            results.append(engine.train_step(step, batches(spec, step, engine.grid)))
+            crossed.append(exchanges.take_crossed())
     out = {
         "engine": type(engine.ds).__name__,
         "optimizer": type(engine.ds.optimizer).__name__,
@@ -100,6 +106,7 @@ def train(env: RankEnv, job: dict[str, Any], steps: int, weights: bool = False) 
         "grad_norm": [result.grad_norm.hex() for result in results],
         "lr": [result.lr.hex() for result in results],
         "moe": [to_json(result.moe) for result in results if result.moe],
+        "crossed": crossed,
         "initial": initial,
         "final": dump(engine) if weights else [],
     }

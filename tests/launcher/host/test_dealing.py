@@ -85,7 +85,7 @@ def test_a_rehearsal_says_what_it_computes_on() -> None:
 
     def row(found: Devices | None) -> str:
         text = changes_text(shrink(config, found=found).changes)
-        return " ".join(next(line for line in text.splitlines() if line.startswith("cluster.device")).split())
+        return " ".join(next(line for line in text.splitlines() if line.startswith("cluster.device ")).split())
 
     was = config.cluster.device
     assert row(None) == f"cluster.device {was} CPU this machine has no device for ranks"
