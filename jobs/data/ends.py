@@ -52,12 +52,13 @@ def find_end(tokenizer: Tokenizer, path: Path, asked: str = "") -> End:
             raise ConfigError(f"data.end_token: {asked!r} is no special token of {path}. {_known(tokenizer, asked)}")
         found = _end(tokenizer, asked, "data.end_token names it")
     else:
-        found = _beside(tokenizer, path) or usual(tokenizer)
-        if found is None:
+        likely = _beside(tokenizer, path) or usual(tokenizer)
+        if likely is None:
             raise ConfigError(
                 f"data.tokenizer: {path} has no token that ends a document (one of {', '.join(USUAL)}), and no "
                 f"{_BY_NAME[0]} beside it names one. data.end_token=TOKEN names it. {_known(tokenizer)}"
             )
+        found = likely
     if found.id == unknown_id(tokenizer):
         raise ConfigError(
             f"data.tokenizer: {found.name!r} of {path} cannot end documents: text that the tokenizer does not know "

@@ -136,8 +136,8 @@ def test_what_is_refused_can_be_named(tmp_path: Path) -> None:
     )
     wrong = refusal(SourceSpec(path=str(tmp_path / "w"), config="wikitext-v2"))
     assert "has no configuration 'wikitext-v2'. Did you mean 'wikitext-2-v1'?" in wrong
-    names = {default_name(SourceSpec(path=str(tmp_path / "w"), config=one)) for one in ("", "a", "data/b")}
-    assert names == {"w", "w-a", "w-data-b"}, "two configurations of a dataset have two names"
+    called = {default_name(SourceSpec(path=str(tmp_path / "w"), config=one)) for one in ("", "a", "data/b")}
+    assert called == {"w", "w-a", "w-data-b"}, "two configurations of a dataset have two names"
     make(tmp_path / "d", names := ["train-0.jsonl", "test-0.jsonl", "more.jsonl"])
     for split, taken in (("train", names[:1]), ("validation", []), ("test", names[1:2]), ("all", sorted(names))):
         source = SourceSpec(path=str(tmp_path / "d"), split=split)
