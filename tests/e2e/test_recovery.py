@@ -153,6 +153,31 @@ def test_node_lost_takes_the_spare(folder: Path, undisturbed: RunStore) -> None:
     assert_known_in_time(cli.store(folder, "spare"), 1)
 
 
+EXPERTS = (
+    "model.moe={experts: 4, top_k: 2, ffn: 32, balance_weight: 0.01}",
+    *("strategy.tp=1", "strategy.pp=2", "strategy.dp=2", "strategy.ep=2"),
+)
+
+
+@pytest.mark.full
+def test_experts_that_went_with_their_node_come_back_from_memory(folder: Path) -> None:
+    """Each rank has experts that no other has, and their moments; with the node half of them are gone."""
+    done = cli.phalanx(*cli.tiny(folder, "experts", *EXPERTS), cwd=folder)
+    assert done.code == 0, done.err
+    fault = 'faults=["node_kill@node=1,step=8"]'
+    killed = cli.phalanx(*cli.tiny(folder, "experts-killed", *EXPERTS, fault), cwd=folder)
+    assert killed.code == 0, killed.err
+    run = cli.store(folder, "experts-killed")
+    first, second = run.run().attempts
+    assert run.request().job.plan.ep == 2
+    assert first.nodes[1] not in second.nodes
+    assert second.resume_from.startswith("memory:")
+    assert run.run().steps_lost <= 1
+    assert_same(run, cli.store(folder, "experts"))
+    assert_known_in_time(run, 1)
+    cli.assert_nothing_left(run.paths.root)
+
+
 @pytest.mark.full
 def test_a_node_whose_device_is_gone_is_left_and_the_spare_takes_its_place(folder: Path, undisturbed: RunStore) -> None:
     """The node itself is well: what it holds in memory is still of use."""
