@@ -36,9 +36,9 @@ AGREED = 1.18  # who is slower than its peers must also be so much slower than i
 NOISE = 2.0  # ... and, where times are noisy, larger than 1 by so many typical deviations from 1 of a single step
 MATTERS = 0.05  # of the step, else nobody would gain by another node
 WARM_UP = 3  # the first steps of an attempt compile, allocate and connect
-BLOCK = 32  # steps: the pace of a rank is the median of the medians of blocks, so that what spoils one spoils nothing
-LEARNED = 3 * BLOCK  # steps from which on a rank is compared with its own past
-_BLOCKS = 7  # that are remembered
+LEARNED = 32  # steps from which a rank's own pace is learned, and of each block that it is learned from more surely
+_BLOCKS = 7  # whose medians are remembered: what spoils one of them spoils nothing
+_SETTLED = 3  # blocks from which on the past may speak for a rank
 LASTING = 1.8  # more than windows of quiet times are off, but for one in twenty
 _QUIET = 6  # windows from which that is known
 MAX_NAMED = 8  # in one attempt; the log grows with decisions
@@ -128,11 +128,15 @@ class _Usual:
         if len(self.medians) == _BLOCKS:
             return
         self.block.append(own_s)
-        if len(self.block) == BLOCK:
+        if len(self.block) == LEARNED:
             self.medians.append([statistics.median(times) for times in zip(*self.block, strict=True)])
             self.block = []
-            if len(self.medians) * BLOCK >= LEARNED:
-                self.seconds = [statistics.median(times) for times in zip(*self.medians, strict=True)]
+            self.seconds = [statistics.median(times) for times in zip(*self.medians, strict=True)]
+
+    @property
+    def settled(self) -> bool:
+        """One block more or less changes little."""
+        return len(self.medians) >= _SETTLED
 
 
 class Pace:
@@ -196,7 +200,7 @@ class Pace:
         for rank, windows in enumerate(zip(self._against_peers, self._against_past, strict=True)):
             ratio = max(window.verdict(limit) for window in windows)
             past = windows[1].ratios
-            if ratio and past and statistics.median(past) < AGREED:
+            if ratio and self._usual.settled and past and statistics.median(past) < AGREED:
                 ratio = 0.0
             if not ratio:
                 if rank in self._named and all(window.above * 2 < WINDOW for window in windows):
@@ -211,7 +215,7 @@ class Pace:
             statistics.median(window.ratios)
             for windows in (self._against_peers, self._against_past)
             for rank, window in enumerate(windows)
-            if rank not in self._named and len(window.ratios) == WINDOW
+            if rank not in self._named and len(window.ratios) == WINDOW and not window.verdict(SLOW)
         ]
         if quiet:
             self._lasting.add(max(quiet))

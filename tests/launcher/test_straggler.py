@@ -172,6 +172,14 @@ def test_what_does_not_hold_up_the_step_is_left_alone() -> None:
     assert found == []
 
 
+def test_nor_does_it_hide_who_does_hold_it_up() -> None:
+    """A rank that is slow and does not matter is no noise from which one would learn to overlook others."""
+    pace, found = Pace([(1,), (0,), (3,), (2,), (5,), (4,)]), []
+    for step in range(1, 1000 + WITHIN):
+        found += pace.note(step, [0.002, 0.001, 0.5, 0.65 if step >= 1000 else 0.5, 0.5, 0.5], 1.0)
+    assert [slow.rank for slow in found] == [3]
+
+
 def test_peers_are_of_the_same_stage_and_of_another_node_where_there_is_one() -> None:
     assert peers_of(plan_of(2, 2, 1), nodes_of(4, 2)) == [(1,), (0,), (3,), (2,)]
     assert peers_of(plan_of(1, 2, 2), nodes_of(4, 1)) == [(1,), (0,), (3,), (2,)]
