@@ -85,8 +85,7 @@ def forecast_table(predicted: Mapping[str, Any], measured: Mapping[str, Any]) ->
     rows = []
     for key in KEYS:
         promise, found = predicted.get(key), measured.get(key)
-        alike = promise and found is not None and key not in _UNLIKE
-        ratio = f"{found / promise:.2f} x" if alike else ""
+        ratio = f"{found / promise:.2f} x" if promise and found is not None and key not in _UNLIKE else ""
         told = "not predicted" if promise is None else _value(key, promise)
         rows.append((_TITLES[key], told, _value(key, found), ratio))
     return table(("WHAT", "PREDICTED", "MEASURED", ""), rows, right=(1, 2, 3))

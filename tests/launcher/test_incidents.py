@@ -132,6 +132,7 @@ def test_what_is_predicted_is_what_the_planner_says(tmp_path: Path) -> None:
 
 def test_the_detection_that_is_predicted_is_the_one_that_is_configured(tmp_path: Path) -> None:
     request = recovered_run(tmp_path).request()
+    assert request.cluster.hardware is not None
     hardware = dataclasses.replace(request.cluster.hardware, failures_per_node_day=10.0, detect_s=30.0)
     request = dataclasses.replace(request, cluster=dataclasses.replace(request.cluster, hardware=hardware))
     slow = dataclasses.replace(request, recovery=dataclasses.replace(request.recovery, detect_s=20.0))

@@ -114,7 +114,7 @@ def test_a_rank_of_1_3_is_named_in_such_noise_all_the_same(shape: tuple[int, int
 def test_where_noise_lasts_and_is_large_it_is_learned_to_be_so() -> None:
     """A few in the beginning: then it is known that here windows are off so far although nobody is slow."""
     gang = Restless(plan_of(2, 2, 1))
-    gang.DRIFT = 0.06  # type: ignore[misc]
+    gang.DRIFT = 0.06
     alarms = [gang.train(1000) for _ in range(10)]
     assert sum(map(len, alarms[2:])) <= 4  # dozens, if that were not learned
 
