@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -36,12 +36,13 @@ class Exchanges:
 @contextmanager
 def counted(grid: Grid) -> Iterator[Exchanges]:
     """Count what is traded by ``all_to_all_single`` as long as the context lasts."""
-    names = {grid.model_group: "shards", grid.expert_group: "experts"}
+    kinds = {"shards": grid.model_group, "experts": grid.expert_group}
+    names = {group: name for name, group in kinds.items() if group is not None}
     found, real = Exchanges(), dist.all_to_all_single
 
     def count(out: torch.Tensor, given: torch.Tensor, *sizes: Any, **group: Any) -> Any:
         if given.is_floating_point():
-            name = names.get(group.get("group"), "others")
+            name = names.get(cast(dist.ProcessGroup, group.get("group")), "others")
             found.sent_bytes[name] += given.nbytes
             if name == "experts":
                 _, send = sizes
