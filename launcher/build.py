@@ -186,7 +186,7 @@ def work_of(config: Config, model: ModelSpec, batch: BatchSpec, machine: Cluster
     return Workload(
         model=model,
         batch=batch,
-        cluster=machine,
+        cluster=machine.watched(config.recovery.detect_s),
         precision=config.train.precision,
         framework=config.planner.framework,
         tokens=float(run_tokens(batch, config.train.steps)) if tokens is None else tokens,

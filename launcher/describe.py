@@ -31,7 +31,7 @@ from typing import Any
 
 from jobs.checkpoint import list_checkpoints
 from jobs.paths import RunPaths
-from launcher import forecast, progress, rank_errors, skips, stopping
+from launcher import clocks, forecast, progress, rank_errors, skips, stopping
 from launcher.account import INCIDENT_CLASSES, Incident
 from launcher.ledger import account
 from launcher.lock import holder_alive, newest_epoch
@@ -81,7 +81,7 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
     run, script = fold(events), request.job.kind == "script"
     alive = None if run.state.terminal else _controller_alive(store.paths, watch_s)
     last = progress.last_metric(store.paths)
-    end = now if alive is not False else max(float(last.get("time", 0.0)), events[-1].time)
+    end = now if alive is not False else max(float(last.get("time", 0.0)) - clocks.ahead_s(events), events[-1].time)
     books = account(events, store.metrics(), end, script=script)
     return {
         "schema_version": SCHEMA_VERSION,

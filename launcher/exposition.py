@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.account import CLASSES, INCIDENT_CLASSES, Account
-from launcher.forecast import KEYS
+from launcher.forecast import KEYS, PHASES, measured
 from launcher.run import Run, RunState
 
 _ROUTERS = {
@@ -21,8 +21,8 @@ _ROUTERS = {
     "dropped": "Visits of tokens for which an expert had no room.",
     "crossed": "Visits for which a token went to another rank.",
 }
-_UNITS = {"step_s": "step_seconds", "stall_s": "checkpoint_stall_seconds", "detect_s": "detect_seconds"}
-_UNITS |= {"restart_s": "restart_seconds", "goodput": "goodput_ratio"}
+_UNITS = {"step_s": "step_seconds", "stall_s": "checkpoint_stall_seconds", "goodput": "goodput_ratio"}
+_UNITS |= {f"{phase}_s": f"{phase}_seconds" for phase in (*PHASES, "restart")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +91,7 @@ def metrics(facts: Facts) -> list[Metric]:
         *_checkpoint(facts),
         *_accounts(facts.books),
         _one("steps_lost_total", "Complete steps that had to be done again.", float(run.steps_lost), "counter"),
-        *_forecast(facts.predicted),
+        *_forecast(facts.predicted, measured(facts.books)),
     ]
 
 
@@ -139,9 +139,14 @@ def _by(name: str, text: str, label: str, values: Mapping[str, float], kind: str
     return Metric(name=name, kind=kind, text=text, samples=[({label: key}, float(one)) for key, one in values.items()])
 
 
-def _forecast(predicted: Mapping[str, Any]) -> list[Metric]:
-    text = "What the planner predicts of"
-    return [_one(f"predicted_{_UNITS[key]}", f"{text} {_UNITS[key]}.", predicted.get(key)) for key in KEYS]
+def _forecast(predicted: Mapping[str, Any], found: Mapping[str, Any]) -> list[Metric]:
+    """Each with what came true of it, where that is known."""
+    texts = (("predicted", "What the planner predicts of", predicted), ("measured", "What came true of", found))
+    return [
+        _one(f"{told}_{_UNITS[key]}", f"{text} {_UNITS[key]}.", values.get(key))
+        for key in KEYS
+        for told, text, values in texts
+    ]
 
 
 def exposition(run_name: str, found: Sequence[Metric]) -> str:

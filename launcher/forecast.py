@@ -1,10 +1,18 @@
 """What the planner had promised for a run, beside what came true. Reads nothing; the same keys in both documents.
 
+What nobody can predict is null.
+
 ===============  ======================================================================================================
 ``step_s``       seconds of one optimizer step, without stalls (measured: mean over steps that count)
 ``stall_s``      seconds that a step waits for one checkpoint on disk (measured: mean over all that were tried)
-``detect_s``     seconds from a failure until the controller knows (measured: mean over incidents)
-``restart_s``    seconds from then until the ranks train again (measured: mean over incidents that recovered)
+``detect_s``     seconds from a failure until the controller knows (predicted: the longest, ``recovery.detect_s``;
+                 measured: mean over incidents, as of the next four, see :mod:`launcher.account`)
+``decide_s``     seconds from then until all old ranks are gone and it is decided what follows (not predicted)
+``place_s``      seconds from then until the new ranks exist (not predicted)
+``restore_s``    seconds from then until they train (predicted: of it, reading the state, in the mean over the tiers)
+``replay_s``     seconds of work that a failure undoes (predicted: in the mean over the tiers)
+``restart_s``    seconds from knowing of a failure until the ranks train again (predicted: what the cluster's
+                 description says, and reading the state; measured: mean over incidents that recovered)
 ``goodput``      share of the wall time that is productive (predicted: at the run's own checkpoint intervals and
                  the cluster's failure rate, over a long run)
 ===============  ======================================================================================================
@@ -22,7 +30,8 @@ from launcher.request import LaunchRequest
 from strategies.errors import ConfigError
 from strategies.plan import ParallelPlan
 
-KEYS = ("step_s", "stall_s", "detect_s", "restart_s", "goodput")
+PHASES = ("detect", "decide", "place", "restore", "replay")
+KEYS = ("step_s", "stall_s", *(f"{phase}_s" for phase in PHASES), "restart_s", "goodput")
 
 
 def predicted(request: LaunchRequest, plan: ParallelPlan) -> dict[str, Any]:
@@ -46,7 +55,7 @@ def predicted(request: LaunchRequest, plan: ParallelPlan) -> dict[str, Any]:
     work = Workload(
         model=job.model,
         batch=job.batch,
-        cluster=request.cluster,
+        cluster=request.cluster.watched(request.recovery.detect_s),
         precision=job.train.precision,
         tokens=float(run_tokens(job.batch, job.train.steps)),
         saving=Saving(job.checkpoint.every, job.checkpoint.memory_every, job.checkpoint.memory_share),
@@ -56,15 +65,19 @@ def predicted(request: LaunchRequest, plan: ParallelPlan) -> dict[str, Any]:
         estimate = Estimator(work).estimate(plan)
     except ConfigError as error:
         return {"why": error.what}
-    hardware = work.hardware
+    outlook = estimate.outlook
     return {
         "step_s": estimate.step_s,
         "step_low_s": estimate.low_s,
         "step_high_s": estimate.high_s,
-        "stall_s": estimate.outlook.save_disk_s,
-        "detect_s": hardware.detect_s,
-        "restart_s": hardware.restart_s,
-        "goodput": estimate.outlook.goodput,
+        "stall_s": outlook.save_disk_s,
+        "detect_s": outlook.detect_s,
+        "decide_s": None,
+        "place_s": None,
+        "restore_s": outlook.restore_s,
+        "replay_s": outlook.replay_s,
+        "restart_s": work.hardware.restart_s + outlook.restore_s,
+        "goodput": outlook.goodput,
     }
 
 
@@ -75,7 +88,7 @@ def measured(books: Account) -> dict[str, Any]:
     return {
         "step_s": books.seconds["productive"] / books.steps if books.steps else None,
         "stall_s": books.disk_stall_s / tries if tries else None,
-        "detect_s": _mean([one.seconds["detect"] for one in failures]),
+        **{f"{phase}_s": _mean([one.seconds[phase] for one in failures]) for phase in PHASES},
         "restart_s": _mean([one.restart_s for one in failures if one.recovered]),
         "goodput": books.goodput,
     }

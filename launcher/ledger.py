@@ -1,6 +1,7 @@
 """Every second of a run in one class, and of a failure in one incident. Pure: events and metrics in, an account out.
 
-The classes sum to the wall time, whatever the clocks do: time never goes back here. Detect to wait are also kept for
+The classes sum to the wall time, whatever the clocks do: time never goes back here, and what the log knows of the clock
+of rank 0's node is taken off the times of its steps. Detect to wait are also kept for
 each incident; what belongs to none (growing back, a person's resume) is the rest. A failure during a recovery is an
 incident of its own, and work that is done again belongs to the incident that lost it last.
 """
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from launcher.account import CLASSES, INCIDENT_CLASSES, ORPHANED, Account, Incident
+from launcher.clocks import Offset
 from launcher.run import EventKind, RunEvent
 
 _ENDS = (EventKind.RUN_SUCCEEDED, EventKind.RUN_FAILED, EventKind.RUN_CANCELLED)
@@ -76,6 +78,7 @@ class Book:
         self._data_s = 0.0  # of productive steps
         self._memory_s = 0.0  # of stalls
         self._ended = False
+        self._offset = Offset()
         self._early: deque[Mapping[str, Any]] = deque()  # lines of an attempt that no event has told of yet
 
     def follow(self, events: Iterable[RunEvent], lines: Iterable[Mapping[str, Any]], now: float) -> None:
@@ -104,7 +107,7 @@ class Book:
             line = self._early.popleft() if self._early else next(source, None)
             if line is None:
                 return
-            if int(line["attempt"]) > self.training or (not all_of_it and float(line["time"]) > until):
+            if int(line["attempt"]) > self.training or (not all_of_it and self._time(line) > until):
                 self._early.appendleft(line)
                 return
             self.add(line, until)
@@ -118,7 +121,7 @@ class Book:
         """
         step, attempt = int(line["step"]), int(line["attempt"])
         if attempt == self.training and self._since is not None:
-            until = max(self._since, min(float(line["time"]), now))
+            until = max(self._since, min(self._time(line), now))
             self._stall_for_memory(until, float(line.get("stall_s", 0.0)))
             self._pay_stall(until)
             again = step <= self._done
@@ -128,6 +131,10 @@ class Book:
             self._data_s += 0.0 if again else float(line.get("data_s", 0.0))
             self._computed = max(self._computed, step)
         self._done = max(self._done, step)
+
+    def _time(self, line: Mapping[str, Any]) -> float:
+        """When a step was complete, by the clock of the log."""
+        return float(line["time"]) - self._offset.ahead_s
 
     @staticmethod
     def ends_training(event: RunEvent) -> bool:
@@ -145,6 +152,7 @@ class Book:
         self._epoch = max(self._epoch, event.epoch)
         if self._since is None:
             self._since = event.time
+        self._offset.enter(event)
         handler = _HANDLERS.get(event.kind)
         if handler is not None:
             handler(self, event)

@@ -16,9 +16,15 @@ _TITLES = {
     "step_s": "one step",
     "stall_s": "stall of a checkpoint",
     "detect_s": "failure until known",
+    "decide_s": "decide",
+    "place_s": "place",
+    "restore_s": "restore (predicted: reading)",
+    "replay_s": "replay",
     "restart_s": "known until training",
     "goodput": "goodput",
 }
+
+_UNLIKE = ("goodput", "restore_s")  # of a restore only a part is predicted
 
 
 def incidents_table(incidents: Sequence[Mapping[str, Any]], *, live: bool) -> str:
@@ -79,8 +85,9 @@ def forecast_table(predicted: Mapping[str, Any], measured: Mapping[str, Any]) ->
     rows = []
     for key in KEYS:
         promise, found = predicted.get(key), measured.get(key)
-        ratio = f"{found / promise:.2f} x" if promise and found is not None and key != "goodput" else ""
-        rows.append((_TITLES[key], _value(key, promise), _value(key, found), ratio))
+        ratio = f"{found / promise:.2f} x" if promise and found is not None and key not in _UNLIKE else ""
+        told = "not predicted" if promise is None else _value(key, promise)
+        rows.append((_TITLES[key], told, _value(key, found), ratio))
     return table(("WHAT", "PREDICTED", "MEASURED", ""), rows, right=(1, 2, 3))
 
 

@@ -41,7 +41,9 @@ def check(store: RunStore, run: Run, request: LaunchRequest, *, clock: Callable[
             why="the name is the run's identity",
             hint=f"Give it back its name; it may lie anywhere: mv {store.paths.root} .../{request.run_name}",
         )
+    events = [event.time for event in store.events()]
     if request.job.kind != "pretrain":
+        _refuse(store, _clock(events, clock))
         return []
     store.require_checkpoints()
     root = store.paths.checkpoints
@@ -49,16 +51,7 @@ def check(store: RunStore, run: Run, request: LaunchRequest, *, clock: Callable[
     broken = [f"{path}: {reason}" for path, reason in passed.items()]
     manifest = read_manifest(point.path) if point.path else None
     problems = differences(manifest, request.job) if manifest else []
-    last = max([event.time for event in store.events()] + ([manifest.time] if manifest else []), default=0.0)
-    ahead = last - clock()
-    if ahead > SKEW_S:
-        problems.append(f"the clock here is {ahead:.0f} s behind the one that wrote the run's newest record")
-    if problems:
-        raise ResumeRefused(
-            f"'{store.name}' cannot go on from what is in {root}.",
-            why="; ".join(problems),
-            hint="Bring the run's own checkpoints back and set the clock, or phalanx submit a new run.",
-        )
+    _refuse(store, [*problems, *_clock([*events, *([manifest.time] if manifest else [])], clock)])
     if not manifest and (step := origin.promised(run)):
         raise StorageError(
             f"'{store.name}' has committed step {step}, and no checkpoint of it can be used.",
@@ -66,3 +59,20 @@ def check(store: RunStore, run: Run, request: LaunchRequest, *, clock: Callable[
             hint="Bring one back, or phalanx submit a new run: this one would begin again at step 1.",
         )
     return broken
+
+
+def _clock(times: list[float], clock: Callable[[], float]) -> list[str]:
+    """Whether what is written from now on would be older than what is there (UTC seconds)."""
+    ahead_s = max(times, default=0.0) - clock()
+    if ahead_s <= SKEW_S:
+        return []
+    return [f"the clock here is {ahead_s:.0f} s behind the one that wrote the run's newest record"]
+
+
+def _refuse(store: RunStore, problems: list[str]) -> None:
+    if problems:
+        raise ResumeRefused(
+            f"'{store.name}' cannot go on from what is in {store.paths.checkpoints}.",
+            why="; ".join(problems),
+            hint="Bring the run's own checkpoints back and set the clock, or phalanx submit a new run.",
+        )

@@ -10,11 +10,14 @@ On a host with more ranks than cores every rank waits for one now and then, some
 what they waited is taken out of their own times; where a few do, something else runs on their node and makes it slow.
 
 Pauses, checkpoints and noise make single steps slow and leave the median of many alone. Named is who was slower in most
-steps of a window, by more than noise, and so much that the step suffers from it.
+steps of a window, by more than noise, and so much that the step suffers from it. Some noise lasts: a disk that writes
+back, a neighbour, heat. So it is also learned how far whole windows are off where nobody is slow, and only who is off
+by clearly more is named, and not against its own past. What lasts for less than a window is nobody's fault.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
@@ -26,14 +29,19 @@ from launcher.recovery import Failure, FailureKind
 from strategies.plan import ParallelPlan
 from strategies.topology import Topology
 
-WINDOW = 16  # steps
-SLOW = 1.2  # the median of the window is larger than this ...
+WINDOW = 18  # steps
+SLOW = 1.22  # the median of the window is larger than this ...
 CLEARLY = 1.1  # ... and most steps of it than this
-MOST = 13
+MOST = 15
+AGREED = 1.18  # who is slower than its peers must also be so much slower than it was
 NOISE = 2.0  # ... and, where times are noisy, larger than 1 by so many typical deviations from 1 of a single step
 MATTERS = 0.05  # of the step, else nobody would gain by another node
 WARM_UP = 3  # the first steps of an attempt compile, allocate and connect
-LEARNED = 32  # steps from which a rank's own pace is learned
+LEARNED = 32  # steps from which a rank's own pace is learned, and of each block that it is learned from more surely
+_BLOCKS = 7  # whose medians are remembered: what spoils one of them spoils nothing
+_SETTLED = 3  # blocks from which on the past may speak for a rank
+LASTING = 1.8  # more than windows of quiet times are off, but for one in twenty
+_QUIET = 6  # windows from which that is known
 MAX_NAMED = 8  # in one attempt; the log grows with decisions
 CROWDED = 0.05  # of its own time: where the median rank waits so long for a core, waiting is nobody's fault
 READING = 0.1  # of its own time: from here on it is told that a slow rank waited for its samples
@@ -107,6 +115,47 @@ class _Noise:
             self.deviation = statistics.median(self.older)
 
 
+@dataclass(slots=True)
+class _Lasting:
+    """How far the worst window is off 1 where nobody is slow. Leaves out the newest, as :class:`_Noise` does."""
+
+    limit: float = 0.0
+    older: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+    newest: deque[float] = field(default_factory=deque)
+
+    def add(self, worst: float) -> None:
+        """The largest median of the windows of all ranks that are not known to be slow."""
+        self.newest.append(worst - 1)
+        if len(self.newest) > 2:
+            self.older.append(self.newest.popleft())
+        if len(self.older) >= _QUIET:
+            self.limit = 1 + LASTING * sorted(self.older)[math.ceil(0.95 * len(self.older)) - 1]
+
+
+@dataclass(slots=True)
+class _Usual:
+    """What a step takes on each rank, learned block by block while nobody is known to be slow."""
+
+    seconds: list[float] = field(default_factory=list)
+    block: list[Sequence[float]] = field(default_factory=list)
+    medians: deque[list[float]] = field(default_factory=lambda: deque(maxlen=_BLOCKS))
+
+    def add(self, own_s: Sequence[float]) -> None:
+        """A step is complete."""
+        if len(self.medians) == _BLOCKS:
+            return
+        self.block.append(own_s)
+        if len(self.block) == LEARNED:
+            self.medians.append([statistics.median(times) for times in zip(*self.block, strict=True)])
+            self.block = []
+            self.seconds = [statistics.median(times) for times in zip(*self.medians, strict=True)]
+
+    @property
+    def settled(self) -> bool:
+        """One block more or less changes little."""
+        return len(self.medians) >= _SETTLED
+
+
 class Pace:
     """The own times of all ranks of one attempt, step by step.
 
@@ -119,9 +168,8 @@ class Pace:
         self._groups = {tuple(group) for group in peers if group}
         self._against_peers = [_Window() for _ in peers]
         self._against_past = [_Window() for _ in peers]
-        self._past: list[list[float]] = [[] for _ in peers]
-        self._usual: list[float] = []
-        self._noise = _Noise()
+        self._usual = _Usual()
+        self._noise, self._lasting = _Noise(), _Lasting()
         self._seen = 0
         self._named: set[int] = set()
 
@@ -149,14 +197,12 @@ class Pace:
         return self._judge(step, own_s, step_s)
 
     def _compare_with_the_past(self, own_s: Sequence[float]) -> None:
-        if not self._usual:
-            for rank, own in enumerate(own_s):
-                self._past[rank].append(own)
-            if len(self._past[0]) == LEARNED:
-                self._usual = [statistics.median(past) for past in self._past]
-                self._past.clear()
+        usual = self._usual.seconds
+        if not self._named:
+            self._usual.add(own_s)
+        if not usual:
             return
-        drift = [own / usual for own, usual in zip(own_s, self._usual, strict=True)]
+        drift = [own / before for own, before in zip(own_s, usual, strict=True)]
         common = statistics.median(drift)
         for rank, window in enumerate(self._against_past):
             others = common if len(drift) > _FEW else _median_without(drift, rank)
@@ -165,9 +211,14 @@ class Pace:
             self._noise.add([one / common for one in drift])
 
     def _judge(self, step: int, own_s: Sequence[float], step_s: float) -> list[Slow]:
-        found, limit = [], max(SLOW, 1 + NOISE * self._noise.deviation)
+        if self._seen % WINDOW == 0:
+            self._look_at_windows()
+        found, limit = [], max(SLOW, 1 + NOISE * self._noise.deviation, self._lasting.limit)
         for rank, windows in enumerate(zip(self._against_peers, self._against_past, strict=True)):
             ratio = max(window.verdict(limit) for window in windows)
+            past = windows[1].ratios
+            if ratio and self._usual.settled and past and statistics.median(past) < AGREED:
+                ratio = 0.0
             if not ratio:
                 if rank in self._named and all(window.above * 2 < WINDOW for window in windows):
                     self._named.discard(rank)
@@ -175,6 +226,16 @@ class Pace:
                 self._named.add(rank)
                 found.append(Slow(rank=rank, ratio=ratio, step=step))
         return found
+
+    def _look_at_windows(self) -> None:
+        quiet = [
+            statistics.median(window.ratios)
+            for windows in (self._against_peers, self._against_past)
+            for rank, window in enumerate(windows)
+            if rank not in self._named and len(window.ratios) == WINDOW and not window.verdict(SLOW)
+        ]
+        if quiet:
+            self._lasting.add(max(quiet))
 
 
 def on_a_core(own_s: Sequence[float], queued_s: Sequence[float]) -> list[float]:

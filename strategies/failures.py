@@ -146,6 +146,23 @@ class Process(NamedTuple):
         through_disk_s = self.write_s + self.recover_disk_s
         return self.copy_s + (self.recover_memory_s if self.correlated < 1 else through_disk_s) - self.detect_s
 
+    @property
+    def restore_s(self) -> float:
+        """Reading the state after a failure, in the mean over the tiers."""
+        return self.write_s - (1 - self.correlated) * (self.recover_disk_s - self.recover_memory_s)
+
+    def replay_s(self, work_s: float) -> float:
+        """Work that a failure undoes, in the mean over the tiers: half an interval, and what was not committed yet.
+
+        To first order in the rate, as in Kokolis et al. With ``work_s`` seconds of work in the whole run no failure
+        undoes more than half of them in the mean.
+        """
+        disk_s = min(self.disk_s / 2 + self.write_s, work_s / 2)
+        if self.correlated == 1:
+            return disk_s
+        memory_s = min(self.memory_s / 2 + self.replica_s, work_s / 2)
+        return self.correlated * disk_s + (1 - self.correlated) * memory_s
+
     def rounded(self, step_s: float) -> Process:
         """The same with intervals of whole steps, at least one; every save to disk is also one to memory."""
         if math.isinf(self.memory_s):

@@ -49,7 +49,7 @@ class Hardware:
         storage_total_bandwidth: Of the checkpoint storage as a whole; 0 means that it grows with the nodes.
         price_per_device_hour: US dollars.
         failures_per_node_day: Failures that stop the run, per node and day.
-        detect_s: From a failure until it is noticed.
+        detect_s: From a failure until it is noticed; of a configured run it is ``recovery.detect_s``, whatever is here.
         restart_s: From then until the ranks train again; a published range, not this machine's figure.
         repair_s: Until a broken node is back in the pool.
     """

@@ -55,6 +55,9 @@ class Outlook:
         save_memory_s: Stall of a save to memory; 0 without a memory tier.
         write_s: Until a save is durable on disk, overlapped.
         replica_s: Until a save is on a peer, overlapped; 0 without a memory tier.
+        detect_s: From a failure until it is noticed.
+        restore_s: Reading the state after a failure, in the mean over the tiers.
+        replay_s: Work that a failure undoes, in the mean over the tiers.
         disk_interval_steps: Steps between two saves to disk.
         disk_interval_s: Work between two saves to disk.
         memory_interval_steps: Steps between two saves to memory; 0 without a memory tier.
@@ -88,6 +91,9 @@ class Outlook:
     save_memory_s: float
     write_s: float
     replica_s: float
+    detect_s: float
+    restore_s: float
+    replay_s: float
     disk_interval_steps: int
     disk_interval_s: float
     memory_interval_steps: int
@@ -280,6 +286,9 @@ def outlook(
         save_memory_s=what.copy_s if tier else 0.0,
         write_s=what.write_s,
         replica_s=what.replica_s,
+        detect_s=what.detect_s,
+        restore_s=what.restore_s,
+        replay_s=whole.replay_s(work_s if work.tokens else math.inf),
         disk_interval_steps=round(whole.disk_s / step_s),
         disk_interval_s=whole.disk_s,
         memory_interval_steps=round(whole.memory_s / step_s) if tier else 0,

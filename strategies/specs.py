@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from strategies.hardware import Hardware
@@ -295,6 +295,12 @@ class ClusterSpec:
     def slots(self) -> int:
         """Number of ranks that the nodes (without spares) can carry."""
         return self.nodes * self.slots_per_node
+
+    def watched(self, detect_s: float) -> ClusterSpec:
+        """The same cluster, where a failure is noticed after so many seconds: that is the run's to say."""
+        if self.hardware is None:
+            return self
+        return replace(self, hardware=replace(self.hardware, detect_s=detect_s))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from jobs.checkpoint.layout import sync_dir
 from jobs.data import tokenizer as bpe
@@ -44,6 +44,13 @@ Progress = Callable[[str, float], None]
 BATCH_BYTES = 2 << 20
 _FRESH, _ASIDE = ".fresh-", ".aside-"
 _LOCK = "lock"
+
+
+class Sink(Protocol):
+    """What tokens are written to."""
+
+    def write(self, data: bytes, /) -> int:
+        """Take in some bytes; returns how many."""
 
 
 def silent(phase: str, fraction: float) -> None:
@@ -85,6 +92,39 @@ def prepare(data: DataSpec, root: Path, vocab: int, progress: Progress = silent,
     return dataclasses.replace(data, store=str(folder), digest=meta.digest, vocab=meta.vocab)
 
 
+def same_tokens(data: DataSpec, store: Path) -> bool:
+    """Whether a corpus would become the tokens of a store that was made of one. Writes nothing.
+
+    Raises:
+        ConfigError: The corpus is empty.
+        StorageError: It, or the store, cannot be read.
+    """
+    meta, corpus = read_meta(store), scan(data)
+    if corpus.digest == meta.corpus_digest:
+        return True
+    if (corpus.size, len(corpus.documents)) != (meta.text_bytes, meta.documents):
+        return False
+    digest = _Digest()  # files under other names may still have the same text
+    _tokenize(corpus, bpe.read_tokenizer(store / TOKENIZER), digest, meta.width, silent)
+    return digest.hexdigest() == meta.digest
+
+
+class _Digest:
+    """The SHA-256 of what would be written to a file."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """Take in some bytes; returns how many."""
+        self._hash.update(data)
+        return len(data)
+
+    def hexdigest(self) -> str:
+        """Of all so far."""
+        return self._hash.hexdigest()
+
+
 def _key(corpus: Corpus, vocab: int, library: str) -> str:
     parts = [FORMAT_VERSION, bpe.TRAINING_BYTES, library, vocab, corpus.digest]
     return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:32]
@@ -107,7 +147,8 @@ def _build(corpus: Corpus, vocab: int, library: str, folder: Path, progress: Pro
     remove_abandoned(folder.parent)
     with aside_in(folder.parent) as aside:
         (aside / TOKENIZER).write_text(tokenizer.to_str(), encoding="utf-8")
-        count = _tokenize(corpus, tokenizer, aside / TOKENS, token_width(vocab), progress)
+        with (aside / TOKENS).open("wb") as file:
+            count = _tokenize(corpus, tokenizer, file, token_width(vocab), progress)
         meta = StoreMeta(
             digest=file_digest(aside / TOKENS),
             count=count,
@@ -125,19 +166,18 @@ def _build(corpus: Corpus, vocab: int, library: str, folder: Path, progress: Pro
         _publish(aside, folder)
 
 
-def _tokenize(corpus: Corpus, tokenizer: Tokenizer, path: Path, width: int, progress: Progress) -> int:
+def _tokenize(corpus: Corpus, tokenizer: Tokenizer, out: Sink, width: int, progress: Progress) -> int:
     import numpy as np
 
     end = np.array([bpe.END_OF_TEXT_ID], dtype=f"<u{width}").tobytes()
     done = count = 0
-    with path.open("wb") as file:
-        for batch in _batches(corpus.documents):
-            encodings = tokenizer.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
-            for (text, last), encoding in zip(batch, encodings, strict=True):
-                file.write(np.array(encoding.ids, dtype=f"<u{width}").tobytes() + (end if last else b""))
-                count += len(encoding.ids) + last
-                done += len(text)
-            progress("tokenizing", min(1.0, done / corpus.size))
+    for batch in _batches(corpus.documents):
+        encodings = tokenizer.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+        for (text, last), encoding in zip(batch, encodings, strict=True):
+            out.write(np.array(encoding.ids, dtype=f"<u{width}").tobytes() + (end if last else b""))
+            count += len(encoding.ids) + last
+            done += len(text)
+        progress("tokenizing", min(1.0, done / corpus.size))
     return count
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from jobs.faults import named
 from launcher import progress
+from launcher.drill import bounds
 from launcher.drill.case import Aim, Case, faults_of, hold
 from launcher.drill.rehearsal import Ended
 from launcher.proof import unproven
@@ -30,6 +31,7 @@ class Evidence:
         fired: It struck and was noticed.
         proof: What proves it, or what is missing.
         detected_s: From the fault to the controller knowing; None where nothing is to be detected.
+        within_s: The most that this may take (:mod:`launcher.drill.bounds`); None for no bound.
         recovered_s: From the fault to the next step that the ranks completed; None if there was none.
         steps_lost: Steps that had to be done again.
         resumes: How often a person had to resume.
@@ -39,10 +41,16 @@ class Evidence:
     fired: bool
     proof: str
     detected_s: float | None
+    within_s: float | None
     recovered_s: float | None
     steps_lost: int
     resumes: int
     smaller: bool
+
+    @property
+    def late(self) -> bool:
+        """It was known later than it must be."""
+        return self.detected_s is not None and self.within_s is not None and self.detected_s > self.within_s
 
 
 def gather(case: Case, aim: Aim, ended: Ended) -> Evidence:
@@ -60,6 +68,7 @@ def gather(case: Case, aim: Aim, ended: Ended) -> Evidence:
         fired=bool(records) and not missing,
         proof=missing or "; ".join(_words(records, noticed, every)),
         detected_s=_detected_s(case, events, struck, attempt),
+        within_s=bounds.within_s(case, aim, ended.store.request(), ended.store.metrics()),
         recovered_s=_recovered_s(ended, struck),
         steps_lost=run.steps_lost,
         resumes=max(0, len(ended.exits) - 1),

@@ -66,6 +66,8 @@ def judge(
     wrong = [problem] if problem else []
     if not evidence.fired:
         wrong.append(f"not proven that it fired: {evidence.proof}")
+    if evidence.late:
+        wrong.append(f"known after {_time(evidence.detected_s)}, and must be within {_time(evidence.within_s)}")
     outcome = Outcome.CLOSE if evidence.smaller else case.outcome
     if not comparison.meets(outcome, precision):
         wrong.append(comparison.problem or f"not {outcome.value}: first at step {comparison.first}")
@@ -93,25 +95,26 @@ def line(result: Result) -> str:
     return ", ".join(cells) + (f" - {result.why}" if result.why else "")
 
 
-HEADER = ("FAULT", "AT", "FIRED", "DETECTED", "RECOVERED", "LOST", "BY", "WEIGHTS AND LOSSES", "VERDICT")
+HEADER = ("FAULT", "AT", "FIRED", "DETECTED", "WITHIN", "RECOVERED", "LOST", "BY", "WEIGHTS AND LOSSES", "VERDICT")
 
 
 def render(results: Sequence[Result]) -> str:
     """The table, and under it what proves each fault."""
     rows = [_row(result) for result in results]
     told = [_told(result) for result in results]
-    return f"{table(HEADER, rows, right=(3, 4, 5))}\n\nPROOF\n" + "\n".join(told) + f"\n\n{summary(results)}"
+    return f"{table(HEADER, rows, right=(3, 4, 5, 6))}\n\nPROOF\n" + "\n".join(told) + f"\n\n{summary(results)}"
 
 
 def _row(result: Result) -> tuple[object, ...]:
     found = result.evidence
     if found is None:
-        return (result.name, "-", "-", "-", "-", "-", "-", "-", result.verdict)
+        return (result.name, *"--------", result.verdict)
     return (
         result.name,
         where(result),
         "yes" if found.fired else "NO",
         _time(found.detected_s),
+        _time(found.within_s),
         _time(found.recovered_s),
         found.steps_lost,
         "a person's resume" if found.resumes else "itself",

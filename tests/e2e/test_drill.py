@@ -19,6 +19,7 @@ from tests.support import cli
 
 pytestmark = pytest.mark.timeout(600)
 PP2 = ("cluster=process", "cluster.nodes=2", "cluster.slots_per_node=1", "strategy.pp=2")
+DP2 = ("cluster=process", "cluster.nodes=2", "cluster.slots_per_node=1", "strategy.dp=2", "strategy.zero_stage=1")
 TP2_PP2 = ("cluster=process", "cluster.nodes=2", "cluster.slots_per_node=2", *cli.TP2_PP2)
 
 
@@ -57,6 +58,19 @@ def test_three_faults(tmp_path: Path) -> None:
     assert "3 faults of 3 passed, 3 bit-identical." in (folder / "report.txt").read_text()
     assert "strategy" not in {key.partition(".")[0] for key in (one["key"] for one in done.document["shrunk"])}
     assert len(RunStore.names(folder)) == 4  # and the undisturbed one
+
+
+@pytest.mark.full
+def test_replicas(tmp_path: Path) -> None:
+    """What a rank has lost is a part of the optimizer that no other has: ZeRO-1 over two replicas."""
+    done = drill(tmp_path, "--faults", "rank_sigkill,node_kill", "--json", plan=DP2)
+    assert done.code == 0, done.err
+    assert done.document["plan"].startswith("DP2")
+    assert done.document["summary"] == {"ok": 2, "failed": 0, "skipped": 0}
+    for one in done.document["faults"]:
+        assert one["comparison"]["identical"], one["name"]
+        assert one["evidence"]["detected_s"] <= one["evidence"]["within_s"], one["name"]
+        assert (one["evidence"]["steps_lost"], one["evidence"]["smaller"]) in ((0, False), (1, False)), one["name"]
 
 
 @pytest.mark.full

@@ -29,6 +29,8 @@ pytestmark = [
 ]
 BOUND_S = 5.0  # from the cut to the decision, by the event log
 STEPS = 40
+LEASE_S = 12.0  # more than three agents and a controller take to start on a machine that is busy
+ENDING_S = 4.0  # to kill what it has, and to end: 2.2 s were seen on two cores that had fourteen processes to run
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +96,16 @@ def ruled_here(run: RunStore) -> RunState:
 
 
 def test_survivors_decide_in_time_and_the_cut_off_node_ends_by_itself(folder: Path, net: netns.Network) -> None:
-    run = netgang.make_run(folder, "cut", f"train.steps={STEPS}", "recovery.lease_s=6.0")
-    agents = [netgang.start_agent(net, run, index, lease_s=6.0) for index in range(3)]
+    run = netgang.make_run(folder, "cut", f"train.steps={STEPS}", f"recovery.lease_s={LEASE_S}")
+    agents = [netgang.start_agent(net, run, index, lease_s=LEASE_S) for index in range(3)]
     cut_at = [0.0]
 
     def cut() -> None:
         at_step(run, 4)
         cut_at[0] = time.time()
         net.cut(1)
+        assert agents[1].wait(LEASE_S + ENDING_S) == 0
+        assert net.pids(1) == []  # its ranks went with its lease
 
     meanwhile = Meanwhile(cut)
     assert ruled_here(run) is RunState.SUCCEEDED
@@ -113,8 +117,6 @@ def test_survivors_decide_in_time_and_the_cut_off_node_ends_by_itself(folder: Pa
     assert [event.data["action"] for event in decided] == ["restart", "swap"]
     assert 0 < decided[0].time - cut_at[0] <= BOUND_S
     assert "n2 takes the place of n1" in decided[1].data["reason"]
-    assert agents[1].wait(30.0) == 0
-    assert net.pids(1) == []  # its ranks went with its lease
     assert "ended: lease" in netgang.agent_log(run, 1).read_text()
     assert_same(run, undisturbed(folder, STEPS))
 

@@ -28,6 +28,10 @@ from strategies.topology import Topology
 from tests.support import cli
 
 pytestmark = pytest.mark.timeout(420)
+BUSY_S = 2.0  # there are more processes than cores: what has happened is read, and written down, when one is free
+AT_ONCE_S = BUSY_S
+NODE_S = 5.0 + BUSY_S  # recovery.detect_s
+UNANSWERED_S = 1.75  # a rank that is stopped cannot say where it stands: so long its answer is waited for
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +98,25 @@ def test_bit_identical_after_faults(name: str, folder: Path, undisturbed: RunSto
     assert_same(run, undisturbed)
     cli.assert_nothing_left(run.paths.root)
     assert_accounted_for(run, len(faults))
+    assert_known_in_time(run, len(faults))
+
+
+def assert_known_in_time(run: RunStore, failures: int) -> None:
+    """A rank that ends is known at once, a node or an agent that dies within ``recovery.detect_s``."""
+    found = cli.noticed(run)
+    assert len(found) == failures
+    for one in found:
+        assert one.failed_s == pytest.approx(0, abs=1e-6)  # the injector's own record
+        assert 0 < one.known_s <= (NODE_S if one.fault.startswith(("node", "agent")) else AT_ONCE_S), one
+
+
+def assert_hangs_known_in_time(run: RunStore, failures: int) -> None:
+    """Within 3 x the 99th percentile of the run's own steps + 5 s."""
+    found, step_s = cli.noticed(run), cli.slow_step_s(run)
+    assert len(found) == failures
+    for one in found:
+        print(f"{one.fault}: known after {one.known_s:.2f} s, steps take {step_s:.2f} s at most")
+        assert one.known_s <= 3 * step_s + 5.0 + UNANSWERED_S + BUSY_S, (one, step_s)
 
 
 def assert_accounted_for(run: RunStore, failures: int) -> None:
@@ -127,6 +150,32 @@ def test_node_lost_takes_the_spare(folder: Path, undisturbed: RunStore) -> None:
     assert second.resume_from.startswith("memory:")
     assert second.first_step >= 4
     assert_same(cli.store(folder, "spare"), undisturbed)
+    assert_known_in_time(cli.store(folder, "spare"), 1)
+
+
+EXPERTS = (
+    "model.moe={experts: 4, top_k: 2, ffn: 32, balance_weight: 0.01}",
+    *("strategy.tp=1", "strategy.pp=2", "strategy.dp=2", "strategy.ep=2"),
+)
+
+
+@pytest.mark.full
+def test_experts_that_went_with_their_node_come_back_from_memory(folder: Path) -> None:
+    """Each rank has experts that no other has, and their moments; with the node half of them are gone."""
+    done = cli.phalanx(*cli.tiny(folder, "experts", *EXPERTS), cwd=folder)
+    assert done.code == 0, done.err
+    fault = 'faults=["node_kill@node=1,step=8"]'
+    killed = cli.phalanx(*cli.tiny(folder, "experts-killed", *EXPERTS, fault), cwd=folder)
+    assert killed.code == 0, killed.err
+    run = cli.store(folder, "experts-killed")
+    first, second = run.run().attempts
+    assert run.request().job.plan.ep == 2
+    assert first.nodes[1] not in second.nodes
+    assert second.resume_from.startswith("memory:")
+    assert run.run().steps_lost <= 1
+    assert_same(run, cli.store(folder, "experts"))
+    assert_known_in_time(run, 1)
+    cli.assert_nothing_left(run.paths.root)
 
 
 @pytest.mark.full
@@ -326,6 +375,7 @@ def test_the_rank_that_hangs_is_named(fault: str, folder: Path, undisturbed: Run
     assert len(standings) == 4
     assert all("jobs/stages/pretrain.py" in standings[str(other)]["stack"] for other in range(4) if other != rank)
     assert_judged_by_what_was_entered(standings, rank, waits=name == "rank_deadlock")
+    assert_hangs_known_in_time(run, 1)
     assert_same(run, undisturbed)
     cli.assert_nothing_left(run.paths.root)
 
@@ -363,3 +413,4 @@ def test_of_twenty_hangs_every_culprit_is_named(plan: str, folder: Path) -> None
     for one, at in zip(found, map(topology.coordinates, ranks), strict=True):
         assert f"(pipe {at.pipe}, data {at.data}, model {at.model})" in one["detail"]
     assert run.run().steps_lost <= 20
+    assert_hangs_known_in_time(run, 20)

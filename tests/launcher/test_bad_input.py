@@ -16,14 +16,16 @@ import pytest
 from jobs.checkpoint.layout import Place, Token, place_of
 from jobs.checkpoint.manifest import commit, read_manifest
 from jobs.checkpoint.slices import whole
+from jobs.data import prepare
 from jobs.spec import DataSpec
-from launcher import origin, resume_checks
+from launcher import origin, resume_checks, resume_plan
 from launcher.cli import main
 from launcher.lock import ControllerLock
 from launcher.run import EventKind
 from launcher.store import RunStore, dump
+from strategies.errors import ResumeRefused
 from tests.support.checkpoints import manifest_of, write_shards
-from tests.support.runs import begin_attempt, make_run, put
+from tests.support.runs import WORDS, begin_attempt, make_run, put
 
 Resume = Callable[..., tuple[int, str]]
 
@@ -219,6 +221,16 @@ def test_a_log_from_the_future(store: RunStore, resume: Resume) -> None:
     assert "the clock here is 3" in told
 
 
+@pytest.mark.parametrize("kind", ["script", "evaluate", "generate"])
+def test_a_clock_that_is_behind_is_refused_whatever_the_job_is(kind: Any, store: RunStore) -> None:
+    request = store.request()
+    request = dataclasses.replace(request, job=dataclasses.replace(request.job, kind=kind))
+    last = max(event.time for event in store.events())
+    assert resume_checks.check(store, store.run(), request, clock=lambda: last - 200.0) == []
+    with pytest.raises(ResumeRefused, match="the clock here is 400 s behind"):
+        resume_checks.check(store, store.run(), request, clock=lambda: last - 400.0)
+
+
 def test_clocks_that_differ_a_little_or_are_ahead_do_no_harm(store: RunStore) -> None:
     now = max(event.time for event in store.events())
     run, request = store.run(), store.request()
@@ -235,6 +247,62 @@ def test_a_lock_from_the_future_is_judged_by_its_process(store: RunStore, tmp_pa
     document = json.loads(record.read_text())
     record.write_text(json.dumps(document | {"pid": 2**22 + 1}))
     assert ControllerLock.acquire(store.paths).epoch == lock.epoch + 1
+
+
+def text_of(folder: Path, name: str, lines: int, word: str = "value") -> Path:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(f"{word} {line} of {line * line % 97}" for line in range(lines)))
+    return path
+
+
+@pytest.fixture
+def with_text(tmp_path: Path) -> RunStore:
+    """A failed run with text that is prepared, as submit prepares it."""
+    text = text_of(tmp_path, "text/corpus.txt", 400)
+    words = [*WORDS, "data=text", f"data.path={text}", f"data.cache={tmp_path / 'cache'}", "model.vocab=300"]
+    store = make_run(tmp_path, words=words)
+    request = store.request()
+    data = prepare(request.job.data, tmp_path / "cache", 300)
+    store.paths.request.write_bytes(dump(dataclasses.replace(request, job=dataclasses.replace(request.job, data=data))))
+    begin_attempt(store, 1, 2.0, nodes=["a", "b", "c", "d"], step=1, reason="start")
+    put(store, 30.0, EventKind.RUN_FAILED, attempt=1, reason="all restarts are used")
+    return RunStore.open(store.paths.root)
+
+
+@pytest.mark.parametrize(("lines", "word"), [(300, "value"), (400, "Value")], ids=["shorter", "as long"])
+def test_other_text_is_refused_before_it_is_made_into_tokens(
+    lines: int, word: str, with_text: RunStore, tmp_path: Path, resume: Resume
+) -> None:
+    other = text_of(tmp_path, "other/text.txt", lines, word)
+    code, told = resume(f"data.path={other}")
+    assert code == 6
+    assert "other text would be other samples under the same numbers" in told
+
+
+def test_other_kinds_of_data_are_refused_before_they_are_made(
+    with_text: RunStore, tmp_path: Path, resume: Resume
+) -> None:
+    text = tmp_path / "text" / "corpus.txt"
+    for words in (
+        ("data.validation=0.1",),
+        ("data=stdlib", "data.path=null"),
+        ("data=mixture", f"data.sources=[{{path: {text}, weight: 1}}]"),
+    ):
+        code, told = resume(*words)
+        assert code == 6, words
+        assert "other text would be other samples under the same numbers" in told
+
+
+def test_the_same_text_may_lie_elsewhere_and_is_not_prepared_again(with_text: RunStore, tmp_path: Path) -> None:
+    """In a folder of another name, or under a name of its own: only the bytes of the text count."""
+    for name in ("moved/corpus.txt", "moved/renamed.txt"):
+        moved = text_of(tmp_path, name, 400)
+        before = tree(tmp_path)
+        planned = resume_plan.prepare(with_text, [f"data.path={moved}"], lambda line: None)
+        assert tree(tmp_path) == before
+        assert [(change.field, change.verdict) for change in planned.changes] == [("data.path", "safe")]
+        assert planned.request.job.data.store == with_text.request().job.data.store
 
 
 def test_everything_wrong_at_once(store: RunStore, resume: Resume) -> None:

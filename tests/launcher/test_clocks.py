@@ -52,7 +52,7 @@ def test_it_is_on_record_and_in_the_status(tmp_path: Path) -> None:
     stage.turn()
     (event,) = [event for event in stage.store.events() if event.kind is EventKind.CLOCK_SKEWED]
     assert event.data == {"node": "b", "ahead_s": -93.25, "within_s": 0.001}
-    words = "node b: its clock is 93.2 s behind the controller's: the times of its ranks are as wrong"
+    words = "node b: its clock is 93.2 s behind the controller's, and so are the times of its ranks"
     assert event_line(event) == words
     document = describe(stage.store, stage.clock.time())
     assert document["clocks"] == [event.data]

@@ -21,6 +21,9 @@ from launcher.render import run_text
 from launcher.render_incidents import errors_text, forecast_table, incidents_table
 from launcher.run import EventKind
 from launcher.store import RunStore, write_atomic
+from strategies.estimate import Estimator
+from strategies.saving import Saving
+from strategies.workload import Workload
 from tests.support.golden import assert_golden
 from tests.support.jobspecs import GPT, make_plan
 from tests.support.runs import T0, add_steps, begin_attempt, make_run, put, recovered_run
@@ -85,11 +88,57 @@ def test_document_of_a_run_with_an_incident(tmp_path: Path) -> None:
     assert sum(one[f"{name}_s"] for name in INCIDENT_CLASSES) == pytest.approx(one["total_s"])
     assert (one["kind"], one["node"], one["steps_lost"], one["action"]) == ("node_lost", "c", 2, "restart")
     assert document["goodput"] == pytest.approx(document["ledger"]["productive"] / document["ledger"]["wall"])
-    assert set(forecast.KEYS) <= set(document["predicted"])
-    assert set(forecast.KEYS) == set(document["measured"])
-    assert document["measured"]["step_s"] == pytest.approx(19.8 / 20)
-    assert document["measured"]["restart_s"] == pytest.approx(one["total_s"] - one["detect_s"] - one["replay_s"])
+    measured = document["measured"]
+    assert set(forecast.KEYS) == set(measured)
+    assert measured["step_s"] == pytest.approx(19.8 / 20)
+    assert measured["restart_s"] == pytest.approx(one["total_s"] - one["detect_s"] - one["replay_s"])
+    assert {f"{phase}_s": measured[f"{phase}_s"] for phase in forecast.PHASES} == pytest.approx(
+        {f"{phase}_s": one[f"{phase}_s"] for phase in forecast.PHASES}
+    )
     assert "  node a: the pool has 2 kernel tasks instead of 1" in run_text(document)
+
+
+def test_what_is_predicted_is_what_the_planner_says(tmp_path: Path) -> None:
+    """Value by value; and what nobody can predict is said to be so."""
+    store = recovered_run(tmp_path)
+    request = store.request()
+    job = request.job
+    work = Workload(
+        model=job.model,
+        batch=job.batch,
+        cluster=request.cluster.watched(request.recovery.detect_s),
+        precision=job.train.precision,
+        tokens=job.train.steps * job.batch.tokens,
+        saving=Saving(job.checkpoint.every, job.checkpoint.memory_every, job.checkpoint.memory_share),
+    )
+    estimate = Estimator(work).estimate(job.plan)
+    found = describe(store, T0 + 100)["predicted"]
+    assert found == {
+        "step_s": estimate.step_s,
+        "step_low_s": estimate.low_s,
+        "step_high_s": estimate.high_s,
+        "stall_s": estimate.outlook.save_disk_s,
+        "detect_s": 5.0,
+        "decide_s": None,
+        "place_s": None,
+        "restore_s": estimate.outlook.restore_s,
+        "replay_s": estimate.outlook.replay_s,
+        "restart_s": work.hardware.restart_s + estimate.outlook.restore_s,
+        "goodput": estimate.outlook.goodput,
+    }
+    shown = forecast_table(found, describe(store, T0 + 100)["measured"])
+    assert [" not predicted " in line for line in shown.splitlines()[1:]].count(True) == 2
+
+
+def test_the_detection_that_is_predicted_is_the_one_that_is_configured(tmp_path: Path) -> None:
+    request = recovered_run(tmp_path).request()
+    assert request.cluster.hardware is not None
+    hardware = dataclasses.replace(request.cluster.hardware, failures_per_node_day=10.0, detect_s=30.0)
+    request = dataclasses.replace(request, cluster=dataclasses.replace(request.cluster, hardware=hardware))
+    slow = dataclasses.replace(request, recovery=dataclasses.replace(request.recovery, detect_s=20.0))
+    one, other = (forecast.predicted(which, request.job.plan) for which in (request, slow))
+    assert (one["detect_s"], other["detect_s"]) == (5.0, 20.0)
+    assert one["goodput"] > other["goodput"]
 
 
 def test_a_cluster_that_nothing_is_known_about_has_no_prediction(tmp_path: Path) -> None:

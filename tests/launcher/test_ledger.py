@@ -11,6 +11,7 @@ import pytest
 
 from launcher import forecast
 from launcher.account import CLASSES, INCIDENT_CLASSES, ORPHANED, Account
+from launcher.clocks import Offset
 from launcher.ledger import Book, account, ledger
 from launcher.render import ledger_table
 from launcher.run import EventKind, RunEvent, fold
@@ -221,6 +222,48 @@ def test_sums_to_wall_for_every_prefix() -> None:
 def test_clock_set_back_makes_no_negative_seconds() -> None:
     events = log((10.0, EventKind.RUN_SUBMITTED, 0, {}), (5.0, EventKind.ATTEMPT_PLANNED, 1, {"reason": "start"}))
     assert all(value >= 0 for value in ledger(events, [], now=4.0).values())
+
+
+def skewed(story: Sequence[RunEvent], lines: Sequence[Line], ahead_s: float) -> Account:
+    """The account of a story whose rank 0 has a clock that is off, on a node that says so."""
+    told: list[tuple[float, EventKind, int, dict[str, Any]]] = []
+    for event in story:
+        more: dict[str, Any] = {"nodes": ["a", "b"]} if event.kind is EventKind.ATTEMPT_PLANNED else {"host": "h"}
+        told.append((event.time, event.kind, event.attempt, {**event.data, **more}))
+        if event.kind is EventKind.RUN_SUBMITTED:
+            told.append((event.time, EventKind.CONTROLLER_STARTED, 0, {"host": "h"}))
+            for node, off_s in (("a", ahead_s), ("b", -1000.0)):
+                told.append((event.time, EventKind.CLOCK_SKEWED, 0, {"node": node, "ahead_s": off_s, "within_s": 0.0}))
+    return account(log(*told), [line | {"time": line["time"] + ahead_s} for line in lines], now=1e9 + 1e7)
+
+
+@pytest.mark.parametrize("ahead_s", [300.0, -300.0, 2.5, -2.5])
+def test_a_clock_that_is_known_to_be_off_moves_no_second(ahead_s: float) -> None:
+    honest, found = account(STORY, METRICS, now=99.0), skewed(STORY, METRICS, ahead_s)
+    assert found.seconds == pytest.approx(honest.seconds)
+    assert [one.seconds for one in found.incidents] == [pytest.approx(one.seconds) for one in honest.incidents]
+    assert found.steps == honest.steps
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_nor_in_any_history(seed: int) -> None:
+    story = Story(seed, honest=True)
+    honest = skewed(story.events, story.metrics, 0.0)
+    for ahead_s in (300.0, -300.0):
+        found = skewed(story.events, story.metrics, ahead_s)
+        assert found.seconds == pytest.approx(honest.seconds, abs=1e-4)
+
+
+def test_what_one_controller_has_found_is_not_held_against_the_clock_of_another() -> None:
+    offset = Offset()
+    planned = (2.0, EventKind.ATTEMPT_PLANNED, 1, {"nodes": ["a"]})
+    off = (3.0, EventKind.CLOCK_SKEWED, 1, {"node": "a", "ahead_s": 60.0, "within_s": 0.0})
+    again, other = ((9.0, EventKind.CONTROLLER_STARTED, 1, {"host": host}) for host in ("h", "i"))
+    seen = []
+    for event in log((1.0, EventKind.CONTROLLER_STARTED, 0, {"host": "h"}), planned, off, again, other):
+        offset.enter(event)
+        seen.append(offset.ahead_s)
+    assert seen == [0.0, 0.0, 60.0, 60.0, 0.0]
 
 
 # --- random histories ---------------------------------------------------------------------------------------------

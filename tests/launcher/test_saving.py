@@ -12,6 +12,8 @@ from launcher.config import compose
 from launcher.request import START_TIMEOUT_S, RecoverySpec
 from launcher.saving import checkpoint_spec, disk_steps, patient
 from launcher.schema import Config
+from strategies.estimate import Estimator, best_disk_steps
+from strategies.failures import STORAGE_SHARE
 from strategies.plan import ParallelPlan
 from strategies.reliability import restart_from_disk_s
 from strategies.workload import Workload
@@ -29,11 +31,20 @@ def test_large_experiments_save_as_often_as_the_planner_finds_best(name: str) ->
     assert work is not None
     found = checkpoint_spec(config, work, plan, Path("/runs/one"))
     assert config.checkpoint.every is None
-    assert 1 <= found.every < 100
+    assert found.every == best_disk_steps(work, plan) == Estimator(work).estimate(plan).outlook.best_disk_steps
     assert found.memory_every == 1
-    often = replace(work.cluster.hardware, failures_per_node_day=100 * work.hardware.failures_per_node_day)  # type: ignore[type-var]
-    worse = replace(work, cluster=replace(work.cluster, hardware=often))
-    assert disk_steps(config, worse, plan) <= found.every
+    assert disk_steps(config, failing(work, 0.01), plan) > found.every
+    estimate = Estimator(work).estimate(plan)
+    busy = estimate.outlook.write_s / estimate.step_s / STORAGE_SHARE  # steps
+    worse = disk_steps(config, failing(work, 100), plan)
+    assert worse >= busy - 1
+    assert worse < found.every or found.every == pytest.approx(busy, abs=1), "as often as the storage can follow"
+
+
+def failing(work: Workload, times: float) -> Workload:
+    """The same machine, which fails so many times as often."""
+    hardware = replace(work.hardware, failures_per_node_day=times * work.hardware.failures_per_node_day)
+    return replace(work, cluster=replace(work.cluster, hardware=hardware))
 
 
 def test_what_the_user_says_holds() -> None:

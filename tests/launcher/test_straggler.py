@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
@@ -49,6 +50,73 @@ class Gang:
         if self.draw.random() < 0.01:  # a garbage collection, an interrupt storm: no mean, hardly a variance
             noise += self.draw.paretovariate(1.2) - 1
         return noise
+
+
+class Restless(Gang):
+    """Noise that lasts, as that of real machines does: the same for tens of steps, and not the same on all hosts.
+
+    On top of what is drawn anew for every step, each rank drifts (autocorrelated over some 20 steps), and now and then
+    something else runs on a host for 5 to 30 steps, beside one of its ranks or all, or everything is slow for a while.
+    What makes a rank nearly as slow as a straggler is over before a window is full of it.
+    """
+
+    DRIFT, KEPT = 0.025, 0.95
+
+    def __init__(self, plan: ParallelPlan, *, slots: int = 2, seed: int = 0) -> None:
+        super().__init__(plan, slots=slots, seed=seed, sigma=0.05)
+        self.slots, world = slots, plan.world_size
+        self.drift = [self.draw.gauss(0, self.DRIFT) for _ in range(world)]
+        self.burst = [(0, 1.0)] * world  # until which step, how much slower
+        self.spell = (0, 1.0)  # the same of all
+
+    def train(self, steps: int, slowdown: Callable[[int], float] = lambda rank: 1.0) -> list[Slow]:
+        found = []
+        for _ in range(steps):
+            self.step += 1
+            self.turn()
+            own = [usual * self.now(rank) * slowdown(rank) * self._noise() for rank, usual in enumerate(self.usual)]
+            found += self.pace.note(self.step, own, 1.15 * max(own))
+        return found
+
+    def turn(self) -> None:
+        draw, world = self.draw, len(self.usual)
+        fresh = (1 - self.KEPT**2) ** 0.5 * self.DRIFT
+        self.drift = [self.KEPT * one + draw.gauss(0, fresh) for one in self.drift]
+        if draw.random() < 1 / 250:
+            node, long = draw.randrange(-(-world // self.slots)), draw.randint(5, 30)
+            beside = [rank for rank in range(world) if rank // self.slots == node]
+            burst = self.step + long, draw.uniform(1.03, 1.28 if long <= 12 else 1.12)
+            for rank in beside if draw.random() < 0.5 else [draw.choice(beside)]:
+                self.burst[rank] = burst
+        if self.step > self.spell[0] and draw.random() < 1 / 200:
+            self.spell = self.step + draw.randint(10, 200), draw.uniform(1.1, 3.0)
+
+    def now(self, rank: int) -> float:
+        parts = (times for until, times in (self.burst[rank], self.spell) if self.step <= until)
+        return math.prod(parts, start=math.exp(self.drift[rank]))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 4), (1, 1, 2)])
+def test_no_alarm_where_noise_lasts(shape: tuple[int, int, int], seed: int) -> None:
+    assert Restless(plan_of(*shape), seed=seed).train(10_000) == []
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 4), (1, 1, 2)])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_rank_of_1_3_is_named_in_such_noise_all_the_same(shape: tuple[int, int, int], seed: int) -> None:
+    gang = Restless(plan_of(*shape), seed=seed)
+    assert gang.train(300) == []
+    victim = seed % len(gang.usual)
+    assert [slow.rank for slow in gang.train(WITHIN, lambda rank: 1.3 if rank == victim else 1.0)] == [victim]
+
+
+def test_where_noise_lasts_and_is_large_it_is_learned_to_be_so() -> None:
+    """A few in the beginning: then it is known that here windows are off so far although nobody is slow."""
+    gang = Restless(plan_of(2, 2, 1))
+    gang.DRIFT = 0.06
+    alarms = [gang.train(1000) for _ in range(10)]
+    assert sum(map(len, alarms[2:])) <= 4  # dozens, if that were not learned
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 1), (1, 2, 4), (4, 4, 4), (1, 1, 2), (8, 1, 1)])
@@ -102,6 +170,14 @@ def test_what_does_not_hold_up_the_step_is_left_alone() -> None:
     for step in range(1, 100):
         found += pace.note(step, [0.002, 0.001], 1.0)  # twice as long, and nobody waits for it
     assert found == []
+
+
+def test_nor_does_it_hide_who_does_hold_it_up() -> None:
+    """A rank that is slow and does not matter is no noise from which one would learn to overlook others."""
+    pace, found = Pace([(1,), (0,), (3,), (2,), (5,), (4,)]), []
+    for step in range(1, 1000 + WITHIN):
+        found += pace.note(step, [0.002, 0.001, 0.5, 0.65 if step >= 1000 else 0.5, 0.5, 0.5], 1.0)
+    assert [slow.rank for slow in found] == [3]
 
 
 def test_peers_are_of_the_same_stage_and_of_another_node_where_there_is_one() -> None:

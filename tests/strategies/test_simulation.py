@@ -76,6 +76,23 @@ def test_the_finish_is_where_the_closed_form_expects_it(name: str) -> None:
     assert found.days_90 == pytest.approx(most, rel=0.05)
 
 
+@pytest.mark.parametrize("name", ["16 nodes", "GPT-3, a spare", "GPT-3, disk only", "slow saves"])
+def test_what_a_failure_undoes_is_half_an_interval_and_what_was_not_committed(name: str) -> None:
+    """The prediction is of first order: good where failures are seldom between two saves."""
+    what, standby, step_s = GRID[name]
+    rare = what._replace(rate=what.rate / 10)
+    steps = math.ceil(MANY / 20 / rare.rate / step_s)
+    found = simulate_process(rare, standby, step_s, steps, seed=13, runs=20)
+    undone_s = found.lost["replay"] * steps * step_s / found.goodput / found.failures
+    assert undone_s == pytest.approx(rare.rounded(step_s).replay_s(steps * step_s), rel=0.1)
+
+
+def test_no_failure_undoes_more_than_there_is() -> None:
+    what = Process(1e-6, 0.1, 1.0, 0.5, 3.0, 100.0, 1e10, 5.0, 60.0, 90.0, 1e4)
+    assert what.replay_s(1000.0) == pytest.approx(0.1 * 500 + 0.9 * 50.5)
+    assert what.replay_s(10.0) == 5.0
+
+
 def test_runs_with_hardly_any_failure_end_on_time_or_pay_for_it() -> None:
     what, standby, step_s = GRID["GPT-3, disk only"]
     steps = math.ceil(0.3 / what.rate / step_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.run import EventKind
 from launcher.store import RunStore
 
 PHALANX = Path(sys.executable).parent / "phalanx"
@@ -135,6 +137,43 @@ def assert_nothing_left(run_dir: Path) -> None:
     while processes_of(run_dir) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert processes_of(run_dir) == []
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Noticed:
+    """How soon the controller knew of an injected fault.
+
+    Attributes:
+        fault: The fault.
+        failed_s: From the fault until what is recorded as the time of the failure.
+        known_s: From the fault until the controller wrote that it knows.
+    """
+
+    fault: str
+    failed_s: float
+    known_s: float
+
+
+def noticed(run: RunStore) -> list[Noticed]:
+    """Every fault that fired, with the failure that it was in its attempt; in order of attempts."""
+    fired = [event.data["record"] for event in run.events() if event.kind is EventKind.FAULT_FIRED]
+    at = {int(record["attempt"]): record for record in fired}
+    assert len(at) == len(fired), "each in an attempt of its own"
+    return [
+        Noticed(
+            fault=str(at[event.attempt]["fault"]),
+            failed_s=float(event.data["failed_at"]) - float(at[event.attempt]["time"]),
+            known_s=event.time - float(at[event.attempt]["time"]),
+        )
+        for event in run.events()
+        if event.kind is EventKind.FAILURE_DETECTED and event.attempt in at
+    ]
+
+
+def slow_step_s(run: RunStore) -> float:
+    """The 99th percentile of the run's own steps, with what they waited for copies."""
+    took = sorted(line["seconds"] + line["stall_s"] for line in run.metrics())
+    return float(took[math.ceil(0.99 * len(took)) - 1])
 
 
 def kinds(run: RunStore) -> Sequence[str]:

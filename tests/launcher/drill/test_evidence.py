@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launcher.drill import evidence
+from launcher.drill import bounds, evidence
 from launcher.drill.case import Aim, Case, Outcome
 from launcher.drill.catalogue import named
 from launcher.drill.compare import Comparison, compare
@@ -41,6 +41,7 @@ def metrics(run: RunStore, attempt: int, steps: Sequence[int], at: float, loss: 
     with open(run.paths.metrics, "a") as file:
         for step in steps:
             line = {"step": step, "attempt": attempt, "time": T0 + at + step * 0.1, "loss": loss * step}
+            line |= {"seconds": 0.08, "stall_s": 0.02}
             file.write(json.dumps(line | {"grad_norm": 1.0, "lr": 1e-3}) + "\n")
 
 
@@ -80,6 +81,7 @@ def test_proof_and_log_agree(run: RunStore) -> None:
     assert found.fired
     assert "rank 3 was killed" in found.proof
     assert found.detected_s == pytest.approx(0.5)
+    assert found.within_s == pytest.approx(bounds.SLACK_S)
     assert found.recovered_s == pytest.approx(13.7 - 12.0)  # step 7 of attempt 2
     assert (found.steps_lost, found.resumes, found.smaller) == (1, 0, False)
 

@@ -21,6 +21,7 @@ AIM = Aim(rank=3, node=1, other=0, step=8)
 SAME = Comparison(identical=True, worst=0.0)
 ROUNDED = Comparison(first=7, worst=3.2e-7, weights=0.04)
 OTHER = Comparison(first=9, worst=0.02, weights=31.0)
+KILLED = "SIGKILL of controller 12 in RUN"
 DEAD = Comparison(problem="the run failed: all 16 restarts are used")
 
 
@@ -32,11 +33,13 @@ def evidence(
     resumes: int = 0,
     smaller: bool = False,
     detected_s: float | None = 0.01,
+    within_s: float | None = 2.0,
 ) -> Evidence:
     return Evidence(
         fired=fired,
         proof=proof,
         detected_s=detected_s,
+        within_s=within_s,
         recovered_s=0.62,
         steps_lost=lost,
         resumes=resumes,
@@ -57,8 +60,8 @@ def judged(name: str, found: Evidence, compared: Comparison, problem: str = "") 
 def results() -> list[Result]:
     return [
         judged("rank_sigkill", evidence(), SAME),
-        judged("no_spare_left", evidence(smaller=True, lost=2, detected_s=3.4), ROUNDED),
-        judged("controller_kill_run", evidence(resumes=1, lost=0, proof="SIGKILL of controller 12 in RUN"), SAME),
+        judged("no_spare_left", evidence(smaller=True, lost=2, detected_s=3.4, within_s=7.0), ROUNDED),
+        judged("controller_kill_run", evidence(resumes=1, lost=0, within_s=None, proof=KILLED), SAME),
         judged("partition", evidence(), OTHER),
         judged("gil_hold", evidence(fired=False, proof="no proof of rank_spin.rank-3.step-8"), SAME),
         judged("two_nodes", evidence(), DEAD),
@@ -88,6 +91,13 @@ def test_rounding_is_no_excuse_on_the_same_plan() -> None:
     assert judged("rank_sigkill", evidence(), ROUNDED).verdict == "failed"
     assert judged("no_spare_left", evidence(smaller=True), OTHER).verdict == "failed"
     assert judged("node_kill", evidence(smaller=True), ROUNDED).verdict == "failed"  # it had a spare
+
+
+def test_a_fault_that_is_known_late_is_a_failure_even_if_the_run_is_right() -> None:
+    late = judged("rank_sigstop", evidence(detected_s=14.2, within_s=9.0), SAME)
+    assert (late.verdict, late.why) == ("failed", "known after 14.2 s, and must be within 9.0 s")
+    assert judged("rank_sigstop", evidence(detected_s=8.9, within_s=9.0), SAME).verdict == "ok"
+    assert judged("nan_gradient", evidence(detected_s=14.2, within_s=None), SAME).verdict == "ok"
 
 
 def test_what_is_left_over_is_a_failure() -> None:

@@ -326,7 +326,8 @@ def test_state_on_disks_goes_with_the_agent_and_nobody_elses(agents: Agents, tmp
 
 
 def test_the_lease_waits_for_progress_and_for_a_controller(agents: Agents) -> None:
-    agent = agents.start(lease_s=1.0)
+    lease_s = 1.0
+    agent = agents.start(lease_s=lease_s)
     watcher = agents.watch("n0")
     watcher.spawn(1, {"n0": [0, 1]}, FAKE_0="steps=0.1", FAKE_1="wait")
     watcher.report("step")
@@ -338,7 +339,7 @@ def test_the_lease_waits_for_progress_and_for_a_controller(agents: Agents) -> No
     assert successor.listen(2.0) is not None
     assert agent.poll() is None, "a controller is there: the other rank must live on"
     successor.gang.close()
-    assert agent.wait(10) == 0
+    assert agent.wait(lease_s + 2.0) == 0  # two seconds to kill what it has, and to end
     assert agents.alive() == []
 
 
