@@ -48,7 +48,7 @@ test test-full bench capabilities ops: export TORCH_EXTENSIONS_DIR ?= $(abspath 
 # What needs no ranks runs on every core; what starts ranks has the machine to itself. Both run, whatever the first finds.
 test: ops
 	@failed=0; \
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --ignore tests/e2e --ignore tests/benchmarks || failed=1; \
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --max-worker-restart 0 --dist loadfile --ignore tests/e2e --ignore tests/benchmarks || failed=1; \
 	$(BIN)/python -m pytest tests/e2e || failed=1; \
 	exit $$failed
 
