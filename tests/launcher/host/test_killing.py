@@ -151,7 +151,7 @@ def test_a_first_thread_that_is_a_zombie_says_nothing_of_the_others() -> None:
         born = process.birth(popen.pid)
         assert process.wait_until(lambda: process.state(popen.pid) == "Z", 5.0)
         assert not process.has_ended(popen.pid, born)
-        assert process.standing(popen.pid).startswith("state S")
+        assert process.wait_until(lambda: process.standing(popen.pid).startswith("state S"), 5.0)  # it may be starting
         popen.kill()
         popen.wait()
         assert process.has_ended(popen.pid, born)
