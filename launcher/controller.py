@@ -83,7 +83,7 @@ class Controller:
         self.state: GangState | None = None
         self.start_reason = "start"
         self.muster = Muster(backend, request.cluster, clock, self.record)
-        self.sizing, self.shortage = Sizing(request), Shortage(clock)
+        self.sizing, self.shortage = Sizing(request), Shortage(clock, blip_s=request.recovery.detect_s)
         self.memory = MemoryTier(clock)
         self.outset = Outset(store, self.memory)
         self.vigil = Vigil(clock, patience_s=request.recovery.wait_for_nodes_s)
@@ -224,10 +224,10 @@ class Controller:
         if not self.memory.ready(self.gang, self.muster.up, self.run, self.request.job):
             return
         self.muster.call_up(self.gang, urgent=True)
-        waited, why = self.clock.monotonic() - self._since, self.backend.why_missing
+        again, why = self.start_reason == "resume", self.backend.why_missing
         nodes, back = self.muster.choose(lambda count: self.sizing.largest(count) is not None)
-        again, idle_s = self.start_reason == "resume", self.shortage.idle_s(self.sizing.largest(len(nodes)) is not None)
-        answer = self.sizing.choose(self.run, up=len(nodes), waited_s=waited, idle_s=idle_s, resumed=again, why=why)
+        lapse = self.shortage.lapse(possible=self.sizing.possible(self.run, len(nodes)))
+        answer = self.sizing.choose(self.run, up=len(nodes), lapse=lapse, resumed=again, why=why)
         if answer.plan is None:
             self.vigil.end()
         if answer.plan is not None:

@@ -5,7 +5,7 @@
     enough nodes for the plan that is asked for  -> that plan
     too few, waiting is cheaper                  -> wait
     too few, it is not any more                  -> shrink: the next plan that is legal and runs on what is there
-    no such plan, wait_for_nodes_s over          -> give up, with the reason
+    no such plan for wait_for_nodes_s            -> give up, with the reason
     smaller than it could be, grow               -> leave at the next checkpoint, start the larger plan
 
 How long waiting is cheaper follows from what restarts have taken (:func:`strategies.shrink.worth_waiting_s`); while
@@ -27,6 +27,7 @@ from jobs.spec import JobSpec
 from launcher.recovery import Action, Decision
 from launcher.request import LaunchRequest
 from launcher.run import Attempt, Run
+from launcher.shortage import Lapse
 from strategies.codec import from_json
 from strategies.errors import ConfigError
 from strategies.plan import ParallelPlan
@@ -68,18 +69,20 @@ class Sizing:
         self._largest: dict[int, ParallelPlan | None] = {}
         self.need = nodes_needed(request.job.plan, request.cluster.slots_per_node)
 
-    def choose(
-        self, run: Run, *, up: int, waited_s: float, resumed: bool, why: Callable[[], str], idle_s: float | None = None
-    ) -> Answer:
+    def possible(self, run: Run, up: int) -> bool:
+        """Whether so many nodes are enough for a plan that may be used while no gang runs."""
+        found = self.largest(up)
+        return found is not None and (found == self._job.plan or run.attempt is not None)
+
+    def choose(self, run: Run, *, up: int, lapse: Lapse, resumed: bool, why: Callable[[], str]) -> Answer:
         """What to start on the nodes that are up while no gang runs.
 
         Args:
             run: The run.
             up: Nodes that can be used now.
-            waited_s: How long it has been waited for more.
+            lapse: How long it has been waited for more.
             resumed: A person has asked for the wanted plan anew, so that all its nodes are waited for.
             why: Says why nodes are missing.
-            idle_s: For how long of that a smaller plan could have run: nothing else is lost by waiting. None: all.
         """
         wanted, found = self._job.plan, self.largest(up)
         if found == wanted:
@@ -89,11 +92,11 @@ class Sizing:
             if before is not None and (found == before or step_work(found) < step_work(before)):
                 return Answer(plan=found, decision=None if found == before else self._growth(found, up))
             patience_s, words = self._patience(run, found, resumed)
-            if (waited_s if idle_s is None else idle_s) >= patience_s:
-                return Answer(plan=found, decision=self._shrinking(found, up, waited_s, why(), words))
+            if lapse.idle_s >= patience_s:
+                return Answer(plan=found, decision=self._shrinking(found, up, lapse.waited_s, why(), words))
             return Answer(decision=self._waiting(run, up, patience_s, words))
-        if waited_s > self._spec.wait_for_nodes_s:
-            return Answer(decision=self._ending(run, up, waited_s, why()))
+        if lapse.barren_s > self._spec.wait_for_nodes_s:
+            return Answer(decision=self._ending(run, up, lapse.barren_s, why()))
         return Answer(decision=self._waiting(run, up, self._spec.wait_for_nodes_s, ""))
 
     def growth(self, plan: ParallelPlan, up: int) -> Decision | None:

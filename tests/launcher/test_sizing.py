@@ -21,15 +21,21 @@ from launcher.phase import Phase
 from launcher.render_events import event_line
 from launcher.request import RecoverySpec
 from launcher.run import EventKind, Run, RunEvent, RunState
+from launcher.shortage import Lapse, Shortage
 from launcher.sizing import UNKNOWN_S, Sizing, plan_of
 from launcher.store import RunStore
 from launcher.supervise import request_cancel
 from strategies.codec import from_json
 from strategies.ramp import Ramp
-from tests.support.fakes import FakeGang, tiny_request
+from tests.support.fakes import FakeClock, FakeGang, tiny_request
 from tests.support.stage import Stage
 
 TWO = ("a", "b")
+
+
+def lapsed(seconds: float) -> Lapse:
+    """It was waited for so long, and things were so all the time."""
+    return Lapse(waited_s=seconds, idle_s=seconds, barren_s=seconds)
 
 
 def lose(stage: Stage, node: str, *, left: tuple[str, ...], attempt: int = 1) -> None:
@@ -183,6 +189,55 @@ def test_no_node_at_all_is_no_plan(tmp_path: Path) -> None:
     assert "only 0 of 2 nodes" in stage.store.run().reason
 
 
+def wait(stage: Stage, seconds: float) -> None:
+    stage.clock.now += seconds
+    stage.turn()
+
+
+def blink(stage: Stage, node: str, seconds: float) -> None:
+    """An agent is away for so long."""
+    gone = stage.backend.alive[node]
+    stage.gang.say("agent_lost", node, why="silent")
+    wait(stage, seconds)
+    stage.backend.alive[node] = f"{gone}+"
+    stage.gang.say("agent_up", node, attempt=0, ranks=[], incarnation=f"{gone}+")
+    stage.turn()
+
+
+@pytest.mark.parametrize("flaps", [0, 1, 10])
+def test_patience_is_counted_through_a_blink_and_the_end_from_the_last_node(tmp_path: Path, flaps: int) -> None:
+    """All nodes are lost, one is there after 250 s: it is waited 300 s more, whether or not its agent connects anew."""
+    stage = Stage(tmp_path, nodes=TWO, spares=0, shrink_after_s=300.0, wait_for_nodes_s=300.0)
+    stage.start()
+    stage.gang.say("agent_lost", "a", why="silent")
+    lose(stage, "b", left=())
+    stage.backend.alive.clear()
+    wait(stage, 249.0)
+    stage.backend.alive["a"] = "a-1"
+    wait(stage, 5.0)
+    stage.turn()
+    for _ in range(flaps):
+        wait(stage, 22.0)
+        blink(stage, "a", 1.0)
+        assert stage.state() is RunState.RECOVERING
+    wait(stage, 22.0 * (10 - flaps) + 20.0)
+    assert [action for action, _ in decisions(stage)] == ["restart", "wait"]
+    wait(stage, 60.0)
+    assert [action for action, _ in decisions(stage)] == ["restart", "wait", "shrink"]
+
+
+def test_a_node_that_was_away_for_longer_has_only_begun_to_come() -> None:
+    clock = FakeClock()
+    shortage = Shortage(clock, blip_s=5.0)
+    seen = []
+    for after_s, possible in [(10, False), (0, True), (20, True), (1, False), (4, True), (1, False), (6, True)]:
+        clock.now += after_s
+        seen.append(shortage.lapse(possible=possible))
+    assert [one.waited_s for one in seen] == [10, 10, 30, 31, 35, 36, 42]
+    assert [one.idle_s for one in seen] == [0, 0, 20, 0, 25, 0, 0]
+    assert [one.barren_s for one in seen] == [10, 0, 0, 0, 0, 0, 0]
+
+
 def test_nothing_legal_is_a_reason(tmp_path: Path) -> None:
     request = tiny_request(tmp_path)
     job = replace(request.job, plan=replace(request.job.plan, cp=2))  # modelled only, at any size
@@ -191,7 +246,7 @@ def test_nothing_legal_is_a_reason(tmp_path: Path) -> None:
     assert sizing.largest(1) is None
     stage = Stage(tmp_path / "other")
     stage.start()
-    answer = sizing.choose(stage.store.run(), up=1, waited_s=6.0, resumed=False, why=lambda: "it burned")
+    answer = sizing.choose(stage.store.run(), up=1, lapse=lapsed(6.0), resumed=False, why=lambda: "it burned")
     assert answer.plan is None
     assert answer.decision is not None
     assert answer.decision.reason.endswith("it burned; no smaller plan is used: none is legal there")
@@ -224,7 +279,7 @@ def test_patience_follows_from_what_a_restart_takes(tmp_path: Path) -> None:
         """Seconds from which on it goes on with the smaller plan, to a tenth; and why, as people are told."""
         sizing = Sizing(replace(stage.request, recovery=replace(stage.request.recovery, **recovery)))
         for tenths in range(10000):
-            answer = sizing.choose(run, up=1, waited_s=tenths / 10, resumed=resumed, why=lambda: "")
+            answer = sizing.choose(run, up=1, lapse=lapsed(tenths / 10), resumed=resumed, why=lambda: "")
             if answer.plan is not None:
                 assert answer.decision is not None
                 return tenths / 10, answer.decision.reason
