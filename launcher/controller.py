@@ -226,8 +226,9 @@ class Controller:
         self.muster.call_up(self.gang, urgent=True)
         again, why = self.start_reason == "resume", self.backend.why_missing
         nodes, back = self.muster.choose(lambda count: self.sizing.largest(count) is not None)
-        lapse = self.shortage.lapse(possible=self.sizing.possible(self.run, len(nodes)))
-        answer = self.sizing.choose(self.run, up=len(nodes), lapse=lapse, resumed=again, why=why)
+        up = len(nodes)
+        lapse = self.shortage.lapse(possible=self.sizing.possible(self.run, up), enough=up >= self.sizing.need)
+        answer = self.sizing.choose(self.run, up=up, lapse=lapse, resumed=again, why=why)
         if answer.plan is None:
             self.vigil.end()
         if answer.plan is not None:
@@ -243,7 +244,7 @@ class Controller:
             self.decide(answer.decision)
         elif self.run.attempts and self.shortage.note():  # before the first attempt it is no wait, but the start
             self.decide(answer.decision, **self.shortage.told)
-            self.record(EventKind.WAITING_FOR_NODES, have=len(nodes), need=self.sizing.need, why=why())
+            self.record(EventKind.WAITING_FOR_NODES, have=up, need=self.sizing.need, why=why())
 
     def _job(self, plan: ParallelPlan) -> JobSpec:
         return self.request.job.under(plan).skipping(self.run.skips)

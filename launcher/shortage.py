@@ -16,7 +16,8 @@ class Lapse:
 
     Attributes:
         waited_s: From its beginning.
-        idle_s: For how long of that a smaller plan could have run: nothing else is lost by waiting.
+        idle_s: For how long of that a smaller plan could have run, and none that is larger: nothing else is lost by
+            waiting.
         barren_s: Since any plan could run that may be used, or from the beginning.
     """
 
@@ -45,13 +46,18 @@ class Shortage:
         self._possible: float | None = None  # since when a smaller plan could run (monotonic)
         self._told = False
 
-    def lapse(self, *, possible: bool) -> Lapse:
-        """How long it has taken, now that some plan can run on what is there, or none can (``possible``)."""
+    def lapse(self, *, possible: bool, enough: bool) -> Lapse:
+        """How long it has taken by now.
+
+        Args:
+            possible: Some plan can run on what is there.
+            enough: No node is missing: what is waited for is something else.
+        """
         now = self._clock.monotonic()
         if not possible:
             self._gone = now if self._gone is None else self._gone
             return Lapse(waited_s=now - self._began, idle_s=0.0, barren_s=now - self._gone)
-        if self._possible is None or (self._gone is not None and now - self._gone > self._blip_s):
+        if enough or self._possible is None or (self._gone is not None and now - self._gone > self._blip_s):
             self._possible = now
         self._gone = None
         return Lapse(waited_s=now - self._began, idle_s=now - self._possible, barren_s=0.0)

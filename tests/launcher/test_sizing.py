@@ -232,10 +232,21 @@ def test_a_node_that_was_away_for_longer_has_only_begun_to_come() -> None:
     seen = []
     for after_s, possible in [(10, False), (0, True), (20, True), (1, False), (4, True), (1, False), (6, True)]:
         clock.now += after_s
-        seen.append(shortage.lapse(possible=possible))
+        seen.append(shortage.lapse(possible=possible, enough=False))
     assert [one.waited_s for one in seen] == [10, 10, 30, 31, 35, 36, 42]
     assert [one.idle_s for one in seen] == [0, 0, 20, 0, 25, 0, 0]
     assert [one.barren_s for one in seen] == [10, 0, 0, 0, 0, 0, 0]
+
+
+def test_while_no_node_is_missing_none_is_waited_for() -> None:
+    """All are there for 100 s, and the checkpoints are not; then one goes."""
+    clock = FakeClock()
+    shortage = Shortage(clock, blip_s=5.0)
+    seen = []
+    for after_s, enough in [(0, False), (10, False), (10, True), (100, True), (1, False), (10, False)]:
+        clock.now += after_s
+        seen.append(shortage.lapse(possible=True, enough=enough).idle_s)
+    assert seen == [0, 10, 0, 0, 1, 11]
 
 
 def test_nothing_legal_is_a_reason(tmp_path: Path) -> None:
