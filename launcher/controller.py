@@ -261,7 +261,7 @@ class Controller:
         wanted, paths = self.request.job, self.store.paths
         self.state = form(self.run, plan, nodes, self.request.cluster, point=at.point, script=wanted.kind == "script")
         if self.start_reason in ("restart", "move"):
-            self.decide(swapped(self.run, self.state))
+            self.decide(swapped(self.run, self.state), **self.shortage.told)
         write_atomic(paths.job(self.state.attempt), dump(self._job(plan)))
         self.memory.settle(paths.memory(self.state.attempt), at.point)
         self.outset.sign(paths.debt(self.state.attempt))

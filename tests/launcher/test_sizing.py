@@ -354,6 +354,18 @@ def test_a_node_that_returns_in_time_is_waited_for(tmp_path: Path) -> None:
     assert [attempt.wanted for attempt in stage.store.run().attempts] == [None, None]
 
 
+def test_a_spare_that_comes_late_was_waited_for(tmp_path: Path) -> None:
+    """Too short for a line of its own in the log, and no part of placing the ranks all the same."""
+    stage = slow_to_start(tmp_path)
+    stage.turn(8)  # 1.6 s
+    stage.backend.alive["c"] = "c-0"
+    stage.turn(2)
+    stage.start()
+    assert [action for action, _ in decisions(stage)] == ["restart", "swap"]
+    swap = [event for event in stage.store.events() if event.kind is EventKind.DECISION][-1]
+    assert 1.6 <= swap.data["waited_s"] < 3.0
+
+
 def test_a_node_that_stays_away_for_longer_is_not(tmp_path: Path) -> None:
     stage = slow_to_start(tmp_path)
     stage.turn(200)  # 40 s
