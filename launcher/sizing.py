@@ -9,8 +9,8 @@
     smaller than it could be, grow               -> leave at the next checkpoint, start the larger plan
 
 How long waiting is cheaper follows from what restarts have taken (:func:`strategies.shrink.worth_waiting_s`); while
-that is not known, it is :data:`UNKNOWN_S`. A person's ``shrink_after_s`` takes the place of both. It counts from when
-a smaller plan could run.
+that is not known, it is :data:`UNKNOWN_S`. It is never less than an agent takes to be lost and up again. A person's
+``shrink_after_s`` takes the place of all that. It counts from when a smaller plan could run.
 
 The first attempt is never smaller: a person who asks for four nodes and has three wants to know. Who has waited for a
 node once does not wait for it again at the next failure.
@@ -21,6 +21,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from jobs.spec import JobSpec
@@ -37,6 +38,9 @@ from strategies.topology import nodes_needed
 UNKNOWN_S = 60.0
 """How long to wait for a node where no attempt has trained yet, so that nobody knows what a restart takes; and at least
 after a person's resume, when nodes only begin to come."""
+
+COMES_UP_S = 5.0
+"""An agent that has died is up again within so long after ``recovery.detect_s``: for that no run shrinks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,10 +153,13 @@ class Sizing:
             patience_s = worth_waiting_s(found, self._job.plan, restart_s)
             words += f" and one more restart of {restart_s:.1f} s later, to grow back: waiting is cheaper up to "
             words += f"{restart_s:.1f} s / {speed:.2f} = {patience_s:.1f} s"
+        least_s = spec.detect_s + COMES_UP_S
         if spec.shrink_after_s is not None:
             patience_s, by = spec.shrink_after_s, f"recovery.shrink_after_s={spec.shrink_after_s:g}"
         elif resumed and patience_s < UNKNOWN_S:
             patience_s, by = UNKNOWN_S, "the resume: nodes have only begun to come"
+        elif patience_s < least_s:
+            patience_s, by = least_s, f"recovery.detect_s + {COMES_UP_S:g} s: its agent may come up again"
         if patience_s > spec.wait_for_nodes_s:
             patience_s, by = spec.wait_for_nodes_s, f"recovery.wait_for_nodes_s={spec.wait_for_nodes_s:g}"
         return patience_s, f"{words} (decided by {by})" if by else words
@@ -184,11 +191,22 @@ class Sizing:
 
 
 def _restart_s(run: Run) -> float | None:
-    """Seconds from planning an attempt to its first step, the median so far: of restarts, where there were any."""
-    took = [(one.reason, one.trained - one.started) for one in run.attempts if one.trained is not None]
+    """Seconds that a restart takes, the median so far; what is known of first starts, where there was none."""
+    took = [(one.reason, one.trained - one.started) for one in run.attempts[:1] if one.trained is not None]
+    took += [(one.reason, _took_s(before, one)) for before, one in pairwise(run.attempts) if one.trained is not None]
     warm = [seconds for reason, seconds in took if reason not in ("start", "resume")]  # by a person, on nodes just met
     starts = warm or [seconds for _, seconds in took]
     return statistics.median(starts) if starts else None
+
+
+def _took_s(before: Attempt, one: Attempt) -> float:
+    """From the end of the ranks before to the first step, without waits; from its plan, if a controller fell there."""
+    assert one.trained is not None
+    seconds = one.trained - one.started
+    if before.ended is None or before.epoch != one.epoch or one.reason == "resume":
+        return seconds
+    idle_from = one.started if before.idle_from is None else min(before.idle_from, one.started)
+    return seconds + max(0.0, idle_from - before.ended)
 
 
 def plan_of(attempt: Attempt) -> ParallelPlan | None:

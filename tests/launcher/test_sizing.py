@@ -307,7 +307,12 @@ def test_patience_follows_from_what_a_restart_takes(tmp_path: Path) -> None:
     seconds, why = patience()
     assert seconds == 40.0
     assert why.endswith(thirty)
-    assert patience(restarted(2.0))[0] == 2.7  # a restart is no first start
+    assert patience(restarted(12.0))[0] == 16.0  # a restart is no first start
+    seconds, why = patience(restarted(2.0))
+    assert seconds == 10.0
+    assert why.endswith("/ 0.75 = 2.7 s (decided by recovery.detect_s + 5 s: its agent may come up again)")
+    assert patience(restarted(2.0), detect_s=20.0)[0] == 25.0
+    assert patience(restarted(2.0), shrink_after_s=3.0)[0] == 3.0
     assert patience(restarted(2.0, 60.0, 240.0))[0] == 80.0
     seconds, why = patience(restarted(240.0))
     assert seconds == 300.0  # never longer than the patience with anything else
@@ -323,6 +328,62 @@ def test_patience_follows_from_what_a_restart_takes(tmp_path: Path) -> None:
     seconds, why = patience(replace(run, attempts=(replace(attempt, trained=None),)))
     assert seconds == UNKNOWN_S == 60.0
     assert why.endswith(f"{words}; what a restart takes is not known yet")
+
+
+@pytest.mark.parametrize(
+    ("ended", "idle_from", "epoch", "takes_s"),
+    [
+        (88.0, None, 1, 42.0),
+        (88.0, 90.0, 1, 32.0),  # then nodes were waited for, or it backed off
+        (48.0, None, 2, 30.0),  # a controller fell meanwhile
+        (None, None, 1, 30.0),
+    ],
+)
+def test_a_restart_begins_when_the_ranks_have_ended(
+    tmp_path: Path, ended: float | None, idle_from: float | None, epoch: int, takes_s: float
+) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+    run = stage.store.run()
+    first = replace(run.attempts[0], started=1.0, trained=2.0, ended=ended, idle_from=idle_from)
+    second = replace(first, number=2, reason="restart", epoch=epoch, started=100.0, trained=130.0, ended=200.0)
+    answer = Sizing(stage.request).choose(
+        replace(run, attempts=(first, second)), up=1, lapse=lapsed(1.0), resumed=False, why=lambda: ""
+    )
+    assert answer.decision is not None
+    assert f"and one more restart of {takes_s:.1f} s later" in answer.decision.reason
+
+
+def test_the_log_tells_since_when_it_was_waited(tmp_path: Path) -> None:
+    stage = slow_to_start(tmp_path)
+    ended = stage.clock.now
+    stage.turn(100)
+    stage.backend.alive["b"] = "b-1"
+    stage.turn(2)
+    stage.start()
+    first, second = stage.store.run().attempts
+    assert first.ended is not None
+    assert first.idle_from is not None
+    assert first.ended <= first.idle_from <= ended + 1.0
+    assert second.started >= first.idle_from + 19.0
+    assert second.idle_from is None
+
+
+def test_an_agent_that_is_up_again_in_4_s_costs_one_restart(tmp_path: Path) -> None:
+    """Restarts take a second, as from a warm pool."""
+    stage = slow_to_start(tmp_path)
+    stage.turn(30)
+    stage.backend.alive["b"] = "b-1"
+    stage.turn(2)
+    stage.start()
+    stage.report("a", "step", 2, rank=0, step=8)
+    lose(stage, "b", left=("a",), attempt=2)
+    stage.turn(20)  # 4 s, and a back-off of a second or none
+    stage.backend.alive["b"] = "b-2"
+    stage.turn(10)
+    stage.start()
+    assert "shrink" not in [action for action, _ in decisions(stage)]
+    assert [attempt.wanted for attempt in stage.store.run().attempts] == [None, None, None]
 
 
 def test_by_default_the_arithmetic_decides(tmp_path: Path) -> None:
