@@ -8,7 +8,7 @@ from typing import Any
 from jobs.checkpoint.layout import Token
 from launcher import progress, rank_errors, stopping
 from launcher.controller import Controller
-from launcher.departure import CAUSE
+from launcher.departure import REASON
 from launcher.gang import Observation
 from launcher.gang_state import GangState
 from launcher.lock import identity
@@ -143,7 +143,7 @@ def _reason_after(run: Run) -> str:
     assert run.attempt is not None
     if run.failures and run.failures[-1].kind == FailureKind.PREEMPTED and run.failures[-1].time == run.attempt.ended:
         return "move"
-    return next((reason for reason, cause in CAUSE.items() if cause == run.attempt.cause), "restart")
+    return REASON.get(run.attempt.cause or "", "restart")
 
 
 def _remember_orders(controller: Controller, state: GangState, welcomes: Welcomes) -> None:

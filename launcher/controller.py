@@ -25,7 +25,7 @@ from jobs.spec import JobSpec
 from launcher import exclusion, progress, rank_errors, recovery, stopping
 from launcher.backend import AgentAddress, Backend
 from launcher.clock import Clock
-from launcher.departure import CAUSE, Departure
+from launcher.departure import CAUSE, REASON, Departure
 from launcher.gang import Gang, Observation
 from launcher.gang_state import GangState, Note, spawn
 from launcher.hang_watch import HangWatch
@@ -349,9 +349,9 @@ class Controller:
 
     def _regroup(self, state: GangState) -> None:
         """The ranks have left as they were asked to: that is no failure, and nothing is lost."""
-        reason = state.leaving or "grow"
-        self.record(EventKind.GANG_STOPPED, cause=CAUSE[reason], failure="", signature="", last_step=state.last_step)
-        self.state, self.start_reason = None, reason
+        cause = CAUSE[state.leaving]
+        self.record(EventKind.GANG_STOPPED, cause=cause, failure="", signature="", last_step=state.last_step)
+        self.state, self.start_reason = None, REASON[cause]
         self.enter(Phase.GATHER)
 
     def conclude(self, failure: Failure) -> None:

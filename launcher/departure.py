@@ -39,8 +39,11 @@ from launcher.straggler import StragglerWatch
 
 FOR_MORE = "it left at a checkpoint, for a larger plan"
 ELSEWHERE = "it left in good order, to go on on other nodes"
-CAUSE = {"grow": FOR_MORE, "move": ELSEWHERE}
-"""Why an attempt has ended, by the reason of the next one."""
+IN_VAIN = "it left at a checkpoint, for a larger plan whose nodes had gone again by then"
+REASON = {FOR_MORE: "grow", ELSEWHERE: "move", IN_VAIN: "grow"}
+"""Why there is another attempt, by the cause of the end of one."""
+CAUSE = {"grow": FOR_MORE, "move": ELSEWHERE, "": IN_VAIN}
+"""Why an attempt has ended, by what its ranks were to leave for at the end."""
 
 
 class Gang(Protocol):

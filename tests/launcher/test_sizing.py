@@ -14,6 +14,7 @@ from launcher import adoption
 from launcher.account import CLASSES
 from launcher.config import compose
 from launcher.departure import FOR_MORE as LEFT
+from launcher.departure import IN_VAIN
 from launcher.describe import brief, describe
 from launcher.gang import Gang
 from launcher.ledger import account, ledger
@@ -541,6 +542,7 @@ def test_ranks_that_left_too_early_are_started_again_as_they_were(tmp_path: Path
     run = stage.store.run()
     assert run.state is RunState.RUNNING
     assert (run.attempts[-1].number, run.attempts[-1].plan) == (3, run.attempts[1].plan)
+    assert run.attempts[1].cause == IN_VAIN
     assert (run.restarts, run.steps_lost) == (1, 7)
 
 
@@ -604,11 +606,12 @@ def test_a_smaller_gang_is_adopted_as_it_is(tmp_path: Path, leaving: bool) -> No
         assert stage.store.run().attempts[-1].reason == "grow"
 
 
-def test_whoever_comes_after_the_leaving_counts_no_restart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cause", [LEFT, IN_VAIN])
+def test_whoever_comes_after_the_leaving_counts_no_restart(tmp_path: Path, cause: str) -> None:
     """The controller fell between the stop and the new attempt."""
     stage = shrunk(tmp_path)
     come_back(stage)
-    stage.controller.record(EventKind.GANG_STOPPED, cause=LEFT, failure="", signature="", last_step=10)
+    stage.controller.record(EventKind.GANG_STOPPED, cause=cause, failure="", signature="", last_step=10)
     stage.lock.release()
     stage.renew()
     adoption.begin(stage.controller)
