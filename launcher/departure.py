@@ -11,8 +11,9 @@ grow       they are fewer than they could be               at the next checkpoin
 Nothing is lost in any of them, and none counts as a restart. Where a node goes before that is possible,
 :mod:`launcher.notice` says what is done instead, and what it costs. Ranks that keep copies in memory can leave after
 any step: they make one on purpose. So they are told one that nobody can have come to when the word of it comes, and
-leave there or at a checkpoint that is due on disk, whichever is first. Ranks that come to no checkpoint before the last
-step are not asked.
+leave there or at a checkpoint that is due on disk, whichever is first. Where nothing urges, they do not wait for a disk
+at which nothing is due: all nodes stay, and the next gang goes on from the copies. Ranks that come to no checkpoint
+before the last step are not asked.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ CAUSE = {"grow": FOR_MORE, "move": ELSEWHERE, "": IN_VAIN}
 class Gang(Protocol):
     """What is needed of :class:`launcher.gang.Gang`."""
 
-    def leave(self, attempt: int, after: int) -> None:
-        """Ask every rank to save and leave when it has completed step ``after``."""
+    def leave(self, attempt: int, after: int, *, in_memory: bool = False) -> None:
+        """Ask every rank to save, or only to copy, and leave when it has completed step ``after``."""
 
 
 class SaveClock:
@@ -189,7 +190,7 @@ class Departure:
         """Where copies are kept, the next checkpoint on disk need not be waited for."""
         if not _agreed(state) and (after := self._unhurried(state, hangs)):
             state.leave_after = after
-            gang.leave(state.attempt, after)
+            gang.leave(state.attempt, after, in_memory=True)
 
     def _replace(self, state: GangState, failure: Failure, hangs: HangWatch) -> None:
         """Only if nobody has to wait: a node stands by, and the present plan goes on."""

@@ -229,3 +229,19 @@ def test_the_word_in_memory() -> None:
     assert [step for step in range(1, 20) if orders[0].leaves_after(step)] == [12]
     book.close()
     assert orders[0].leaves_after(12)
+
+
+def test_what_is_saved_then_is_said_with_it() -> None:
+    """A copy in memory is enough until somebody asks for more, after the same step."""
+    book = OrderBook()
+    order = Orders(book.share())
+    book.leave(7, reached=4, in_memory=True)
+    assert (order.leaves_after(6), order.leaves_after(7), order.in_memory) == (False, True, True)
+    book.leave(9, reached=5)
+    assert (order.leaves_after(7), order.in_memory) == (True, True)
+    book.leave(7, reached=5)
+    assert (order.leaves_after(7), order.in_memory) == (True, False)
+    book.leave(7, reached=6, in_memory=True)
+    assert (order.leaves_after(7), order.in_memory) == (True, False)
+    book.leave(12, reached=8, in_memory=True)
+    assert (order.leaves_after(12), order.in_memory) == (True, True)

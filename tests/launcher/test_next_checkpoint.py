@@ -65,6 +65,7 @@ def test_without_checkpoints_on_disk_it_grows_at_a_copy_in_memory(tmp_path: Path
     ((_, attempt, after),) = orders(stage)
     assert attempt == 2
     assert after == 6 + 2 + math.ceil(DETECT_S / (0.9 * STEP_S))  # until then the word has come, or the node is lost
+    assert stage.gang.in_memory == [True], "no disk is waited for"
     train(stage, 7, after, copies_every=1)
     assert len(orders(stage)) == 1, "it is said once"
     path = write_checkpoint(stage.store.paths.checkpoint_dir, after, (1, 2))
@@ -184,6 +185,7 @@ def test_a_notice_reckons_with_the_step_that_is_agreed_on(tmp_path: Path, within
         assert stage.controller.state is not None
         assert stage.controller.state.leaving == "move"
         assert {order[2] for order in orders(stage)} == {after}
+        assert stage.gang.in_memory == [True, False], "now it is to be on disk"
 
 
 def test_a_slow_rank_is_replaced_at_a_copy_in_memory(tmp_path: Path) -> None:
