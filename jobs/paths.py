@@ -89,7 +89,12 @@ class RunPaths:
             return self.checkpoint_dir
 
     def at_home(self, path: str) -> str:
-        """Where a checkpoint of the run lies now that was recorded before its directory was moved; else ``path``."""
+        """Where a checkpoint of the run lies now that was recorded before its directory was moved; else ``path``.
+
+        Those that are kept elsewhere are not moved with it.
+        """
+        if self.pointer.exists() or path.startswith(f"{self.checkpoint_dir}/"):
+            return path
         _, mark, inside = path.rpartition(f"/{self.root.name}/{self.checkpoint_dir.name}/")
         return str(self.checkpoint_dir / inside) if mark else path
 

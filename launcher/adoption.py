@@ -8,7 +8,7 @@ from typing import Any
 from jobs.checkpoint.layout import Token
 from launcher import progress, rank_errors, stopping
 from launcher.controller import Controller
-from launcher.departure import CAUSE
+from launcher.departure import REASON
 from launcher.gang import Observation
 from launcher.gang_state import GangState
 from launcher.lock import identity
@@ -143,13 +143,16 @@ def _reason_after(run: Run) -> str:
     assert run.attempt is not None
     if run.failures and run.failures[-1].kind == FailureKind.PREEMPTED and run.failures[-1].time == run.attempt.ended:
         return "move"
-    return next((reason for reason, cause in CAUSE.items() if cause == run.attempt.cause), "restart")
+    return REASON.get(run.attempt.cause or "", "restart")
 
 
 def _remember_orders(controller: Controller, state: GangState, welcomes: Welcomes) -> None:
     """What the ranks were asked to do before this controller came: to leave after a step, or at a checkpoint."""
     state.remaining_s = {n: float(welcomes[n]["leaves_in_s"]) for n in state.placement if "leaves_in_s" in welcomes[n]}
-    state.leave_after = max((int(welcomes[node].get("leave_after", 0)) for node in state.placement), default=0)
+    after = {int(welcomes[node].get("leave_after", 0)) for node in state.placement}
+    state.leave_after = max(after, default=0)
+    if len(after) > 1:  # the word had not come to all nodes: ranks that have it would wait for those that go on
+        controller.gang.leave(state.attempt, state.leave_after)
     if controller.store.paths.leave(state.attempt).exists():
         excluded = any(controller.run.excluded.get(node, 0.0) > controller.clock.time() for node in state.placement)
         state.leaving = "move" if excluded else "grow"

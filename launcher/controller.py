@@ -25,7 +25,7 @@ from jobs.spec import JobSpec
 from launcher import exclusion, progress, rank_errors, recovery, stopping
 from launcher.backend import AgentAddress, Backend
 from launcher.clock import Clock
-from launcher.departure import CAUSE, Departure
+from launcher.departure import CAUSE, REASON, Departure
 from launcher.gang import Gang, Observation
 from launcher.gang_state import GangState, Note, spawn
 from launcher.hang_watch import HangWatch
@@ -83,7 +83,7 @@ class Controller:
         self.state: GangState | None = None
         self.start_reason = "start"
         self.muster = Muster(backend, request.cluster, clock, self.record)
-        self.sizing, self.shortage = Sizing(request), Shortage(clock)
+        self.sizing, self.shortage = Sizing(request), Shortage(clock, blip_s=request.recovery.detect_s)
         self.memory = MemoryTier(clock)
         self.outset = Outset(store, self.memory)
         self.vigil = Vigil(clock, patience_s=request.recovery.wait_for_nodes_s)
@@ -224,10 +224,11 @@ class Controller:
         if not self.memory.ready(self.gang, self.muster.up, self.run, self.request.job):
             return
         self.muster.call_up(self.gang, urgent=True)
-        waited, why = self.clock.monotonic() - self._since, self.backend.why_missing
+        again, why = self.start_reason == "resume", self.backend.why_missing
         nodes, back = self.muster.choose(lambda count: self.sizing.largest(count) is not None)
-        again, idle_s = self.start_reason == "resume", self.shortage.idle_s(self.sizing.largest(len(nodes)) is not None)
-        answer = self.sizing.choose(self.run, up=len(nodes), waited_s=waited, idle_s=idle_s, resumed=again, why=why)
+        up = len(nodes)
+        lapse = self.shortage.lapse(possible=self.sizing.possible(self.run, up), enough=up >= self.sizing.need)
+        answer = self.sizing.choose(self.run, up=up, lapse=lapse, resumed=again, why=why)
         if answer.plan is None:
             self.vigil.end()
         if answer.plan is not None:
@@ -243,7 +244,7 @@ class Controller:
             self.decide(answer.decision)
         elif self.run.attempts and self.shortage.note():  # before the first attempt it is no wait, but the start
             self.decide(answer.decision, **self.shortage.told)
-            self.record(EventKind.WAITING_FOR_NODES, have=len(nodes), need=self.sizing.need, why=why())
+            self.record(EventKind.WAITING_FOR_NODES, have=up, need=self.sizing.need, why=why())
 
     def _job(self, plan: ParallelPlan) -> JobSpec:
         return self.request.job.under(plan).skipping(self.run.skips)
@@ -260,7 +261,7 @@ class Controller:
         wanted, paths = self.request.job, self.store.paths
         self.state = form(self.run, plan, nodes, self.request.cluster, point=at.point, script=wanted.kind == "script")
         if self.start_reason in ("restart", "move"):
-            self.decide(swapped(self.run, self.state))
+            self.decide(swapped(self.run, self.state), **self.shortage.told)
         write_atomic(paths.job(self.state.attempt), dump(self._job(plan)))
         self.memory.settle(paths.memory(self.state.attempt), at.point)
         self.outset.sign(paths.debt(self.state.attempt))
@@ -348,9 +349,9 @@ class Controller:
 
     def _regroup(self, state: GangState) -> None:
         """The ranks have left as they were asked to: that is no failure, and nothing is lost."""
-        reason = state.leaving or "grow"
-        self.record(EventKind.GANG_STOPPED, cause=CAUSE[reason], failure="", signature="", last_step=state.last_step)
-        self.state, self.start_reason = None, reason
+        cause = CAUSE[state.leaving]
+        self.record(EventKind.GANG_STOPPED, cause=cause, failure="", signature="", last_step=state.last_step)
+        self.state, self.start_reason = None, REASON[cause]
         self.enter(Phase.GATHER)
 
     def conclude(self, failure: Failure) -> None:

@@ -11,8 +11,9 @@ grow       they are fewer than they could be               at the next checkpoin
 Nothing is lost in any of them, and none counts as a restart. Where a node goes before that is possible,
 :mod:`launcher.notice` says what is done instead, and what it costs. Ranks that keep copies in memory can leave after
 any step: they make one on purpose. So they are told one that nobody can have come to when the word of it comes, and
-leave there or at a checkpoint that is due on disk, whichever is first. Ranks that come to no checkpoint before the last
-step are not asked.
+leave there or at a checkpoint that is due on disk, whichever is first. Where nothing urges, they do not wait for a disk
+at which nothing is due: all nodes stay, and the next gang goes on from the copies. Ranks that come to no checkpoint
+before the last step are not asked.
 """
 
 from __future__ import annotations
@@ -39,15 +40,18 @@ from launcher.straggler import StragglerWatch
 
 FOR_MORE = "it left at a checkpoint, for a larger plan"
 ELSEWHERE = "it left in good order, to go on on other nodes"
-CAUSE = {"grow": FOR_MORE, "move": ELSEWHERE}
-"""Why an attempt has ended, by the reason of the next one."""
+IN_VAIN = "it left at a checkpoint, for a larger plan whose nodes had gone again by then"
+REASON = {FOR_MORE: "grow", ELSEWHERE: "move", IN_VAIN: "grow"}
+"""Why there is another attempt, by the cause of the end of one."""
+CAUSE = {"grow": FOR_MORE, "move": ELSEWHERE, "": IN_VAIN}
+"""Why an attempt has ended, by what its ranks were to leave for at the end."""
 
 
 class Gang(Protocol):
     """What is needed of :class:`launcher.gang.Gang`."""
 
-    def leave(self, attempt: int, after: int) -> None:
-        """Ask every rank to save and leave when it has completed step ``after``."""
+    def leave(self, attempt: int, after: int, *, in_memory: bool = False) -> None:
+        """Ask every rank to save, or only to copy, and leave when it has completed step ``after``."""
 
 
 class SaveClock:
@@ -123,11 +127,11 @@ class Departure:
         for failure, ratio in self.stragglers.take():
             self._record(EventKind.STRAGGLER_FOUND, failure=failure, ratio=round(ratio, 3))
             if self._spec.replace_stragglers and not state.leaving and not state.script:
-                self._replace(state, failure)
+                self._replace(state, failure, hangs)
         if state.notices and state.training and not state.script:
             return self._before_a_node_goes(gang, state, hangs)
         if state.leaving != "move":
-            self._for_more(state)
+            self._for_more(state, hangs)
         if state.leaving:
             self._order(gang, state, hangs)
         return None
@@ -165,38 +169,43 @@ class Departure:
             memory_every=job.checkpoint.memory_every if state.copies_every is None else state.copies_every,
         )
 
-    def _may_leave(self, state: GangState) -> bool:
+    def _may_leave(self, state: GangState, hangs: HangWatch) -> bool:
         """They come to a checkpoint, on disk or as far as is known in memory, before they are done anyway."""
-        kept = replace(self._kept(state), memory_every=state.copies_every or 0)
-        return self._job.kind == "pretrain" and kept.next_after(state.last_step) < kept.steps
+        kept = replace(self._kept(state), memory_every=0)
+        on_disk = kept.next_after(state.last_step) < kept.steps
+        return self._job.kind == "pretrain" and (on_disk or self._unhurried(state, hangs) > 0)
 
-    def _order(self, gang: Gang, state: GangState, hangs: HangWatch) -> None:
-        """Where copies are kept, the next checkpoint on disk need not be waited for.
+    def _unhurried(self, state: GangState, hangs: HangWatch) -> int:
+        """A step after which ranks that keep copies can leave, and before the last; 0 for none.
 
         Nothing urges: a node to which the word has not come within ``recovery.detect_s`` is lost.
         """
-        if not state.copies_every or _agreed(state):
-            return
+        if not state.copies_every:
+            return 0
         at = hangs.present(state.last_step, self._clock.monotonic(), save_s=self.saves.longest_s)
         after = unhurried(at, self._spec.detect_s)
-        if 0 < after < self._job.train.steps:
-            state.leave_after = after
-            gang.leave(state.attempt, after)
+        return after if after < self._job.train.steps else 0
 
-    def _replace(self, state: GangState, failure: Failure) -> None:
+    def _order(self, gang: Gang, state: GangState, hangs: HangWatch) -> None:
+        """Where copies are kept, the next checkpoint on disk need not be waited for."""
+        if not _agreed(state) and (after := self._unhurried(state, hangs)):
+            state.leave_after = after
+            gang.leave(state.attempt, after, in_memory=True)
+
+    def _replace(self, state: GangState, failure: Failure, hangs: HangWatch) -> None:
         """Only if nobody has to wait: a node stands by, and the present plan goes on."""
-        if self._muster.warm(state.placement) <= len(state.placement) or not self._may_leave(state):
+        if self._muster.warm(state.placement) <= len(state.placement) or not self._may_leave(state, hangs):
             return
         self._decide(Action.REPLACE, f"{failure.detail}: the ranks leave at their next checkpoint, a spare takes over")
         until = self._clock.time() + self._spec.exclude_for_s
         self._record(EventKind.NODE_EXCLUDED, **Exclusion(node=failure.node, until=until, reason=failure.detail).fields)
         self._ask(state, "move", failure.detail)
 
-    def _for_more(self, state: GangState) -> None:
+    def _for_more(self, state: GangState, hangs: HangWatch) -> None:
         """A larger plan fits: ask the ranks to leave at their next checkpoint; not any more: let them stay."""
         if state.plan == self._plan and not state.leaving:
             return  # as large as was asked for: nothing to count in every turn
-        possible = state.training and (bool(state.leaving) or self._may_leave(state))
+        possible = state.training and (bool(state.leaving) or self._may_leave(state, hangs))
         growth = self._sizing.growth(state.plan, self._muster.warm(state.placement)) if possible else None
         if (growth is not None) is bool(state.leaving):
             return

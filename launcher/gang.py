@@ -341,9 +341,9 @@ class Gang:
             self._order = None
         self._send_all({"op": "kill", "attempt": attempt, "grace_s": grace_s})
 
-    def leave(self, attempt: int, after: int) -> None:
-        """Ask every rank of an attempt to save and leave when it has completed step ``after``."""
-        self._send_all({"op": "leave", "attempt": attempt, "after": after})
+    def leave(self, attempt: int, after: int, *, in_memory: bool = False) -> None:
+        """Ask every rank of an attempt to save, or only to copy, and leave when it has completed step ``after``."""
+        self._send_all({"op": "leave", "attempt": attempt, "after": after, "in_memory": in_memory})
 
     def dump(self, attempt: int) -> None:
         """Ask every node where the ranks of an attempt stand; each rank answers with ``stack``."""

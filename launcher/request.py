@@ -65,7 +65,8 @@ class RecoverySpec:
         shrink: Go on with a smaller plan when nodes are missing; scripts never do.
         shrink_after_s: How long to wait before that; null means as long as waiting is cheaper than one more restart
             later, by what restarts have taken (60 s where none is known yet, and at least that after a person's
-            resume). Never longer than ``wait_for_nodes_s``.
+            resume), and at least ``detect_s`` + 5 s, in which an agent comes up again. Never longer than
+            ``wait_for_nodes_s``.
         grow: Go back to the larger plan, at a checkpoint, when its nodes are there again.
         min_nodes: With fewer nodes it waits; null means whatever is legal.
         start_timeout_s: From placing the ranks to their first step; null means three times what the planner expects of

@@ -117,6 +117,7 @@ class Attempt:
         wanted: The plan that was asked for, if the attempt's own is smaller because nodes were missing.
         trained: When its first step began (UTC seconds), or None.
         restored_s: Seconds in which its slowest rank read the checkpoint, or None.
+        idle_from: Since when, after its end, it was only waited for what the next one takes (UTC seconds), or None.
     """
 
     number: int
@@ -134,6 +135,7 @@ class Attempt:
     wanted: Mapping[str, Any] | None = None
     trained: float | None = None
     restored_s: float | None = None
+    idle_from: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,10 +261,6 @@ def advance(run: Run, event: RunEvent) -> Run:
     return run
 
 
-def _submitted(run: Run, event: RunEvent) -> Run:
-    return replace(run, submitted=event.time, request=str(event.data.get("request", "")))
-
-
 def _resume_requested(run: Run, event: RunEvent) -> Run:
     if run.attempt is not None and run.attempt.ended is None:
         run = _with_attempt(run, last_step=_last_step(run, event))
@@ -284,6 +282,7 @@ def _resume_requested(run: Run, event: RunEvent) -> Run:
 def _planned(run: Run, event: RunEvent) -> Run:
     data = event.data
     run = _close_attempt(run, event, "replaced")
+    run = _idle(run, event) if data.get("waited_s") else run
     attempt = Attempt(
         number=event.attempt,
         epoch=event.epoch,
@@ -310,10 +309,6 @@ def _planned(run: Run, event: RunEvent) -> Run:
 def _committed(run: Run, event: RunEvent) -> Run:
     step = int(event.data["step"])
     return replace(run, headway=run.headway.committed(step), step=max(step, run.step))
-
-
-def _failure(run: Run, event: RunEvent) -> Run:
-    return _progressed(_with_attempt(run, last_step=_last_step(run, event)))
 
 
 def _stopped(run: Run, event: RunEvent) -> Run:
@@ -344,17 +339,20 @@ def _last_step(run: Run, event: RunEvent) -> int:
 
 
 def _decided(run: Run, event: RunEvent) -> Run:
-    skip = event.data.get("skip")
+    data, skip = event.data, event.data.get("skip")
+    run = _idle(run, event) if data.get("action") == "wait" or data.get("delay_s") else run
     return replace(run, skips=(*run.skips, from_json(Skip, skip))) if skip else run
+
+
+def _idle(run: Run, event: RunEvent) -> Run:
+    if run.attempt is None or run.attempt.ended is None or run.attempt.idle_from is not None:
+        return run
+    return _with_attempt(run, idle_from=event.time - float(event.data.get("waited_s") or 0.0))
 
 
 def _rejected(run: Run, event: RunEvent) -> Run:
     path = {str(event.data["path"])}
     return replace(run, rejected=run.rejected | path, absent=run.absent | (path if event.data.get("absent") else set()))
-
-
-def _fault(run: Run, event: RunEvent) -> Run:
-    return replace(run, faults=(*run.faults, str(event.data["fault"])))
 
 
 def _ended(run: Run, event: RunEvent) -> Run:
@@ -382,18 +380,18 @@ def _with_attempt(run: Run, **changes: Any) -> Run:
 
 
 _HANDLERS = {
-    EventKind.RUN_SUBMITTED: _submitted,
+    EventKind.RUN_SUBMITTED: lambda run, e: replace(run, submitted=e.time, request=str(e.data.get("request", ""))),
     EventKind.RESUME_REQUESTED: _resume_requested,
     EventKind.ATTEMPT_PLANNED: _planned,
     EventKind.CHECKPOINT_COMMITTED: _committed,
     EventKind.CHECKPOINT_REJECTED: _rejected,
     EventKind.TRAINING_STARTED: lambda run, e: _with_attempt(run, trained=e.time, restored_s=e.data.get("restored_s")),
-    EventKind.FAILURE_DETECTED: _failure,
+    EventKind.FAILURE_DETECTED: lambda run, e: _progressed(_with_attempt(run, last_step=_last_step(run, e))),
     EventKind.GANG_STOPPED: _stopped,
     EventKind.NODE_EXCLUDED: _excluded,
     EventKind.NODE_READMITTED: _readmitted,
     EventKind.DECISION: _decided,
-    EventKind.FAULT_FIRED: _fault,
+    EventKind.FAULT_FIRED: lambda run, e: replace(run, faults=(*run.faults, str(e.data["fault"]))),
     EventKind.RUN_SUCCEEDED: _ended,
     EventKind.RUN_FAILED: _ended,
     EventKind.RUN_CANCELLED: _ended,

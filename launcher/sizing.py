@@ -5,12 +5,12 @@
     enough nodes for the plan that is asked for  -> that plan
     too few, waiting is cheaper                  -> wait
     too few, it is not any more                  -> shrink: the next plan that is legal and runs on what is there
-    no such plan, wait_for_nodes_s over          -> give up, with the reason
+    no such plan for wait_for_nodes_s            -> give up, with the reason
     smaller than it could be, grow               -> leave at the next checkpoint, start the larger plan
 
 How long waiting is cheaper follows from what restarts have taken (:func:`strategies.shrink.worth_waiting_s`); while
-that is not known, it is :data:`UNKNOWN_S`. A person's ``shrink_after_s`` takes the place of both. It counts from when
-a smaller plan could run.
+that is not known, it is :data:`UNKNOWN_S`. It is never less than an agent takes to be lost and up again. A person's
+``shrink_after_s`` takes the place of all that. It counts from when a smaller plan could run.
 
 The first attempt is never smaller: a person who asks for four nodes and has three wants to know. Who has waited for a
 node once does not wait for it again at the next failure.
@@ -21,12 +21,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from jobs.spec import JobSpec
 from launcher.recovery import Action, Decision
 from launcher.request import LaunchRequest
 from launcher.run import Attempt, Run
+from launcher.shortage import Lapse
 from strategies.codec import from_json
 from strategies.errors import ConfigError
 from strategies.plan import ParallelPlan
@@ -36,6 +38,9 @@ from strategies.topology import nodes_needed
 UNKNOWN_S = 60.0
 """How long to wait for a node where no attempt has trained yet, so that nobody knows what a restart takes; and at least
 after a person's resume, when nodes only begin to come."""
+
+COMES_UP_S = 5.0
+"""An agent that has died is up again within so long after ``recovery.detect_s``: for that no run shrinks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,18 +73,20 @@ class Sizing:
         self._largest: dict[int, ParallelPlan | None] = {}
         self.need = nodes_needed(request.job.plan, request.cluster.slots_per_node)
 
-    def choose(
-        self, run: Run, *, up: int, waited_s: float, resumed: bool, why: Callable[[], str], idle_s: float | None = None
-    ) -> Answer:
+    def possible(self, run: Run, up: int) -> bool:
+        """Whether so many nodes are enough for a plan that may be used while no gang runs."""
+        found = self.largest(up)
+        return found is not None and (found == self._job.plan or run.attempt is not None)
+
+    def choose(self, run: Run, *, up: int, lapse: Lapse, resumed: bool, why: Callable[[], str]) -> Answer:
         """What to start on the nodes that are up while no gang runs.
 
         Args:
             run: The run.
             up: Nodes that can be used now.
-            waited_s: How long it has been waited for more.
+            lapse: How long it has been waited for more.
             resumed: A person has asked for the wanted plan anew, so that all its nodes are waited for.
             why: Says why nodes are missing.
-            idle_s: For how long of that a smaller plan could have run: nothing else is lost by waiting. None: all.
         """
         wanted, found = self._job.plan, self.largest(up)
         if found == wanted:
@@ -89,11 +96,11 @@ class Sizing:
             if before is not None and (found == before or step_work(found) < step_work(before)):
                 return Answer(plan=found, decision=None if found == before else self._growth(found, up))
             patience_s, words = self._patience(run, found, resumed)
-            if (waited_s if idle_s is None else idle_s) >= patience_s:
-                return Answer(plan=found, decision=self._shrinking(found, up, waited_s, why(), words))
+            if lapse.idle_s >= patience_s:
+                return Answer(plan=found, decision=self._shrinking(found, up, lapse.waited_s, why(), words))
             return Answer(decision=self._waiting(run, up, patience_s, words))
-        if waited_s > self._spec.wait_for_nodes_s:
-            return Answer(decision=self._ending(run, up, waited_s, why()))
+        if lapse.barren_s > self._spec.wait_for_nodes_s:
+            return Answer(decision=self._ending(run, up, lapse.barren_s, why()))
         return Answer(decision=self._waiting(run, up, self._spec.wait_for_nodes_s, ""))
 
     def growth(self, plan: ParallelPlan, up: int) -> Decision | None:
@@ -146,10 +153,13 @@ class Sizing:
             patience_s = worth_waiting_s(found, self._job.plan, restart_s)
             words += f" and one more restart of {restart_s:.1f} s later, to grow back: waiting is cheaper up to "
             words += f"{restart_s:.1f} s / {speed:.2f} = {patience_s:.1f} s"
+        least_s = spec.detect_s + COMES_UP_S
         if spec.shrink_after_s is not None:
             patience_s, by = spec.shrink_after_s, f"recovery.shrink_after_s={spec.shrink_after_s:g}"
         elif resumed and patience_s < UNKNOWN_S:
             patience_s, by = UNKNOWN_S, "the resume: nodes have only begun to come"
+        elif patience_s < least_s:
+            patience_s, by = least_s, f"recovery.detect_s + {COMES_UP_S:g} s: its agent may come up again"
         if patience_s > spec.wait_for_nodes_s:
             patience_s, by = spec.wait_for_nodes_s, f"recovery.wait_for_nodes_s={spec.wait_for_nodes_s:g}"
         return patience_s, f"{words} (decided by {by})" if by else words
@@ -181,11 +191,22 @@ class Sizing:
 
 
 def _restart_s(run: Run) -> float | None:
-    """Seconds from planning an attempt to its first step, the median so far: of restarts, where there were any."""
-    took = [(one.reason, one.trained - one.started) for one in run.attempts if one.trained is not None]
+    """Seconds that a restart takes, the median so far; what is known of first starts, where there was none."""
+    took = [(one.reason, one.trained - one.started) for one in run.attempts[:1] if one.trained is not None]
+    took += [(one.reason, _took_s(before, one)) for before, one in pairwise(run.attempts) if one.trained is not None]
     warm = [seconds for reason, seconds in took if reason not in ("start", "resume")]  # by a person, on nodes just met
     starts = warm or [seconds for _, seconds in took]
     return statistics.median(starts) if starts else None
+
+
+def _took_s(before: Attempt, one: Attempt) -> float:
+    """From the end of the ranks before to the first step, without waits; from its plan, if a controller fell there."""
+    assert one.trained is not None
+    seconds = one.trained - one.started
+    if before.ended is None or before.epoch != one.epoch or one.reason == "resume":
+        return seconds
+    idle_from = one.started if before.idle_from is None else min(before.idle_from, one.started)
+    return seconds + max(0.0, idle_from - before.ended)
 
 
 def plan_of(attempt: Attempt) -> ParallelPlan | None:

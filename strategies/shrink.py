@@ -104,6 +104,6 @@ def worth_waiting_s(plan: ParallelPlan, wanted: ParallelPlan, restart_s: float) 
     Args:
         plan: The smaller plan.
         wanted: The plan that waits for its node.
-        restart_s: Seconds from planning an attempt to its first step.
+        restart_s: Seconds from the end of the ranks to the first step of the next ones, waits left out.
     """
     return restart_s / throughput(plan, wanted)

@@ -47,6 +47,10 @@ class DirectSaver:
         """See :class:`~jobs.checkpoint.keeping.Saver`."""
         return 0.0
 
+    def copy(self, step: int, extra: Mapping[str, Any]) -> None:
+        """See :class:`~jobs.checkpoint.keeping.Saver`."""
+        raise AssertionError("no state is kept in memory here")
+
     @property
     def in_memory(self) -> bool:
         """See :class:`~jobs.checkpoint.keeping.Saver`."""

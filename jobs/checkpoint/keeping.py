@@ -32,6 +32,9 @@ class Saver(Protocol):
         Ask when a step has ended. What a checkpoint on disk has cost is reported with it instead.
         """
 
+    def copy(self, step: int, extra: Mapping[str, Any]) -> None:
+        """Copy this step into memory, and wait until it is safe there; only where states are kept in memory."""
+
     def save(self, step: int, extra: Mapping[str, Any], *, must: bool = False) -> Location:
         """A checkpoint on disk is due; returns the path of its manifest, which need not exist yet.
 

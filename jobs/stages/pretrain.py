@@ -128,7 +128,7 @@ class Pretrain:
                 continue
             if step == steps:
                 manifest = self._save_last(step)
-            leaving = step < steps and self._save(step, ordered=ordered)
+            leaving = step < steps and self._save(step, due=due, ordered=ordered)
             self._reporter.send("step", step=step, next="finish" if leaving or step == steps else "step")
             if leaving:
                 self._leave(step)
@@ -229,9 +229,12 @@ class Pretrain:
     def _micro_batches(self, step: int) -> int:
         return self._schedule.micro_batches(step, self._job.plan)
 
-    def _save(self, step: int, *, ordered: bool) -> bool:
+    def _save(self, step: int, *, due: bool, ordered: bool) -> bool:
         """A checkpoint is due, or the ranks have been ordered to leave after it; returns whether they do."""
         self._sync_metrics()
+        if ordered and not due and self._saver.in_memory and gather(self._orders.in_memory)[0]:
+            self._saver.copy(step, self._extra(step))
+            return True
         leaving = ordered or self._is_to_leave()
         self._saver.save(step, self._extra(step), must=leaving)
         failure = self._saver.finish() if leaving else None

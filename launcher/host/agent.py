@@ -337,7 +337,7 @@ class HostAgent:
             "spawn": lambda: self._spawn(peer, message),
             "holdings": lambda: self._persister.ask(lambda held: self._tell_holdings(peer, message, held)),
             "dump": lambda: self._dump(int(message["attempt"])),
-            "leave": lambda: self._ranks.leave(int(message["attempt"]), int(message["after"])),
+            "leave": lambda: self._ranks.leave(message),
             "kill": lambda: self._kill(int(message["attempt"]), float(message.get("grace_s", 0.0))),
             "shutdown": self._shut_down,
         }

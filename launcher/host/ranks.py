@@ -197,10 +197,10 @@ class Ranks:
         for rank in self._living():
             rank.fell = bool(rank.pid) and process.is_ending(rank.pid)
 
-    def leave(self, attempt: int, after: int) -> None:
+    def leave(self, told: Message) -> None:
         """Tell the ranks of an attempt to leave after a step; see :class:`jobs.orders.OrderBook`."""
-        if attempt == self.attempt and self._orders is not None:
-            self._orders.leave(after, reached=self.step)
+        if int(told["attempt"]) == self.attempt and self._orders is not None:
+            self._orders.leave(int(told["after"]), reached=self.step, in_memory=bool(told.get("in_memory")))
 
     def _renew_orders(self) -> None:
         if self._orders is not None:

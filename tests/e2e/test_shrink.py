@@ -224,6 +224,11 @@ def test_grows_back_when_the_node_returns(
     nodes_return(monkeypatch, step=14)
     run = run_here(folder, f"grown-{every}", *LONG, f"checkpoint.every={every}", FAULT)
     assert_grown(run, every)
+    if not every:  # nobody has waited for a disk
+        grown = run.run().attempts[-1]
+        assert grown.resume_from.startswith("memory:")
+        committed = [e.data["step"] for e in run.events() if e.kind is EventKind.CHECKPOINT_COMMITTED]
+        assert committed == [STEPS]
     assert_agrees(run, undisturbed_long)
     cli.assert_nothing_left(run.paths.root)
 

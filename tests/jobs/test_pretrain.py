@@ -255,3 +255,33 @@ def test_the_end_that_cannot_be_written_has_a_name_of_its_own(job: JobSpec, monk
         loop._save_last(20)
     assert str(caught.value) == str(failure)
     assert exit_code(caught.value) == exit_code(failure)
+
+
+@pytest.mark.parametrize(
+    ("words", "due", "memory", "does"),
+    [
+        ([True, True], False, True, ["copy"]),
+        ([True, False], False, True, ["copy"]),  # what rank 0 has seen counts
+        ([False, True], False, True, ["save", "finish"]),  # a node will be taken away
+        ([True, True], True, True, ["save", "finish"]),  # it is due on disk anyway
+        ([True, True], False, False, ["save", "finish"]),
+    ],
+)
+def test_ranks_that_nothing_urges_leave_at_a_copy_in_memory(
+    job: JobSpec, monkeypatch: pytest.MonkeyPatch, words: list[bool], due: bool, memory: bool, does: list[str]
+) -> None:
+    """They wait for no disk, which may be slow or stuck."""
+    did: list[str] = []
+    monkeypatch.setattr(pretrain, "gather", lambda mine: words)
+    saver = SimpleNamespace(
+        in_memory=memory,
+        copy=lambda step, extra: did.append("copy"),
+        save=lambda step, extra, must: did.append("save"),
+        finish=lambda: did.append("finish"),
+    )
+    loop = object.__new__(Pretrain)
+    orders = SimpleNamespace(in_memory=words[1])
+    for name, part in {"_saver": saver, "_orders": orders, "_metrics": None, "_extra": lambda step: {}}.items():
+        monkeypatch.setattr(loop, name, part, raising=False)
+    assert loop._save(7, due=due, ordered=True)
+    assert did == does

@@ -17,6 +17,7 @@ from jobs.checkpoint.layout import Place, Token, place_of
 from jobs.checkpoint.manifest import commit, read_manifest
 from jobs.checkpoint.slices import whole
 from jobs.data import prepare
+from jobs.paths import RunPaths
 from jobs.spec import DataSpec
 from launcher import origin, resume_checks, resume_plan
 from launcher.cli import main
@@ -178,6 +179,28 @@ def test_what_was_found_damaged_is_so_where_the_run_directory_was_moved_to(
     assert Path(point.path).is_relative_to(moved)
     assert point.step < place_of(bad).step
     assert rejected == {str(bad)}, "people read where it was"
+
+
+def test_what_was_found_damaged_elsewhere_is_so_there(store: RunStore, tmp_path: Path) -> None:
+    """Checkpoints that are kept outside the run directory, in a folder that is called like the run."""
+    kept = tmp_path / "bucket" / store.name / "checkpoints"
+    kept.parent.mkdir(parents=True)
+    os.rename(store.paths.checkpoint_dir, kept)
+    store.paths.pointer.write_text(f"{kept}\n")
+    bad, _ = origin.newest(store.paths, rejected=frozenset(), script=False)
+    assert Path(bad.path).is_relative_to(kept)
+    point, _ = origin.newest(store.paths, rejected=frozenset({bad.path}), script=False)
+    assert point.path
+    assert point.step < bad.step
+    store.paths.pointer.write_text("s3://bucket/demo/checkpoints\n")
+    url = "s3://bucket/demo/checkpoints/step-5/manifest.json"
+    assert store.paths.at_home(url) == url
+
+
+def test_a_checkpoint_that_is_where_it_was_stays_there(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path / "demo")
+    here = str(paths.checkpoint_dir / "demo" / "checkpoints" / "step-5")
+    assert paths.at_home(here) == here
 
 
 def test_a_run_directory_under_another_name(store: RunStore, tmp_path: Path, resume: Resume) -> None:

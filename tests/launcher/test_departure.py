@@ -190,7 +190,9 @@ def test_without_another_plan_it_is_taken_back(tmp_path: Path) -> None:
     assert dict(stage.store.run().excluded) == {}
 
 
-def test_a_successor_knows_what_was_ordered(tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [BOTH, ("a",), ("b",)])
+def test_a_successor_knows_what_was_ordered(tmp_path: Path, told: tuple[str, ...]) -> None:
+    """And says it again where it had not come to every node: all ranks leave after the same step, or none."""
     stage = Stage(tmp_path)
     stage.start()
     steps(stage, 1, 1, 3)
@@ -205,7 +207,7 @@ def test_a_successor_knows_what_was_ordered(tmp_path: Path) -> None:
         connect(addresses)
         for seen in stage.gang.queue:
             if seen.node in BOTH:
-                seen.data.update(attempt=1, leave_after=order[2])
+                seen.data.update(attempt=1, leave_after=order[2] if seen.node in told else 0)
         stage.gang.say("notice", "b", reason="SIGTERM", within_s=25.0)
 
     stage.gang.connect = meet  # type: ignore[method-assign]
@@ -213,7 +215,7 @@ def test_a_successor_knows_what_was_ordered(tmp_path: Path) -> None:
     stage.turn()
     assert stage.controller.state is not None
     assert (stage.controller.state.leaving, stage.controller.state.leave_after) == ("move", order[2])
-    assert orders(stage) == []
+    assert orders(stage) == ([] if told == BOTH else [order])
 
 
 def test_the_word_in_memory() -> None:
@@ -227,3 +229,19 @@ def test_the_word_in_memory() -> None:
     assert [step for step in range(1, 20) if orders[0].leaves_after(step)] == [12]
     book.close()
     assert orders[0].leaves_after(12)
+
+
+def test_what_is_saved_then_is_said_with_it() -> None:
+    """A copy in memory is enough until somebody asks for more, after the same step."""
+    book = OrderBook()
+    order = Orders(book.share())
+    book.leave(7, reached=4, in_memory=True)
+    assert (order.leaves_after(6), order.leaves_after(7), order.in_memory) == (False, True, True)
+    book.leave(9, reached=5)
+    assert (order.leaves_after(7), order.in_memory) == (True, True)
+    book.leave(7, reached=5)
+    assert (order.leaves_after(7), order.in_memory) == (True, False)
+    book.leave(7, reached=6, in_memory=True)
+    assert (order.leaves_after(7), order.in_memory) == (True, False)
+    book.leave(12, reached=8, in_memory=True)
+    assert (order.leaves_after(12), order.in_memory) == (True, True)

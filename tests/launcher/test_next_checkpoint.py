@@ -65,6 +65,7 @@ def test_without_checkpoints_on_disk_it_grows_at_a_copy_in_memory(tmp_path: Path
     ((_, attempt, after),) = orders(stage)
     assert attempt == 2
     assert after == 6 + 2 + math.ceil(DETECT_S / (0.9 * STEP_S))  # until then the word has come, or the node is lost
+    assert stage.gang.in_memory == [True], "no disk is waited for"
     train(stage, 7, after, copies_every=1)
     assert len(orders(stage)) == 1, "it is said once"
     path = write_checkpoint(stage.store.paths.checkpoint_dir, after, (1, 2))
@@ -155,6 +156,19 @@ def test_near_the_end_it_is_not_worth_it(tmp_path: Path) -> None:
     assert after < LAST - 10  # that was early enough, and was missed
 
 
+@pytest.mark.parametrize(("early", "every", "grown"), [(60, 0, 1), (12, 0, 0), (12, 390, 0), (12, 395, 1)])
+def test_nobody_is_asked_whom_the_word_would_find_done(tmp_path: Path, early: int, every: int, grown: int) -> None:
+    """Steps of 0.2 s: the word and two steps are some thirty of them."""
+    stage = small(tmp_path, CheckpointSpec(every=every, memory_every=1))
+    train(stage, LAST - early - 10, LAST - early, copies_every=1)
+    if every == 390:
+        train(stage, LAST - early + 1, LAST - 8, copies_every=1)  # the last one on disk but one has been
+    come_back(stage)
+    stage.turn()
+    assert (grows(stage), asked(stage)) == (grown, bool(grown))
+    assert len(orders(stage)) == (1 if early == 60 else 0)
+
+
 @pytest.mark.parametrize(("within_s", "course"), [(60.0, "leave"), (2.0, "swap")])
 def test_a_notice_reckons_with_the_step_that_is_agreed_on(tmp_path: Path, within_s: float, course: str) -> None:
     """Ranks that have been told one step can be told no other: it is in time, or it is not waited for."""
@@ -171,6 +185,7 @@ def test_a_notice_reckons_with_the_step_that_is_agreed_on(tmp_path: Path, within
         assert stage.controller.state is not None
         assert stage.controller.state.leaving == "move"
         assert {order[2] for order in orders(stage)} == {after}
+        assert stage.gang.in_memory == [True, False], "now it is to be on disk"
 
 
 def test_a_slow_rank_is_replaced_at_a_copy_in_memory(tmp_path: Path) -> None:
@@ -193,6 +208,18 @@ def test_a_slow_rank_that_comes_to_no_checkpoint_stays(tmp_path: Path) -> None:
     stage.start()
     stage.gang.say("pool", "c", state="ready", reason="")
     steps(stage, 1, 1, 25, slow=2)
+    assert EventKind.STRAGGLER_FOUND in stage.kinds()
+    assert (decisions(stage), dict(stage.store.run().excluded)) == ([], {})
+
+
+def test_near_the_end_a_slow_rank_stays(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, replace_stragglers=True, steps=LAST)
+    policy(stage, MEMORY)
+    stage.start()
+    stage.gang.say("pool", "c", state="ready", reason="")
+    for rank in range(4):
+        stage.report("ab"[rank // 2], "step", 1, rank=rank, step=LAST - 30, next="step", copies_every=1)
+    steps(stage, 1, LAST - 29, LAST - 5, slow=2)
     assert EventKind.STRAGGLER_FOUND in stage.kinds()
     assert (decisions(stage), dict(stage.store.run().excluded)) == ([], {})
 

@@ -14,6 +14,7 @@ from launcher import adoption
 from launcher.account import CLASSES
 from launcher.config import compose
 from launcher.departure import FOR_MORE as LEFT
+from launcher.departure import IN_VAIN
 from launcher.describe import brief, describe
 from launcher.gang import Gang
 from launcher.ledger import account, ledger
@@ -21,15 +22,21 @@ from launcher.phase import Phase
 from launcher.render_events import event_line
 from launcher.request import RecoverySpec
 from launcher.run import EventKind, Run, RunEvent, RunState
+from launcher.shortage import Lapse, Shortage
 from launcher.sizing import UNKNOWN_S, Sizing, plan_of
 from launcher.store import RunStore
 from launcher.supervise import request_cancel
 from strategies.codec import from_json
 from strategies.ramp import Ramp
-from tests.support.fakes import FakeGang, tiny_request
+from tests.support.fakes import FakeClock, FakeGang, tiny_request
 from tests.support.stage import Stage
 
 TWO = ("a", "b")
+
+
+def lapsed(seconds: float) -> Lapse:
+    """It was waited for so long, and things were so all the time."""
+    return Lapse(waited_s=seconds, idle_s=seconds, barren_s=seconds)
 
 
 def lose(stage: Stage, node: str, *, left: tuple[str, ...], attempt: int = 1) -> None:
@@ -183,6 +190,66 @@ def test_no_node_at_all_is_no_plan(tmp_path: Path) -> None:
     assert "only 0 of 2 nodes" in stage.store.run().reason
 
 
+def wait(stage: Stage, seconds: float) -> None:
+    stage.clock.now += seconds
+    stage.turn()
+
+
+def blink(stage: Stage, node: str, seconds: float) -> None:
+    """An agent is away for so long."""
+    gone = stage.backend.alive[node]
+    stage.gang.say("agent_lost", node, why="silent")
+    wait(stage, seconds)
+    stage.backend.alive[node] = f"{gone}+"
+    stage.gang.say("agent_up", node, attempt=0, ranks=[], incarnation=f"{gone}+")
+    stage.turn()
+
+
+@pytest.mark.parametrize("flaps", [0, 1, 10])
+def test_patience_is_counted_through_a_blink_and_the_end_from_the_last_node(tmp_path: Path, flaps: int) -> None:
+    """All nodes are lost, one is there after 250 s: it is waited 300 s more, whether or not its agent connects anew."""
+    stage = Stage(tmp_path, nodes=TWO, spares=0, shrink_after_s=300.0, wait_for_nodes_s=300.0)
+    stage.start()
+    stage.gang.say("agent_lost", "a", why="silent")
+    lose(stage, "b", left=())
+    stage.backend.alive.clear()
+    wait(stage, 249.0)
+    stage.backend.alive["a"] = "a-1"
+    wait(stage, 5.0)
+    stage.turn()
+    for _ in range(flaps):
+        wait(stage, 22.0)
+        blink(stage, "a", 1.0)
+        assert stage.state() is RunState.RECOVERING
+    wait(stage, 22.0 * (10 - flaps) + 20.0)
+    assert [action for action, _ in decisions(stage)] == ["restart", "wait"]
+    wait(stage, 60.0)
+    assert [action for action, _ in decisions(stage)] == ["restart", "wait", "shrink"]
+
+
+def test_a_node_that_was_away_for_longer_has_only_begun_to_come() -> None:
+    clock = FakeClock()
+    shortage = Shortage(clock, blip_s=5.0)
+    seen = []
+    for after_s, possible in [(10, False), (0, True), (20, True), (1, False), (4, True), (1, False), (6, True)]:
+        clock.now += after_s
+        seen.append(shortage.lapse(possible=possible, enough=False))
+    assert [one.waited_s for one in seen] == [10, 10, 30, 31, 35, 36, 42]
+    assert [one.idle_s for one in seen] == [0, 0, 20, 0, 25, 0, 0]
+    assert [one.barren_s for one in seen] == [10, 0, 0, 0, 0, 0, 0]
+
+
+def test_while_no_node_is_missing_none_is_waited_for() -> None:
+    """All are there for 100 s, and the checkpoints are not; then one goes."""
+    clock = FakeClock()
+    shortage = Shortage(clock, blip_s=5.0)
+    seen = []
+    for after_s, enough in [(0, False), (10, False), (10, True), (100, True), (1, False), (10, False)]:
+        clock.now += after_s
+        seen.append(shortage.lapse(possible=True, enough=enough).idle_s)
+    assert seen == [0, 10, 0, 0, 1, 11]
+
+
 def test_nothing_legal_is_a_reason(tmp_path: Path) -> None:
     request = tiny_request(tmp_path)
     job = replace(request.job, plan=replace(request.job.plan, cp=2))  # modelled only, at any size
@@ -191,7 +258,7 @@ def test_nothing_legal_is_a_reason(tmp_path: Path) -> None:
     assert sizing.largest(1) is None
     stage = Stage(tmp_path / "other")
     stage.start()
-    answer = sizing.choose(stage.store.run(), up=1, waited_s=6.0, resumed=False, why=lambda: "it burned")
+    answer = sizing.choose(stage.store.run(), up=1, lapse=lapsed(6.0), resumed=False, why=lambda: "it burned")
     assert answer.plan is None
     assert answer.decision is not None
     assert answer.decision.reason.endswith("it burned; no smaller plan is used: none is legal there")
@@ -224,7 +291,7 @@ def test_patience_follows_from_what_a_restart_takes(tmp_path: Path) -> None:
         """Seconds from which on it goes on with the smaller plan, to a tenth; and why, as people are told."""
         sizing = Sizing(replace(stage.request, recovery=replace(stage.request.recovery, **recovery)))
         for tenths in range(10000):
-            answer = sizing.choose(run, up=1, waited_s=tenths / 10, resumed=resumed, why=lambda: "")
+            answer = sizing.choose(run, up=1, lapse=lapsed(tenths / 10), resumed=resumed, why=lambda: "")
             if answer.plan is not None:
                 assert answer.decision is not None
                 return tenths / 10, answer.decision.reason
@@ -241,7 +308,12 @@ def test_patience_follows_from_what_a_restart_takes(tmp_path: Path) -> None:
     seconds, why = patience()
     assert seconds == 40.0
     assert why.endswith(thirty)
-    assert patience(restarted(2.0))[0] == 2.7  # a restart is no first start
+    assert patience(restarted(12.0))[0] == 16.0  # a restart is no first start
+    seconds, why = patience(restarted(2.0))
+    assert seconds == 10.0
+    assert why.endswith("/ 0.75 = 2.7 s (decided by recovery.detect_s + 5 s: its agent may come up again)")
+    assert patience(restarted(2.0), detect_s=20.0)[0] == 25.0
+    assert patience(restarted(2.0), shrink_after_s=3.0)[0] == 3.0
     assert patience(restarted(2.0, 60.0, 240.0))[0] == 80.0
     seconds, why = patience(restarted(240.0))
     assert seconds == 300.0  # never longer than the patience with anything else
@@ -257,6 +329,62 @@ def test_patience_follows_from_what_a_restart_takes(tmp_path: Path) -> None:
     seconds, why = patience(replace(run, attempts=(replace(attempt, trained=None),)))
     assert seconds == UNKNOWN_S == 60.0
     assert why.endswith(f"{words}; what a restart takes is not known yet")
+
+
+@pytest.mark.parametrize(
+    ("ended", "idle_from", "epoch", "takes_s"),
+    [
+        (88.0, None, 1, 42.0),
+        (88.0, 90.0, 1, 32.0),  # then nodes were waited for, or it backed off
+        (48.0, None, 2, 30.0),  # a controller fell meanwhile
+        (None, None, 1, 30.0),
+    ],
+)
+def test_a_restart_begins_when_the_ranks_have_ended(
+    tmp_path: Path, ended: float | None, idle_from: float | None, epoch: int, takes_s: float
+) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+    run = stage.store.run()
+    first = replace(run.attempts[0], started=1.0, trained=2.0, ended=ended, idle_from=idle_from)
+    second = replace(first, number=2, reason="restart", epoch=epoch, started=100.0, trained=130.0, ended=200.0)
+    answer = Sizing(stage.request).choose(
+        replace(run, attempts=(first, second)), up=1, lapse=lapsed(1.0), resumed=False, why=lambda: ""
+    )
+    assert answer.decision is not None
+    assert f"and one more restart of {takes_s:.1f} s later" in answer.decision.reason
+
+
+def test_the_log_tells_since_when_it_was_waited(tmp_path: Path) -> None:
+    stage = slow_to_start(tmp_path)
+    ended = stage.clock.now
+    stage.turn(100)
+    stage.backend.alive["b"] = "b-1"
+    stage.turn(2)
+    stage.start()
+    first, second = stage.store.run().attempts
+    assert first.ended is not None
+    assert first.idle_from is not None
+    assert first.ended <= first.idle_from <= ended + 1.0
+    assert second.started >= first.idle_from + 19.0
+    assert second.idle_from is None
+
+
+def test_an_agent_that_is_up_again_in_4_s_costs_one_restart(tmp_path: Path) -> None:
+    """Restarts take a second, as from a warm pool."""
+    stage = slow_to_start(tmp_path)
+    stage.turn(30)
+    stage.backend.alive["b"] = "b-1"
+    stage.turn(2)
+    stage.start()
+    stage.report("a", "step", 2, rank=0, step=8)
+    lose(stage, "b", left=("a",), attempt=2)
+    stage.turn(20)  # 4 s, and a back-off of a second or none
+    stage.backend.alive["b"] = "b-2"
+    stage.turn(10)
+    stage.start()
+    assert "shrink" not in [action for action, _ in decisions(stage)]
+    assert [attempt.wanted for attempt in stage.store.run().attempts] == [None, None, None]
 
 
 def test_by_default_the_arithmetic_decides(tmp_path: Path) -> None:
@@ -286,6 +414,18 @@ def test_a_node_that_returns_in_time_is_waited_for(tmp_path: Path) -> None:
     assert [action for action, _ in decisions(stage)] == ["restart", "wait"]
     assert "waiting at most 41 s for 1 of 2 nodes" in decisions(stage)[1][1]
     assert [attempt.wanted for attempt in stage.store.run().attempts] == [None, None]
+
+
+def test_a_spare_that_comes_late_was_waited_for(tmp_path: Path) -> None:
+    """Too short for a line of its own in the log, and no part of placing the ranks all the same."""
+    stage = slow_to_start(tmp_path)
+    stage.turn(8)  # 1.6 s
+    stage.backend.alive["c"] = "c-0"
+    stage.turn(2)
+    stage.start()
+    assert [action for action, _ in decisions(stage)] == ["restart", "swap"]
+    swap = [event for event in stage.store.events() if event.kind is EventKind.DECISION][-1]
+    assert 1.6 <= swap.data["waited_s"] < 3.0
 
 
 def test_a_node_that_stays_away_for_longer_is_not(tmp_path: Path) -> None:
@@ -402,6 +542,7 @@ def test_ranks_that_left_too_early_are_started_again_as_they_were(tmp_path: Path
     run = stage.store.run()
     assert run.state is RunState.RUNNING
     assert (run.attempts[-1].number, run.attempts[-1].plan) == (3, run.attempts[1].plan)
+    assert run.attempts[1].cause == IN_VAIN
     assert (run.restarts, run.steps_lost) == (1, 7)
 
 
@@ -465,11 +606,12 @@ def test_a_smaller_gang_is_adopted_as_it_is(tmp_path: Path, leaving: bool) -> No
         assert stage.store.run().attempts[-1].reason == "grow"
 
 
-def test_whoever_comes_after_the_leaving_counts_no_restart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cause", [LEFT, IN_VAIN])
+def test_whoever_comes_after_the_leaving_counts_no_restart(tmp_path: Path, cause: str) -> None:
     """The controller fell between the stop and the new attempt."""
     stage = shrunk(tmp_path)
     come_back(stage)
-    stage.controller.record(EventKind.GANG_STOPPED, cause=LEFT, failure="", signature="", last_step=10)
+    stage.controller.record(EventKind.GANG_STOPPED, cause=cause, failure="", signature="", last_step=10)
     stage.lock.release()
     stage.renew()
     adoption.begin(stage.controller)

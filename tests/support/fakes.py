@@ -35,6 +35,7 @@ class FakeGang:
         self.queue: list[Observation] = []
         self.calls: list[tuple[Any, ...]] = []
         self.environments: list[dict[str, str]] = []
+        self.in_memory: list[bool] = []  # of the orders to leave
 
     def say(self, observed: ObservationKind, node: str, **data: Any) -> None:
         """Queue an observation of kind ``observed``; a report's own ``kind`` is part of ``data``."""
@@ -70,8 +71,9 @@ class FakeGang:
     def kill(self, attempt: int, grace_s: float = 0.0) -> None:
         self.calls.append(("kill", attempt, grace_s))
 
-    def leave(self, attempt: int, after: int) -> None:
+    def leave(self, attempt: int, after: int, *, in_memory: bool = False) -> None:
         self.calls.append(("leave", attempt, after))
+        self.in_memory.append(in_memory)
 
     def dump(self, attempt: int) -> None:
         self.calls.append(("dump", attempt))

@@ -365,3 +365,32 @@ def test_waits_grow_and_end_with_patience() -> None:
         clock[0] += wait_s
     assert found == [2, 4, 8, 16, 32, 60, 60, 60, 58]
     assert list(waits(0.0, lambda: 0.0)) == []
+
+
+def test_a_copy_to_leave_at_is_whole_and_waits_for_no_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, link = opened(monkeypatch, 0, {})
+    acts: list[str] = []
+    then: list[Callable[[], None]] = []
+
+    def wait() -> None:
+        acts.append("whole")
+        while then:
+            then.pop()()
+
+    copier = SimpleNamespace(then=then.append, wait=wait)
+    monkeypatch.setattr(made, "_copier", copier)
+    monkeypatch.setattr(made, "_copy", lambda: acts.append("copy"))
+    monkeypatch.setattr(made, "_record", lambda extra: {})
+    monkeypatch.setattr(made, "_confirm", lambda: acts.append("confirmed"))
+    answer = link.ask
+
+    def ask(op: str, **fields: Any) -> Any:
+        found, data, fds = answer(op, **fields)
+        return found | {"replica": True}, data, fds
+
+    monkeypatch.setattr(link, "ask", ask)
+    made.copy(7, {})
+    assert acts == ["whole", "copy", "whole", "confirmed"]
+    sealed = link.fields("seal")
+    assert (sealed["step"], sealed["flush"]) == (7, False)
+    assert "outcome" not in [op for op, _ in link.asked]
