@@ -46,7 +46,9 @@ def begin(controller: Controller, *, resume: Mapping[str, Any] | None = None, ad
     controller.record(EventKind.CONTROLLER_STARTED, attempt=held, **identity(), adopted=adopts, **wish)
     if _over(controller.run, resume):  # from here on nothing of a predecessor counts; until then it may have ended it
         controller.leave()
-    elif adopts and _adoptable(controller, welcomes):
+        return
+    controller.muster.clocks.begin(controller.store.events())
+    if adopts and _adoptable(controller, welcomes):
         _adopt(controller, welcomes)
         for seen in heard:
             controller.observe(seen)

@@ -266,6 +266,7 @@ class Controller:
         self.outset.sign(paths.debt(self.state.attempt))
         planned = told(self.run, self.state, wanted.plan, reason=self.start_reason)
         self.record(EventKind.ATTEMPT_PLANNED, **planned, **at.told, **self.shortage.told)
+        self.muster.clocks.first(next(iter(self.state.placement)))
         self.start_reason = "restart"
         self.first_step_by = self.clock.monotonic() + self.request.recovery.first_step_s
         self.enter(Phase.RUN)
