@@ -259,7 +259,8 @@ def _lost_gang(controller: Controller, welcomes: Welcomes, heard: Sequence[Obser
         evidence.append(Failure(kind=FailureKind.NODE_LOST, time=now, step=last, detail=why))
     rank_errors.keep(controller.store.paths, attempt.number, evidence)
     failure = culprit(evidence)
-    seen = float(progress.last_metric(controller.store.paths).get("time", 0.0))  # the last sign of life
+    seen = float(progress.last_metric(controller.store.paths).get("time", 0.0))  # the last sign of life, by rank 0
+    seen -= controller.muster.clocks.ahead_s(attempt.nodes[0])
     controller.record(
         EventKind.FAILURE_DETECTED, attempt=attempt.number, failure=failure, last_step=last, failed_at=min(seen, now)
     )
@@ -280,7 +281,8 @@ def _evidence(
     placement = {entry.node: entry.ranks for entry in placed.assignments}
     trained = attempt.trained is not None
     state = GangState(attempt=attempt.number, plan=plan, placement=placement, last_step=last, training=trained)
-    found = [one for seen in heard for one in state.observe(seen) if isinstance(one, Failure)]
+    ours = map(controller.muster.clocks.ours, heard)
+    found = [one for seen in ours for one in state.observe(seen) if isinstance(one, Failure)]
     lost = [node for node in attempt.nodes if node not in welcomes and node not in state.gone]
     if len(lost) == len(attempt.nodes):  # that was no accident of one of them
         return found

@@ -1,13 +1,15 @@
 """Do the clocks of the nodes agree with the controller's? An agent tells its time when it is greeted. Pure.
 
-Nothing that decides compares clocks of two machines. But the times in metrics.jsonl are those of rank 0's node, and the
-ledger sets them beside those of the event log: a clock that is off would move seconds from one class to another, so
-what is known of it is taken off (:class:`Offset`).
+Nothing that decides compares clocks of two machines. But the times in metrics.jsonl are those of rank 0's node, and
+those of failures of the node that tells of them, and the ledger sets both beside those of the event log: a clock that
+is off would move seconds from one class to another, so what is known of it is taken off (:class:`Offset`,
+:meth:`Clocks.ours`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from launcher import roster
@@ -71,6 +73,17 @@ class Clocks:
         if "ahead_s" in seen.data:
             self._weigh(seen.node, {name: round(float(seen.data[name]), 3) for name in ("ahead_s", "within_s")})
 
+    def ahead_s(self, node: str) -> float:
+        """How far the clock of a node is ahead of ours, in seconds; 0 where it is not off."""
+        return self._named.get(node, self._untold.get(node, {}).get("ahead_s", 0.0))
+
+    def ours(self, seen: Observation) -> Observation:
+        """The same by our clock, where its node has said by its own when it was."""
+        ahead_s = self.ahead_s(seen.node)
+        if not ahead_s or "time" not in seen.data or seen.kind == "agent_lost":
+            return seen
+        return replace(seen, time=seen.time - ahead_s)
+
     def _weigh(self, node: str, told: dict[str, float]) -> None:
         if not self._begun:
             self._untold[node] = told
@@ -133,11 +146,7 @@ class Offset:
     @property
     def ahead_s(self) -> float:
         """Seconds; 0 where nothing is known."""
-        return self.of_node(self.first)
-
-    def of_node(self, node: str) -> float:
-        """How far the clock of a node is ahead, in seconds; 0 where nothing is known."""
-        return float(self._off[node]["ahead_s"]) if node in self._off else 0.0
+        return float(self._off[self.first]["ahead_s"]) if self.first in self._off else 0.0
 
 
 def words(ahead_s: float, within_s: float) -> str:

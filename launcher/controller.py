@@ -176,7 +176,7 @@ class Controller:
             self.watch_training(self.state)  # no step is left to do, only the last checkpoint
         self.hangs.note(seen, self.clock.monotonic())
         self.departure.note(seen)
-        for found in self.state.observe(seen):
+        for found in self.state.observe(self.muster.clocks.ours(seen)):
             if isinstance(found, Failure):
                 self._suspect(found)
             elif self.phase is not Phase.STOP or found.kind in stopping.STILL_TRUE:

@@ -108,6 +108,22 @@ def test_a_successor_says_what_it_has_found_once_it_has_begun(
     assert clocks.Offset.of(stage.store.events()).ahead_s == left
 
 
+@pytest.mark.parametrize("ahead_s", [300.0, -300.0])
+def test_a_failure_is_when_it_was_by_the_clock_of_the_log(tmp_path: Path, ahead_s: float) -> None:
+    """Its node says when it was, by its own clock: what passed until it was known is no work that was lost."""
+    stage = Stage(tmp_path)
+    stage.start()
+    stage.gang.say("agent_up", "b", incarnation="1", ahead_s=ahead_s, within_s=0.01)
+    stage.turn()
+    was = stage.clock.time() + ahead_s
+    stage.clock.now += 2.0
+    data = {"rank": 2, "attempt": 1, "pid": 102, "code": 1, "signal": 0, "requested": False, "log_tail": ""}
+    stage.gang.queue.append(Observation(kind="exit", node="b", time=was, data={**data, "time": was}))
+    stage.turn()
+    (event,) = [event for event in stage.store.events() if event.kind is EventKind.FAILURE_DETECTED]
+    assert event.data["failed_at"] == pytest.approx(was - ahead_s)
+
+
 def test_it_is_on_record_and_in_the_status(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     stage.start()
