@@ -81,7 +81,7 @@ def test_a_clock_that_agrees_again_is_off_no_more(tmp_path: Path) -> None:
         assert clocks.Offset.of(stage.store.events()).ahead_s == left
     told = [event for event in stage.store.events() if event.kind is EventKind.CLOCK_SKEWED]
     assert [event.data["ahead_s"] for event in told] == [60.0, 90.0, 0.1, 1.2, 0.3]
-    assert event_line(told[-1]).endswith("its clock agrees with the controller's again")
+    assert event_line(told[-1]) == f"node {first}: its clock agrees with the controller's again"
     assert describe(stage.store, stage.clock.time())["clocks"] == []
 
 

@@ -192,7 +192,10 @@ def test_nor_does_one_that_is_always_a_little_slow(shape: tuple[int, int, int], 
     gang.usual = [0.1] * world
     hot = seed % world
     victim = (hot + world // 2) % world
-    heat = lambda rank: 1.16 if rank == hot and gang.step >= since else 1.0  # noqa: E731
+
+    def heat(rank: int) -> float:
+        return 1.16 if rank == hot and gang.step >= since else 1.0
+
     assert gang.train(800, heat) == []
     found = gang.train(WITHIN, lambda rank: heat(rank) * (1.3 if rank == victim else 1.0))
     assert [slow.rank for slow in found] == [victim]
