@@ -46,7 +46,9 @@ def begin(controller: Controller, *, resume: Mapping[str, Any] | None = None, ad
     controller.record(EventKind.CONTROLLER_STARTED, attempt=held, **identity(), adopted=adopts, **wish)
     if _over(controller.run, resume):  # from here on nothing of a predecessor counts; until then it may have ended it
         controller.leave()
-    elif adopts and _adoptable(controller, welcomes):
+        return
+    controller.muster.clocks.begin(controller.store.events())
+    if adopts and _adoptable(controller, welcomes):
         _adopt(controller, welcomes)
         for seen in heard:
             controller.observe(seen)
@@ -260,7 +262,8 @@ def _lost_gang(controller: Controller, welcomes: Welcomes, heard: Sequence[Obser
         evidence.append(Failure(kind=FailureKind.NODE_LOST, time=now, step=last, detail=why))
     rank_errors.keep(controller.store.paths, attempt.number, evidence)
     failure = culprit(evidence)
-    seen = float(progress.last_metric(controller.store.paths).get("time", 0.0))  # the last sign of life
+    seen = float(progress.last_metric(controller.store.paths).get("time", 0.0))  # the last sign of life, by rank 0
+    seen -= controller.muster.clocks.ahead_s(attempt.nodes[0])
     controller.record(
         EventKind.FAILURE_DETECTED, attempt=attempt.number, failure=failure, last_step=last, failed_at=min(seen, now)
     )
@@ -281,7 +284,8 @@ def _evidence(
     placement = {entry.node: entry.ranks for entry in placed.assignments}
     trained = attempt.trained is not None
     state = GangState(attempt=attempt.number, plan=plan, placement=placement, last_step=last, training=trained)
-    found = [one for seen in heard for one in state.observe(seen) if isinstance(one, Failure)]
+    ours = map(controller.muster.clocks.ours, heard)
+    found = [one for seen in ours for one in state.observe(seen) if isinstance(one, Failure)]
     lost = [node for node in attempt.nodes if node not in welcomes and node not in state.gone]
     if len(lost) == len(attempt.nodes):  # that was no accident of one of them
         return found

@@ -176,7 +176,7 @@ class Controller:
             self.watch_training(self.state)  # no step is left to do, only the last checkpoint
         self.hangs.note(seen, self.clock.monotonic())
         self.departure.note(seen)
-        for found in self.state.observe(seen):
+        for found in self.state.observe(self.muster.clocks.ours(seen)):
             if isinstance(found, Failure):
                 self._suspect(found)
             elif self.phase is not Phase.STOP or found.kind in stopping.STILL_TRUE:
@@ -267,6 +267,7 @@ class Controller:
         self.outset.sign(paths.debt(self.state.attempt))
         planned = told(self.run, self.state, wanted.plan, reason=self.start_reason)
         self.record(EventKind.ATTEMPT_PLANNED, **planned, **at.told, **self.shortage.told)
+        self.muster.clocks.first(next(iter(self.state.placement)))
         self.start_reason = "restart"
         self.first_step_by = self.clock.monotonic() + self.request.recovery.first_step_s
         self.enter(Phase.RUN)

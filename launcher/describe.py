@@ -80,8 +80,8 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         )
     run, script = fold(events), request.job.kind == "script"
     alive = None if run.state.terminal else _controller_alive(store.paths, watch_s)
-    last = progress.last_metric(store.paths)
-    end = now if alive is not False else max(float(last.get("time", 0.0)) - clocks.ahead_s(events), events[-1].time)
+    last, offset = progress.last_metric(store.paths), clocks.Offset.of(events)
+    end = now if alive is not False else max(float(last.get("time", 0.0)) - offset.ahead_s, events[-1].time)
     books = account(events, store.metrics(), end, script=script)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -103,7 +103,7 @@ def describe(store: RunStore, now: float, *, watch_s: float = WATCH_S) -> dict[s
         "excluded": _excluded(run, events, now),
         "stragglers": [{"attempt": e.attempt, **e.data} for e in events if e.kind is EventKind.STRAGGLER_FOUND],
         "dying": stopping.awaited(events),
-        "clocks": [dict(e.data) for e in events if e.kind is EventKind.CLOCK_SKEWED],
+        "clocks": offset.off,
         "slow_starts": [{"attempt": e.attempt, **e.data} for e in events if e.kind is EventKind.POOL_UNSAFE],
         "ranks": _ranks(store.paths, run),
         "steps_lost": run.steps_lost,

@@ -50,7 +50,7 @@ class Muster:
         self._backend = backend
         self._wanted = cluster.nodes + cluster.spares
         self._clock = clock
-        self._clocks = Clocks(record)
+        self.clocks = Clocks(record)
         self._asked = float("-inf")
         self._known: dict[str, AgentAddress] = {}  # all that have announced themselves, when we last looked
         self._cold: dict[str, float] = {}  # since when (monotonic)
@@ -108,7 +108,7 @@ class Muster:
         if seen.kind == "agent_up":
             self._cold[seen.node] = self._clock.monotonic()
             self._add(seen.node, seen.data.get("incarnation"))
-            self._clocks.note(seen)
+            self.clocks.note(seen)
         elif seen.kind == "pool":
             self._cold.pop(seen.node, None)
         elif seen.kind == "notice" and seen.node in self.up:

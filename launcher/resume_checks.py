@@ -43,7 +43,7 @@ def check(store: RunStore, run: Run, request: LaunchRequest, *, clock: Callable[
         )
     events = [event.time for event in store.events()]
     if request.job.kind != "pretrain":
-        _refuse(store, _clock(events, clock))
+        _refuse(store, [], _clock(events, clock))
         return []
     store.require_checkpoints()
     root = store.paths.checkpoints
@@ -51,7 +51,7 @@ def check(store: RunStore, run: Run, request: LaunchRequest, *, clock: Callable[
     broken = [f"{path}: {reason}" for path, reason in passed.items()]
     manifest = read_manifest(point.path) if point.path else None
     problems = differences(manifest, request.job) if manifest else []
-    _refuse(store, [*problems, *_clock([*events, *([manifest.time] if manifest else [])], clock)])
+    _refuse(store, problems, _clock([*events, *([manifest.time] if manifest else [])], clock))
     if not manifest and (step := origin.promised(run)):
         raise StorageError(
             f"'{store.name}' has committed step {step}, and no checkpoint of it can be used.",
@@ -69,10 +69,12 @@ def _clock(times: list[float], clock: Callable[[], float]) -> list[str]:
     return [f"the clock here is {ahead_s:.0f} s behind the one that wrote the run's newest record"]
 
 
-def _refuse(store: RunStore, problems: list[str]) -> None:
-    if problems:
+def _refuse(store: RunStore, foreign: list[str], late: list[str]) -> None:
+    """Checkpoints that are another run's, and a clock that is wrong; each is mended in its own way."""
+    cures = ["bring the run's own checkpoints back"] * bool(foreign) + ["set the clock"] * bool(late)
+    if cures:
         raise ResumeRefused(
-            f"'{store.name}' cannot go on from what is in {store.paths.checkpoints}.",
-            why="; ".join(problems),
-            hint="Bring the run's own checkpoints back and set the clock, or phalanx submit a new run.",
+            f"'{store.name}' cannot go on from what is in {store.paths.checkpoints if foreign else store.paths.root}.",
+            why="; ".join([*foreign, *late]),
+            hint=f"First {' and '.join(cures)}, or phalanx submit a new run.",
         )

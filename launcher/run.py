@@ -67,7 +67,7 @@ class EventKind(enum.StrEnum):
     NODE_EXCLUDED = "node_excluded"  # node, until (UTC seconds), reason
     NODE_READMITTED = "node_readmitted"  # nodes, reason
     STRAGGLER_FOUND = "straggler_found"  # failure, ratio: own time of a step over that of its peers
-    CLOCK_SKEWED = "clock_skewed"  # node, ahead_s: of the controller's clock, within_s
+    CLOCK_SKEWED = "clock_skewed"  # node, ahead_s: of the controller's clock (about 0: it agrees again), within_s
     POOL_UNSAFE = "pool_unsafe"  # node, reason: ranks there start as fresh processes
     RESUME_REQUESTED = "resume_requested"  # overrides, changes, request: digest; last_step if its end is not recorded
     CANCEL_REQUESTED = "cancel_requested"  # by

@@ -11,8 +11,9 @@ what they waited is taken out of their own times; where a few do, something else
 
 Pauses, checkpoints and noise make single steps slow and leave the median of many alone. Named is who was slower in most
 steps of a window, by more than noise, and so much that the step suffers from it. Some noise lasts: a disk that writes
-back, a neighbour, heat. So it is also learned how far whole windows are off where nobody is slow, and only who is off
-by clearly more is named, and not against its own past. What lasts for less than a window is nobody's fault.
+back, a neighbour, heat. So it is also learned how far whole windows are off those around them where nobody is slow, and
+only who is off by clearly more is named, and not against its own past. Who is always a little slow is no noise, and
+hides nobody. What lasts for less than a window is nobody's fault.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SLOW = 1.22  # the median of the window is larger than this ...
 CLEARLY = 1.1  # ... and most steps of it than this
 MOST = 15
 AGREED = 1.18  # who is slower than its peers must also be so much slower than it was
-NOISE = 2.0  # ... and, where times are noisy, larger than 1 by so many typical deviations from 1 of a single step
+NOISE = 2.0  # ... and, where times are noisy, larger than 1 by so many typical deviations of a single step
 MATTERS = 0.05  # of the step, else nobody would gain by another node
 WARM_UP = 3  # the first steps of an attempt compile, allocate and connect
 LEARNED = 32  # steps from which a rank's own pace is learned, and of each block that it is learned from more surely
@@ -42,6 +43,8 @@ _BLOCKS = 7  # whose medians are remembered: what spoils one of them spoils noth
 _SETTLED = 3  # blocks from which on the past may speak for a rank
 LASTING = 1.8  # more than windows of quiet times are off, but for one in twenty
 _QUIET = 6  # windows from which that is known
+_AROUND = 9  # windows of a rank, whose median is its level at the one in the middle
+ALIKE = 0.05  # devices of one kind differ by so much
 MAX_NAMED = 8  # in one attempt; the log grows with decisions
 CROWDED = 0.05  # of its own time: where the median rank waits so long for a core, waiting is nobody's fault
 READING = 0.1  # of its own time: from here on it is told that a slow rank waited for its samples
@@ -84,6 +87,8 @@ class _Window:
 
     ratios: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     above: int = 0
+    medians: deque[float] = field(default_factory=lambda: deque(maxlen=_AROUND))
+    level: float = 1.0
 
     def add(self, ratio: float) -> None:
         if len(self.ratios) == WINDOW:
@@ -98,17 +103,26 @@ class _Window:
         median = statistics.median(self.ratios)
         return median if median > slow else 0.0
 
+    def off_its_level(self) -> float | None:
+        """The window is full and quiet: how far one before it was off those around; None while there are too few."""
+        self.medians.append(statistics.median(self.ratios))
+        if len(self.medians) < 3:
+            return None
+        usual = statistics.median(self.medians)
+        self.level = min(max(1.0, usual - ALIKE), usual + ALIKE)
+        return self.medians[len(self.medians) // 2] - self.level
+
 
 @dataclass(slots=True)
 class _Noise:
-    """How far ratios are from 1 in a typical step. Leaves out the newest steps: a straggler must not pass for noise."""
+    """How far ratios are off their levels in a typical step. Leaves out the newest: no straggler may pass for noise."""
 
     deviation: float = 0.0
     older: deque[float] = field(default_factory=lambda: deque(maxlen=20 * WINDOW))
     newest: list[float] = field(default_factory=list)
 
-    def add(self, ratios: Sequence[float]) -> None:
-        self.newest.append(statistics.median(abs(ratio - 1) for ratio in ratios))
+    def add(self, ratios: Sequence[float], levels: Sequence[float]) -> None:
+        self.newest.append(statistics.median(abs(one - level) for one, level in zip(ratios, levels, strict=True)))
         if len(self.newest) == 3 * WINDOW:
             self.older.extend(self.newest[:WINDOW])
             del self.newest[:WINDOW]
@@ -117,19 +131,16 @@ class _Noise:
 
 @dataclass(slots=True)
 class _Lasting:
-    """How far the worst window is off 1 where nobody is slow. Leaves out the newest, as :class:`_Noise` does."""
+    """How far the worst window is off its rank's level where nobody is slow, and so the ratio that noise may reach."""
 
     limit: float = 0.0
-    older: deque[float] = field(default_factory=lambda: deque(maxlen=64))
-    newest: deque[float] = field(default_factory=deque)
+    worst: deque[float] = field(default_factory=lambda: deque(maxlen=64))
 
     def add(self, worst: float) -> None:
-        """The largest median of the windows of all ranks that are not known to be slow."""
-        self.newest.append(worst - 1)
-        if len(self.newest) > 2:
-            self.older.append(self.newest.popleft())
-        if len(self.older) >= _QUIET:
-            self.limit = 1 + LASTING * sorted(self.older)[math.ceil(0.95 * len(self.older)) - 1]
+        """The largest of the windows of all ranks that are not known to be slow."""
+        self.worst.append(worst)
+        if len(self.worst) >= _QUIET:
+            self.limit = 1 + LASTING * sorted(self.worst)[math.ceil(0.95 * len(self.worst)) - 1]
 
 
 @dataclass(slots=True)
@@ -192,7 +203,7 @@ class Pace:
         for rank, ratio in ratios.items():
             self._against_peers[rank].add(ratio)
         if ratios:
-            self._noise.add(list(ratios.values()))
+            self._noise.add(list(ratios.values()), [self._against_peers[rank].level for rank in ratios])
         self._compare_with_the_past(own_s)
         return self._judge(step, own_s, step_s)
 
@@ -208,7 +219,7 @@ class Pace:
             others = common if len(drift) > _FEW else _median_without(drift, rank)
             window.add(drift[rank] / others)
         if not self._groups:
-            self._noise.add([one / common for one in drift])
+            self._noise.add([one / common for one in drift], [window.level for window in self._against_past])
 
     def _judge(self, step: int, own_s: Sequence[float], step_s: float) -> list[Slow]:
         if self._seen % WINDOW == 0:
@@ -228,14 +239,14 @@ class Pace:
         return found
 
     def _look_at_windows(self) -> None:
-        quiet = [
-            statistics.median(window.ratios)
+        told = [
+            window.off_its_level()
             for windows in (self._against_peers, self._against_past)
             for rank, window in enumerate(windows)
             if rank not in self._named and len(window.ratios) == WINDOW and not window.verdict(SLOW)
         ]
-        if quiet:
-            self._lasting.add(max(quiet))
+        if known := [off for off in told if off is not None]:
+            self._lasting.add(max(known))
 
 
 def on_a_core(own_s: Sequence[float], queued_s: Sequence[float]) -> list[float]:

@@ -16,7 +16,7 @@ from launcher.drill import bounds
 from launcher.drill.case import Aim, Case, faults_of, hold
 from launcher.drill.rehearsal import Ended
 from launcher.proof import unproven
-from launcher.recovery import Failure, FailureKind
+from launcher.recovery import Action, Failure, FailureKind
 from launcher.run import EventKind, RunEvent
 from strategies.codec import from_json
 
@@ -30,7 +30,7 @@ class Evidence:
     Attributes:
         fired: It struck and was noticed.
         proof: What proves it, or what is missing.
-        detected_s: From the fault to the controller knowing; None where nothing is to be detected.
+        detected_s: From the fault (the last of several) to the controller knowing; None where nothing is to be known.
         within_s: The most that this may take (:mod:`launcher.drill.bounds`); None for no bound.
         recovered_s: From the fault to the next step that the ranks completed; None if there was none.
         steps_lost: Steps that had to be done again.
@@ -60,14 +60,13 @@ def gather(case: Case, aim: Aim, ended: Ended) -> Evidence:
     records = strikes(case, aim, every)
     absent = _absent(case, aim, records, ended)
     struck = max((float(record["time"]) for record in records), default=0.0)
-    attempt = max((int(record.get("attempt", 0)) for record in records), default=0)
     noticed = _noticed(case, events)
     missing = absent or (_unnoticed(case, events) if noticed is None else _misplaced(case, aim, events, records))
     plans = [one.plan for one in run.attempts]
     return Evidence(
         fired=bool(records) and not missing,
         proof=missing or "; ".join(_words(records, noticed, every)),
-        detected_s=_detected_s(case, events, struck, attempt),
+        detected_s=_detected_s(case, events, records),
         within_s=bounds.within_s(case, aim, ended.store.request(), ended.store.metrics()),
         recovered_s=_recovered_s(ended, struck),
         steps_lost=run.steps_lost,
@@ -165,15 +164,26 @@ def _words(records: Sequence[Record], noticed: Sequence[str] | None, every: Sequ
     return [" + ".join(done), *ended, *(f'log: "{line}"' for line in noticed or ())]
 
 
-def _detected_s(case: Case, events: Sequence[RunEvent], struck: float, attempt: int) -> float | None:
+def _detected_s(case: Case, events: Sequence[RunEvent], records: Sequence[Record]) -> float | None:
+    """From the last strike to the first word after it; from the first one where the log is silent from the last on."""
+    attempt = max((int(record.get("attempt", 0)) for record in records), default=0)
     if case.ambush:
-        found = [e.time for e in events if e.kind is EventKind.CONTROLLER_STARTED and e.time > struck]
+        told = [e.time for e in events if e.kind is EventKind.CONTROLLER_STARTED]
     elif case.failures or case.events:
-        noticed = (EventKind.FAILURE_DETECTED, EventKind.DECISION, *case.events)
-        found = [e.time for e in events if e.kind in noticed and e.attempt >= attempt]
+        told = [e.time for e in events if e.attempt >= attempt and _speaks_of(case, e)]
     else:
         return None
-    return max(0.0, found[0] - struck) if found else None
+    struck = sorted(float(record["time"]) for record in records)
+    since = ([at - then for at in told if at >= then] for then in (struck[-1:] + struck[:1]))
+    return next((min(later) for later in since if later), None)
+
+
+def _speaks_of(case: Case, event: RunEvent) -> bool:
+    """Whether this may be how it is noticed. Where a certain decision is, others are about something else."""
+    decisions = set(case.failures) & set(Action)
+    if event.kind is EventKind.DECISION:
+        return not decisions or event.data.get("action") in decisions
+    return event.kind is EventKind.FAILURE_DETECTED or event.kind in case.events
 
 
 def _recovered_s(ended: Ended, struck: float) -> float | None:

@@ -250,8 +250,10 @@ def test_a_clock_that_is_behind_is_refused_whatever_the_job_is(kind: Any, store:
     request = dataclasses.replace(request, job=dataclasses.replace(request.job, kind=kind))
     last = max(event.time for event in store.events())
     assert resume_checks.check(store, store.run(), request, clock=lambda: last - 200.0) == []
-    with pytest.raises(ResumeRefused, match="the clock here is 400 s behind"):
+    with pytest.raises(ResumeRefused, match="the clock here is 400 s behind") as refused:
         resume_checks.check(store, store.run(), request, clock=lambda: last - 400.0)
+    assert refused.value.hint == "First set the clock, or phalanx submit a new run."
+    assert "checkpoints" not in refused.value.what, "it has none, or nothing is wrong with them"
 
 
 def test_clocks_that_differ_a_little_or_are_ahead_do_no_harm(store: RunStore) -> None:

@@ -180,6 +180,27 @@ def test_nor_does_it_hide_who_does_hold_it_up() -> None:
     assert [slow.rank for slow in found] == [3]
 
 
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("shape", "since"),  # of two ranks none has slowed down by 1.3 against one that has itself since the beginning
+    [((1, 1, 2), 1), *((shape, since) for shape in [(2, 2, 1), (1, 2, 4), (8, 1, 1), (1, 4, 1)] for since in (1, 400))],
+)
+def test_nor_does_one_that_is_always_a_little_slow(shape: tuple[int, int, int], since: int, seed: int) -> None:
+    """Heat, which lasts: it is on its own account, and no noise from which one would learn to overlook another."""
+    gang = Gang(plan_of(*shape), seed=seed, sigma=0.03)
+    world = len(gang.usual)
+    gang.usual = [0.1] * world
+    hot = seed % world
+    victim = (hot + world // 2) % world
+
+    def heat(rank: int) -> float:
+        return 1.16 if rank == hot and gang.step >= since else 1.0
+
+    assert gang.train(800, heat) == []
+    found = gang.train(WITHIN, lambda rank: heat(rank) * (1.3 if rank == victim else 1.0))
+    assert [slow.rank for slow in found] == [victim]
+
+
 def test_peers_are_of_the_same_stage_and_of_another_node_where_there_is_one() -> None:
     assert peers_of(plan_of(2, 2, 1), nodes_of(4, 2)) == [(1,), (0,), (3,), (2,)]
     assert peers_of(plan_of(1, 2, 2), nodes_of(4, 1)) == [(1,), (0,), (3,), (2,)]

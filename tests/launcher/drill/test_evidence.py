@@ -127,6 +127,27 @@ def test_a_node_that_dies_in_a_recovery_must_be_noticed(run: RunStore, kind: Eve
     assert str(told.get("reason") or told.get("cause")) in found.proof
 
 
+def test_what_dies_in_a_recovery_is_timed_by_what_the_log_says_afterwards(run: RunStore) -> None:
+    """The log knew of the first death before the second came: that is no answer to it."""
+    proof(run, KILL, 12.0)
+    proof(run, "drill.1", 12.7, did="SIGKILL of all 4 processes of a")
+    put(run, 12.8, EventKind.DECISION, attempt=1, action="restart", reason="rank 3 was killed", delay_s=0.0)
+    reason = "c takes the place of a: it stands by"
+    put(run, 21, EventKind.DECISION, attempt=1, action="swap", reason=reason, delay_s=0.0)
+    assert of("node_kill_in_recovery", run).detected_s == pytest.approx(21 - 12.7)
+
+
+def test_two_that_die_at_once_can_be_known_too_late(run: RunStore) -> None:
+    names = [f"node_kill.node-{node}.step-8" for node in (1, 0)]
+    for name, at in zip(names, (2.5, 2.6), strict=True):
+        proof(run, name, at)
+    found = of("two_nodes", run)
+    assert found.detected_s == pytest.approx(12.5 - 2.6)
+    assert found.late
+    proof(run, names[1], 12.55)  # the log speaks of the one that died first, and of nothing afterwards
+    assert of("two_nodes", run).detected_s == pytest.approx(12.5 - 2.5)
+
+
 def test_damage_must_be_found(run: RunStore) -> None:
     for number, did in ((1, "one bit flipped"), (2, "SIGKILL of rank process 7")):
         proof(run, f"drill.{number}", 12.0, did=did)
