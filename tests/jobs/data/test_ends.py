@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from jobs.data import prepare_mixture
-from jobs.data.blend import ended
+from jobs.data import prepare_mixture, spelling, work
+from jobs.data.blend import _key, ended
 from jobs.data.ends import find_end, named_beside
+from jobs.data.making import Recipe
 from jobs.data.samples import Mixture
 from jobs.data.shards import Tokens, read_source
+from jobs.data.surveying import Surveyed
 from jobs.data.tokenizer import read_tokenizer, vocabulary
 from jobs.hf.tokenizer import write_tokenizer
 from jobs.spec import DataSpec, SourceSpec
@@ -102,6 +104,37 @@ def test_any_tokenizer_keeps_documents_apart_and_whole(make: Callable[[], Tokeni
         assert [text.replace(" ", "") for text in decoded] == [text.replace(" ", "") for text in TEXTS]
     mix = Mixture(data, 16)
     assert mix.encode(TEXTS[3]) == documents[3][:-1], "a prompt is read as the text was"
+
+
+@pytest.mark.parametrize("make", [unigram, wordpiece])
+def test_shards_of_a_version_that_read_text_otherwise_stay_as_they_are(
+    make: Callable[[], Tokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took text that spells a special token for that token. Runs that it began go on with its shards."""
+    path = saved(make(), tmp_path / "t")
+    monkeypatch.setattr(spelling, "_spellings", lambda *unused: {})
+    before = prepared(path, tmp_path)
+    assert len(stored(before)) > len(TEXTS), "documents end where they spell an end"
+    Path(before.sources[0].store, "00000.train.bin").write_bytes(b"")  # not whole, and not to be mended by this version
+    monkeypatch.undo()
+    work._tokenizer.cache_clear()
+    after = prepared(path, tmp_path)
+    assert len(stored(after)) == len(TEXTS)
+    assert Path(before.sources[0].store, "00000.train.bin").read_bytes() == b""
+
+
+def test_a_store_of_an_earlier_version_is_found_where_the_tokens_are_the_same(tmp_path: Path) -> None:
+    """Its name is a literal, as that version made it."""
+    (path := tmp_path / "tokenizer.json").write_text("{}")
+    one = Surveyed(
+        source=SourceSpec(path="a"), units=(), digest="ab" * 32, documents=1, text_bytes=9, empty=0, skipped=0
+    )
+    names = [
+        _key("source", *Recipe.of(tokenizer, 7, path, 0.05).key(one))
+        for tokenizer in (bpe("</s>"), bpe("<|im_end|>", DEEPSEEK), unigram(), wordpiece())
+    ]
+    assert names[0] == names[1] == "source-a8dd8619ecfbf895e708aff752103f65"
+    assert names[2] == names[3] != names[0]
 
 
 def test_the_files_beside_a_tokenizer_name_its_end(tmp_path: Path) -> None:
