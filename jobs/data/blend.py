@@ -79,6 +79,7 @@ def prepare_mixture(
     seq: int,
     samples: int,
     runner: Runner | None = None,
+    end_id: int | None = None,
 ) -> DataSpec:
     """Make the token stores of a mixture, or find those made before.
 
@@ -90,6 +91,7 @@ def prepare_mixture(
         seq: Tokens per sequence.
         samples: Sequences of the whole run.
         runner: Where the work is done; None takes processes here.
+        end_id: The token that has ended documents before, where nobody names another; None finds it.
 
     Returns:
         ``data`` with everything filled that ranks need.
@@ -102,11 +104,11 @@ def prepare_mixture(
     runner = runner or Processes()
     problems = misformed(named(data))
     found = survey_sources(named(data), runner, problems, progress)
-    given = _given(data, vocab, problems)
+    given = _given(data, vocab, problems, end_id)
     _refuse(problems + excluded(found, seq, given and given[0], samples=samples, validation=data.validation))
     try:
-        tokenizer, end_id, folder = _tokenizer(given, found, root.absolute(), vocab, library, progress)
-        recipe = Recipe.of(tokenizer, end_id, folder / TOKENIZER, data.validation)
+        tokenizer, end, folder = _tokenizer(given, found, root.absolute(), vocab, library, progress)
+        recipe = Recipe.of(tokenizer, end, folder / TOKENIZER, data.validation)
         metas = _tokenize(recipe, found, folder, runner, progress)
     except OSError as error:
         raise StorageError(
@@ -137,7 +139,7 @@ def prepare_mixture(
     )
 
 
-def ended(data: DataSpec) -> str:
+def ended(data: DataSpec, end_id: int | None = None) -> str:
     """What ends a document under the tokenizer that is given, and who says so, in a line; "" where none is given.
 
     Raises:
@@ -145,7 +147,7 @@ def ended(data: DataSpec) -> str:
     """
     if not data.tokenizer:
         return ""
-    end = find_end(bpe.read_tokenizer(Path(data.tokenizer)), Path(data.tokenizer), data.end_token)
+    end = find_end(bpe.read_tokenizer(Path(data.tokenizer)), Path(data.tokenizer), data.end_token, end_id)
     return f"{end.name} ends a document: {end.why}"
 
 
@@ -167,7 +169,7 @@ def _refuse(problems: Sequence[str]) -> None:
 # ---- the tokenizer ----------------------------------------------------------------------------------------------
 
 
-def _given(data: DataSpec, vocab: int, problems: list[str]) -> Given | None:
+def _given(data: DataSpec, vocab: int, problems: list[str], end_id: int | None = None) -> Given | None:
     """The tokenizer that is given, checked; None for one to train, which can have ``vocab`` tokens."""
     if not data.tokenizer:
         if flaw := bpe.vocab_flaw(vocab) if vocab else "":
@@ -186,7 +188,7 @@ def _given(data: DataSpec, vocab: int, problems: list[str]) -> Given | None:
             f"Set model.vocab to {size} or more."
         )
     try:
-        return tokenizer, find_end(tokenizer, path, data.end_token)
+        return tokenizer, find_end(tokenizer, path, data.end_token, end_id)
     except ConfigError as error:
         problems.append(error.what)
         return tokenizer, None
