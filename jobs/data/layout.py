@@ -16,7 +16,7 @@ from typing import Any
 from jobs.data.card import Configuration, matching, read_card
 from jobs.data.corpus import GENERATED, SKIPPED_FOLDERS, walk
 from jobs.data.kinds import common_kind, is_about, kind_of
-from jobs.data.splits import ALL, TRAIN, Taken, by_names, named, others, several, unknown
+from jobs.data.splits import ALL, TRAIN, Taken, by_names, named, named_in, others, several, unknown
 from jobs.spec import SourceSpec
 from strategies.errors import ConfigError, StorageError
 
@@ -75,7 +75,7 @@ def _kind(source: SourceSpec, where: Path, paths: Sequence[Path]) -> str:
 def _of_folder(root: Path, source: SourceSpec) -> Chosen:
     files = walk(root)
     if source.kind == "text" and not source.split and not source.config:
-        return Chosen(kind="text", paths=tuple(files))  # a folder of any texts, asked for as such
+        return Chosen(kind="text", paths=tuple(files), note=_everything(root, files))  # asked for as any texts
     configurations = read_card(root)
     if configurations:
         return _by_card(root, files, configurations, source)
@@ -144,8 +144,22 @@ def _note(root: Path, taken: Taken, left: Sequence[str]) -> str:
     """In a line what is taken of a folder, if anything is left out."""
     if not left:
         return ""
-    told = " and ".join(filter(None, [", ".join(left[:-1]), left[-1]]))
-    return f"of {root} {taken.what or 'everything else'} is taken, {told} left out"
+    return f"of {root} {taken.what or 'everything else'} is taken, {_listed(left)} left out"
+
+
+def _everything(root: Path, files: Sequence[Path]) -> str:
+    """What is taken of a folder of texts though it looks as if it were not to be trained on, in a line."""
+    counts = named_in(root, files)
+    about = [str(path.relative_to(root)) for path in files if is_about(path)]
+    found = [*others({split: count for split, count in counts.items() if split}, TRAIN), *about]
+    if not found:
+        return ""
+    less = f"; split: {TRAIN} takes only what is named so" if counts[TRAIN] else ""
+    return f"of {root} every file is taken, as kind: text says, {_listed(found)} too{less}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 # ---- what save_to_disk made --------------------------------------------------------------------------------------

@@ -96,13 +96,31 @@ def by_names(root: Path, paths: Sequence[Path], *, split: str, configuration: st
         told = ", ".join(f"{counts[one]} {one or 'of no split'}" for one in sorted(counts, reverse=True))
         raise ConfigError(
             f"{root}: its files are named by splits, and which are meant is not clear ({told}). Name one, split: "
-            f"{next(iter(sorted(filter(None, counts))), TRAIN)}, or split: {ALL}; or give those to train on a folder "
-            f"of their own"
+            f"{_likely(counts)}, or split: {ALL}; or give those to train on a folder of their own"
         )
     chosen = [path for path, place in places.items() if place.split == wanted]
     if len(folders := sorted({places[path].folder for path in chosen})) > 1:
         raise several(root, folders, f"path: {root / folders[-1]}, or config: {folders[-1]}")
     return Taken(paths=chosen, what=named(wanted, configuration), left=others(counts, wanted))
+
+
+def _likely(splits: Iterable[str]) -> str:
+    """The split that is meant most likely: one to train on, if there is any."""
+    return min(filter(None, splits), key=lambda one: (one != TRAIN, not one.startswith(TRAIN), one), default=TRAIN)
+
+
+def named_in(root: Path, paths: Iterable[Path]) -> Counter[str]:
+    """How many files name each split; "" is none."""
+    return Counter(_place_of(path.relative_to(root)).split for path in paths)
+
+
+def as_texts(root: Path, paths: Iterable[Path]) -> str:
+    """How to ask for all of them as texts and for none that is kept for tests; "" if that cannot be asked for."""
+    counts = named_in(root, paths)
+    split = _likely(counts)
+    if split.startswith(TRAIN):
+        return f"kind: text, split: {split}" if counts[split] else "kind: text"
+    return ""
 
 
 def _inside(root: Path, places: Mapping[Path, _Place], configuration: str) -> dict[Path, _Place]:

@@ -106,21 +106,49 @@ def test_only_the_split_to_train_on_is_taken(names: list[str], taken: list[str],
     ("names", "told"),
     [
         (["validation-0.jsonl", "test-0.jsonl"], "is not clear (1 validation, 1 test). Name one, split: test"),
-        (["train-0.jsonl", "test-0.jsonl", "more.jsonl"], "is not clear (1 train, 1 test, 1 of no split)"),
+        (["train-0.jsonl", "test-0.jsonl", "more.jsonl"], "(1 train, 1 test, 1 of no split). Name one, split: train,"),
         (["a.jsonl", "test-0.jsonl"], "is not clear (1 test, 1 of no split)"),
-        (["train/a.txt", "test/a.txt", "vocab.txt"], "(1 train, 1 test, 1 of no split). Name one, split: test, or"),
-        (["data/train_sft-00000-of-00001.parquet", "data/test_sft-00000-of-00001.parquet"], "1 train_sft, 1 test_sft"),
+        (["train/a.txt", "test/a.txt", "vocab.txt"], "(1 train, 1 test, 1 of no split). Name one, split: train, or"),
+        (
+            ["data/train_sft-00000-of-00001.parquet", "data/test_sft-00000-of-00001.parquet"],
+            "split: train_sft,",
+        ),
         (WIKITEXT, "has 2 configurations (wikitext-103-v1, wikitext-2-v1), and which is meant is not clear"),
         (["a/train.txt", "b/train.txt"], "has 2 configurations (a, b)"),
         (["a.csv", "README.md"], "tables of text (csv, tsv) are not read. Make JSON lines"),
         (["a.csv", "a.parquet"], "more than one kind (1 parquet, 1 csv or tsv). Say which is meant, kind: parquet"),
-        (["a.txt", "metadata.json"], "more than one kind (1 jsonl, 1 text)"),
+        (["train.csv", "test.csv"], "Make JSON lines or Parquet of them; kind: text, split: train trains on them"),
+        (
+            ["a.txt", "metadata.json"],
+            "more than one kind (1 jsonl, 1 text). Say which is meant, kind: jsonl or",
+        ),
+        (["train.txt", "test.txt", "m.json"], "Say which is meant, kind: jsonl or kind: text, split: train, or give"),
+        (
+            ["a.txt", "test.txt", "m.json"],
+            "more than one kind (1 jsonl, 2 text). Say which is meant, kind: jsonl,",
+        ),
         (["a.parquet", "load.py", "README.md"], "more than one kind (1 parquet, 1 text). Say which is meant"),
     ],
 )
 def test_what_nobody_can_choose_from_is_refused(names: list[str], told: str, tmp_path: Path) -> None:
     make(tmp_path, names)
     assert told in refusal(SourceSpec(path=str(tmp_path)))
+
+
+def test_no_hint_leads_to_what_is_kept_for_tests(tmp_path: Path) -> None:
+    """Whoever does as a refusal says trains on the split to train on; whoever asks for all is told what that is."""
+    make(tmp_path, ["train.txt", "test.txt", "LICENSE"], **{"metadata.json": "metadata.json"})
+    assert documents(SourceSpec(path=str(tmp_path), kind="text", split="train")) == ["train.txt"]
+    everything = SourceSpec(path=str(tmp_path), kind="text")
+    assert documents(everything) == ["LICENSE", "metadata.json", "test.txt", "train.txt"]
+    assert held_out(everything) == (
+        f"of {tmp_path} every file is taken, as kind: text says, test (1 file) and LICENSE too; "
+        "split: train takes only what is named so"
+    )
+    make(tmp_path / "csv", ["train.csv", "test.csv", "README.md"])
+    assert documents(SourceSpec(path=str(tmp_path / "csv"), kind="text", split="train")) == ["train.csv"]
+    make(tmp_path / "notes", ["a.md", "train.md"])
+    assert held_out(SourceSpec(path=str(tmp_path / "notes"), kind="text")) == ""
 
 
 def test_what_is_refused_can_be_named(tmp_path: Path) -> None:
@@ -264,7 +292,7 @@ def test_nothing_of_a_folder_is_left_out_unasked(tmp_path: Path) -> None:
     make(tmp_path, ["0.txt", "1.txt", "2.txt", "metadata.json", "a.jsonl", "b.jsonl.gz", "c.parquet"])
     told = refusal(SourceSpec(path=str(tmp_path)))
     assert "more than one kind (3 jsonl, 1 parquet, 3 text)" in told
-    assert "kind: jsonl or parquet or text" in told
+    assert "kind: jsonl or parquet or kind: text, or give" in told
     assert documents(SourceSpec(path=str(tmp_path), kind="parquet")) == ["c.parquet"]
     (tmp_path / "c.parquet").unlink()
     for path in tmp_path.glob("*.jsonl*"):
