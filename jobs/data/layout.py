@@ -88,7 +88,8 @@ def _by_names(root: Path, files: Sequence[Path], source: SourceSpec, *, card: bo
     documents = _of_kind(kind, documents)
     if not documents and source.kind == "auto" and not card:
         return Chosen(kind=kind, paths=tuple(files))  # it tells about nothing but itself
-    taken = by_names(root, documents, split=source.split, configuration=source.config, strict=kind != "text")
+    strict = kind != "text"
+    taken = by_names(root, documents, split=source.split, configuration=source.config, strict=strict, card=card)
     if kind == "text" and not taken.what and not card and not source.split:
         return Chosen(kind=kind, paths=tuple(files))  # no dataset, but a folder of any texts
     about = [str(path.relative_to(root)) for path in files if is_about(path)] if source.kind == "auto" else []

@@ -23,6 +23,10 @@ _WORDS = {
 }
 _BETWEEN = re.compile(r"[-_. \d]+")
 _EXACT = re.compile(r"(\w+?)-\d{5}-of-\d{5}")  # in a folder ``data`` the hub takes all of that for the split
+_PROGRAM = re.compile(  # code and its settings: train.py beside test.py are two programs
+    r"\.(pyi?|ipynb|[cmhr]|cc|[ch]pp|cu|java|kt|scala|[jt]sx?|go|rs|rb|php|swift|cs|lua|pl|jl|[hm][sl]|(ba)?sh|ps1|sql|"
+    r"ya?ml|toml|cfg|ini)"
+)
 _SHOWN = 8
 
 
@@ -49,29 +53,33 @@ class _Place:
         split: The split that it names; "" if it names none.
         folder: Where the splits are that it is one of: each such folder is a configuration.
         way: How it names it: "" by a folder, else the ending of the file.
+        program: It is no text, but a program or its settings.
     """
 
     split: str
     folder: str
     way: str
+    program: bool
 
 
-def _place_of(path: PurePath) -> _Place:
+def _place_of(path: PurePath, *, programs: bool = False) -> _Place:
+    """What a path says; the names of ``programs`` say no split unless they are asked for."""
+    program = not programs and _PROGRAM.fullmatch(path.suffix.lower()) is not None
     for depth, folder in enumerate(path.parts[:-1]):
         if split := _word_in(folder):
-            return _Place(split=split, folder=PurePath(*path.parts[:depth]).as_posix(), way="")
+            return _Place(split=split, folder=PurePath(*path.parts[:depth]).as_posix(), way="", program=program)
     exact = _EXACT.match(path.name.lower()) if path.parent.name == "data" else None
-    split = _word_in(path.name)
+    split = "" if program else _word_in(path.name)
     if split and exact and exact[1] not in _WORDS:
         split = exact[1]  # train_sft and train_gen are two
-    return _Place(split=split, folder=path.parent.as_posix(), way=path.suffix)
+    return _Place(split=split, folder=path.parent.as_posix(), way=path.suffix, program=program)
 
 
 def _word_in(name: str) -> str:
     return next((_WORDS[word] for word in _BETWEEN.split(name.lower()) if word in _WORDS), "")
 
 
-def by_names(root: Path, paths: Sequence[Path], *, split: str, configuration: str, strict: bool) -> Taken:
+def by_names(root: Path, paths: Sequence[Path], *, split: str, configuration: str, strict: bool, card: bool) -> Taken:
     """The files to train on.
 
     Args:
@@ -81,11 +89,12 @@ def by_names(root: Path, paths: Sequence[Path], *, split: str, configuration: st
         configuration: The folder below ``root`` whose splits are meant; "" where there is only one such.
         strict: Refuse where only some names say a split; else such a folder is no dataset, unless what names splits
             lies side by side, and all of it is taken.
+        card: It is a dataset, even if its files are programs.
 
     Raises:
         ConfigError: Nobody can tell which are meant, or there are none such.
     """
-    places = {path: _place_of(path.relative_to(root)) for path in paths}
+    places = {path: _place_of(path.relative_to(root), programs=card or bool(split)) for path in paths}
     if configuration:
         places = _inside(root, places, configuration)
     counts = Counter(place.split for place in places.values())
@@ -141,7 +150,8 @@ def _are_splits(places: Iterable[_Place], counts: Mapping[str, int], *, strict: 
         return len(counts) > 1 and (strict or not counts.get(""))  # one other split alone is asked for as it lies there
     if strict or not counts.get(""):
         return True
-    ways = [{(one.folder, one.way) for one in places if one.split == split} for split in (TRAIN, "validation", "test")]
+    texts = [one for one in places if not one.program]
+    ways = [{(one.folder, one.way) for one in texts if one.split == split} for split in (TRAIN, "validation", "test")]
     return bool(ways[0] & (ways[1] | ways[2]))
 
 

@@ -85,15 +85,22 @@ WIKITEXT = [
         (["train/a.txt", "test/a.txt"], ["train/a.txt"], "test (1 file) left out"),
         (["train/a/x.jsonl", "train/b/x.jsonl", "test/x.jsonl"], ["train/a/x.jsonl", "train/b/x.jsonl"], "test (1"),
         (["tests/a.txt", "test/b.txt", "train.py"], ["test/b.txt", "tests/a.txt", "train.py"], ""),
+        (["train.py", "test.py"], ["test.py", "train.py"], ""),
+        (["train.py", "eval.py", "model.py", "conf/train.yaml", "conf/test.yaml"], None, ""),
+        (["train/a.py", "test/a.py", "setup.py"], None, ""),
+        (["train/a.py", "test/a.py"], ["train/a.py"], "test (1 file) left out"),
         (["README.md", "a.md", "LICENSE"], ["LICENSE", "README.md", "a.md"], ""),
         (["README.md"], ["README.md"], ""),
         (["test-0.parquet", "test-1.parquet"], ["test-0.parquet", "test-1.parquet"], ""),
         (["trainers.jsonl", "contest.jsonl"], ["contest.jsonl", "trainers.jsonl"], ""),
     ],
 )
-def test_only_the_split_to_train_on_is_taken(names: list[str], taken: list[str], told: str, tmp_path: Path) -> None:
+def test_only_the_split_to_train_on_is_taken(
+    names: list[str], taken: list[str] | None, told: str, tmp_path: Path
+) -> None:
     """Of a dataset as it lies on the Hugging Face hub; a folder of source code or of notes is none."""
     make(tmp_path, names)
+    taken = taken or sorted(names, key=lambda one: Path(one).parts)
     source = SourceSpec(path=str(tmp_path))
     assert documents(source) == taken
     assert (told in held_out(source)) if told else held_out(source) == ""
@@ -254,6 +261,11 @@ def test_a_card_without_configurations_leaves_it_to_the_names(tmp_path: Path) ->
     assert "holds no files of kind text (2 files were found)" in refusal(SourceSpec(path=str(tmp_path / "bare")))
     make(tmp_path / "b", ["one.md"], **{"README.md": "---\na rule: of: a text\n---\n"})
     assert len(documents(SourceSpec(path=str(tmp_path / "b")))) == 2
+    for name, more in (("code", {}), ("asked", {"split": "train"})):
+        text = {"README.md": card()} if name == "code" else {}
+        make(tmp_path / name, ["train.py", "test.py"], **text)
+        source = SourceSpec(path=str(tmp_path / name), **more)
+        assert documents(source) == ["train.py"], "a dataset may be of programs"
     make(tmp_path / "c", ["data/train-0.jsonl", "data/test-0.jsonl"], **{"README.md": card("{config_name: default}")})
     assert documents(SourceSpec(path=str(tmp_path / "c"))) == ["data/train-0.jsonl"]
 
