@@ -82,14 +82,21 @@ def _of_folder(root: Path, source: SourceSpec) -> Chosen:
     return _by_names(root, files, source, card=configurations is not None)
 
 
-def _by_names(root: Path, files: Sequence[Path], source: SourceSpec, *, card: bool) -> Chosen:
+def _by_names(root: Path, files: Sequence[Path], source: SourceSpec, *, card: bool, listed: bool = False) -> Chosen:
     documents = [path for path in files if not is_about(path)]
     kind = _kind(source, root, documents)
     documents = _of_kind(kind, documents)
     if not documents and source.kind == "auto" and not card:
         return Chosen(kind=kind, paths=tuple(files))  # it tells about nothing but itself
-    strict = kind != "text"
-    taken = by_names(root, documents, split=source.split, configuration=source.config, strict=strict, card=card)
+    taken = by_names(
+        root,
+        documents,
+        split=source.split,
+        configuration=source.config,
+        strict=kind != "text",
+        card=card,
+        listed=listed,
+    )
     if kind == "text" and not taken.what and not card and not source.split:
         return Chosen(kind=kind, paths=tuple(files))  # no dataset, but a folder of any texts
     about = [str(path.relative_to(root)) for path in files if is_about(path)] if source.kind == "auto" else []
@@ -108,7 +115,7 @@ def _by_card(root: Path, files: Sequence[Path], configurations: list[Configurati
     if not meant.patterns:
         place = root / meant.folder
         below = [path for path in files if path.is_relative_to(place)]
-        found = _by_names(place, below, replace(source, config=""), card=True)
+        found = _by_names(place, below, replace(source, config=""), card=True, listed=True)
         more = _note(root, Taken(paths=[], what=f"the configuration {name}"), beside)
         return replace(found, note="; ".join(filter(None, (found.note, more))))
     relative = {path.relative_to(root).as_posix(): path for path in files if not is_about(path)}

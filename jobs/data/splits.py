@@ -24,7 +24,7 @@ _WORDS = {
 _BETWEEN = re.compile(r"[-_. \d]+")
 _EXACT = re.compile(r"(\w+?)-\d{5}-of-\d{5}")  # in a folder ``data`` the hub takes all of that for the split
 _PROGRAM = re.compile(  # code and its settings: train.py beside test.py are two programs
-    r"\.(pyi?|ipynb|[cmhr]|cc|[ch]pp|cu|java|kt|scala|[jt]sx?|go|rs|rb|php|swift|cs|lua|pl|jl|[hm][sl]|(ba)?sh|ps1|sql|"
+    r"\.(pyi?|ipynb|[cmhr]|cc|[ch]pp|cu|java|kt|scala|[jt]sx?|go|rs|rb|php|swift|cs|lua|pl|jl|hs|ml|(ba)?sh|ps1|sql|"
     r"ya?ml|toml|cfg|ini)"
 )
 _SHOWN = 8
@@ -79,7 +79,16 @@ def _word_in(name: str) -> str:
     return next((_WORDS[word] for word in _BETWEEN.split(name.lower()) if word in _WORDS), "")
 
 
-def by_names(root: Path, paths: Sequence[Path], *, split: str, configuration: str, strict: bool, card: bool) -> Taken:
+def by_names(
+    root: Path,
+    paths: Sequence[Path],
+    *,
+    split: str,
+    configuration: str,
+    strict: bool,
+    card: bool,
+    listed: bool = False,
+) -> Taken:
     """The files to train on.
 
     Args:
@@ -90,6 +99,7 @@ def by_names(root: Path, paths: Sequence[Path], *, split: str, configuration: st
         strict: Refuse where only some names say a split; else such a folder is no dataset, unless what names splits
             lies side by side, and all of it is taken.
         card: It is a dataset, even if its files are programs.
+        listed: Its card lists configurations: folders are none.
 
     Raises:
         ConfigError: Nobody can tell which are meant, or there are none such.
@@ -109,7 +119,8 @@ def by_names(root: Path, paths: Sequence[Path], *, split: str, configuration: st
         )
     chosen = [path for path, place in places.items() if place.split == wanted]
     if len(folders := sorted({places[path].folder for path in chosen})) > 1:
-        raise several(root, folders, f"path: {root / folders[-1]}, or config: {folders[-1]}")
+        name = "" if listed else f", or config: {folders[-1]}"
+        raise several(root, folders, f"path: {root / folders[-1]}{name}")
     return Taken(paths=chosen, what=named(wanted, configuration), left=others(counts, wanted))
 
 

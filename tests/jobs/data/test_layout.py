@@ -270,6 +270,15 @@ def test_a_card_without_configurations_leaves_it_to_the_names(tmp_path: Path) ->
     assert documents(SourceSpec(path=str(tmp_path / "c"))) == ["data/train-0.jsonl"]
 
 
+def test_folders_below_a_card_with_configurations_are_none(tmp_path: Path) -> None:
+    """Nothing is proposed that would be refused."""
+    make(tmp_path, ["a/train.jsonl", "b/train.jsonl"], **{"README.md": card("{config_name: default}")})
+    told = refusal(SourceSpec(path=str(tmp_path)))
+    assert f"Name one, path: {tmp_path / 'b'}; for more of them" in told
+    assert "has no configuration 'b'" in refusal(SourceSpec(path=str(tmp_path), config="b"))
+    assert documents(SourceSpec(path=str(tmp_path / "b"))) == ["b/train.jsonl"]
+
+
 def test_what_was_saved_tells_which_splits_are_left_out(tmp_path: Path) -> None:
     for split in ("train", "test", "extra"):
         folder = tmp_path / split
