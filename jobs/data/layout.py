@@ -16,7 +16,7 @@ from typing import Any
 from jobs.data.card import Configuration, matching, read_card
 from jobs.data.corpus import GENERATED, SKIPPED_FOLDERS, walk
 from jobs.data.kinds import common_kind, is_about, kind_of
-from jobs.data.splits import ALL, TRAIN, Taken, by_names, named, named_in, others, several, unknown
+from jobs.data.splits import ALL, SHOWN, TRAIN, Taken, by_names, named, named_in, others, several, unknown
 from jobs.spec import SourceSpec
 from strategies.errors import ConfigError, StorageError
 
@@ -99,8 +99,9 @@ def _by_names(root: Path, files: Sequence[Path], source: SourceSpec, *, card: bo
     )
     if kind == "text" and not taken.what and not card and not source.split:
         return Chosen(kind=kind, paths=tuple(files))  # no dataset, but a folder of any texts
-    about = [str(path.relative_to(root)) for path in files if is_about(path)] if source.kind == "auto" else []
-    return Chosen(kind=kind, paths=tuple(taken.paths), note=_note(root, taken, [*taken.left, *about]))
+    about = [path for path in files if is_about(path)]
+    left = [str(path.relative_to(root)) for path in (about if source.kind == "auto" else _of_kind(kind, about))]
+    return Chosen(kind=kind, paths=tuple(taken.paths), note=_note(root, taken, [*taken.left, *left]))
 
 
 def _of_kind(kind: str, paths: Sequence[Path]) -> list[Path]:
@@ -167,7 +168,8 @@ def _everything(root: Path, files: Sequence[Path]) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    shown = [*names[:SHOWN], *([f"{len(names) - SHOWN} more"] if len(names) > SHOWN else [])]
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
 
 
 # ---- what save_to_disk made --------------------------------------------------------------------------------------

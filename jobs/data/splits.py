@@ -27,7 +27,7 @@ _PROGRAM = re.compile(  # code and its settings: train.py beside test.py are two
     r"\.(pyi?|ipynb|[cmhr]|cc|[ch]pp|cu|java|kt|scala|[jt]sx?|go|rs|rb|php|swift|cs|lua|pl|jl|hs|ml|(ba)?sh|ps1|sql|"
     r"ya?ml|toml|cfg|ini)"
 )
-_SHOWN = 8
+SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,8 +182,8 @@ def others(counts: Mapping[str, int], wanted: str) -> tuple[str, ...]:
 
 def several(root: Path, configurations: Sequence[str], hint: str) -> ConfigError:
     """A dataset has configurations, and nobody said which is meant."""
-    more = f" and {len(configurations) - _SHOWN} more" if len(configurations) > _SHOWN else ""
-    told = ", ".join(configurations[:_SHOWN]) + more
+    more = f" and {len(configurations) - SHOWN} more" if len(configurations) > SHOWN else ""
+    told = ", ".join(configurations[:SHOWN]) + more
     return ConfigError(
         f"{root}: the dataset has {len(configurations)} configurations ({told}), and which is meant is not clear. "
         f"Name one, {hint}; for more of them give each a source of its own"

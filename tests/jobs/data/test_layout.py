@@ -279,6 +279,21 @@ def test_folders_below_a_card_with_configurations_are_none(tmp_path: Path) -> No
     assert documents(SourceSpec(path=str(tmp_path / "b"))) == ["b/train.jsonl"]
 
 
+def test_what_is_left_out_is_told_of_any_kind_and_shortly(tmp_path: Path) -> None:
+    make(tmp_path / "a", ["a.jsonl", "config.json", "state.json", "README.md"])
+    source = SourceSpec(path=str(tmp_path / "a"), kind="jsonl")
+    assert documents(source) == ["a.jsonl"]
+    assert held_out(source).endswith(" everything else is taken, config.json and state.json left out")
+    make(tmp_path / "t", ["train.txt", "test.txt", "LICENSE"])
+    source = SourceSpec(path=str(tmp_path / "t"), kind="text", split="train")
+    assert held_out(source).endswith("test (1 file) and LICENSE left out")
+    make(tmp_path / "m", [f"{number}/{name}" for number in range(40) for name in ("a.jsonl", "README.md", "LICENSE")])
+    for kind, told in (("auto", " and 72 more left out"), ("text", " and 72 more too")):
+        note = held_out(SourceSpec(path=str(tmp_path / "m"), kind=kind))
+        assert note.endswith(told)
+        assert note.count("README.md") + note.count("LICENSE") == 8
+
+
 def test_what_was_saved_tells_which_splits_are_left_out(tmp_path: Path) -> None:
     for split in ("train", "test", "extra"):
         folder = tmp_path / split
