@@ -54,7 +54,7 @@ def read_card(root: Path) -> list[Configuration] | None:
     import yaml  # type: ignore[import-untyped]
 
     try:
-        found = yaml.safe_load(head[1])
+        found = yaml.load(head[1], _loader() if "configs:" in head[1] else yaml.SafeLoader)  # noqa: S506  both are safe
     except yaml.YAMLError as error:
         if "configs:" not in head[1]:
             return None  # rules between the lines of a text
@@ -65,6 +65,22 @@ def read_card(root: Path) -> list[Configuration] | None:
     if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
         raise _bad(root, "its configs are no list of mappings")
     return _read_all(root, given)
+
+
+def _loader() -> Any:
+    """What reads YAML, and refuses a mapping that has a key twice: the later one would win without a word."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen: set[str] = set()
+            for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+                if str(key.value) in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+                seen.add(str(key.value))
+            return super().construct_mapping(node, deep=deep)
+
+    return Loader
 
 
 def _read_all(root: Path, given: Sequence[Mapping[str, Any]]) -> list[Configuration]:
@@ -96,7 +112,10 @@ def _patterns(root: Path, given: Any) -> dict[str, tuple[str, ...]]:
         return {TRAIN: _texts(root, some)}
     if not all("split" in one and "path" in one for one in some):
         raise _bad(root, "its data_files are no list of split and path")
-    return {str(one["split"]): _texts(root, one["path"]) for one in some}
+    names = [str(one["split"]) for one in some]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise _bad(root, f"its data_files name the split {' and '.join(twice)} twice")  # as ``datasets`` has it
+    return {name: _texts(root, one["path"]) for name, one in zip(names, some, strict=True)}
 
 
 def _texts(root: Path, given: Any) -> tuple[str, ...]:

@@ -240,9 +240,16 @@ def test_a_card_says_what_is_trained_on(asked: dict[str, Any], taken: list[str],
         (card(CONFIGS[0], CONFIGS[0]), {}, "names a configuration twice"),
         (card("{data_files: '**.jsonl'}"), {}, "a pattern of its data_files is none"),
         (card("{data_files: [{split: train}]}"), {}, "are no list of split and path"),
+        (
+            card("{data_files: [{split: train, path: small/p1*}, {split: train, path: small/p2*}]}"),
+            {},
+            "its data_files name the split train twice",
+        ),
+        (card("{data_files: {train: small/p1*, train: small/p2*}}"), {}, "its head is no YAML ('train' stands twice)"),
         (card("{data_files: [3]}"), {}, "its data_files are no patterns"),
         (card("3"), {}, "its configs are no list of mappings"),
         (card("{config_name: [}"), {}, "its head is no YAML"),
+        (card("!!map 3"), {}, "its head is no YAML"),
         (card(CONFIGS[0]), {"kind": "parquet"}, "holds no files of kind parquet"),
         (card("{data_files: [small/*, pictures/*]}"), {}, "more than one kind (3 jsonl, 1 text)"),
     ],
@@ -259,6 +266,8 @@ def test_a_card_without_configurations_leaves_it_to_the_names(tmp_path: Path) ->
     assert "README.md left out" in held_out(source)
     make(tmp_path / "bare", ["LICENSE"], **{"README.md": card()})
     assert "holds no files of kind text (2 files were found)" in refusal(SourceSpec(path=str(tmp_path / "bare")))
+    make(tmp_path / "twice", ["one.txt"], **{"README.md": card(head="license: mit\nlicense: mit\n")})
+    assert documents(SourceSpec(path=str(tmp_path / "twice"))) == ["one.txt"]
     make(tmp_path / "b", ["one.md"], **{"README.md": "---\na rule: of: a text\n---\n"})
     assert len(documents(SourceSpec(path=str(tmp_path / "b")))) == 2
     for name, more in (("code", {}), ("asked", {"split": "train"})):
