@@ -31,6 +31,7 @@ from jobs.data.shards import (
     open_store,
     read_shard,
     read_source,
+    write_whole,
 )
 from jobs.data.store import TOKENIZER, file_digest
 from jobs.data.surveying import Surveyed, formed, misformed, named, survey_sources
@@ -220,17 +221,15 @@ def _laid_down(root: Path, tokenizer: Tokenizer, end: End) -> Path:
     other = () if common is not None and common.id == end.id else (end.name,)
     folder = root / _key("tokenizer", tokenizer.to_str(), *other)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MAP).write_text(json.dumps({"eos_token": end.name}), encoding="utf-8")
+    write_whole(folder / MAP, json.dumps({"eos_token": end.name}).encode())
     _lay_down(folder, tokenizer)
     return folder
 
 
 def _lay_down(folder: Path, tokenizer: Tokenizer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{TOKENIZER}"
-    aside.write_text(tokenizer.to_str(), encoding="utf-8")
-    aside.replace(folder / TOKENIZER)
-    (folder / _PROOF).write_text(file_digest(folder / TOKENIZER), encoding="utf-8")
+    write_whole(folder / TOKENIZER, tokenizer.to_str().encode())
+    write_whole(folder / _PROOF, file_digest(folder / TOKENIZER).encode())
 
 
 def _training_text(found: Sequence[Surveyed]) -> Iterator[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +196,21 @@ def test_an_end_that_nobody_knows_can_be_named(tmp_path: Path) -> None:
         (out := tmp_path / name).mkdir()
         write_tokenizer(kept, out, data.end_id)
         assert named_beside(out / "tokenizer.json") == name, "and so has who takes it out"
+
+
+def test_no_file_of_a_tokenizer_is_written_in_place(tmp_path: Path) -> None:
+    """Ranks and other submits may be reading it: what they have opened stays as it is."""
+    path = saved(bpe("</s>"), tmp_path / "t")
+    folder = Path(prepared(path, tmp_path).store)
+    names = ("special_tokens_map.json", "tokenizer.json", "digest")
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context((folder / name).open()) for name in names]
+        former = [os.fstat(one.fileno()).st_ino for one in opened]
+        text = [(folder / name).read_text() for name in names]
+        prepared(path, tmp_path)
+        assert all((folder / name).stat().st_ino != number for name, number in zip(names, former, strict=True))
+        assert [one.read() for one in opened] == text == [(folder / name).read_text() for name in names]
+    assert sorted(one.name for one in folder.iterdir()) == sorted(names), "and nothing is left aside"
 
 
 def test_an_end_that_cannot_be_is_refused(tmp_path: Path) -> None:
