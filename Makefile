@@ -43,12 +43,12 @@ ops: setup
 # The tests are of the CPU, on every machine; a run, and so the demo, takes what there is.
 test test-full bench capabilities ops: export DS_ACCELERATOR ?= cpu
 # What is compiled for them is no run's: it may be of another accelerator.
-test test-full bench capabilities ops: export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
+test test-full bench capabilities ops: export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/torch_extensions
 
 # What needs no ranks runs on every core; what starts ranks has the machine to itself. Both run, whatever the first finds.
 test: ops
 	@failed=0; \
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --ignore tests/e2e --ignore tests/benchmarks || failed=1; \
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --max-worker-restart 0 --dist loadfile --ignore tests/e2e --ignore tests/benchmarks || failed=1; \
 	$(BIN)/python -m pytest tests/e2e || failed=1; \
 	exit $$failed
 

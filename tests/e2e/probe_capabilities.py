@@ -33,6 +33,7 @@ from strategies.plan import GradDtype, ParallelPlan, Recompute, Schedule
 from strategies.rules import check
 from strategies.specs import BatchSpec, ModelSpec, MoeSpec, Precision
 from tests.support.capability_files import State, TableFile
+from tests.support.direct_io import no_direct_io, no_locked_memory
 from tests.support.gang import GangFailed, WarmPool
 from tests.support.jobspecs import make_job, make_plan
 
@@ -71,6 +72,7 @@ DISKS = "@nvme"
 DEEPSPEED_SAYS = frozenset({"zero_with_pipeline", "mixed_precision_needs_zero"})
 """Rules that tell what DeepSpeed refuses: it is asked all the same, and has the word."""
 
+_LOCKED_BYTES = 64 << 20  # what a rank of the widest model locks with state on disks, and some
 _ERROR = re.compile(r"\b(\w*(?:Error|Exception)): (.+)$")
 
 
@@ -242,11 +244,16 @@ class Machine:
 
 def this_machine() -> Machine:
     """What can be tried here, with DeepSpeed's op for state on disks compiled if that is possible."""
+    no_disks = compile_op() or no_direct_io(Path(tempfile.gettempdir())) or no_locked_memory(_LOCKED_BYTES)
+    return Machine(no_disks=no_disks, no_fp16="" if computes_fp16() else "this CPU does not compute in fp16")
+
+
+def computes_fp16() -> bool:
+    """Whether what ranks compute on has arithmetic in fp16."""
     import torch
 
     cpu = os.environ.get("DS_ACCELERATOR", "cpu") == "cpu"
-    computes = not cpu or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return Machine(no_disks=compile_op(), no_fp16="" if computes else "this CPU does not compute in fp16")
+    return not cpu or bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def compile_op() -> str:

@@ -14,7 +14,7 @@ from jobs.disks import BUILD, is_compiled
 from strategies.codec import to_json
 from strategies.specs import MoeSpec
 from tests.e2e.test_checkpoint import RESTORE, TIMEOUT_S, check_bit_identical
-from tests.support.direct_io import require_direct_io
+from tests.support.direct_io import require_state_on_disks
 from tests.support.gang import WarmPool
 from tests.support.jobspecs import GPT, make_job, make_plan
 
@@ -158,7 +158,7 @@ def test_state_on_disks_changes_nothing(
     pool: WarmPool, tmp_path: Path, offload: str, degrees: dict[str, Any], precision: str
 ) -> None:
     """Trains the same, goes on bit-identically from a checkpoint, and a plan that keeps it in memory goes on, too."""
-    require_direct_io(tmp_path)
+    require_state_on_disks(tmp_path)
     disks = tmp_path / "disks"
     disks.mkdir()
     plain = degrees | {"zero_stage": 3}
@@ -191,7 +191,7 @@ def test_state_on_disks_changes_nothing(
 
 @needs_op
 def test_what_was_saved_in_memory_goes_on_from_disks(pool: WarmPool, tmp_path: Path) -> None:
-    require_direct_io(tmp_path)
+    require_state_on_disks(tmp_path)
     job, world = job_of({"dp": 2, "zero_stage": 1}, "fp32", WIDE)  # cut elsewhere: ranks read for each other
     first = pool.run(
         "tests.support.checkpoint_ranks:save_then_train",

@@ -12,7 +12,7 @@ from jobs.disks import BUILD, is_compiled
 from launcher.run import EventKind, RunState
 from launcher.store import RunStore
 from tests.support import cli
-from tests.support.direct_io import require_direct_io
+from tests.support.direct_io import require_state_on_disks
 
 pytestmark = [
     pytest.mark.full,
@@ -32,7 +32,7 @@ ON_DISK = {"exp_avg-": 4 * MATRICES, "exp_avg_sq-": 4 * MATRICES, "_param": 2 * 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("offload-run")
-    require_direct_io(path)
+    require_state_on_disks(path)
     return path
 
 

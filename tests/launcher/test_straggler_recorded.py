@@ -24,7 +24,7 @@ RECORDED = Path(__file__).parent / "recorded"
 
 @pytest.fixture(scope="module")
 def run() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RECORDED / "own-times-tp2pp2.json").read_text())
+    found: dict[str, Any] = json.loads((RECORDED / "paces" / "own-times-tp2pp2.json").read_text())
     return found
 
 

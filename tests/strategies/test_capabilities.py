@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 
+from jobs import disks
 from strategies.capabilities import AXES, Key, Outcome, format_table, key_of, look_up, outcome, parse_table, runnable
 from strategies.capability_table import TABLE
 from strategies.plan import Recompute, Schedule
@@ -26,6 +28,7 @@ from tests.e2e.probe_capabilities import (
     unbuilt,
 )
 from tests.strategies.support import TINY, plan
+from tests.support import direct_io
 from tests.support.capability_files import State, TableFile, versions
 
 WITH_ALL = Machine()
@@ -204,15 +207,19 @@ class Command:
 
     Attributes:
         compiled: The machine has the op all the same.
+        fp16: It computes in fp16.
         tried: What the last one has tried.
     """
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.table = folder / "table.py"
         self.state = folder / "state.jsonl"
-        self.compiled = False
+        self.compiled, self.fp16 = False, True
         self.tried: list[Key] = []
         patch.setattr(probe_capabilities, "is_compiled", lambda: self.compiled)
+        patch.setattr(probe_capabilities, "computes_fp16", lambda: self.fp16)
+        patch.setattr(probe_capabilities, "no_direct_io", lambda folder: "")
+        patch.setattr(probe_capabilities, "no_locked_memory", lambda size: "")
         patch.setattr(probe_capabilities, "probe", self._probe)
         patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
         patch.setenv("CC", "false")
@@ -293,3 +300,31 @@ def test_what_was_stopped_writes_nothing_and_rows_of_two_versions_do_not_mix(com
     command.table.write_text(other)
     assert command("--only", r"^1 fp32 .*\| none \| T\.{4}") == 1
     assert command.table.read_text() == other
+
+
+@pytest.mark.parametrize("lack", ["no_direct_io", "no_locked_memory", "fp16"])
+def test_what_the_machine_lacks_is_no_refusal(command: Command, monkeypatch: pytest.MonkeyPatch, lack: str) -> None:
+    command.compiled = True
+    if lack == "fp16":
+        command.fp16 = False
+        reason = "this CPU does not compute in fp16"
+    else:
+        reason = "it cannot be here"
+        monkeypatch.setattr(probe_capabilities, lack, lambda _: reason)
+    assert command() == 0
+    untried = {key: found for key, found in TableFile(command.table).rows.items() if not found.tried}
+    assert {found.reason for found in untried.values()} == {reason}
+    wanted = {key for key in combinations() if not unbuilt(key)}
+    assert set(untried) == {key for key in wanted if (key.precision == "fp16" if lack == "fp16" else on_disks(key))}
+    assert not set(untried) & set(command.tried)
+
+
+def test_whether_a_user_may_lock_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(disks, "_may_lock_all", lambda: False)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (8 << 20, 8 << 20))
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    assert direct_io.no_locked_memory(4 << 20) == ""
+    assert "bytes of locked memory per rank" in direct_io.no_locked_memory(64 << 20)
+    with pytest.raises(pytest.skip.Exception):
+        direct_io.require_state_on_disks(tmp_path)
+    assert list(tmp_path.iterdir()) == []

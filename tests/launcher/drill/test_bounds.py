@@ -38,6 +38,7 @@ def test_every_fault_of_the_issue_has_its_bound(request_: LaunchRequest) -> None
     assert found["stuck_writer"] == pytest.approx(HANG_S + 6.0)
     unbound = {name for name, bound in found.items() if bound is None}
     others = {"straggler", "preemption", "slow_link", "disk_full", "stuck_storage", "nan_gradient", "loss_spike"}
+    others |= {"node_kill_in_recovery"}  # it may be found gone only when the next gang is formed
     assert unbound == others | {name for name in found if name.startswith("controller_kill")} | {"ray_head_kill"}
 
 
