@@ -23,8 +23,14 @@ if TYPE_CHECKING:
 _NOTICED = 0.01  # so much may a run be longer or shorter than the epochs of its sources ask for
 
 
-def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> LaunchRequest:
+def prepare_data(config: Config, request: LaunchRequest, screen: Screen, *, end_id: int | None = None) -> LaunchRequest:
     """The request with its data prepared; a script brings its own.
+
+    Args:
+        config: What is asked for.
+        request: Made of it.
+        screen: Told how far it is.
+        end_id: The token that ends a document where data were prepared before; None finds it.
 
     Raises:
         ConfigError: Something is wrong with the sources or the tokenizer; all of it is told.
@@ -54,8 +60,10 @@ def prepare_data(config: Config, request: LaunchRequest, screen: Screen) -> Laun
         return replace(request, job=replace(request.job, data=data))
     samples = request.job.schedule().trained(request.job.train.steps + 1)
     runner = _runner(config, screen)
-    data = prepare_mixture(spec, root, model.vocab, progress, seq=model.seq, samples=samples, runner=runner)
-    for note in (*map(held_out, named(spec)), ended(spec)):
+    data = prepare_mixture(
+        spec, root, model.vocab, progress, seq=model.seq, samples=samples, runner=runner, end_id=end_id
+    )
+    for note in (*map(held_out, named(spec)), ended(spec, end_id)):
         if note:
             screen.say(f"data: {note}")
     screen.say(mixture_text(data, samples, model.seq))

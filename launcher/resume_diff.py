@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from launcher import resume_data
 from launcher.request import LaunchRequest
 from strategies.codec import to_json
 
@@ -62,7 +63,10 @@ _RULES: tuple[tuple[str, Verdict | None, str], ...] = (
     ("data.store", "safe", "the same tokens in another place"),
     ("data.path", "safe", "the same tokens from another place"),
     ("data.vocab", "refused", "the vocabulary of the checkpoints is another one"),
-    ("data", "refused", "other text would be other samples under the same numbers"),
+    ("data.end_token", "safe", "the same token ends a document"),
+    ("data.end_id", "refused", resume_data.END),
+    ("data.tokenizer", "refused", resume_data.TOKENIZER),
+    ("data", "refused", resume_data.OTHER),
     ("plan", "changes the run", "the same losses, but only to rounding: no longer bit-identical"),
     ("checkpoint.url", "refused", "the checkpoints of the run lie where it began"),
     ("checkpoint", "safe", "when checkpoints are made does not change the numbers"),
@@ -90,7 +94,7 @@ def compare(before: LaunchRequest, after: LaunchRequest, *, step: int) -> list[C
         if old.get(name) != new.get(name):
             change = _judge(name, old.get(name), new.get(name))
             if change is not None:
-                changes.append(change)
+                changes.append(_judge_tokens(change, before, after))
     if after.job.kind == "pretrain" and after.job.train.steps < max(1, step):
         changes = [change for change in changes if change.field != "train.steps"]
         reason = f"step {step} is done already"
@@ -104,6 +108,16 @@ def compare(before: LaunchRequest, after: LaunchRequest, *, step: int) -> list[C
             )
         )
     return [_judge_skips(change, before, after, step) if change.field == "skips" else change for change in changes]
+
+
+def _judge_tokens(change: Change, before: LaunchRequest, after: LaunchRequest) -> Change:
+    """Digests decide whether tokens are the same; if not, the reason is what made others of them."""
+    if change.field not in ("data.digest", "data.sources"):
+        return change
+    old, new = before.job.data, after.job.data
+    if change.field == "data.sources" and resume_data.same_elsewhere(old, new):
+        return replace(change, verdict="safe", reason="the same tokens in another place")
+    return replace(change, reason=resume_data.cause(old, new))
 
 
 def _judge_skips(change: Change, before: LaunchRequest, after: LaunchRequest, step: int) -> Change:

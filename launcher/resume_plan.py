@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.paths import RunPaths
-from jobs.spec import DataSpec, JobSpec
+from jobs.spec import JobSpec
 from launcher import build, examination, launch, lineage, origin, progress, proposal, render, resume_checks
 from launcher.config import redraft
 from launcher.data_checks import data_spec, unprepared
@@ -18,6 +18,7 @@ from launcher.follow import Screen
 from launcher.lock import controlled
 from launcher.preparation import prepare_data, require_validation
 from launcher.request import LaunchRequest
+from launcher.resume_data import kept_end, other_data
 from launcher.resume_diff import Change, compare
 from launcher.run import Run, RunState
 from launcher.schema import Config
@@ -213,23 +214,9 @@ def _with_data(config: Config, before: LaunchRequest, after: LaunchRequest) -> L
     if new.model != old.model or new.kind != old.kind:
         return replace(after, job=replace(new, data=old.data))  # refused anyway: do not tokenize for it
     if there and not same:
-        return replace(after, job=replace(new, data=_other_data(old.data, new.data)))
+        return replace(after, job=replace(new, data=other_data(old.data, new.data)))
     with launch.closing(_Quiet()) as screen:
-        return prepare_data(config, after, screen)
-
-
-def _other_data(old: DataSpec, new: DataSpec) -> DataSpec:
-    """What is asked for instead of data that are prepared and there, in a form that shows whether it may be.
-
-    All that may change is where a text lies. So nothing is ever prepared for this: either the tokens are those of the
-    run, or they are refused.
-    """
-    from jobs.data.build import same_tokens
-
-    found = replace(new, store=old.store, digest=old.digest, vocab=old.vocab, end_id=old.end_id)
-    if replace(found, path=old.path) == old and not same_tokens(new, Path(old.store)):
-        return replace(found, digest=f"other text in {new.path}")
-    return found
+        return prepare_data(config, after, screen, end_id=kept_end(old.data, new.data))
 
 
 def _unvalidated(request: LaunchRequest) -> list[str]:

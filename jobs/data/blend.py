@@ -31,6 +31,7 @@ from jobs.data.shards import (
     open_store,
     read_shard,
     read_source,
+    write_whole,
 )
 from jobs.data.store import TOKENIZER, file_digest
 from jobs.data.surveying import Surveyed, formed, misformed, named, survey_sources
@@ -79,6 +80,7 @@ def prepare_mixture(
     seq: int,
     samples: int,
     runner: Runner | None = None,
+    end_id: int | None = None,
 ) -> DataSpec:
     """Make the token stores of a mixture, or find those made before.
 
@@ -90,6 +92,7 @@ def prepare_mixture(
         seq: Tokens per sequence.
         samples: Sequences of the whole run.
         runner: Where the work is done; None takes processes here.
+        end_id: The token that has ended documents before, where nobody names another; None finds it.
 
     Returns:
         ``data`` with everything filled that ranks need.
@@ -102,11 +105,11 @@ def prepare_mixture(
     runner = runner or Processes()
     problems = misformed(named(data))
     found = survey_sources(named(data), runner, problems, progress)
-    given = _given(data, vocab, problems)
+    given = _given(data, vocab, problems, end_id)
     _refuse(problems + excluded(found, seq, given and given[0], samples=samples, validation=data.validation))
     try:
-        tokenizer, end_id, folder = _tokenizer(given, found, root.absolute(), vocab, library, progress)
-        recipe = Recipe.of(tokenizer, end_id, folder / TOKENIZER, data.validation)
+        tokenizer, end, folder = _tokenizer(given, found, root.absolute(), vocab, library, progress)
+        recipe = Recipe.of(tokenizer, end, folder / TOKENIZER, data.validation)
         metas = _tokenize(recipe, found, folder, runner, progress)
     except OSError as error:
         raise StorageError(
@@ -137,7 +140,7 @@ def prepare_mixture(
     )
 
 
-def ended(data: DataSpec) -> str:
+def ended(data: DataSpec, end_id: int | None = None) -> str:
     """What ends a document under the tokenizer that is given, and who says so, in a line; "" where none is given.
 
     Raises:
@@ -145,7 +148,7 @@ def ended(data: DataSpec) -> str:
     """
     if not data.tokenizer:
         return ""
-    end = find_end(bpe.read_tokenizer(Path(data.tokenizer)), Path(data.tokenizer), data.end_token)
+    end = find_end(bpe.read_tokenizer(Path(data.tokenizer)), Path(data.tokenizer), data.end_token, end_id)
     return f"{end.name} ends a document: {end.why}"
 
 
@@ -167,7 +170,7 @@ def _refuse(problems: Sequence[str]) -> None:
 # ---- the tokenizer ----------------------------------------------------------------------------------------------
 
 
-def _given(data: DataSpec, vocab: int, problems: list[str]) -> Given | None:
+def _given(data: DataSpec, vocab: int, problems: list[str], end_id: int | None = None) -> Given | None:
     """The tokenizer that is given, checked; None for one to train, which can have ``vocab`` tokens."""
     if not data.tokenizer:
         if flaw := bpe.vocab_flaw(vocab) if vocab else "":
@@ -186,7 +189,7 @@ def _given(data: DataSpec, vocab: int, problems: list[str]) -> Given | None:
             f"Set model.vocab to {size} or more."
         )
     try:
-        return tokenizer, find_end(tokenizer, path, data.end_token)
+        return tokenizer, find_end(tokenizer, path, data.end_token, end_id)
     except ConfigError as error:
         problems.append(error.what)
         return tokenizer, None
@@ -218,17 +221,15 @@ def _laid_down(root: Path, tokenizer: Tokenizer, end: End) -> Path:
     other = () if common is not None and common.id == end.id else (end.name,)
     folder = root / _key("tokenizer", tokenizer.to_str(), *other)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MAP).write_text(json.dumps({"eos_token": end.name}), encoding="utf-8")
+    write_whole(folder / MAP, json.dumps({"eos_token": end.name}).encode())
     _lay_down(folder, tokenizer)
     return folder
 
 
 def _lay_down(folder: Path, tokenizer: Tokenizer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{TOKENIZER}"
-    aside.write_text(tokenizer.to_str(), encoding="utf-8")
-    aside.replace(folder / TOKENIZER)
-    (folder / _PROOF).write_text(file_digest(folder / TOKENIZER), encoding="utf-8")
+    write_whole(folder / TOKENIZER, tokenizer.to_str().encode())
+    write_whole(folder / _PROOF, file_digest(folder / TOKENIZER).encode())
 
 
 def _training_text(found: Sequence[Surveyed]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,10 @@ def read_card(root: Path) -> list[Configuration] | None:
     import yaml  # type: ignore[import-untyped]
 
     try:
-        found = yaml.safe_load(head[1])
+        reader = yaml.SafeLoader(head[1])
+        node = reader.get_single_node()
+        again = _twice(node)
+        found = reader.construct_document(node) if node is not None else None
     except yaml.YAMLError as error:
         if "configs:" not in head[1]:
             return None  # rules between the lines of a text
@@ -62,9 +66,27 @@ def read_card(root: Path) -> list[Configuration] | None:
     if not isinstance(found, dict):
         return None
     given = found.get("configs") or []
+    if given and again:
+        raise _bad(root, f"its head names {again} twice in one place")  # as ``datasets`` has it
     if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
         raise _bad(root, "its configs are no list of mappings")
     return _read_all(root, given)
+
+
+def _twice(top: Any) -> str:
+    """A key that stands twice in a mapping below a node of YAML, which is read as if only the later one were there."""
+    todo, done = [top], set()
+    while todo:
+        node = todo.pop()
+        if id(node) in done or not isinstance(getattr(node, "value", None), list):
+            continue
+        done.add(id(node))
+        pairs = [one for one in node.value if isinstance(one, tuple)]
+        counts = Counter(str(key.value) for key, _ in pairs)
+        if again := next((key for key, count in counts.items() if count > 1), ""):
+            return again
+        todo += [value for _, value in pairs] or node.value
+    return ""
 
 
 def _read_all(root: Path, given: Sequence[Mapping[str, Any]]) -> list[Configuration]:
@@ -96,7 +118,10 @@ def _patterns(root: Path, given: Any) -> dict[str, tuple[str, ...]]:
         return {TRAIN: _texts(root, some)}
     if not all("split" in one and "path" in one for one in some):
         raise _bad(root, "its data_files are no list of split and path")
-    return {str(one["split"]): _texts(root, one["path"]) for one in some}
+    names = [str(one["split"]) for one in some]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise _bad(root, f"its data_files name the split {' and '.join(twice)} twice")  # as ``datasets`` has it
+    return {name: _texts(root, one["path"]) for name, one in zip(names, some, strict=True)}
 
 
 def _texts(root: Path, given: Any) -> tuple[str, ...]:

@@ -36,13 +36,14 @@ class End:
     why: str
 
 
-def find_end(tokenizer: Tokenizer, path: Path, asked: str = "") -> End:
+def find_end(tokenizer: Tokenizer, path: Path, asked: str = "", before: int | None = None) -> End:
     """The token that ends a document. It is made a special one where it is none yet, so that no text is that token.
 
     Args:
         tokenizer: The tokenizer, as :func:`jobs.data.tokenizer.read_tokenizer` reads it.
         path: Its file; those beside it may name the token.
         asked: What a person has named; "" for nothing.
+        before: The number of the token that has ended documents until now; None for nothing.
 
     Raises:
         ConfigError: There is no such token, or nobody knows which it is.
@@ -51,6 +52,8 @@ def find_end(tokenizer: Tokenizer, path: Path, asked: str = "") -> End:
         if asked not in _added(tokenizer):
             raise ConfigError(f"data.end_token: {asked!r} is no special token of {path}. {_known(tokenizer, asked)}")
         found = _end(tokenizer, asked, "data.end_token names it")
+    elif before is not None and (name := tokenizer.id_to_token(before)) is not None:
+        found = _end(tokenizer, name, "it has ended them until now")
     else:
         likely = _beside(tokenizer, path) or usual(tokenizer)
         if likely is None:

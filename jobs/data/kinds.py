@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.data.documents import COMPRESSED
+from jobs.data.splits import as_texts
 from strategies.errors import ConfigError
 
 KINDS = ("auto", "text", "jsonl", "parquet", "arrow", "stdlib")
@@ -53,14 +54,15 @@ def common_kind(where: Path, paths: Sequence[Path]) -> str:
     kinds = Counter(map(kind_of, paths))
     tables = kinds.pop("table", 0)
     told = ", ".join([*(f"{kinds[kind]} {kind}" for kind in sorted(kinds)), *([f"{tables} csv or tsv"] * bool(tables))])
+    texts = as_texts(where, paths)
     if tables and not kinds:
-        raise ConfigError(
-            f"{where}: tables of text (csv, tsv) are not read. Make JSON lines or Parquet of them; kind: text trains "
-            "on them as they are, commas and all"
-        )
+        more = f"; {texts} trains on them as they are, commas and all" if texts else ""
+        raise ConfigError(f"{where}: tables of text (csv, tsv) are not read. Make JSON lines or Parquet of them{more}")
     if len(kinds) + bool(tables) > 1:
+        other = " or ".join(sorted(kinds.keys() - {"text"}))
+        meant = " or ".join(filter(None, [other and f"kind: {other}", texts if kinds["text"] else ""]))
         raise ConfigError(
-            f"{where}: holds files of more than one kind ({told}). Say which is meant, kind: "
-            f"{' or '.join(sorted(kinds))}, or give each a source and a folder of its own"
+            f"{where}: holds files of more than one kind ({told}). Say which is meant, {meant}, or give each a source "
+            "and a folder of its own"
         )
     return next(iter(kinds), "text")

@@ -16,7 +16,7 @@ from typing import Any
 from jobs.data.card import Configuration, matching, read_card
 from jobs.data.corpus import GENERATED, SKIPPED_FOLDERS, walk
 from jobs.data.kinds import common_kind, is_about, kind_of
-from jobs.data.splits import ALL, TRAIN, Taken, by_names, named, others, several, unknown
+from jobs.data.splits import ALL, SHOWN, TRAIN, Taken, by_names, named, named_in, others, several, unknown
 from jobs.spec import SourceSpec
 from strategies.errors import ConfigError, StorageError
 
@@ -75,24 +75,33 @@ def _kind(source: SourceSpec, where: Path, paths: Sequence[Path]) -> str:
 def _of_folder(root: Path, source: SourceSpec) -> Chosen:
     files = walk(root)
     if source.kind == "text" and not source.split and not source.config:
-        return Chosen(kind="text", paths=tuple(files))  # a folder of any texts, asked for as such
+        return Chosen(kind="text", paths=tuple(files), note=_everything(root, files))  # asked for as any texts
     configurations = read_card(root)
     if configurations:
         return _by_card(root, files, configurations, source)
     return _by_names(root, files, source, card=configurations is not None)
 
 
-def _by_names(root: Path, files: Sequence[Path], source: SourceSpec, *, card: bool) -> Chosen:
+def _by_names(root: Path, files: Sequence[Path], source: SourceSpec, *, card: bool, listed: bool = False) -> Chosen:
     documents = [path for path in files if not is_about(path)]
     kind = _kind(source, root, documents)
     documents = _of_kind(kind, documents)
     if not documents and source.kind == "auto" and not card:
         return Chosen(kind=kind, paths=tuple(files))  # it tells about nothing but itself
-    taken = by_names(root, documents, split=source.split, configuration=source.config, strict=kind != "text")
+    taken = by_names(
+        root,
+        documents,
+        split=source.split,
+        configuration=source.config,
+        strict=kind != "text",
+        card=card,
+        listed=listed,
+    )
     if kind == "text" and not taken.what and not card and not source.split:
         return Chosen(kind=kind, paths=tuple(files))  # no dataset, but a folder of any texts
-    about = [str(path.relative_to(root)) for path in files if is_about(path)] if source.kind == "auto" else []
-    return Chosen(kind=kind, paths=tuple(taken.paths), note=_note(root, taken, [*taken.left, *about]))
+    about = [path for path in files if is_about(path)]
+    left = [str(path.relative_to(root)) for path in (about if source.kind == "auto" else _of_kind(kind, about))]
+    return Chosen(kind=kind, paths=tuple(taken.paths), note=_note(root, taken, [*taken.left, *left]))
 
 
 def _of_kind(kind: str, paths: Sequence[Path]) -> list[Path]:
@@ -107,7 +116,7 @@ def _by_card(root: Path, files: Sequence[Path], configurations: list[Configurati
     if not meant.patterns:
         place = root / meant.folder
         below = [path for path in files if path.is_relative_to(place)]
-        found = _by_names(place, below, replace(source, config=""), card=True)
+        found = _by_names(place, below, replace(source, config=""), card=True, listed=True)
         more = _note(root, Taken(paths=[], what=f"the configuration {name}"), beside)
         return replace(found, note="; ".join(filter(None, (found.note, more))))
     relative = {path.relative_to(root).as_posix(): path for path in files if not is_about(path)}
@@ -144,8 +153,23 @@ def _note(root: Path, taken: Taken, left: Sequence[str]) -> str:
     """In a line what is taken of a folder, if anything is left out."""
     if not left:
         return ""
-    told = " and ".join(filter(None, [", ".join(left[:-1]), left[-1]]))
-    return f"of {root} {taken.what or 'everything else'} is taken, {told} left out"
+    return f"of {root} {taken.what or 'everything else'} is taken, {_listed(left)} left out"
+
+
+def _everything(root: Path, files: Sequence[Path]) -> str:
+    """What is taken of a folder of texts though it looks as if it were not to be trained on, in a line."""
+    counts = named_in(root, files)
+    about = [str(path.relative_to(root)) for path in files if is_about(path)]
+    found = [*others({split: count for split, count in counts.items() if split}, TRAIN), *about]
+    if not found:
+        return ""
+    less = f"; split: {TRAIN} takes only what is named so" if counts[TRAIN] else ""
+    return f"of {root} every file is taken, as kind: text says, {_listed(found)} too{less}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = [*names[:SHOWN], *([f"{len(names) - SHOWN} more"] if len(names) > SHOWN else [])]
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
 
 
 # ---- what save_to_disk made --------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from jobs.data import tokenizer as bpe
 from jobs.data.shards import FORMAT_VERSION, Shard, SourceMeta, digest_of
 from jobs.data.sources import Unit
+from jobs.data.spelling import Plain
 from jobs.data.store import file_digest, token_width
 from jobs.data.surveying import Surveyed
 from jobs.data.work import Request, Runner, answers
@@ -34,6 +35,7 @@ class Recipe:
         end_id: The token that ends a document.
         width: Bytes per token.
         validation: Part of the documents that is kept from training.
+        spells: Special tokens are words of its vocabulary, and text that spells one is spelled by others.
     """
 
     tokenizer: Path
@@ -42,6 +44,7 @@ class Recipe:
     end_id: int
     width: int
     validation: float
+    spells: bool
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, end_id: int, path: Path, validation: float) -> Recipe:
@@ -54,11 +57,17 @@ class Recipe:
             end_id=end_id,
             width=token_width(vocab),
             validation=validation,
+            spells=Plain(tokenizer).spells,
         )
 
     def key(self, one: Surveyed) -> tuple[object, ...]:
-        """What the store of a source is named by."""
-        return FORMAT_VERSION, self.digest, self.end_id, one.digest, len(one.units), self.validation
+        """What the store of a source is named by.
+
+        Earlier versions took text that spells a special token for that token, where a vocabulary has it as a word.
+        Stores that they made so have other names; all others are found as they are.
+        """
+        plain = ("plain",) if self.spells else ()
+        return FORMAT_VERSION, self.digest, self.end_id, one.digest, len(one.units), self.validation, *plain
 
     def request(self, unit: Unit, store: Path, number: int) -> Request:
         """What makes a shard."""

@@ -173,7 +173,7 @@ def make_shard(
                 writers[side].add(ids, ends=piece.last)
         sides = {name: writer.close() for name, writer in writers.items()}
     shard = Shard(**sides)
-    _write(record_of(folder, number), json.dumps(to_json(shard)).encode())
+    write_whole(record_of(folder, number), json.dumps(to_json(shard)).encode())
     sync_dir(folder)
     return shard
 
@@ -233,7 +233,8 @@ def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file aside and put it in place: whoever reads it meanwhile finds the former one, or all of this."""
     aside = _aside(path)
     with aside.open("wb") as file:
         file.write(data)
@@ -253,12 +254,12 @@ def _sweep(folder: Path, number: int) -> None:
 def open_store(folder: Path, width: int) -> None:
     """Make the folder of a source whose shards are to be made; what is there stays."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "width", str(width).encode())
+    write_whole(folder / "width", str(width).encode())
 
 
 def close_store(folder: Path, meta: SourceMeta) -> None:
     """All shards are there: say so."""
-    _write(folder / META, (json.dumps(to_json(meta), indent=1) + "\n").encode())
+    write_whole(folder / META, (json.dumps(to_json(meta), indent=1) + "\n").encode())
     sync_dir(folder)
     sync_dir(folder.parent)
 

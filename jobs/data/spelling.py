@@ -30,6 +30,11 @@ class Plain:
         self._spelled: Mapping[int, list[int]] = {} if _cut_apart(state) else _spellings(tokenizer, state["model"])
         self._special = frozenset(self._spelled)
 
+    @property
+    def spells(self) -> bool:
+        """Whether any text is read otherwise than the tokenizer alone would read it."""
+        return bool(self._spelled)
+
     def batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text, none of which is special."""
         return [self.spelled(one.ids) for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]

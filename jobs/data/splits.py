@@ -23,7 +23,11 @@ _WORDS = {
 }
 _BETWEEN = re.compile(r"[-_. \d]+")
 _EXACT = re.compile(r"(\w+?)-\d{5}-of-\d{5}")  # in a folder ``data`` the hub takes all of that for the split
-_SHOWN = 8
+_PROGRAM = re.compile(  # code and its settings: train.py beside test.py are two programs
+    r"\.(pyi?|ipynb|[cmhr]|cc|[ch]pp|cu|java|kt|scala|[jt]sx?|go|rs|rb|php|swift|cs|lua|pl|jl|hs|ml|(ba)?sh|ps1|sql|"
+    r"ya?ml|toml|cfg|ini)"
+)
+SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,29 +53,42 @@ class _Place:
         split: The split that it names; "" if it names none.
         folder: Where the splits are that it is one of: each such folder is a configuration.
         way: How it names it: "" by a folder, else the ending of the file.
+        program: It is no text, but a program or its settings.
     """
 
     split: str
     folder: str
     way: str
+    program: bool
 
 
-def _place_of(path: PurePath) -> _Place:
+def _place_of(path: PurePath, *, programs: bool = False) -> _Place:
+    """What a path says; the names of ``programs`` say no split unless they are asked for."""
+    program = not programs and _PROGRAM.fullmatch(path.suffix.lower()) is not None
     for depth, folder in enumerate(path.parts[:-1]):
         if split := _word_in(folder):
-            return _Place(split=split, folder=PurePath(*path.parts[:depth]).as_posix(), way="")
+            return _Place(split=split, folder=PurePath(*path.parts[:depth]).as_posix(), way="", program=program)
     exact = _EXACT.match(path.name.lower()) if path.parent.name == "data" else None
-    split = _word_in(path.name)
+    split = "" if program else _word_in(path.name)
     if split and exact and exact[1] not in _WORDS:
         split = exact[1]  # train_sft and train_gen are two
-    return _Place(split=split, folder=path.parent.as_posix(), way=path.suffix)
+    return _Place(split=split, folder=path.parent.as_posix(), way=path.suffix, program=program)
 
 
 def _word_in(name: str) -> str:
     return next((_WORDS[word] for word in _BETWEEN.split(name.lower()) if word in _WORDS), "")
 
 
-def by_names(root: Path, paths: Sequence[Path], *, split: str, configuration: str, strict: bool) -> Taken:
+def by_names(
+    root: Path,
+    paths: Sequence[Path],
+    *,
+    split: str,
+    configuration: str,
+    strict: bool,
+    card: bool,
+    listed: bool = False,
+) -> Taken:
     """The files to train on.
 
     Args:
@@ -81,11 +98,13 @@ def by_names(root: Path, paths: Sequence[Path], *, split: str, configuration: st
         configuration: The folder below ``root`` whose splits are meant; "" where there is only one such.
         strict: Refuse where only some names say a split; else such a folder is no dataset, unless what names splits
             lies side by side, and all of it is taken.
+        card: It is a dataset, even if its files are programs.
+        listed: Its card lists configurations: folders are none.
 
     Raises:
         ConfigError: Nobody can tell which are meant, or there are none such.
     """
-    places = {path: _place_of(path.relative_to(root)) for path in paths}
+    places = {path: _place_of(path.relative_to(root), programs=card or bool(split)) for path in paths}
     if configuration:
         places = _inside(root, places, configuration)
     counts = Counter(place.split for place in places.values())
@@ -96,13 +115,32 @@ def by_names(root: Path, paths: Sequence[Path], *, split: str, configuration: st
         told = ", ".join(f"{counts[one]} {one or 'of no split'}" for one in sorted(counts, reverse=True))
         raise ConfigError(
             f"{root}: its files are named by splits, and which are meant is not clear ({told}). Name one, split: "
-            f"{next(iter(sorted(filter(None, counts))), TRAIN)}, or split: {ALL}; or give those to train on a folder "
-            f"of their own"
+            f"{_likely(counts)}, or split: {ALL}; or give those to train on a folder of their own"
         )
     chosen = [path for path, place in places.items() if place.split == wanted]
     if len(folders := sorted({places[path].folder for path in chosen})) > 1:
-        raise several(root, folders, f"path: {root / folders[-1]}, or config: {folders[-1]}")
+        name = "" if listed else f", or config: {folders[-1]}"
+        raise several(root, folders, f"path: {root / folders[-1]}{name}")
     return Taken(paths=chosen, what=named(wanted, configuration), left=others(counts, wanted))
+
+
+def _likely(splits: Iterable[str]) -> str:
+    """The split that is meant most likely: one to train on, if there is any."""
+    return min(filter(None, splits), key=lambda one: (one != TRAIN, not one.startswith(TRAIN), one), default=TRAIN)
+
+
+def named_in(root: Path, paths: Iterable[Path]) -> Counter[str]:
+    """How many files name each split; "" is none."""
+    return Counter(_place_of(path.relative_to(root)).split for path in paths)
+
+
+def as_texts(root: Path, paths: Iterable[Path]) -> str:
+    """How to ask for all of them as texts and for none that is kept for tests; "" if that cannot be asked for."""
+    counts = named_in(root, paths)
+    split = _likely(counts)
+    if split.startswith(TRAIN):
+        return f"kind: text, split: {split}" if counts[split] else "kind: text"
+    return ""
 
 
 def _inside(root: Path, places: Mapping[Path, _Place], configuration: str) -> dict[Path, _Place]:
@@ -123,7 +161,8 @@ def _are_splits(places: Iterable[_Place], counts: Mapping[str, int], *, strict: 
         return len(counts) > 1 and (strict or not counts.get(""))  # one other split alone is asked for as it lies there
     if strict or not counts.get(""):
         return True
-    ways = [{(one.folder, one.way) for one in places if one.split == split} for split in (TRAIN, "validation", "test")]
+    texts = [one for one in places if not one.program]
+    ways = [{(one.folder, one.way) for one in texts if one.split == split} for split in (TRAIN, "validation", "test")]
     return bool(ways[0] & (ways[1] | ways[2]))
 
 
@@ -143,8 +182,8 @@ def others(counts: Mapping[str, int], wanted: str) -> tuple[str, ...]:
 
 def several(root: Path, configurations: Sequence[str], hint: str) -> ConfigError:
     """A dataset has configurations, and nobody said which is meant."""
-    more = f" and {len(configurations) - _SHOWN} more" if len(configurations) > _SHOWN else ""
-    told = ", ".join(configurations[:_SHOWN]) + more
+    more = f" and {len(configurations) - SHOWN} more" if len(configurations) > SHOWN else ""
+    told = ", ".join(configurations[:SHOWN]) + more
     return ConfigError(
         f"{root}: the dataset has {len(configurations)} configurations ({told}), and which is meant is not clear. "
         f"Name one, {hint}; for more of them give each a source of its own"

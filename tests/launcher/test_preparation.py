@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,9 +146,86 @@ def test_a_part_of_a_dataset_and_an_end_are_asked_for_and_told(tmp_path: Path) -
     data = request.job.data
     assert (data.end_id, data.sources[0].documents) == (given.token_to_id("<|stop|>"), 300)
     other = replace(request, job=replace(request.job, data=replace(data, end_token="<|endoftext|>")))
-    assert [(one.field, one.verdict) for one in compare(request, other, step=3)] == [("data.end_token", "refused")]
+    assert [(one.field, one.verdict) for one in compare(request, other, step=3)] == [("data.end_token", "safe")]
     request, said = small_request(tmp_path, sources="{path: %s/hub, config: small, split: test, weight: 1}")
     assert "the split test of the configuration small is taken" in said
+
+
+@pytest.fixture
+def ends_otherwise_now(tmp_path: Path) -> LaunchRequest:
+    """A run whose documents end in a token, with files beside its tokenizer that name another one since."""
+    tokenizer(tmp_path / "tokenizer.json", 298)
+    given = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    given.add_special_tokens(["<|stop|>", "<|im_end|>"])
+    given.save(str(tmp_path / "tokenizer.json"))
+    before = small_request(tmp_path, f"data.tokenizer={tmp_path}/tokenizer.json", sources=ONE)[0]
+    assert given.id_to_token(before.job.data.end_id) == "<|endoftext|>"
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    return before
+
+
+ONE = "{path: %s/a.jsonl, weight: 1}"
+
+
+def resumed(before: LaunchRequest, folder: Path, *words: str) -> dict[str, tuple[str, str]]:
+    """Verdict and reason of every field of the data that a resume with these words would change."""
+    given = f"data.sources=[{ONE % folder}]"
+    words = ("data=mixture", given, "model.vocab=300", "model.seq=16", "cluster=process", "data.workers=1", *words)
+    words = (f"data.tokenizer={folder}/tokenizer.json", *words)
+    config = build.settle(compose(words), name="run", cwd=folder)
+    after = _with_data(config, before, build.build_request(config, words))
+    return {
+        one.field: (one.verdict, one.reason)
+        for one in compare(before, after, step=3)
+        if one.field.startswith("data.") or one.verdict == "refused"
+    }
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_documents_of_a_run_end_as_they_did(ends_otherwise_now: LaunchRequest, tmp_path: Path, gone: bool) -> None:
+    """Whatever the files beside the tokenizer say since, where its tokens have to be made anew, too."""
+    if gone:
+        shutil.rmtree(Path(ends_otherwise_now.job.data.store).parent)
+    assert resumed(ends_otherwise_now, tmp_path) == {}
+    named = resumed(ends_otherwise_now, tmp_path, "data.end_token='<|endoftext|>'")
+    assert {field: verdict for field, (verdict, _) in named.items()} == {"data.end_token": "safe"}
+    if gone:
+        shutil.rmtree(Path(ends_otherwise_now.job.data.store).parent)
+        elsewhere = resumed(ends_otherwise_now, tmp_path, f"data.cache={tmp_path}/elsewhere")
+        assert {field: verdict for field, (verdict, _) in elsewhere.items()} == dict.fromkeys(
+            ("data.store", "data.sources"), "safe"
+        )
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_refusal_says_whether_end_tokenizer_or_text_is_another(
+    ends_otherwise_now: LaunchRequest, tmp_path: Path, gone: bool
+) -> None:
+    if gone:
+        shutil.rmtree(Path(ends_otherwise_now.job.data.store).parent)
+    end = resumed(ends_otherwise_now, tmp_path, "data.end_token='<|stop|>'")
+    refused = {reason for verdict, reason in end.values() if verdict == "refused"}
+    assert refused == {"the documents of the run end in another token, which data.end_token can name"}
+    with pytest.raises(ConfigError, match="no special token of"):
+        resumed(ends_otherwise_now, tmp_path, "data.end_token='<|stp|>'")
+    if gone:
+        shutil.rmtree(tmp_path / ".data", ignore_errors=True)
+        given = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        given.add_special_tokens(["<|more|>"])
+        given.save(str(tmp_path / "tokenizer.json"))
+        job = replace(ends_otherwise_now.job, model=replace(ends_otherwise_now.job.model, vocab=301))
+        found = resumed(replace(ends_otherwise_now, job=job), tmp_path, "model.vocab=301")
+        assert "the tokenizer's file has changed" in found["data.sources"][1]
+
+
+def test_other_text_that_is_made_anew_is_told_as_such(ends_otherwise_now: LaunchRequest, tmp_path: Path) -> None:
+    shutil.rmtree(Path(ends_otherwise_now.job.data.store).parent)
+    text = (tmp_path / "a.jsonl").read_text()
+    (tmp_path / "a.jsonl").write_text(text.replace("7", "8"))
+    found = resumed(ends_otherwise_now, tmp_path)
+    assert {field: verdict for field, (verdict, _) in found.items()} == dict.fromkeys(found, "refused")
+    assert all("the text has changed" in reason for _, reason in found.values())
+    assert found.keys() == {"data.digest", "data.sources"}
 
 
 class Watched(Screen):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from jobs.data import prepare_mixture
-from jobs.data.blend import ended
+from jobs.data import prepare_mixture, spelling, work
+from jobs.data.blend import _key, ended
 from jobs.data.ends import find_end, named_beside
+from jobs.data.making import Recipe
 from jobs.data.samples import Mixture
 from jobs.data.shards import Tokens, read_source
+from jobs.data.surveying import Surveyed
 from jobs.data.tokenizer import read_tokenizer, vocabulary
 from jobs.hf.tokenizer import write_tokenizer
 from jobs.spec import DataSpec, SourceSpec
@@ -104,6 +108,37 @@ def test_any_tokenizer_keeps_documents_apart_and_whole(make: Callable[[], Tokeni
     assert mix.encode(TEXTS[3]) == documents[3][:-1], "a prompt is read as the text was"
 
 
+@pytest.mark.parametrize("make", [unigram, wordpiece])
+def test_shards_of_a_version_that_read_text_otherwise_stay_as_they_are(
+    make: Callable[[], Tokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took text that spells a special token for that token. Runs that it began go on with its shards."""
+    path = saved(make(), tmp_path / "t")
+    monkeypatch.setattr(spelling, "_spellings", lambda *unused: {})
+    before = prepared(path, tmp_path)
+    assert len(stored(before)) > len(TEXTS), "documents end where they spell an end"
+    Path(before.sources[0].store, "00000.train.bin").write_bytes(b"")  # not whole, and not to be mended by this version
+    monkeypatch.undo()
+    work._tokenizer.cache_clear()
+    after = prepared(path, tmp_path)
+    assert len(stored(after)) == len(TEXTS)
+    assert Path(before.sources[0].store, "00000.train.bin").read_bytes() == b""
+
+
+def test_a_store_of_an_earlier_version_is_found_where_the_tokens_are_the_same(tmp_path: Path) -> None:
+    """Its name is a literal, as that version made it."""
+    (path := tmp_path / "tokenizer.json").write_text("{}")
+    one = Surveyed(
+        source=SourceSpec(path="a"), units=(), digest="ab" * 32, documents=1, text_bytes=9, empty=0, skipped=0
+    )
+    names = [
+        _key("source", *Recipe.of(tokenizer, 7, path, 0.05).key(one))
+        for tokenizer in (bpe("</s>"), bpe("<|im_end|>", DEEPSEEK), unigram(), wordpiece())
+    ]
+    assert names[0] == names[1] == "source-a8dd8619ecfbf895e708aff752103f65"
+    assert names[2] == names[3] != names[0]
+
+
 def test_the_files_beside_a_tokenizer_name_its_end(tmp_path: Path) -> None:
     chat = bpe("</s>", "<|im_end|>", DEEPSEEK)
     cases: list[tuple[str, dict[str, Any]]] = [
@@ -161,6 +196,21 @@ def test_an_end_that_nobody_knows_can_be_named(tmp_path: Path) -> None:
         (out := tmp_path / name).mkdir()
         write_tokenizer(kept, out, data.end_id)
         assert named_beside(out / "tokenizer.json") == name, "and so has who takes it out"
+
+
+def test_no_file_of_a_tokenizer_is_written_in_place(tmp_path: Path) -> None:
+    """Ranks and other submits may be reading it: what they have opened stays as it is."""
+    path = saved(bpe("</s>"), tmp_path / "t")
+    folder = Path(prepared(path, tmp_path).store)
+    names = ("special_tokens_map.json", "tokenizer.json", "digest")
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context((folder / name).open()) for name in names]
+        former = [os.fstat(one.fileno()).st_ino for one in opened]
+        text = [(folder / name).read_text() for name in names]
+        prepared(path, tmp_path)
+        assert all((folder / name).stat().st_ino != number for name, number in zip(names, former, strict=True))
+        assert [one.read() for one in opened] == text == [(folder / name).read_text() for name in names]
+    assert sorted(one.name for one in folder.iterdir()) == sorted(names), "and nothing is left aside"
 
 
 def test_an_end_that_cannot_be_is_refused(tmp_path: Path) -> None:

@@ -85,15 +85,22 @@ WIKITEXT = [
         (["train/a.txt", "test/a.txt"], ["train/a.txt"], "test (1 file) left out"),
         (["train/a/x.jsonl", "train/b/x.jsonl", "test/x.jsonl"], ["train/a/x.jsonl", "train/b/x.jsonl"], "test (1"),
         (["tests/a.txt", "test/b.txt", "train.py"], ["test/b.txt", "tests/a.txt", "train.py"], ""),
+        (["train.py", "test.py"], ["test.py", "train.py"], ""),
+        (["train.py", "eval.py", "model.py", "conf/train.yaml", "conf/test.yaml"], None, ""),
+        (["train/a.py", "test/a.py", "setup.py"], None, ""),
+        (["train/a.py", "test/a.py"], ["train/a.py"], "test (1 file) left out"),
         (["README.md", "a.md", "LICENSE"], ["LICENSE", "README.md", "a.md"], ""),
         (["README.md"], ["README.md"], ""),
         (["test-0.parquet", "test-1.parquet"], ["test-0.parquet", "test-1.parquet"], ""),
         (["trainers.jsonl", "contest.jsonl"], ["contest.jsonl", "trainers.jsonl"], ""),
     ],
 )
-def test_only_the_split_to_train_on_is_taken(names: list[str], taken: list[str], told: str, tmp_path: Path) -> None:
+def test_only_the_split_to_train_on_is_taken(
+    names: list[str], taken: list[str] | None, told: str, tmp_path: Path
+) -> None:
     """Of a dataset as it lies on the Hugging Face hub; a folder of source code or of notes is none."""
     make(tmp_path, names)
+    taken = taken or sorted(names, key=lambda one: Path(one).parts)
     source = SourceSpec(path=str(tmp_path))
     assert documents(source) == taken
     assert (told in held_out(source)) if told else held_out(source) == ""
@@ -106,21 +113,49 @@ def test_only_the_split_to_train_on_is_taken(names: list[str], taken: list[str],
     ("names", "told"),
     [
         (["validation-0.jsonl", "test-0.jsonl"], "is not clear (1 validation, 1 test). Name one, split: test"),
-        (["train-0.jsonl", "test-0.jsonl", "more.jsonl"], "is not clear (1 train, 1 test, 1 of no split)"),
+        (["train-0.jsonl", "test-0.jsonl", "more.jsonl"], "(1 train, 1 test, 1 of no split). Name one, split: train,"),
         (["a.jsonl", "test-0.jsonl"], "is not clear (1 test, 1 of no split)"),
-        (["train/a.txt", "test/a.txt", "vocab.txt"], "(1 train, 1 test, 1 of no split). Name one, split: test, or"),
-        (["data/train_sft-00000-of-00001.parquet", "data/test_sft-00000-of-00001.parquet"], "1 train_sft, 1 test_sft"),
+        (["train/a.txt", "test/a.txt", "vocab.txt"], "(1 train, 1 test, 1 of no split). Name one, split: train, or"),
+        (
+            ["data/train_sft-00000-of-00001.parquet", "data/test_sft-00000-of-00001.parquet"],
+            "split: train_sft,",
+        ),
         (WIKITEXT, "has 2 configurations (wikitext-103-v1, wikitext-2-v1), and which is meant is not clear"),
         (["a/train.txt", "b/train.txt"], "has 2 configurations (a, b)"),
         (["a.csv", "README.md"], "tables of text (csv, tsv) are not read. Make JSON lines"),
         (["a.csv", "a.parquet"], "more than one kind (1 parquet, 1 csv or tsv). Say which is meant, kind: parquet"),
-        (["a.txt", "metadata.json"], "more than one kind (1 jsonl, 1 text)"),
+        (["train.csv", "test.csv"], "Make JSON lines or Parquet of them; kind: text, split: train trains on them"),
+        (
+            ["a.txt", "metadata.json"],
+            "more than one kind (1 jsonl, 1 text). Say which is meant, kind: jsonl or",
+        ),
+        (["train.txt", "test.txt", "m.json"], "Say which is meant, kind: jsonl or kind: text, split: train, or give"),
+        (
+            ["a.txt", "test.txt", "m.json"],
+            "more than one kind (1 jsonl, 2 text). Say which is meant, kind: jsonl,",
+        ),
         (["a.parquet", "load.py", "README.md"], "more than one kind (1 parquet, 1 text). Say which is meant"),
     ],
 )
 def test_what_nobody_can_choose_from_is_refused(names: list[str], told: str, tmp_path: Path) -> None:
     make(tmp_path, names)
     assert told in refusal(SourceSpec(path=str(tmp_path)))
+
+
+def test_no_hint_leads_to_what_is_kept_for_tests(tmp_path: Path) -> None:
+    """Whoever does as a refusal says trains on the split to train on; whoever asks for all is told what that is."""
+    make(tmp_path, ["train.txt", "test.txt", "LICENSE"], **{"metadata.json": "metadata.json"})
+    assert documents(SourceSpec(path=str(tmp_path), kind="text", split="train")) == ["train.txt"]
+    everything = SourceSpec(path=str(tmp_path), kind="text")
+    assert documents(everything) == ["LICENSE", "metadata.json", "test.txt", "train.txt"]
+    assert held_out(everything) == (
+        f"of {tmp_path} every file is taken, as kind: text says, test (1 file) and LICENSE too; "
+        "split: train takes only what is named so"
+    )
+    make(tmp_path / "csv", ["train.csv", "test.csv", "README.md"])
+    assert documents(SourceSpec(path=str(tmp_path / "csv"), kind="text", split="train")) == ["train.csv"]
+    make(tmp_path / "notes", ["a.md", "train.md"])
+    assert held_out(SourceSpec(path=str(tmp_path / "notes"), kind="text")) == ""
 
 
 def test_what_is_refused_can_be_named(tmp_path: Path) -> None:
@@ -205,9 +240,17 @@ def test_a_card_says_what_is_trained_on(asked: dict[str, Any], taken: list[str],
         (card(CONFIGS[0], CONFIGS[0]), {}, "names a configuration twice"),
         (card("{data_files: '**.jsonl'}"), {}, "a pattern of its data_files is none"),
         (card("{data_files: [{split: train}]}"), {}, "are no list of split and path"),
+        (
+            card("{data_files: [{split: train, path: small/p1*}, {split: train, path: small/p2*}]}"),
+            {},
+            "its data_files name the split train twice",
+        ),
+        (card("{data_files: {train: small/p1*, train: small/p2*}}"), {}, "its head names train twice in one place"),
         (card("{data_files: [3]}"), {}, "its data_files are no patterns"),
         (card("3"), {}, "its configs are no list of mappings"),
         (card("{config_name: [}"), {}, "its head is no YAML"),
+        (card("!!map 3"), {}, "its head is no YAML"),
+        (card("{data_files: &a [*a]}"), {}, "its data_files are no patterns"),
         (card(CONFIGS[0]), {"kind": "parquet"}, "holds no files of kind parquet"),
         (card("{data_files: [small/*, pictures/*]}"), {}, "more than one kind (3 jsonl, 1 text)"),
     ],
@@ -224,10 +267,41 @@ def test_a_card_without_configurations_leaves_it_to_the_names(tmp_path: Path) ->
     assert "README.md left out" in held_out(source)
     make(tmp_path / "bare", ["LICENSE"], **{"README.md": card()})
     assert "holds no files of kind text (2 files were found)" in refusal(SourceSpec(path=str(tmp_path / "bare")))
+    make(tmp_path / "twice", ["one.txt"], **{"README.md": card(head="license: mit\nlicense: mit\n")})
+    assert documents(SourceSpec(path=str(tmp_path / "twice"))) == ["one.txt"]
     make(tmp_path / "b", ["one.md"], **{"README.md": "---\na rule: of: a text\n---\n"})
     assert len(documents(SourceSpec(path=str(tmp_path / "b")))) == 2
+    for name, more in (("code", {}), ("asked", {"split": "train"})):
+        text = {"README.md": card()} if name == "code" else {}
+        make(tmp_path / name, ["train.py", "test.py"], **text)
+        source = SourceSpec(path=str(tmp_path / name), **more)
+        assert documents(source) == ["train.py"], "a dataset may be of programs"
     make(tmp_path / "c", ["data/train-0.jsonl", "data/test-0.jsonl"], **{"README.md": card("{config_name: default}")})
     assert documents(SourceSpec(path=str(tmp_path / "c"))) == ["data/train-0.jsonl"]
+
+
+def test_folders_below_a_card_with_configurations_are_none(tmp_path: Path) -> None:
+    """Nothing is proposed that would be refused."""
+    make(tmp_path, ["a/train.jsonl", "b/train.jsonl"], **{"README.md": card("{config_name: default}")})
+    told = refusal(SourceSpec(path=str(tmp_path)))
+    assert f"Name one, path: {tmp_path / 'b'}; for more of them" in told
+    assert "has no configuration 'b'" in refusal(SourceSpec(path=str(tmp_path), config="b"))
+    assert documents(SourceSpec(path=str(tmp_path / "b"))) == ["b/train.jsonl"]
+
+
+def test_what_is_left_out_is_told_of_any_kind_and_shortly(tmp_path: Path) -> None:
+    make(tmp_path / "a", ["a.jsonl", "config.json", "state.json", "README.md"])
+    source = SourceSpec(path=str(tmp_path / "a"), kind="jsonl")
+    assert documents(source) == ["a.jsonl"]
+    assert held_out(source).endswith(" everything else is taken, config.json and state.json left out")
+    make(tmp_path / "t", ["train.txt", "test.txt", "LICENSE"])
+    source = SourceSpec(path=str(tmp_path / "t"), kind="text", split="train")
+    assert held_out(source).endswith("test (1 file) and LICENSE left out")
+    make(tmp_path / "m", [f"{number}/{name}" for number in range(40) for name in ("a.jsonl", "README.md", "LICENSE")])
+    for kind, told in (("auto", " and 72 more left out"), ("text", " and 72 more too")):
+        note = held_out(SourceSpec(path=str(tmp_path / "m"), kind=kind))
+        assert note.endswith(told)
+        assert note.count("README.md") + note.count("LICENSE") == 8
 
 
 def test_what_was_saved_tells_which_splits_are_left_out(tmp_path: Path) -> None:
@@ -264,7 +338,7 @@ def test_nothing_of_a_folder_is_left_out_unasked(tmp_path: Path) -> None:
     make(tmp_path, ["0.txt", "1.txt", "2.txt", "metadata.json", "a.jsonl", "b.jsonl.gz", "c.parquet"])
     told = refusal(SourceSpec(path=str(tmp_path)))
     assert "more than one kind (3 jsonl, 1 parquet, 3 text)" in told
-    assert "kind: jsonl or parquet or text" in told
+    assert "kind: jsonl or parquet or kind: text, or give" in told
     assert documents(SourceSpec(path=str(tmp_path), kind="parquet")) == ["c.parquet"]
     (tmp_path / "c.parquet").unlink()
     for path in tmp_path.glob("*.jsonl*"):
