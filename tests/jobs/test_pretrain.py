@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -281,7 +282,8 @@ def test_ranks_that_nothing_urges_leave_at_a_copy_in_memory(
     )
     loop = object.__new__(Pretrain)
     orders = SimpleNamespace(in_memory=words[1])
-    for name, part in {"_saver": saver, "_orders": orders, "_metrics": None, "_extra": lambda step: {}}.items():
+    parts: dict[str, Any] = {"_saver": saver, "_orders": orders, "_metrics": None, "_extra": lambda step: {}}
+    for name, part in parts.items():
         monkeypatch.setattr(loop, name, part, raising=False)
     assert loop._save(7, due=due, ordered=True)
     assert did == does
