@@ -271,10 +271,9 @@ def test_a_card_without_configurations_leaves_it_to_the_names(tmp_path: Path) ->
     assert documents(SourceSpec(path=str(tmp_path / "twice"))) == ["one.txt"]
     make(tmp_path / "b", ["one.md"], **{"README.md": "---\na rule: of: a text\n---\n"})
     assert len(documents(SourceSpec(path=str(tmp_path / "b")))) == 2
-    for name, more in (("code", {}), ("asked", {"split": "train"})):
-        text = {"README.md": card()} if name == "code" else {}
-        make(tmp_path / name, ["train.py", "test.py"], **text)
-        source = SourceSpec(path=str(tmp_path / name), **more)
+    make(tmp_path / "code", ["train.py", "test.py"], **{"README.md": card()})
+    make(tmp_path / "asked", ["train.py", "test.py"])
+    for source in (SourceSpec(path=str(tmp_path / "code")), SourceSpec(path=str(tmp_path / "asked"), split="train")):
         assert documents(source) == ["train.py"], "a dataset may be of programs"
     make(tmp_path / "c", ["data/train-0.jsonl", "data/test-0.jsonl"], **{"README.md": card("{config_name: default}")})
     assert documents(SourceSpec(path=str(tmp_path / "c"))) == ["data/train-0.jsonl"]
