@@ -89,13 +89,15 @@ class Pool:
         gc.collect()
         gc.freeze()
         self._send({"op": "ready", "reason": "" if self._reason == COLD else self._reason})
+        poll = select.poll()  # select() takes no descriptor above 1,023, and an actor may have as many
+        for end in (self._sock, self._wakeup):
+            poll.register(end, select.POLLIN)
         while not self._stopping:
-            timeout = 0.1 if self._orphans else None
-            readable, _, _ = select.select([self._sock, self._wakeup], [], [], timeout)
-            if self._wakeup in readable:
+            readable = {fd for fd, _ in poll.poll(100 if self._orphans else None)}
+            if self._wakeup.fileno() in readable:
                 self._wakeup.recv(4096)
                 self._reap()
-            if self._sock in readable:
+            if self._sock.fileno() in readable:
                 self._receive()
             self._kill_late_orphans()
         self._end()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import resource
 import signal
+import socket
+import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.host import announce, process
-from launcher.host.agent import AgentOptions, HostAgent
 from launcher.host.reader import LogReader
 from launcher.host.wire import read_secret
 from strategies.codec import to_json
@@ -71,8 +73,6 @@ def test_a_rank_inherits_exactly_what_it_needs(agents: Agents) -> None:
 
 
 def test_the_rendezvous_socket_is_bound_and_listening_in_rank_0(agents: Agents, tmp_path: Path) -> None:
-    import socket
-
     agents.start()
     watcher = agents.watch("n0")
     watcher.spawn(1, {"n0": [0]}, FAKE="look,wait")
@@ -532,23 +532,37 @@ def test_kill_9_of_the_agent_while_its_pool_warms_up_leaves_nothing(agents: Agen
     assert agents.none_left()
 
 
+IN_A_THREAD = """
+import sys, threading
+from launcher.host.agent import AgentOptions, HostAgent
+
+root, parent, fake = sys.argv[1:]
+options = AgentOptions(warm=fake + ":warm", target=fake + ":main", log_parent=parent, grace_s=0.5)
+agent = HostAgent(run_dir=root, node="t", bind="127.0.0.1", slots=1, options=options)
+ended = []
+thread = threading.Thread(target=lambda: ended.append(agent.serve()))
+thread.start()
+sys.stdin.readline()
+agent.stop("the actor is told to end")
+thread.join(20)
+print(agent.address.incarnation, *ended)
+"""
+
+
 def test_an_agent_in_a_thread_needs_no_signals(agents: Agents, tmp_path: Path) -> None:
-    """As it lives in an actor."""
-    options = AgentOptions(warm=f"{FAKE}:warm", target=f"{FAKE}:main", log_parent=str(tmp_path), grace_s=0.5)
-    agent = HostAgent(run_dir=agents.paths.root, node="t", bind="127.0.0.1", slots=1, options=options)
-    ended: list[str] = []
-    thread = threading.Thread(target=lambda: ended.append(agent.serve()))
-    thread.start()
-    try:
-        watcher = agents.watch("t")
-        watcher.spawn(1, {"t": [0]}, FAKE="daemon,step=1,wait")
-        watcher.report("step")
-    finally:
-        agent.stop("the actor is told to end")
-        thread.join(20)
-    assert ended == ["the actor is told to end"]
+    """As it lives in an actor, which is a process of its own, too."""
+    command = [sys.executable, "-c", IN_A_THREAD, str(agents.paths.root), str(tmp_path), FAKE]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as actor:
+        try:
+            watcher = agents.watch("t")
+            watcher.spawn(1, {"t": [0]}, FAKE="daemon,step=1,wait")
+            watcher.report("step")
+            incarnation, _, said = actor.communicate("end\n", timeout=30.0)[0].strip().partition(" ")
+        finally:
+            actor.kill()
+    assert (actor.returncode, said) == (0, "the actor is told to end")
     assert watcher.until_kind("leaving").data["reason"] == "the actor is told to end"
-    assert process.marked(f"{agent.address.incarnation}.") == []
+    assert process.marked(f"{incarnation}.") == []
     assert announce.read_all(agents.paths) == []
 
 
@@ -563,3 +577,23 @@ def test_a_node_that_cannot_write_logs_says_so(agents: Agents) -> None:
     ended = watcher.until_kind("exit", rank=0).data
     assert ended["code"] == 127
     assert "could not be started" in ended["log_tail"]
+
+
+def test_a_pool_serves_however_high_its_descriptors_are() -> None:
+    """An agent in an actor may be given numbers that select() does not take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip(f"a process may have {hard} descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    high = fcntl.fcntl(theirs, fcntl.F_DUPFD, 1500)
+    theirs.close()
+    command = [sys.executable, "-m", "launcher.host.pool", "--fd", str(high), "--parent", str(os.getpid())]
+    command += ["--warm", f"{FAKE}:warm", "--target", f"{FAKE}:main"]
+    root = str(Path(__file__).parents[3])
+    with ours, subprocess.Popen(command, pass_fds=[high], cwd=root, start_new_session=True) as pool:
+        os.close(high)
+        assert json.loads(ours.recv(65536)) == {"op": "ready", "reason": ""}
+        ours.shutdown(socket.SHUT_RDWR)
+        assert pool.wait(20.0) == 0
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
