@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 
 _STAT = "/proc/thread-self/schedstat"  # nanoseconds that it ran, nanoseconds that it waited for a core, how often
 
@@ -22,6 +23,7 @@ class QueueTime:
         self._fd = -1
         with contextlib.suppress(OSError):
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._fd)
 
     def seconds(self) -> float:
         """Since the thread began."""

@@ -77,3 +77,10 @@ def test_on_a_device_nothing_is_counted() -> None:
     clock.wait(lambda: time.sleep(0.01))
     clock.end()
     assert clock.queued_s == 0.0
+
+
+def test_a_counter_that_is_gone_holds_no_descriptor() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(50):
+        QueueTime().seconds()
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
