@@ -78,7 +78,8 @@ class SimNode:
         at = self.address
         ranks = [{"rank": rank, "pid": self._pid(rank), "exited": None} for rank in self.ranks]
         identity = {"node": at.node, "incarnation": at.incarnation, "pid": at.pid, "slots": at.slots, "pool": at.pid}
-        return identity | {"attempt": self.attempt, "epoch_of_attempt": self.epoch, "ranks": ranks}
+        told = {"attempt": self.attempt, "epoch_of_attempt": self.epoch, "ranks": ranks}
+        return identity | told | {"clock": self._wall()}  # it lives in simulated time; else its clock would be off
 
     def _pid(self, rank: int) -> int:
         return 1000 + rank
