@@ -127,9 +127,7 @@ class BehindSaver:
         self._settle(0.0)
         if self._in_memory and self._frequency.due(step):
             self._reconsider(step)
-            self._copy()
-            record = self._record(extra)
-            self._copier.then(lambda: self._seal(step, record, flush=False))
+            self._keep_copy(step, extra)
         self._kept_s += time.perf_counter() - begin
 
     def stalled_s(self) -> float:
@@ -164,9 +162,7 @@ class BehindSaver:
         """See :class:`~jobs.checkpoint.keeping.Saver`."""
         self.land()
         self._is_late()  # a checkpoint on its way is given its time
-        self._copy()
-        record = self._record(extra)
-        self._copier.then(lambda: self._seal(step, record, flush=False))
+        self._keep_copy(step, extra)
         self.land()
 
     def save(self, step: int, extra: Mapping[str, Any], *, must: bool = False) -> Location:
@@ -251,6 +247,12 @@ class BehindSaver:
             if why := pin(self._buffers[number], self._device):
                 warn(why)
         self._copier.start(copies_of(self._optimizer, self._runs, self._image, self._buffers[number]))
+
+    def _keep_copy(self, step: int, extra: Mapping[str, Any]) -> None:
+        """A generation of the memory tier, and no more; it is whole when it has landed."""
+        self._copy()
+        record = self._record(extra)
+        self._copier.then(lambda: self._seal(step, record, flush=False))
 
     def _record(self, extra: Mapping[str, Any]) -> dict[str, Any]:
         """What goes beside the tensors, as it is now."""

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import pytest
 
@@ -16,14 +15,13 @@ from jobs.checkpoint.layout import Place, Token, manifests
 from jobs.checkpoint.slices import whole
 from jobs.checkpoint.storage import PosixStorage
 from launcher import adoption, lineage, origin
-from launcher.gang import Gang
 from launcher.logbook import Fenced
 from launcher.phase import Phase
 from launcher.run import EventKind, RunState
 from launcher.store import RunStore
 from strategies.errors import StorageError
 from tests.launcher.test_origin import a_node_is_lost, a_rank_falls, hold, killed, trained
-from tests.launcher.test_takeover import Live
+from tests.launcher.test_takeover import succeed
 from tests.support.checkpoints import manifest_of, write_checkpoint, write_shards
 from tests.support.stage import Stage
 
@@ -130,10 +128,7 @@ def test_a_gang_that_is_adopted_commits_on(tmp_path: Path) -> None:
     due = cut_off(stage, 12)
     stage.report("a", "checkpoint", 1, rank=0, step=10, path="", bytes=1, stall_s=0.1)
     stage.store.write_ranks(1, [{"node": "ab"[rank // 2], "rank": rank, "pid": 100 + rank} for rank in range(4)])
-    stage.lock.release()
-    stage.renew()
-    stage.gang = Live(stage.clock)
-    stage.controller.gang = cast(Gang, stage.gang)
+    succeed(stage)
     adoption.begin(stage.controller)
     assert stage.controller.phase is Phase.RUN
     stage.turn(2)

@@ -14,6 +14,7 @@ from launcher import lock, share
 from launcher.lock import ControllerLock, identity
 from launcher.store import create_exclusive
 from strategies.errors import ResumeRefused, StorageError
+from tests.support.links import lose_answers
 
 TABLE = """\
 22 1 0:20 / / rw - overlay overlay rw
@@ -73,13 +74,7 @@ def test_every_beat_looks_at_the_folder_anew(tmp_path: Path) -> None:
 
 
 def test_a_link_whose_answer_was_lost_has_been_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    link = os.link
-
-    def asked_twice(source: Path, target: Path) -> None:
-        link(source, target)
-        link(source, target)
-
-    monkeypatch.setattr(os, "link", asked_twice)
+    lose_answers(monkeypatch)
     assert create_exclusive(tmp_path / "one", b"ours")
     assert not create_exclusive(tmp_path / "one", b"another")
     assert (tmp_path / "one").read_bytes() == b"ours"

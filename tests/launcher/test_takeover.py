@@ -44,6 +44,14 @@ class Live(FakeGang):
             self.say("killed", node, attempt=attempt)
 
 
+def succeed(stage: Stage) -> None:
+    """Another controller comes, and the gang of the one before goes on."""
+    stage.lock.release()
+    stage.renew()
+    stage.gang = Live(stage.clock)
+    stage.controller.gang = cast(Gang, stage.gang)
+
+
 def successor(root: Path, *, live: bool) -> Stage:
     """A second controller that has read the log, and has not written yet."""
     stage = Stage(root)
@@ -166,10 +174,7 @@ def test_what_was_on_disk_and_not_in_the_log_is_told(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     stage.turn(2)
     stage.store.write_ranks(1, [{"rank": r, "node": n, "pid": 100 + r} for n, rs in Live.ranks.items() for r in rs])
-    stage.lock.release()
-    stage.renew()
-    stage.gang = Live(stage.clock)
-    stage.controller.gang = cast(Gang, stage.gang)
+    succeed(stage)
     adoption.begin(stage.controller)
     assert stage.controller.phase is Phase.RUN
     for node, ranks in Live.ranks.items():

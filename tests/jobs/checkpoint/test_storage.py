@@ -25,6 +25,7 @@ from jobs.checkpoint.state import rng_state, set_rng_state
 from jobs.paths import RunPaths
 from strategies.errors import StorageError
 from tests.support.jobspecs import make_job
+from tests.support.links import lose_answers
 
 
 def snapshot(elements: int, step: int = 1) -> Snapshot:
@@ -41,13 +42,7 @@ def save_to(root: Path, snap: Snapshot, token: tuple[int, int] = (1, 1)) -> Path
 
 
 def test_a_link_whose_answer_was_lost_is_no_conflict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    link = os.link
-
-    def asked_twice(source: Path, target: Path) -> None:
-        link(source, target)
-        link(source, target)
-
-    monkeypatch.setattr(os, "link", asked_twice)
+    lose_answers(monkeypatch)
     path = save_to(tmp_path, snapshot(8))
     assert newest(RunPaths(tmp_path).checkpoints) == path
     with pytest.raises(CheckpointConflict):
