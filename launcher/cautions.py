@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from launcher.request import LaunchRequest
 from launcher.schema import Config
 from strategies.specs import ModelSpec
 
@@ -25,3 +26,19 @@ def cautions(config: Config, model: ModelSpec) -> tuple[str, ...]:
     if moe.experts > 1 and moe.balance_weight == 0 and moe.z_weight == 0:
         return (_UNBALANCED.format(experts=moe.experts),)
     return ()
+
+
+def crowding(request: LaunchRequest, cores: int) -> tuple[str, ...]:
+    """What is to be said where ranks that train on processors have to take turns: the planner gives each its own.
+
+    Args:
+        request: The run.
+        cores: Processors of this machine that this process may use.
+    """
+    cluster, ranks = request.cluster, request.job.plan.world_size
+    here = cluster.kind in ("local", "process") and cluster.device == "CPU"
+    if request.job.kind != "pretrain" or not here or ranks <= cores:
+        return ()
+    whose = f"the {cores} cores" if cores > 1 else "the only core"
+    longer = f"a step takes {ranks / cores:.2g} times as long as predicted, or more"
+    return (f"{ranks} ranks share {whose} of this machine: {longer}",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,7 @@ def _submit(
 ) -> int:
     """Everything; returns the exit code."""
     from launcher import launch
-    from launcher.cautions import cautions
+    from launcher.cautions import cautions, crowding
     from launcher.finish import finish
     from launcher.follow import screen
     from launcher.preparation import prepare_data
@@ -68,7 +69,8 @@ def _submit(
     submitted = submission(overrides, ray, rehearse=rehearse, detach=detach)
     config, request, toy = submitted.config, submitted.request, submitted.toy
     with interruptible(), launch.closing(screen()) as shown:
-        for text in cautions(config, request.job.model):
+        crowded = crowding(request, len(os.sched_getaffinity(0)))
+        for text in (*cautions(config, request.job.model), *crowded):
             shown.say(f"warning: {text}")
         if toy:
             _announce(toy, request, shown)
