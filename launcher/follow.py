@@ -17,8 +17,7 @@ from launcher.lock import newest_epoch
 from launcher.render import seconds
 from launcher.render_events import event_line, progress_line
 from launcher.run import EventKind, Run, RunEvent, RunState, advance
-from launcher.store import RunStore
-from strategies.codec import from_json
+from launcher.store import RunStore, read_event
 from strategies.errors import ClusterError
 
 PLAIN_EVERY_S = 5.0
@@ -176,7 +175,7 @@ def follow(
     pulse = _Pulse(store, clock)
     while True:
         for line in tail.read():
-            event = from_json(RunEvent, line, where="events.jsonl")
+            event = read_event(line)
             if event.seq > after:
                 display(event)
         display(None)

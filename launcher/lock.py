@@ -41,6 +41,7 @@ class ControllerLock:
     def __init__(self, paths: RunPaths, epoch: int) -> None:
         self._paths = paths
         self.epoch = epoch
+        self._run = _secret(paths)
         self._count = 0
         self._last_beat = 0.0
 
@@ -84,11 +85,20 @@ class ControllerLock:
             share.look_again(self._paths.controllers, f"{self.epoch}.look")
 
     def lost(self) -> bool:
-        """Whether a later epoch exists: this controller must stop at once, and touch nothing."""
-        return (self._paths.controllers / f"{self.epoch + 1}.json").exists()
+        """Whether a later epoch exists, or another run: this controller must stop at once, and touch nothing.
+
+        A run directory may be moved while its run lives, and another run of the same name begun in its place. Where
+        there is nothing to be read, nothing follows from that.
+        """
+        return (self._paths.controllers / f"{self.epoch + 1}.json").exists() or self._displaced()
+
+    def _displaced(self) -> bool:
+        return self._run != b"" and _secret(self._paths) not in (b"", self._run)
 
     def release(self) -> None:
         """Let the next controller in without waiting. On a full disk it waits until this process is seen to be gone."""
+        if self._displaced():
+            return  # the epoch there is another run's, whose controller may live
         with contextlib.suppress(StorageError):
             create_exclusive(self._paths.controllers / f"{self.epoch}.released", b"{}")
 
@@ -155,6 +165,14 @@ def process_started(pid: int) -> int:
     except (OSError, IndexError):
         return 0
     return 0 if fields[0] in "ZX" else int(fields[19])
+
+
+def _secret(paths: RunPaths) -> bytes:
+    """What tells a run from all others; empty where it cannot be read."""
+    try:
+        return paths.secret.read_bytes()
+    except OSError:
+        return b""
 
 
 def _read(path: Path) -> dict[str, Any]:

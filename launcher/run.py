@@ -234,8 +234,8 @@ def apply(run: Run, event: RunEvent) -> Run:
         again = event.kind is EventKind.RUN_SUBMITTED and run.submitted
         if again or target not in ALLOWED[run.state]:
             raise IllegalEvent(f"event {event.seq} '{event.kind}' is not allowed in state '{run.state.value}'")
-        run = replace(run, state=target)
-    run = replace(run, epoch=max(run.epoch, event.epoch))
+        run = run if target is run.state else replace(run, state=target)
+    run = run if event.epoch <= run.epoch else replace(run, epoch=event.epoch)
     handler = _HANDLERS.get(event.kind)
     return handler(run, event) if handler else run
 

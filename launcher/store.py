@@ -24,6 +24,8 @@ from launcher.run import EventKind, Run, RunEvent, fold
 from strategies.codec import from_json, to_json
 from strategies.errors import ConfigError, NotFound, StorageError, did_you_mean
 
+_TYPES = {"seq": int, "time": float, "epoch": int, "attempt": int, "kind": str, "data": dict}
+_KINDS = {kind.value: kind for kind in EventKind}
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -285,7 +287,7 @@ class RunStore:
 
     def events(self) -> list[RunEvent]:
         """Every event so far."""
-        return [from_json(RunEvent, line, where="events.jsonl") for line in read_lines(self.paths.events)]
+        return [read_event(line) for line in read_lines(self.paths.events)]
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Every line of metrics.jsonl that tells of a step."""
@@ -350,6 +352,17 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(value, dict):
                 yield value
+
+
+def read_event(row: Mapping[str, Any]) -> RunEvent:
+    """One line of the log. As strict as the codec, which it leaves whatever is unusual: logs are long and often read.
+
+    Raises:
+        ConfigError: It is no event.
+    """
+    if {key: type(value) for key, value in row.items()} == _TYPES and row["kind"] in _KINDS:
+        return RunEvent(**{**row, "kind": _KINDS[row["kind"]]})
+    return from_json(RunEvent, row, where="events.jsonl")
 
 
 def read_json(path: Path) -> Any:

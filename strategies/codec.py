@@ -59,8 +59,10 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, data, where)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        _check(data in [member.value for member in kind], data, where, f"one of {[m.value for m in kind]}")
-        return kind(data)
+        try:
+            return kind(data)
+        except ValueError:
+            return _check(False, data, where, f"one of {[member.value for member in kind]}")
     if kind is float:
         _check(isinstance(data, int | float) and not isinstance(data, bool), data, where, "a number")
         return float(data)

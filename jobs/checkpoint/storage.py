@@ -227,7 +227,10 @@ class ObjectStorage:
                 for at in range(0, view.nbytes, part):
                     file.write(view[at : at + part])
         except BaseException:
-            file.discard()
+            try:
+                file.discard()
+            finally:
+                file.closed = True  # it would end its upload when it is collected, of which a part is missing
             raise
         file.close()
 

@@ -147,16 +147,23 @@ class Writer:
         kinds = (array.array("f", [value + kind]) * self.image.elements for kind in range(len(KINDS)))
         self._maps[answer["buffer"]][:] = b"".join(data.tobytes() for data in kinds)
 
-    def seal(self, step: int, *, flush: bool = False, hold: bool = False, again: bool = False) -> None:
-        """Say that it is whole."""
+    def seal(
+        self, step: int, *, flush: bool = False, hold: bool = False, again: bool = False, base: str | Path = ""
+    ) -> None:
+        """Say that it is whole; ``base`` is the manifest of the last checkpoint on the disk."""
         trainer = TRAINER | {"optimizer_steps": step}
         record = {"rank_state": {"rank": self.rank}, "trainer": trainer, "time": time.time(), "extra": {"step": step}}
-        self.ask("seal", step=step, record=record, flush=flush, hold=hold, again=again)
+        self.ask("seal", step=step, record=record, flush=flush, hold=hold, again=again, base=str(base))
 
     def put(self, step: int, *, flush: bool = False, hold: bool = False, again: bool = False) -> None:
         """Copy and seal a state whose values are its step."""
         self.fill(float(step))
         self.seal(step, flush=flush, hold=hold, again=again)
+
+    def keep(self, step: int, value: float, base: str | Path = "") -> None:
+        """Copy a state whose values are ``value`` at whatever step, and send it to the disk."""
+        self.fill(value)
+        self.seal(step, flush=True, base=base)
 
     def outcome(self, step: int, *, wait_s: float | None = None) -> Any:
         """What became of a checkpoint."""
