@@ -133,6 +133,7 @@ def test_nodes_and_slots_are_what_ray_reports(cluster: netns.RayCluster) -> None
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 def test_a_mixture_is_tokenized_on_the_nodes(cluster: netns.RayCluster, tmp_path: Path) -> None:
     """By processes of several nodes, into what processes here would have made."""
     from jobs.data import prepare_mixture, sources

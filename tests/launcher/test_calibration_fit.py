@@ -136,6 +136,7 @@ def test_a_table_of_runs_can_be_fitted_from_the_command_line(
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1200)
 def test_the_written_constants_are_what_the_fit_writes(rows: list[Row]) -> None:
     constants = fitting.fit(rows)
     text = fitting.render(rows, constants, fitting.cross_validate(rows, constants))
