@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from jobs.disks import BUILD, is_compiled
 from strategies.codec import to_json
@@ -26,7 +25,6 @@ MOE = dataclasses.replace(TINY, init_std=0.1, moe=EXPERTS)
 SUB_GROUP = 400_000  # elements of a turn with state on disks: several turns, and a last one that stays in memory
 STEPS, BATCH, CLIP = 6, 4, 0.5
 LOSS_TOLERANCE, NORM_TOLERANCE = 5e-6, 1e-5  # between two of DeepSpeed's optimizers
-NO_FP16 = not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +123,6 @@ def test_state_of_spread_experts_in_host_memory_changes_nothing(
 
 
 @pytest.mark.full
-@pytest.mark.skipif(NO_FP16, reason="this CPU does not compute in fp16")
 def test_copies_of_tied_embeddings_learn_from_both_stages_in_fp16(pool: WarmPool) -> None:
     """DeepSpeed itself leaves out what the other stage adds: the norm was 14 % too small."""
     _, wanted = numbers(pool, {"zero_stage": 1}, "fp16")
