@@ -130,6 +130,18 @@ def test_copies_of_tied_embeddings_learn_from_both_stages_in_fp16(pool: WarmPool
     assert found == pytest.approx(wanted, rel=5e-3)
 
 
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=FULL)])
+def test_deepspeed_has_disks_and_parameters_in_zero_3_alone(pool: WarmPool, tmp_path: Path, stage: int) -> None:
+    """It reads both words, does neither and says nothing: hence our rules, and no such rows in the table."""
+    job, world = job_of({"dp": 2, "zero_stage": stage}, "fp32", WIDE)
+    place = {"device": "nvme", "nvme_path": str(tmp_path), "pin_memory": False}
+    arguments = {"job": job, "offload": {"offload_optimizer": place, "offload_param": place}}
+    target = "tests.support.disk_ranks:what_moves"
+    for found in pool.run(target, world_size=world, arguments=arguments, timeout_s=TIMEOUT_S):
+        assert found == {"read": [str(tmp_path)] * 2, "host": True, "moved": []}
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_node_without_the_op_says_what_to_do(pool: WarmPool, tmp_path: Path) -> None:
     (said,) = pool.run("tests.support.disk_ranks:refusals", world_size=1, arguments={"folder": str(tmp_path)})
     assert said["load"].startswith("ConfigError: DeepSpeed's op for state on disks (async_io) is not compiled on ")
