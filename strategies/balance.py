@@ -45,7 +45,7 @@ def partition(blocks: Sequence[float], ends: Sequence[float]) -> tuple[int, ...]
     """Cut a row of blocks into as many stages as ``ends`` has, so that the largest stage is as small as it can be.
 
     Every stage gets at least one block. Of all such cuts it is the one whose stages differ least (least sum of
-    squares), and of those the one with the longer stages first.
+    squares), and of those the one with the longer stages last.
 
     Args:
         blocks: Cost of each block, at least as many as there are stages.

@@ -65,7 +65,8 @@ OFFLOADS: dict[int, tuple[str, ...]] = {
     2: ("optimizer",),
     3: ("optimizer", "optimizer+params", "optimizer@nvme", "optimizer+params@nvme"),
 }
-"""By ZeRO stage; DeepSpeed's other stages have no such switch (NVMe) or ignore it (parameters)."""
+"""By ZeRO stage. DeepSpeed's others train, but take disks for host memory and leave parameters where they are, silently
+(:mod:`tests.e2e.test_offload` asks them): a row would say that what was asked for runs."""
 
 DISKS = "@nvme"
 

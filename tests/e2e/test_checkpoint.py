@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from jobs.checkpoint import newest, read_manifest, verify
 from jobs.checkpoint.digest import weights_digest
@@ -215,7 +214,6 @@ def test_a_checkpoint_of_one_schedule_goes_on_under_another(pool: WarmPool, tmp_
             )
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="this CPU does not compute in fp16")
 @pytest.mark.parametrize(
     "plan",
     [
@@ -240,7 +238,6 @@ def test_the_loss_scale_goes_on_bit_identically(pool: WarmPool, tmp_path: Path, 
         assert scaler["last_overflow_iter"] >= 0
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="this CPU does not compute in fp16")
 @pytest.mark.parametrize(
     "plan", [{"zero_stage": 1}, pytest.param({"zero_stage": 0, "grad_dtype": "fp16"}, marks=pytest.mark.full)]
 )

@@ -14,7 +14,8 @@ import torch
 
 from jobs.data.tokenizer import END_OF_TEXT_ID
 from jobs.hf.folder import model_of
-from jobs.inference.rows import prepare, read_rows
+from jobs.inference.results import summary
+from jobs.inference.rows import Row, prepare, read_rows
 from jobs.paths import RunPaths
 from jobs.spec import CheckpointSpec, InferenceSpec, JobSpec, TrainSpec
 from jobs.weights import digested, find
@@ -105,6 +106,8 @@ def test_four_ranks_find_what_one_finds_and_goes_on_after_a_fault(pool: WarmPool
     steps = [json.loads(line)["step"] for line in paths.metrics.read_text().splitlines()]
     assert steps == list(range(1, job.train.steps + 1))  # none twice
     assert one["text"] == pytest.approx(one["text"] | _by_transformers(folder, job))
+    rows, losses = _scores_by_transformers(folder, job)
+    assert one["choices"] == summary(rows, losses)["choices"], "a choice is judged by its own tokens alone"
 
 
 def test_replicas_that_share_experts_find_what_one_rank_finds(pool: WarmPool, experts: Path, tmp_path: Path) -> None:
@@ -132,6 +135,19 @@ def _by_transformers(folder: Path, job: JobSpec) -> dict[str, float]:
         total += float(torch.nn.functional.cross_entropy(logits[0], line[0, 1:], reduction="sum"))
         count += line.shape[1] - 1
     return {"loss": total / count, "perplexity": math.exp(total / count), "tokens": count}
+
+
+def _scores_by_transformers(folder: Path, job: JobSpec) -> tuple[list[Row], dict[int, float]]:
+    """The rows, and the loss of what counts in each: of a choice, its tokens after the examples and the question."""
+    model = hf_models.load(folder / "hf")
+    assert job.inference is not None
+    rows, losses = list(read_rows(job.inference)), dict[int, float]()
+    assert all(row.begin > 1 for row in rows if row.choice >= 0)
+    for number, row in enumerate(rows):
+        line = torch.tensor([row.tokens])
+        told = hf_models.logits(model, line)[0, row.begin - 1 : -1].log_softmax(-1)
+        losses[number] = -float(told.gather(1, line[0, row.begin :, None]).sum())
+    return rows, losses
 
 
 @pytest.mark.parametrize("plan", [plan if plan == "tp2-pp2" else pytest.param(plan, marks=full) for plan in PLANS])

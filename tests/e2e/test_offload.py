@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from jobs.disks import BUILD, is_compiled
 from strategies.codec import to_json
@@ -26,7 +25,6 @@ MOE = dataclasses.replace(TINY, init_std=0.1, moe=EXPERTS)
 SUB_GROUP = 400_000  # elements of a turn with state on disks: several turns, and a last one that stays in memory
 STEPS, BATCH, CLIP = 6, 4, 0.5
 LOSS_TOLERANCE, NORM_TOLERANCE = 5e-6, 1e-5  # between two of DeepSpeed's optimizers
-NO_FP16 = not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +123,23 @@ def test_state_of_spread_experts_in_host_memory_changes_nothing(
 
 
 @pytest.mark.full
-@pytest.mark.skipif(NO_FP16, reason="this CPU does not compute in fp16")
 def test_copies_of_tied_embeddings_learn_from_both_stages_in_fp16(pool: WarmPool) -> None:
     """DeepSpeed itself leaves out what the other stage adds: the norm was 14 % too small."""
     _, wanted = numbers(pool, {"zero_stage": 1}, "fp16")
     _, found = numbers(pool, {"pp": 2, "zero_stage": 1}, "fp16")
     assert found == pytest.approx(wanted, rel=5e-3)
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=FULL)])
+def test_deepspeed_has_disks_and_parameters_in_zero_3_alone(pool: WarmPool, tmp_path: Path, stage: int) -> None:
+    """It reads both words, does neither and says nothing: hence our rules, and no such rows in the table."""
+    job, world = job_of({"dp": 2, "zero_stage": stage}, "fp32", WIDE)
+    place = {"device": "nvme", "nvme_path": str(tmp_path), "pin_memory": False}
+    arguments = {"job": job, "offload": {"offload_optimizer": place, "offload_param": place}}
+    target = "tests.support.disk_ranks:what_moves"
+    for found in pool.run(target, world_size=world, arguments=arguments, timeout_s=TIMEOUT_S):
+        assert found == {"read": [str(tmp_path)] * 2, "host": True, "moved": []}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_node_without_the_op_says_what_to_do(pool: WarmPool, tmp_path: Path) -> None:

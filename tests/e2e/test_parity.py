@@ -189,6 +189,8 @@ def check_parity(pool: WarmPool, reference: Callable[..., Curve], model: ModelSp
     pipeline = "DualPipeVEngine" if degrees.get("schedule") == "dualpipev" else "PipelineEngine"
     assert {rank["engine"] for rank in ranks} == {pipeline if degrees.get("pp", 1) > 1 else "DeepSpeedEngine"}
     assert {rank["zero_stage"] for rank in ranks} == {degrees.get("zero_stage", 0)}
+    shares = degrees.get("sp", 1) * (degrees.get("tp", 1) if degrees.get("sequence_parallel") else 1)
+    assert {held for rank in ranks for held in rank["held"]} == {model.seq // shares}, "what norms get of a sequence"
     assert (wanted.grad_norm > CLIP).all(), "clipping must bite in every step"
     found = differences(curve(ranks), wanted)
     assert found["loss"] < LOSS_TOLERANCE, found

@@ -26,6 +26,7 @@ from launcher.run import EventKind
 from launcher.store import RunStore, dump
 from strategies.errors import ResumeRefused
 from tests.support.checkpoints import manifest_of, write_shards
+from tests.support.folders import contents
 from tests.support.runs import WORDS, begin_attempt, make_run, put
 
 Resume = Callable[..., tuple[int, str]]
@@ -36,17 +37,13 @@ def resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Resume:
     """Runs ``phalanx resume demo --yes`` and proves that it has written nothing."""
 
     def call(*words: str, folder: Path = tmp_path, name: str = "demo") -> tuple[int, str]:
-        before = tree(folder)
+        before = contents(folder)
         with pytest.raises(SystemExit) as ended:
             main(["resume", name, *words, "--yes", "--dir", str(folder)])
-        assert tree(folder) == before
+        assert contents(folder) == before
         return int(ended.value.code or 0), capsys.readouterr().err
 
     return call
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture
@@ -116,12 +113,12 @@ def test_a_manifest_edited_by_hand_is_passed_over_and_named(
     store: RunStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(newest(store), step=9)
-    before = tree(store.paths.root)
+    before = contents(store.paths.root)
     with pytest.raises(SystemExit) as ended:
         main(["resume", str(store.paths.root), "--dry-run"])
     told = capsys.readouterr().err
     assert not ended.value.code
-    assert tree(store.paths.root) == before
+    assert contents(store.paths.root) == before
     assert "step-00000005" in told
     assert f"passed over, damaged: {newest(store)}: the manifest does not match its own digest" in told
 
@@ -323,9 +320,9 @@ def test_the_same_text_may_lie_elsewhere_and_is_not_prepared_again(with_text: Ru
     """In a folder of another name, or under a name of its own: only the bytes of the text count."""
     for name in ("moved/corpus.txt", "moved/renamed.txt"):
         moved = text_of(tmp_path, name, 400)
-        before = tree(tmp_path)
+        before = contents(tmp_path)
         planned = resume_plan.prepare(with_text, [f"data.path={moved}"], lambda line: None)
-        assert tree(tmp_path) == before
+        assert contents(tmp_path) == before
         assert [(change.field, change.verdict) for change in planned.changes] == [("data.path", "safe")]
         assert planned.request.job.data.store == with_text.request().job.data.store
 

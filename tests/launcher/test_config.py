@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -11,6 +12,7 @@ from launcher.config import compose, conf_dir, recompose, to_yaml
 from launcher.schema import GROUPS, Config
 from launcher.typed import leaf_types
 from strategies.errors import ConfigError, PlanInfeasible
+from strategies.plan import Balance
 
 
 def problem(*words: str) -> str:
@@ -141,6 +143,10 @@ def test_faults_survive_a_shell_that_eats_quotes() -> None:
         (["strategy=auto", "job=script", "job.command=x"], "a script brings its own parallelism"),
         (["job=script"], "job.command: missing"),
         (["job=script", "job.command=x", "faults=[rank_kill@rank=0,step=1]"], "not into scripts"),
+        (
+            ["strategy.pp=2", "strategy.balance=parameters", "strategy.stages=[1,3]"],
+            "strategy.balance: parameters and strategy.stages=[1, 3] both say how blocks are spread",
+        ),
     ],
 )
 def test_contradictions(words: list[str], part: str) -> None:
@@ -188,6 +194,25 @@ def test_fault_seed_moves_the_fault(tmp_path: Path) -> None:
         config = build.settle(compose(["experiment=quickstart", f"fault_seed={seed}"]), name="q", cwd=tmp_path)
         faults.add(build.build_request(config, []).job.faults)
     assert len(faults) > 4
+
+
+LLAMA = ["model=llama3_8b", "cluster=h100", "cluster.nodes=8", "strategy.pp=8"]
+LLAMA += ["train.precision=bf16", "train.global_batch=64"]
+
+
+def test_stages_are_even_in_what_is_asked_for() -> None:
+    """Llama 3 8B on eight stages: 32 blocks, whose vocabulary weighs as much as 2.4 of them at either end."""
+    found = {balance: build.outline(compose([*LLAMA, f"strategy.balance={balance}"])) for balance in get_args(Balance)}
+    stages = {balance: one.plan.stages for balance, one in found.items()}
+    assert {one.broken for one in found.values()} == {()}
+    assert stages["blocks"] == (4,) * 8 == build.outline(compose(LLAMA)).plan.stages
+    assert stages["parameters"] == (2, 4, 4, 5, 5, 5, 5, 2)
+    assert stages["time"] == (4, 4, 4, 4, 4, 4, 5, 3)
+    block = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336 + 2 * 4096
+    ends = [128256 * 4096, *[0] * 6, 128256 * 4096 + 4096]
+    sizes = [count * block + end for count, end in zip(stages["parameters"], ends, strict=True)]
+    assert sum(sizes) == 8_030_261_248
+    assert max(sizes) - block <= min(sizes), "no block can move and make them more alike: of equal blocks, the best cut"
 
 
 def test_infeasible_plan_lists_every_rule(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from launcher.cli import main
 from tests.support import hf_models
+from tests.support.folders import contents
 
 SOURCES = "data.sources=[{path: good.jsonl, weight: 1}, {path: empty.jsonl, weight: 2}, {path: gone, weight: 1}]"
 PLAN = ("model.moe.top_k=99", "strategy.ep=3", "model.seq=30", "strategy.sp=4")
@@ -27,10 +28,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def refused(*words: str, verb: str = "submit") -> int:
     """Exit code of a command that writes nothing."""
-    before = sorted(Path().rglob("*"))
+    before = contents(Path())
     with pytest.raises(SystemExit) as ended:
         main([verb, *words])
-    assert sorted(Path().rglob("*")) == before
+    assert contents(Path()) == before
     return int(ended.value.code or 0)
 
 

@@ -16,6 +16,7 @@ from launcher.typed import Bounds, decode
 from strategies.codec import to_json
 from strategies.errors import ClusterError, ConfigError, PlanInfeasible, StorageError, Violation
 from tests.support import hf_models
+from tests.support.folders import contents
 
 # What is typed, and what has to be said about it. No two of the second kind need each other's words.
 WORDS = {
@@ -54,10 +55,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str, verb: str = "submit") -> str:
     """What is said by a command that writes nothing and has no internal error."""
-    before = sorted(Path().rglob("*"))
+    before = contents(Path())
     with pytest.raises(SystemExit) as ended:
         main([verb, *words])
-    assert sorted(Path().rglob("*")) == before
+    assert contents(Path()) == before
     assert ended.value.code not in (0, 1)
     return capsys.readouterr().err
 

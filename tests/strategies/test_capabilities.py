@@ -106,6 +106,26 @@ def test_every_combination_has_been_tried() -> None:
     assert all(DISKS in key.offload or key.precision == "fp16" for key, found in table.items() if not found.tried)
 
 
+def test_no_combination_is_left_out() -> None:
+    """All degrees under each schedule that they have, with all ZeRO stages, precisions and offloads that there are."""
+    precisions = {("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp16", "fp32")}
+    memory, disks = {"optimizer", "optimizer+params"}, {"optimizer@nvme", "optimizer+params@nvme"}
+    offloads = {0: set[str](), 1: {"optimizer"}, 2: {"optimizer"}, 3: memory | disks}
+    plain, moved = set(), set()
+    for tp, pp, ep, sp, cp in product((False, True), repeat=5):
+        for schedule, zero, (precision, grads) in product(("1f1b", "dualpipev")[: 1 + pp], range(4), precisions):
+            state = (tp, pp, ep, sp, cp, schedule, zero, precision, grads)
+            plain.add((*state, "none"))
+            if grads == "fp32" and not (pp and zero >= 2):  # a pipeline has neither ZeRO-2 nor 3, offloaded or not
+                moved |= {(*state, offload) for offload in offloads[zero]}
+    assert len(plain) == (16 + 2 * 16) * 4 * 5
+    names = ("tp", "pp", "ep", "sp", "cp", "schedule", "zero_stage", "precision", "grad_dtype", "offload")
+    rows = (key for key in parse_table(TABLE) if key.recompute == "none" and not key.sequence_parallel)
+    found = [tuple(getattr(key, name) for name in names) for key in rows]
+    assert len(found) == len(set(found))
+    assert set(found) == plain | moved
+
+
 def test_all_degrees_are_among_them() -> None:
     """None is taken for another: with eight ranks, those that share a sequence are the replicas."""
     found = {tuple(getattr(key, axis) for axis in AXES): plan_of(key) for key in combinations()}

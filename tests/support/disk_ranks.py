@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+import deepspeed
 
 from jobs.checkpoint.fragments import access
 from jobs.engine import Engine, async_io
@@ -35,6 +38,36 @@ def where_state_lives(env: RankEnv, job: dict[str, Any], steps: int) -> dict[str
         "masters": masters,
         "left": root.joinpath(*folder).exists(),
     }
+
+
+def what_moves(env: RankEnv, job: dict[str, Any], offload: dict[str, Any]) -> dict[str, Any]:
+    """Train a step under what DeepSpeed is told of offload past our rules, and look what of it is done.
+
+    Args:
+        env: This rank.
+        job: The job; its plan offloads nothing.
+        offload: What is added to DeepSpeed's section of ZeRO.
+
+    Returns:
+        Whether DeepSpeed has read of parameters and disks, whether the optimizer works in host memory, and the
+        parameters that are not whole on the device.
+    """
+    spec, initialize = from_json(JobSpec, job), deepspeed.initialize
+
+    def told(*, config: dict[str, Any], **others: Any) -> Any:
+        section = config["zero_optimization"] | offload
+        return initialize(
+            config=config | {"zero_optimization": section, "zero_force_ds_cpu_optimizer": False}, **others
+        )
+
+    with patch("deepspeed.initialize", told):
+        engine = Engine.build(spec, env)
+    engine.train_step(1, batches(spec, 1, engine.grid))
+    moved = [name for name, one in engine.named_parameters() if hasattr(one, "ds_tensor") or not one.numel()]
+    read = [str(one.nvme_path) for one in (engine.ds.zero_offload_param(), engine.ds.zero_offload_optimizer())]
+    host = bool(engine.ds.optimizer.cpu_offload)
+    engine.close()
+    return {"read": read, "host": host, "moved": moved}
 
 
 def refusals(env: RankEnv, folder: str) -> dict[str, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -15,7 +17,7 @@ from jobs.checkpoint.fragments import access, of_owners
 from jobs.distributed import Grid
 from jobs.engine import Engine, MicroBatch
 from jobs.initial import initialise
-from jobs.models.gpt import Decoder, Recipe
+from jobs.models.gpt import Decoder, Norm, Recipe
 from jobs.models.moe import Router
 from jobs.parallel.meta import ParamMeta
 from jobs.parallel.vocabulary import IGNORE
@@ -86,14 +88,14 @@ def train(env: RankEnv, job: dict[str, Any], steps: int, weights: bool = False) 
 
     Returns:
         Losses, norms and rates in hexadecimal; what kind of engine it was; per step, the rows that it gave to other
-        ranks on the way to experts and back, gradients included (``crossed``); with ``weights``, the initial and
-        final weights whose primary copy is here (:func:`dump`).
+        ranks on the way to experts and back, gradients included (``crossed``); how many tokens of a sequence its norms
+        got (``held``); with ``weights``, the initial and final weights whose primary copy is here (:func:`dump`).
     """
     spec = from_json(JobSpec, job)
     engine = Engine.build(spec, env)
     initial = dump(engine) if weights else []
     results, crossed = [], []
-    with counted(engine.grid) as exchanges:
+    with counted(engine.grid) as exchanges, tokens_of_norms(engine) as held:
         for step in range(1, steps + 1):
             results.append(engine.train_step(step, batches(spec, step, engine.grid)))
             crossed.append(exchanges.take_crossed())
@@ -107,11 +109,23 @@ def train(env: RankEnv, job: dict[str, Any], steps: int, weights: bool = False) 
         "lr": [result.lr.hex() for result in results],
         "moe": [to_json(result.moe) for result in results if result.moe],
         "crossed": crossed,
+        "held": sorted(held),
         "initial": initial,
         "final": dump(engine) if weights else [],
     }
     engine.close()
     return out
+
+
+@contextmanager
+def tokens_of_norms(engine: Engine) -> Iterator[set[int]]:
+    """How many tokens of a sequence the norms on this rank get: all lengths that they see, filled as they do."""
+    found: set[int] = set()
+    norms = [module for module in engine.module.modules() if isinstance(module, Norm)]
+    hooks = [norm.register_forward_pre_hook(lambda _, inputs: found.add(inputs[0].shape[1])) for norm in norms]
+    yield found
+    for hook in hooks:
+        hook.remove()
 
 
 def dump(engine: Engine) -> list[dict[str, Any]]:

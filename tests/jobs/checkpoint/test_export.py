@@ -58,7 +58,7 @@ def test_transformers_gives_the_same_logits(tmp_path: Path, name: str) -> None:
         assert sum(p.numel() for p in other.parameters()) == model.parameters
         logits = other(tokens).logits
     assert ours.std() > 0.1
-    assert torch.allclose(ours, logits, rtol=1e-4, atol=1e-5)
+    assert (ours - logits).abs().max() < 1e-4
 
 
 def test_the_balance_of_experts_survives_the_way_out_and_in(tmp_path: Path) -> None:
