@@ -1,4 +1,4 @@
-"""How soon a fault must be known. The promises of the README as numbers, for the judge of a drill. Pure.
+"""How soon a fault must be known, and what it may cost. The promises of the README, for the judge of a drill. Pure.
 
 =====================================  =================================================================
 a rank that ends                       at once
@@ -8,6 +8,11 @@ a rank that stands still               3 x the 99th percentile of the run's own 
 
 Whatever else a fault does has no bound: numbers are judged when their step is complete, and a controller that was
 killed is replaced when a person or the cluster does it.
+
+Whatever strikes a gang that goes on by itself from memory may cost the steps between two copies there, once for every
+strike; what is no failure costs none, nor does a controller whose gang is adopted. No bound have: damaged checkpoints
+(rehearsed without copies in memory), two nodes at once and the only node (the copies go with them), numbers (the run
+goes back before them), a node that is told to leave (its last copy may not be whole), and what a person resumes.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from typing import Any
 
 from launcher.drill.case import Aim, Case
 from launcher.hang_watch import ANSWERS_S, ASK_S
-from launcher.recovery import FailureKind
+from launcher.recovery import Action, FailureKind
 from launcher.request import LaunchRequest
 from strategies.schedule import SampleSchedule
 
@@ -54,6 +59,24 @@ def within_s(case: Case, aim: Aim, request: LaunchRequest, lines: Iterable[Mappi
         patience_s = request.recovery.save_timeout_s if case.saving else 0.0  # it is asked again when that is over
         return patience_s + hang_s(lines, growth(request, aim.step)) + UNANSWERED_S + SLACK_S
     return None
+
+
+def most_lost(case: Case, request: LaunchRequest) -> int | None:
+    """Steps that may have to be done again; None for no bound.
+
+    Args:
+        case: The fault.
+        request: What was run.
+    """
+    kinds, strikes = set(case.failures) - set(Action), " ".join(case.faults)
+    if case.adopted or not (kinds or case.resumes):
+        return 0
+    every, of_ranks = request.job.checkpoint.memory_every, kinds <= _AT_ONCE | {FailureKind.HANG}
+    two_nodes = "{node}" in strikes and "{other}" in strikes
+    copies_left = of_ranks or (kinds <= _SILENCE and not two_nodes and request.cluster.nodes > 1)
+    if case.ambush or case.resumes or not every or not copies_left:
+        return None
+    return every * (len(case.faults) + sum(not act.relief for act in case.acts))
 
 
 def hang_s(lines: Iterable[Mapping[str, Any]], growth: float = 1.0) -> float:

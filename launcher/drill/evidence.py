@@ -34,6 +34,7 @@ class Evidence:
         within_s: The most that this may take (:mod:`launcher.drill.bounds`); None for no bound.
         recovered_s: From the fault to the next step that the ranks completed; None if there was none.
         steps_lost: Steps that had to be done again.
+        most_lost: The most that they may be (:mod:`launcher.drill.bounds`); None for no bound.
         resumes: How often a person had to resume.
         smaller: The run went on with another plan than it began with.
     """
@@ -44,6 +45,7 @@ class Evidence:
     within_s: float | None
     recovered_s: float | None
     steps_lost: int
+    most_lost: int | None
     resumes: int
     smaller: bool
 
@@ -51,6 +53,11 @@ class Evidence:
     def late(self) -> bool:
         """It was known later than it must be."""
         return self.detected_s is not None and self.within_s is not None and self.detected_s > self.within_s
+
+    @property
+    def costly(self) -> bool:
+        """It has cost more steps than it may."""
+        return self.most_lost is not None and self.steps_lost > self.most_lost
 
 
 def gather(case: Case, aim: Aim, ended: Ended) -> Evidence:
@@ -70,6 +77,7 @@ def gather(case: Case, aim: Aim, ended: Ended) -> Evidence:
         within_s=bounds.within_s(case, aim, ended.store.request(), ended.store.metrics()),
         recovered_s=_recovered_s(ended, struck),
         steps_lost=run.steps_lost,
+        most_lost=bounds.most_lost(case, ended.store.request()),
         resumes=max(0, len(ended.exits) - 1),
         smaller=any(plan != plans[0] for plan in plans),
     )

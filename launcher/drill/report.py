@@ -68,6 +68,8 @@ def judge(
         wrong.append(f"not proven that it fired: {evidence.proof}")
     if evidence.late:
         wrong.append(f"known after {_time(evidence.detected_s)}, and must be within {_time(evidence.within_s)}")
+    if evidence.costly:
+        wrong.append(f"it has cost {plural(evidence.steps_lost, 'step')}, and may cost {evidence.most_lost} at most")
     outcome = Outcome.CLOSE if evidence.smaller else case.outcome
     if not comparison.meets(outcome, precision):
         wrong.append(comparison.problem or f"not {outcome.value}: first at step {comparison.first}")

@@ -12,7 +12,15 @@ import pytest
 
 from jobs.checkpoint.digest import weights_digest
 from strategies.specs import MoeSpec
-from tests.e2e.test_checkpoint import RESTORE, SAVE, TIMEOUT_S, check_bit_identical, check_stored_once, job_of
+from tests.e2e.test_checkpoint import (
+    RESTORE,
+    SAVE,
+    TIMEOUT_S,
+    check_bit_identical,
+    check_read_once,
+    check_stored_once,
+    job_of,
+)
 from tests.support.gang import WarmPool
 from tests.support.jobspecs import GPT
 
@@ -61,6 +69,7 @@ def check_reshapes(pool: WarmPool, tmp_path: Path, first: dict[str, Any], *other
         rows = pool.run(RESHAPE, world_size=world, timeout_s=TIMEOUT_S, arguments=arguments, run_dir=where)
         assert weights_digest(Path(rows[0]["path"])) == weights_digest(Path(path))
         check_stored_once(Path(rows[0]["path"]))
+        check_read_once(Path(path), rows)
         rows = pool.run(RESTORE, world_size=world, timeout_s=TIMEOUT_S, arguments=arguments | {"more": 3})
         assert np.abs(numbers(rows) / numbers(saved) - 1).max() < TOLERANCE
 

@@ -46,6 +46,7 @@ def undisturbed_60(folder: Path) -> RunStore:
 
 def assert_same(run: RunStore, other: RunStore) -> None:
     assert run.run().state is RunState.SUCCEEDED
+    cli.assert_forked(run)
     assert cli.curve(run) == cli.curve(other)
     assert run.run().weights_digest == other.run().weights_digest is not None
 

@@ -116,6 +116,7 @@ def test_survivors_decide_in_time_and_the_cut_off_node_ends_by_itself(folder: Pa
     decided = events_of(run, EventKind.DECISION)
     assert [event.data["action"] for event in decided] == ["restart", "swap"]
     assert 0 < decided[0].time - cut_at[0] <= BOUND_S
+    assert run.run().steps_lost <= 1
     assert "n2 takes the place of n1" in decided[1].data["reason"]
     assert "ended: lease" in netgang.agent_log(run, 1).read_text()
     assert_same(run, undisturbed(folder, STEPS))

@@ -54,6 +54,7 @@ def undisturbed(folder: Path) -> RunStore:
 def assert_same(run: RunStore, undisturbed: RunStore) -> None:
     """Bit for bit: the losses, norms and rates of every step, and the weights."""
     assert cli.curve(run) == cli.curve(undisturbed)
+    cli.assert_forked(run)
     ours, theirs = run.run(), undisturbed.run()
     assert ours.state is RunState.SUCCEEDED
     assert ours.weights_digest is not None
@@ -149,6 +150,7 @@ def test_node_lost_takes_the_spare(folder: Path, undisturbed: RunStore) -> None:
     assert "was lost" in str(first.cause)
     assert second.resume_from.startswith("memory:")
     assert second.first_step >= 4
+    assert cli.store(folder, "spare").run().steps_lost <= 1
     assert_same(cli.store(folder, "spare"), undisturbed)
     assert_known_in_time(cli.store(folder, "spare"), 1)
 
@@ -192,6 +194,7 @@ def test_a_node_whose_device_is_gone_is_left_and_the_spare_takes_its_place(folde
     assert second.resume_from.startswith("memory:")
     decided = [event.data["action"] for event in store.events() if event.kind is EventKind.DECISION]
     assert decided == ["restart", "swap"]
+    assert run.steps_lost <= 1
     assert_same(store, undisturbed)
 
 
@@ -373,7 +376,9 @@ def test_the_rank_that_hangs_is_named(fault: str, folder: Path, undisturbed: Run
     assert (failure["kind"], failure["rank"]) == ("hang", rank)
     standings = json.loads(run.paths.hang(1).read_text())["ranks"]
     assert len(standings) == 4
-    assert all("jobs/stages/pretrain.py" in standings[str(other)]["stack"] for other in range(4) if other != rank)
+    answering = [other for other in range(4) if (name, other) != ("rank_stop", rank)]  # who is stopped says nothing
+    assert all("jobs/stages/pretrain.py" in standings[str(other)]["stack"] for other in answering)
+    assert run.run().steps_lost <= 1
     assert_judged_by_what_was_entered(standings, rank, waits=name == "rank_deadlock")
     assert_hangs_known_in_time(run, 1)
     assert_same(run, undisturbed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,6 +116,28 @@ def test_export_of_what_is_no_model_names_the_reason(tmp_path: Path, run: Path, 
     code, _, err = invoke("export", str(run), "--to", str(tmp_path / "there"))
     assert code == 2
     assert "exists already" in err
+
+
+def test_universal_export_has_the_settings_with_which_the_run_learns(tmp_path: Path, invoke: Invoke) -> None:
+    """The rate is that of the step to come; nothing is as it is by default."""
+    import torch
+
+    from tests.support.checkpoints import write_model_checkpoint
+    from tests.support.jobspecs import GPT
+
+    schedule = ["train.steps=20", "train.lr=0.002", "train.min_lr=0.0005", "train.warmup_steps=4"]
+    adam = ["train.beta1=0.85", "train.beta2=0.97", "train.eps=1e-6", "train.weight_decay=0.03"]
+    store = make_run(tmp_path, "three", words=["experiment=quickstart", "tracking=none", *schedule, *adam])
+    write_model_checkpoint(store.paths.checkpoint_dir, GPT, step=11)
+    target = tmp_path / "universal"
+    code, _, err = invoke("export", str(store.paths.root), "--to", str(target), "--format", "universal")
+    assert code == 0, err
+    written = torch.load(target / "global_step11" / "zero" / "optimizer_state.pt")
+    cosine = (1 + math.cos(math.pi * (12 - 4 + 1) / (20 - 4 + 1))) / 2
+    expected = {"lr": 0.0005 + 0.0015 * cosine, "betas": (0.85, 0.97), "eps": 1e-6, "weight_decay": 0.03}
+    for groups in (written["param_groups"], written["optimizer_state_dict"]["param_groups"]):
+        (found,) = groups
+        assert {key: pytest.approx(value) for key, value in expected.items()} == {key: found[key] for key in expected}
 
 
 def test_export_writes_a_folder(tmp_path: Path, invoke: Invoke) -> None:

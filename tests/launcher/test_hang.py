@@ -17,7 +17,7 @@ import pytest
 from jobs.course import Lane, Progress
 from launcher.exclusion import after_failure
 from launcher.hang import Standing
-from launcher.hang_watch import ASK_S, EARLY_MARGIN_S, FACTOR, MARGIN_S, TURN_S, HangWatch, StepClock
+from launcher.hang_watch import ASK_S, EARLY_MARGIN_S, TURN_S, HangWatch, StepClock
 from launcher.host import stacks
 from launcher.host.stacks import main_stack
 from launcher.observation import Observation
@@ -118,7 +118,7 @@ def test_patience_follows_the_steps_that_were_seen() -> None:
     assert clock.limit_s(300) == 300
     for step in range(1, 101):
         now = train(clock, now, 2.0 if step == 50 else 1.0, step)
-    assert clock.limit_s(300) == pytest.approx(FACTOR * 1.0 + MARGIN_S)
+    assert clock.limit_s(300) == pytest.approx(3 * 1.0 + 5.0)
     assert clock.silent_s(now + 3) == pytest.approx(3)
 
 
@@ -133,7 +133,7 @@ def test_a_save_is_no_step() -> None:
         clock.note(rank, 21, "step", now)
     assert clock.busy == ""
     now = train(clock, now, 1.0, 22)
-    assert clock.limit_s(300) == pytest.approx(FACTOR * 1.0 + MARGIN_S)
+    assert clock.limit_s(300) == pytest.approx(3 * 1.0 + 5.0)
 
 
 def test_ten_thousand_quiet_steps_raise_no_alarm() -> None:
@@ -194,7 +194,7 @@ def test_a_larger_batch_is_no_hang(jump: int, each_s: float) -> None:
     gang.begin(1)
     gang.train([1] * 20, then=jump)
     gang.train([jump] * 20, then=jump)
-    assert gang.patience_s() == pytest.approx(FACTOR * gang.seconds(jump) + MARGIN_S, abs=0.2)
+    assert gang.patience_s() == pytest.approx(3 * gang.seconds(jump) + 5.0, abs=0.2)
 
 
 @pytest.mark.parametrize("sizes", [[1, 1, 50], [1, 3, 9, 27, 81, 243], list(range(1, 80))])
@@ -225,7 +225,7 @@ def test_after_a_restart_a_hang_of_a_long_step_is_still_found() -> None:
     gang.train(RAMP, then=64)
     gang.watch.end()
     gang.begin(64)
-    assert gang.patience_s() <= FACTOR * gang.seconds(64) + EARLY_MARGIN_S + 0.2
+    assert gang.patience_s() <= 3 * gang.seconds(64) + EARLY_MARGIN_S + 0.2
 
 
 def test_steps_of_a_smaller_plan_are_longer_than_the_patience_of_the_start() -> None:
@@ -281,7 +281,7 @@ def quiet(watch: HangWatch, steps: int) -> float:
 def test_a_hang_is_asked_about_and_then_named() -> None:
     watch, gang = HangWatch(first_s=300, save_s=900), AskedGang()
     now = quiet(watch, 10)
-    limit = FACTOR * 1.0 + MARGIN_S
+    limit = 3 * 1.0 + 5.0
     assert watch.look(gang, 1, 4, now=now + limit - ASK_S - 0.1, wall=5000.0) is None
     assert gang.asked == []
     asked = now + limit - ASK_S + 0.1
@@ -301,7 +301,7 @@ def test_a_hang_is_asked_about_and_then_named() -> None:
 
 def test_the_first_steps_of_a_later_attempt_are_judged_by_those_of_the_first() -> None:
     watch, gang = HangWatch(first_s=300, save_s=900), AskedGang()
-    limit = FACTOR * 1.0 + EARLY_MARGIN_S
+    limit = 3 * 1.0 + EARLY_MARGIN_S
     watch.begin(PLAN, 0.0)
     assert watch.look(gang, 1, 4, now=limit + 1, wall=0.0) is None
     assert gang.asked == [], "nothing is known yet"

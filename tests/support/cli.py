@@ -139,6 +139,12 @@ def assert_nothing_left(run_dir: Path) -> None:
     assert processes_of(run_dir) == []
 
 
+def assert_forked(run: RunStore) -> None:
+    """No rank of the run was started as a fresh process: the warm pool of its node was safe to fork from."""
+    afresh = [event.data for event in run.events() if event.kind is EventKind.POOL_UNSAFE]
+    assert afresh == []
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Noticed:
     """How soon the controller knew of an injected fault.

@@ -50,6 +50,49 @@ def test_a_link_whose_answer_was_lost_is_no_conflict(tmp_path: Path, monkeypatch
     assert not list(RunPaths(tmp_path).checkpoint_dir.rglob("*.tmp"))
 
 
+class Disk:
+    """What is done to the disk, in order: ``fsync NAME``, ``link NAME`` (the name that the file gets)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done: list[str] = []
+        self._fsync, self._link = os.fsync, os.link
+        monkeypatch.setattr(os, "fsync", self._sync)
+        monkeypatch.setattr(os, "link", self._name)
+        monkeypatch.setattr(os, "rename", refused)
+        monkeypatch.setattr(os, "replace", refused)
+
+    def _sync(self, fd: int) -> None:
+        self._fsync(fd)
+        self.done.append(f"fsync {os.readlink(f'/proc/self/fd/{fd}')}")
+
+    def _name(self, aside: Path, path: Path) -> None:
+        assert self.done[-1] == f"fsync {aside}", "what is in a file is on the disk before the file has a name"
+        self._link(aside, path)
+        self.done.append(f"link {path}")
+
+
+def refused(*_: object) -> None:
+    raise AssertionError("a rename may overwrite")
+
+
+def test_everything_is_on_the_disk_before_the_manifest_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_to(tmp_path, snapshot(8))  # the folder of checkpoints is there, and claimed
+    disk = Disk(monkeypatch)
+    manifest = save_to(tmp_path, snapshot(8, step=2))
+    place = Place(tmp_path / "checkpoints", 2, Token(1, 1))
+    committed = disk.done.index(f"link {manifest}")
+    before, after = disk.done[:committed], disk.done[committed + 1 :]
+    files = [path for path in place.step_dir.rglob("*") if path.is_file() and path != manifest]
+    assert place.shard(0) in files
+    for file in files:
+        synced = before.index(f"link {file}") + 1
+        assert f"fsync {file.parent}" in before[synced:], f"the name of {file.name} is not durable when it is committed"
+    assert {f"fsync {folder}" for folder in (place.step_dir, place.step_dir.parent)} <= set(before)
+    assert f"fsync {place.step_dir}" in after
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""

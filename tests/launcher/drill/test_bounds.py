@@ -1,4 +1,4 @@
-"""How soon every fault of the catalogue must be known."""
+"""How soon every fault of the catalogue must be known, and how many steps it may cost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.drill.bounds import SLACK_S, UNANSWERED_S, growth, hang_s, within_s
+from launcher.drill.bounds import SLACK_S, UNANSWERED_S, growth, hang_s, most_lost, within_s
 from launcher.drill.case import Aim
 from launcher.drill.catalogue import CATALOGUE
 from launcher.request import LaunchRequest
@@ -40,6 +40,45 @@ def test_every_fault_of_the_issue_has_its_bound(request_: LaunchRequest) -> None
     others = {"straggler", "preemption", "slow_link", "disk_full", "stuck_storage", "nan_gradient", "loss_spike"}
     others |= {"node_kill_in_recovery"}  # it may be found gone only when the next gang is formed
     assert unbound == others | {name for name in found if name.startswith("controller_kill")} | {"ray_head_kill"}
+
+
+NONE_LOST = {"straggler", "slow_link", "disk_full", "stuck_storage", "controller_kill_run", "controller_kill_end"}
+RANK_STRUCK = {"rank_sigkill", "rank_exit", "rank_exception", "device_lost", "rank_sigstop", "gil_hold", "deadlock"}
+RANK_STRUCK |= {"stuck_writer"}
+NODE_STRUCK = {"node_kill", "agent_kill", "node_kill_in_checkpoint", "no_spare_left", "partition", "partition_heals"}
+STRUCK_TWICE = {"node_kill_in_restore", "node_kill_in_recovery", "spare_dies_first"}
+
+
+def costs(request: LaunchRequest, *, memory_every: int, nodes: int = 2) -> dict[str, int | None]:
+    """What every fault of the catalogue may cost, with its own changes of the run."""
+    found = {}
+    for case in CATALOGUE:
+        every = case.changes.get("checkpoint.memory_every", memory_every)
+        job = dataclasses.replace(
+            request.job, checkpoint=dataclasses.replace(request.job.checkpoint, memory_every=every)
+        )
+        cluster = dataclasses.replace(request.cluster, nodes=nodes)
+        found[case.name] = most_lost(case, dataclasses.replace(request, job=job, cluster=cluster))
+    return found
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_fault_may_cost_the_steps_between_two_copies_in_memory(request_: LaunchRequest, every: int) -> None:
+    found = costs(request_, memory_every=every)
+    bound = dict.fromkeys(NONE_LOST, 0) | dict.fromkeys(RANK_STRUCK | NODE_STRUCK, every)
+    bound |= dict.fromkeys(STRUCK_TWICE, 2 * every)
+    assert {name: most for name, most in found.items() if most is not None} == bound
+    unbound = {"two_nodes", "preemption", "nan_gradient", "loss_spike", "ray_head_kill", "controller_kill_start"}
+    unbound |= {f"controller_kill_{phase}" for phase in ("gather", "stop", "backoff")}
+    unbound |= {"truncated_shard", "flipped_bit", "missing_shard", "corrupt_manifest"}
+    assert {name for name, most in found.items() if most is None} == unbound
+
+
+def test_where_there_is_no_copy_there_is_no_bound(request_: LaunchRequest) -> None:
+    none = costs(request_, memory_every=0)
+    assert {name for name, most in none.items() if most is not None} == NONE_LOST
+    alone = costs(request_, memory_every=1, nodes=1)
+    assert {name for name, most in alone.items() if most is not None} == NONE_LOST | RANK_STRUCK
 
 
 def test_a_batch_that_grows_makes_a_step_as_many_times_longer(request_: LaunchRequest) -> None:

@@ -34,6 +34,7 @@ def evidence(
     smaller: bool = False,
     detected_s: float | None = 0.01,
     within_s: float | None = 2.0,
+    most: int | None = 1,
 ) -> Evidence:
     return Evidence(
         fired=fired,
@@ -42,6 +43,7 @@ def evidence(
         within_s=within_s,
         recovered_s=0.62,
         steps_lost=lost,
+        most_lost=most,
         resumes=resumes,
         smaller=smaller,
     )
@@ -60,7 +62,7 @@ def judged(name: str, found: Evidence, compared: Comparison, problem: str = "") 
 def results() -> list[Result]:
     return [
         judged("rank_sigkill", evidence(), SAME),
-        judged("no_spare_left", evidence(smaller=True, lost=2, detected_s=3.4, within_s=7.0), ROUNDED),
+        judged("no_spare_left", evidence(smaller=True, lost=2, most=2, detected_s=3.4, within_s=7.0), ROUNDED),
         judged("controller_kill_run", evidence(resumes=1, lost=0, within_s=None, proof=KILLED), SAME),
         judged("partition", evidence(), OTHER),
         judged("gil_hold", evidence(fired=False, proof="no proof of rank_spin.rank-3.step-8"), SAME),
@@ -98,6 +100,14 @@ def test_a_fault_that_is_known_late_is_a_failure_even_if_the_run_is_right() -> N
     assert (late.verdict, late.why) == ("failed", "known after 14.2 s, and must be within 9.0 s")
     assert judged("rank_sigstop", evidence(detected_s=8.9, within_s=9.0), SAME).verdict == "ok"
     assert judged("nan_gradient", evidence(detected_s=14.2, within_s=None), SAME).verdict == "ok"
+
+
+def test_a_fault_that_costs_too_many_steps_is_a_failure_even_if_the_run_is_right() -> None:
+    costly = judged("node_kill", evidence(lost=3, most=1), SAME)
+    assert (costly.verdict, costly.why) == ("failed", "it has cost 3 steps, and may cost 1 at most")
+    assert judged("node_kill", evidence(lost=3, most=3), SAME).verdict == "ok"
+    assert judged("flipped_bit", evidence(lost=4, most=None), SAME).verdict == "ok"
+    assert judged("straggler", evidence(lost=1, most=0), SAME).verdict == "failed"
 
 
 def test_what_is_left_over_is_a_failure() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
 import socket
 import stat
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -265,6 +267,17 @@ def test_who_says_nothing_is_dropped(agents: Agents) -> None:
     with Stranger(agents) as stranger:
         assert stranger.read()["op"] == "challenge"
         assert stranger.rest() == b""
+
+
+def test_an_agent_beats_three_times_in_the_bound_or_more_often(agents: Agents) -> None:
+    bound_s, came = 2.4, list[float]()
+    agents.start(detect_s=bound_s)
+    with Stranger(agents) as controller:
+        controller.hello(wire.read_secret(agents.paths.secret))
+        while len(came) < 6:
+            if controller.read()["op"] == "beat":
+                came.append(time.monotonic())
+    assert statistics.median(after - before for before, after in itertools.pairwise(came)) <= bound_s / 3
 
 
 def memory_of(pid: int) -> int:
