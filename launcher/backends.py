@@ -12,6 +12,7 @@ from launcher.aside import Aside
 from launcher.backend import Backend
 from launcher.host.accelerator import devices
 from launcher.host.dealing import Deal, deal
+from launcher.lock import displaced
 from launcher.request import LaunchRequest
 from launcher.store import RunStore
 from launcher.supervise import NoCluster
@@ -81,7 +82,7 @@ def _embedded(store: RunStore, request: LaunchRequest, say: Say, progress: Say) 
     _need_ray()
     from launcher.embedded import EmbeddedCluster
 
-    spec = request.cluster
+    spec, secret = request.cluster, store.secret()
     nodes = spec.nodes + spec.spares
     found = EmbeddedCluster.find(store.paths.root)
     say(f"starting a Ray cluster of {nodes} nodes on this machine" if found is None else "the Ray cluster still lives")
@@ -97,7 +98,8 @@ def _embedded(store: RunStore, request: LaunchRequest, say: Say, progress: Say) 
         with _ray(store, request) as backend:
             yield backend
     finally:
-        cluster.stop()
+        if not displaced(store.paths, secret):
+            cluster.stop()
 
 
 @contextlib.contextmanager

@@ -28,17 +28,18 @@ def cautions(config: Config, model: ModelSpec) -> tuple[str, ...]:
     return ()
 
 
-def crowding(request: LaunchRequest, cores: int) -> tuple[str, ...]:
+def crowding(request: LaunchRequest, cores: int, *, devices: bool) -> tuple[str, ...]:
     """What is to be said where ranks that train on processors have to take turns: the planner gives each its own.
 
     Args:
         request: The run.
         cores: Processors of this machine that this process may use.
+        devices: Whether every rank computes on a device of its own instead.
     """
     cluster, ranks = request.cluster, request.job.plan.world_size
-    here = cluster.kind in ("local", "process") and cluster.device == "CPU"
+    here = cluster.kind in ("local", "process") and cluster.device == "CPU" and not devices
     if request.job.kind != "pretrain" or not here or ranks <= cores:
         return ()
     whose = f"the {cores} cores" if cores > 1 else "the only core"
-    longer = f"a step takes {ranks / cores:.2g} times as long as predicted, or more"
+    longer = f"a step takes about {ranks / cores:.1f} times as long as predicted"
     return (f"{ranks} ranks share {whose} of this machine: {longer}",)

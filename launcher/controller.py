@@ -115,12 +115,11 @@ class Controller:
 
     def turn(self, timeout_s: float = 0.2) -> None:
         """Look once, act once."""
-        if self.lock.lost():
-            raise Fenced
+        self.log.require_ours(self.gang.shutdown_agents)
         self.lock.beat()
         heard = self.gang.poll(timeout_s)
-        if self.lock.lost():  # while we listened, or while this process was stopped: what we heard is stale
-            raise Fenced
+        # While we listened, or while this process was stopped, it may have been lost: what we heard is stale then.
+        self.log.require_ours(self.gang.shutdown_agents)
         for seen in heard:
             self.observe(seen)
         if not self._cancelling and self.store.paths.cancel.exists():

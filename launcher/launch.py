@@ -216,6 +216,11 @@ def _control(
         ending.conclude(store, lock, EventKind.RUN_CANCELLED, str(why))
         return RunState.CANCELLED
     except Fenced as error:
+        if lock.displaced():
+            raise ResumeRefused(
+                f"'{store.name}' has ended: its run directory was moved while it lived, and is another run's now.",
+                hint="Where it was moved to, phalanx resume goes on with it.",
+            ) from error
         raise ResumeRefused(
             f"Another controller has taken over '{store.name}'.", hint=f"Follow it: phalanx logs {store.name} -f"
         ) from error

@@ -11,6 +11,7 @@ import os
 import secrets
 import signal
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from launcher.host import announce, process, wire
 from launcher.host.agent import AgentOptions
 from launcher.host.environment import packages_root
 from launcher.host.logs import tail
+from launcher.lock import displaced
 from strategies.errors import ClusterError
 from strategies.specs import ClusterSpec
 
@@ -50,7 +52,7 @@ class LocalBackend:
         options: AgentOptions | None = None,
         replace_lost: bool = False,
     ) -> None:
-        wire.make_secret(paths.secret)
+        self._secret = wire.make_secret(paths.secret)
         self._paths = paths
         self._slots = cluster.slots_per_node
         self._names = [f"node{index}" for index in range(cluster.nodes + cluster.spares)]
@@ -129,7 +131,7 @@ class LocalBackend:
         """End every agent with everything below it, and wait until all of it is gone."""
         for incarnation, pid in self._started.values():
             process.wait_until(partial(_can_be_told, pid, incarnation), 5.0)
-        living = {address.incarnation: address.pid for address in announce.read_all(self._paths)}
+        living = {address.incarnation: address.pid for address in self._announced()}
         living |= dict(self._started.values())
         living = {incarnation: pid for incarnation, pid in living.items() if _is_agent(pid, incarnation)}
         for pid in living.values():
@@ -141,8 +143,12 @@ class LocalBackend:
         for _, pid in self._started.values():
             _has_ended(pid, wait=True)
         self._started.clear()
-        for address in announce.read_all(self._paths):
+        for address in self._announced():
             announce.remove(self._paths, address)
+
+    def _announced(self) -> Sequence[AgentAddress]:
+        """Agents of this run: none of those of another that was begun where its directory has been."""
+        return () if displaced(self._paths, self._secret) else announce.read_all(self._paths)
 
     def close(self) -> None:
         """Leave the agents as they are."""

@@ -85,22 +85,28 @@ class ControllerLock:
             share.look_again(self._paths.controllers, f"{self.epoch}.look")
 
     def lost(self) -> bool:
-        """Whether a later epoch exists, or another run: this controller must stop at once, and touch nothing.
+        """Whether a later epoch exists, or another run: this controller must stop at once, and touch nothing."""
+        return (self._paths.controllers / f"{self.epoch + 1}.json").exists() or self.displaced()
 
-        A run directory may be moved while its run lives, and another run of the same name begun in its place. Where
-        there is nothing to be read, nothing follows from that.
-        """
-        return (self._paths.controllers / f"{self.epoch + 1}.json").exists() or self._displaced()
-
-    def _displaced(self) -> bool:
-        return self._run != b"" and _secret(self._paths) not in (b"", self._run)
+    def displaced(self) -> bool:
+        """Whether the directory is another run's now."""
+        return displaced(self._paths, self._run)
 
     def release(self) -> None:
         """Let the next controller in without waiting. On a full disk it waits until this process is seen to be gone."""
-        if self._displaced():
-            return  # the epoch there is another run's, whose controller may live
+        if self.displaced() or not (self._paths.controllers / f"{self.epoch}.json").exists():
+            return  # the directory was moved, and what is there now, if anything, is another run's
         with contextlib.suppress(StorageError):
             create_exclusive(self._paths.controllers / f"{self.epoch}.released", b"{}")
+
+
+def displaced(paths: RunPaths, secret: bytes) -> bool:
+    """Whether the directory of the run with this secret is another run's now.
+
+    It may be moved while the run lives, and another of the same name begun in its place. Where there is nothing to be
+    read, nothing follows from that.
+    """
+    return secret != b"" and _secret(paths) not in (b"", secret)
 
 
 def newest_epoch(paths: RunPaths) -> int:
@@ -170,7 +176,7 @@ def process_started(pid: int) -> int:
 def _secret(paths: RunPaths) -> bytes:
     """What tells a run from all others; empty where it cannot be read."""
     try:
-        return paths.secret.read_bytes()
+        return paths.secret.read_bytes().strip()
     except OSError:
         return b""
 

@@ -33,6 +33,21 @@ class Logbook:
         self._lock = lock
         self._observer = observer
 
+    def require_ours(self, end_gang: Callable[[], None]) -> None:
+        """Make sure that the run is still this controller's.
+
+        Args:
+            end_gang: Called where the run directory is another run's now: that one does not know this one's ranks, so
+                nobody else can end them.
+
+        Raises:
+            Fenced: Another controller has taken over, or another run.
+        """
+        if self._lock.displaced():
+            end_gang()
+        if self._lock.lost():
+            raise Fenced
+
     def record(self, kind: EventKind, *, attempt: int, **data: Any) -> None:
         """Write one event.
 

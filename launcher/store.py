@@ -148,8 +148,9 @@ class RunStore:
             ) from error
         store = cls(root)
         try:
-            store.write_request(request)
+            # First: a controller whose directory was here before knows by it that this is another run.
             write_atomic(store.paths.secret, os.urandom(32).hex().encode(), mode=0o600)
+            store.write_request(request)
             store.append(EventKind.RUN_SUBMITTED, request=request.digest)
         except BaseException:
             shutil.rmtree(root, ignore_errors=True)

@@ -60,6 +60,7 @@ def _submit(
 ) -> int:
     """Everything; returns the exit code."""
     from launcher import launch
+    from launcher.backends import dealt
     from launcher.cautions import cautions, crowding
     from launcher.finish import finish
     from launcher.follow import screen
@@ -69,7 +70,7 @@ def _submit(
     submitted = submission(overrides, ray, rehearse=rehearse, detach=detach)
     config, request, toy = submitted.config, submitted.request, submitted.toy
     with interruptible(), launch.closing(screen()) as shown:
-        crowded = crowding(request, len(os.sched_getaffinity(0)))
+        crowded = crowding(request, len(os.sched_getaffinity(0)), devices=bool(dealt(request).shares))
         for text in (*cautions(config, request.job.model), *crowded):
             shown.say(f"warning: {text}")
         if toy:

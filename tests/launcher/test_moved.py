@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -15,11 +16,14 @@ from jobs.checkpoint import fence
 from jobs.checkpoint.claim import claim, require_ours
 from jobs.checkpoint.errors import CheckpointConflict
 from jobs.checkpoint.layout import Token
-from launcher.lock import ControllerLock, controlled
+from launcher.local_backend import LocalBackend
+from launcher.lock import ControllerLock, controlled, process_started
 from launcher.logbook import Fenced, Logbook
 from launcher.run import EventKind
 from launcher.store import RunStore
 from strategies.errors import ConfigError, ResumeRefused
+from strategies.specs import ClusterSpec
+from tests.support import cli
 from tests.support.runs import make_run
 
 HOLD = """
@@ -91,6 +95,10 @@ def test_another_run_is_begun_where_a_living_one_was(tmp_path: Path) -> None:
         assert lock.lost()
         with pytest.raises(Fenced):
             book.record(EventKind.CANCEL_REQUESTED, attempt=0, by="a zombie")
+        end_gang = Mock()
+        with pytest.raises(Fenced):
+            book.require_ours(end_gang)
+        end_gang.assert_called_once_with()  # nobody else can end its ranks
         assert second.paths.events.read_bytes() == before
         theirs = ControllerLock.acquire(second.paths)
         assert (theirs.epoch, theirs.lost()) == (epoch, False)
@@ -98,6 +106,34 @@ def test_another_run_is_begun_where_a_living_one_was(tmp_path: Path) -> None:
         assert controlled(second.paths), "it is not for the zombie to say that the other has left"
         theirs.release()
     assert [event.kind for event in there.events()] == [EventKind.RUN_SUBMITTED, EventKind.CONTROLLER_STARTED]
+
+
+def test_who_leaves_ends_no_agents_of_the_run_in_its_place(tmp_path: Path) -> None:
+    """Agents are found in the run directory: what another run has announced there is not for the first to end."""
+    store = make_run(tmp_path)
+    backend = LocalBackend(store.paths, ClusterSpec(name="one", kind="process", nodes=1, slots_per_node=1))
+    moved(store, tmp_path / "elsewhere")
+    second = make_run(tmp_path)
+    theirs = LocalBackend(second.paths, ClusterSpec(name="one", kind="process", nodes=1, slots_per_node=1))
+    try:
+        theirs.request_agents(1)
+        cli.wait_for(lambda: bool(theirs.agents()), "an agent")
+        (agent,) = theirs.agents()
+        backend.release()
+        assert theirs.agents() == [agent]
+        assert process_started(agent.pid), "it lives"
+    finally:
+        theirs.release()
+    assert not process_started(agent.pid)
+
+
+def test_a_directory_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
+    """Else the name would be taken by a folder that is no run."""
+    store = make_run(tmp_path)
+    lock = ControllerLock.acquire(store.paths)
+    moved(store, tmp_path / "elsewhere")
+    lock.release()
+    assert not store.paths.root.exists()
 
 
 def test_copies_of_a_dead_run_do_not_share_what_is_kept_elsewhere(tmp_path: Path) -> None:

@@ -75,9 +75,12 @@ def test_what_has_failed_halfway_leaves_nothing(scheme: str, server: Server) -> 
     """A client's file ends its upload when nobody holds it any more, and would name the half of a shard."""
     where = Url(f"{scheme}://bucket/run/it")
     server.broken = True
-    with pytest.raises(OSError, match="refused a part"):
+    with pytest.raises(
+        OSError, match="refused a part"
+    ) as raised:  # which holds the file, until the server is well again
         storage_of(where).create(where, [b"a" * (5 << 20)])
     server.broken = False
+    del raised
     gc.collect()
     assert server.objects == {}
     assert storage_of(where).create(where, [b"b" * (5 << 20)]) == 5 << 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ def metrics(run: RunStore, attempt: int, steps: Sequence[int], at: float, loss: 
 @pytest.fixture
 def run(tmp_path: Path) -> RunStore:
     """Two attempts: rank 3 was killed at step 8, and the second began at step 7."""
-    store = RunStore.create(tiny_request(tmp_path, name="run"))
+    request = tiny_request(tmp_path, name="run")
+    job = replace(request.job, checkpoint=replace(request.job.checkpoint, memory_every=1))
+    store = RunStore.create(replace(request, job=job))
     store.paths.events.unlink()
     plan = store.request().job.plan
     put(store, 0, EventKind.RUN_SUBMITTED, epoch=0, request="x")
@@ -83,7 +86,7 @@ def test_proof_and_log_agree(run: RunStore) -> None:
     assert found.detected_s == pytest.approx(0.5)
     assert found.within_s == pytest.approx(bounds.SLACK_S)
     assert found.recovered_s == pytest.approx(13.7 - 12.0)  # step 7 of attempt 2
-    assert (found.steps_lost, found.resumes, found.smaller) == (1, 0, False)
+    assert (found.steps_lost, found.most_lost, found.resumes, found.smaller) == (1, 1, 0, False)
 
 
 def test_without_its_proof_it_has_not_fired(run: RunStore) -> None:
