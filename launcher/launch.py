@@ -218,8 +218,9 @@ def _control(
     except Fenced as error:
         if lock.displaced():
             raise ResumeRefused(
-                f"'{store.name}' has ended: its run directory was moved while it lived, and is another run's now.",
-                hint="Where it was moved to, phalanx resume goes on with it.",
+                f"'{store.name}' has ended: its run directory was moved, deleted or unmounted while it lived.",
+                why=f"what is in {store.paths.root} now is not of this run",
+                hint="phalanx resume goes on with it where its directory is now.",
             ) from error
         raise ResumeRefused(
             f"Another controller has taken over '{store.name}'.", hint=f"Follow it: phalanx logs {store.name} -f"

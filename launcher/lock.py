@@ -89,7 +89,7 @@ class ControllerLock:
         return (self._paths.controllers / f"{self.epoch + 1}.json").exists() or self.displaced()
 
     def displaced(self) -> bool:
-        """Whether the directory is another run's now."""
+        """Whether what is there is not this run's directory any more."""
         return displaced(self._paths, self._run)
 
     def release(self) -> None:
@@ -101,12 +101,19 @@ class ControllerLock:
 
 
 def displaced(paths: RunPaths, secret: bytes) -> bool:
-    """Whether the directory of the run with this secret is another run's now.
+    """Whether what stands where the run with this secret has its directory is something else.
 
-    It may be moved while the run lives, and another of the same name begun in its place. Where there is nothing to be
-    read, nothing follows from that.
+    It may be moved while the run lives, deleted or unmounted. Then another run of the same name may be begun in its
+    place, or ranks that know no better make a folder there, without a secret, to write in. Where there is no folder, or
+    it cannot be read, nothing follows from that.
     """
-    return secret != b"" and _secret(paths) not in (b"", secret)
+    try:
+        found = paths.secret.read_bytes().strip()
+    except FileNotFoundError:
+        return secret != b"" and paths.root.is_dir()
+    except OSError:
+        return False
+    return secret != b"" and found not in (b"", secret)
 
 
 def newest_epoch(paths: RunPaths) -> int:

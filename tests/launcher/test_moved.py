@@ -108,6 +108,20 @@ def test_another_run_is_begun_where_a_living_one_was(tmp_path: Path) -> None:
     assert [event.kind for event in there.events()] == [EventKind.RUN_SUBMITTED, EventKind.CONTROLLER_STARTED]
 
 
+def test_a_folder_that_ranks_have_made_again_is_no_run(tmp_path: Path) -> None:
+    """Ranks know the old path only, and make folders to save in: the run must not go on in one of those."""
+    store = make_run(tmp_path)
+    lock = ControllerLock.acquire(store.paths)
+    there = moved(store, tmp_path / "elsewhere")
+    assert not lock.lost()
+    (store.paths.checkpoint_dir / "step-00000010").mkdir(parents=True)
+    assert lock.lost()
+    assert lock.displaced()
+    shutil.rmtree(store.paths.root)
+    os.rename(there.paths.root, store.paths.root)
+    assert not lock.lost(), "a share that is there again"
+
+
 def test_who_leaves_ends_no_agents_of_the_run_in_its_place(tmp_path: Path) -> None:
     """Agents are found in the run directory: what another run has announced there is not for the first to end."""
     store = make_run(tmp_path)
