@@ -37,15 +37,15 @@ class Logbook:
         """Make sure that the run is still this controller's.
 
         Args:
-            end_gang: Called where the run directory is another run's now: that one does not know this one's ranks, so
-                nobody else can end them.
+            end_gang: Called where what is there is not the run's directory any more: nobody else knows this one's
+                ranks, to end them.
 
         Raises:
             Fenced: Another controller has taken over, or another run.
         """
-        if self._lock.displaced():
-            end_gang()
         if self._lock.lost():
+            if self._lock.displaced():
+                end_gang()
             raise Fenced
 
     def record(self, kind: EventKind, *, attempt: int, **data: Any) -> None:

@@ -269,12 +269,9 @@ class RunStore:
         try:
             append_line(self.paths.events, line)
         except OSError as error:
-            moved = isinstance(error, FileNotFoundError)
-            hint = (
-                "phalanx resume goes on where the run directory is now."
-                if moved
-                else "Free space, then phalanx resume."
-            )
+            hint = "Free space, then phalanx resume."
+            if isinstance(error, FileNotFoundError):
+                hint = "phalanx resume goes on where the run directory is now."
             raise StorageError(f"Cannot append to {self.paths.events}.", why=str(error), hint=hint) from error
         self._seq = event.seq
         return event
