@@ -95,7 +95,11 @@ class Failure:
 
 
 class Action(enum.StrEnum):
-    """What the controller does next."""
+    """What the controller does next.
+
+    One rung is not built: new communicators in the processes that survive. It would save them a new context on the
+    device.
+    """
 
     RESTART = "restart"  # new ranks, as soon as there are nodes for them
     SWAP = "swap"  # a spare takes the place of a node

@@ -5,11 +5,14 @@ The ranks would find out too, but only after a gang was started for it. Here not
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from jobs.checkpoint import read_manifest
 from jobs.checkpoint.identity import differences
+from jobs.paths import RunPaths
 from launcher import lineage, origin
 from launcher.request import LaunchRequest
 from launcher.run import Run
@@ -19,28 +22,38 @@ from strategies.errors import ResumeRefused, StorageError
 SKEW_S = 300.0  # clocks of healthy machines agree far better; S3 refuses requests from 900 s on
 
 
-def check(store: RunStore, run: Run, request: LaunchRequest, *, clock: Callable[[], float] = time.time) -> list[str]:
+def check(
+    store: RunStore,
+    run: Run,
+    request: LaunchRequest,
+    *,
+    moved: bool = False,
+    clock: Callable[[], float] = time.time,
+) -> list[str]:
     """Look at what a resume would start from.
 
     Args:
         store: The run.
         run: What its log says.
         request: What the run was; a resume may change it later.
+        moved: A person says that the directory was moved on purpose.
         clock: UTC seconds.
 
     Returns:
         Checkpoints that will be passed over, each with the reason.
 
     Raises:
-        ResumeRefused: The directory was renamed; or the checkpoints are another run's, or the clock is wrong.
+        ResumeRefused: The directory was renamed, or moved without a word; or the checkpoints are another run's, or the
+            clock is wrong.
         StorageError: There was a checkpoint, and none can be used; or the store cannot be reached.
     """
     if request.run_name != store.name:
         raise ResumeRefused(
             f"The run directory is called '{store.name}', and the run in it '{request.run_name}'.",
             why="the name is the run's identity",
-            hint=f"Give it back its name; it may lie anywhere: mv {store.paths.root} .../{request.run_name}",
+            hint=f"Give it back its name: mv {store.paths.root} {store.paths.root.with_name(request.run_name)}",
         )
+    _require_place(store, Path(request.run_dir), moved=moved)
     events = [event.time for event in store.events()]
     if request.job.kind != "pretrain":
         _refuse(store, [], _clock(events, clock))
@@ -59,6 +72,37 @@ def check(store: RunStore, run: Run, request: LaunchRequest, *, clock: Callable[
             hint="Bring one back, or phalanx submit a new run: this one would begin again at step 1.",
         )
     return broken
+
+
+def _require_place(store: RunStore, before: Path, *, moved: bool) -> None:
+    """It lies where it was last begun or resumed, under whatever name of that place.
+
+    Raises:
+        ResumeRefused: It was moved, and nobody has said that this is meant; or it is a copy.
+    """
+    here = store.paths.root
+    with contextlib.suppress(OSError):
+        if here.samefile(before):
+            return
+    if _secret(before) == _secret(here) != b"":
+        raise ResumeRefused(
+            f"The run directory {here} is a copy: the run itself is in {before}.",
+            why="two runs of one identity would write to the same checkpoints, metrics and W&B run",
+            hint=f"phalanx resume {before}, or delete one of the two first.",
+        )
+    if not moved:
+        raise ResumeRefused(
+            f"The run directory was moved: it was {before}, and is {here}.",
+            why="what still goes by the old path (ranks on a node that was cut off, scripts) would write there",
+            hint=f"Move it back, or say that it is meant: phalanx resume {here} --moved",
+        )
+
+
+def _secret(root: Path) -> bytes:
+    """What tells this run from any other of its name; empty where there is none."""
+    with contextlib.suppress(OSError):
+        return RunPaths(root).secret.read_bytes().strip()
+    return b""
 
 
 def _clock(times: list[float], clock: Callable[[], float]) -> list[str]:

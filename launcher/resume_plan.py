@@ -66,23 +66,27 @@ class ResumePlan:
             )
 
 
-def prepare(store: RunStore, overrides: Sequence[str], say: Callable[[str], None]) -> ResumePlan:
+def prepare(
+    store: RunStore, overrides: Sequence[str], say: Callable[[str], None], *, moved: bool = False
+) -> ResumePlan:
     """Work out a resume.
 
     Args:
         store: The run.
         overrides: What the user typed after RUN.
         say: Told about the preparation of data.
+        moved: The run directory was moved on purpose.
 
     Raises:
-        ResumeRefused: The run has succeeded, a live controller owns it, or its checkpoints are another run's.
+        ResumeRefused: The run has succeeded, a live controller owns it, it was moved, or its checkpoints are another
+            run's.
         StorageError: None of its checkpoints can be used.
         PlanInfeasible: The new plan breaks rules.
     """
     run, before = store.run(), store.request()
     _check_free(store, run)
     found = Findings()
-    passed_over = found.of(lambda: resume_checks.check(store, run, before)) or []
+    passed_over = found.of(lambda: resume_checks.check(store, run, before, moved=moved)) or []
     words = tuple(dict.fromkeys([*before.overrides, *overrides]))
     config, after = _renewed(store, before, words, overrides, found)
     after, shipment = _with_project(config, store.paths, before, after)

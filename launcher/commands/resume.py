@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 )
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", is_flag=True, help="Show what would change, and stop.")
+@click.option("--moved", is_flag=True, help="The run directory was moved on purpose.")
 @click.option("--detach", "-d", is_flag=True, help="Do not watch (existing clusters only).")
 @json_option
 @dir_option
@@ -29,6 +30,7 @@ def command(
     ctx: click.Context,
     yes: bool,
     dry_run: bool,
+    moved: bool,
     detach: bool,
     as_json: bool,
     folder: str | None,
@@ -45,7 +47,7 @@ def command(
 
     ref, parent, overrides = split(words, folder, overrides=True)
     store = find(ref, parent)
-    planned = resume_plan.prepare(store, overrides, say)
+    planned = resume_plan.prepare(store, overrides, say, moved=moved)
     say(planned.text)
     planned.refuse()
     if dry_run:

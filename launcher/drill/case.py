@@ -101,8 +101,8 @@ class Aim:
 
 
 def usual_aim(case: Case, plan: ParallelPlan, nodes: int) -> Aim:
-    """Where a fault strikes when nothing is drawn: late enough that a checkpoint is there and a step is lost."""
-    step = NUMERIC_STEP if case.numeric else max(2 * EVERY + 2, case.least_step)
+    """Where a fault strikes when nothing is drawn: so late that going back to the disk costs more than to memory."""
+    step = NUMERIC_STEP if case.numeric else max(3 * EVERY, case.least_step)
     if case.saving:
         step = -(-step // EVERY) * EVERY
     assert step < case.steps

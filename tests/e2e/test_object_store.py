@@ -42,7 +42,7 @@ def test_a_run_recovers_from_an_object_store(store: ObjectStore, tmp_path: Path)
     assert not run.paths.checkpoint_dir.exists()
     moved = tmp_path / "elsewhere"
     os.rename(tmp_path / "runs", moved)
-    done = cli.phalanx("resume", "demo", "--yes", "--dir", str(moved), cwd=tmp_path)
+    done = cli.phalanx("resume", "demo", "--yes", "--moved", "--dir", str(moved), cwd=tmp_path)
     assert done.code == 0, done.err
     planned = [event for event in RunStore(moved / "demo").events() if event.kind is EventKind.ATTEMPT_PLANNED]
     assert str(planned[-1].data["resume_from"]).startswith(f"{root}/step-"), "nothing was left in memory"

@@ -150,13 +150,38 @@ def test_a_manifest_under_another_name(store: RunStore, resume: Resume) -> None:
     assert any("not what its name says" in one for one in resume_checks.check(store, store.run(), store.request()))
 
 
-def test_a_run_directory_that_was_moved_goes_on(store: RunStore, tmp_path: Path) -> None:
-    """Nothing in it knows where it lies."""
+def test_a_run_directory_that_was_moved(store: RunStore, tmp_path: Path, resume: Resume) -> None:
+    """Something may still go by its old path: a person must say that it is meant. Then nothing knows where it lay."""
     moved = tmp_path / "elsewhere" / "demo"
     moved.parent.mkdir()
     os.rename(store.paths.root, moved)
+    code, told = resume(folder=moved.parent)
+    assert code == 6
+    assert f"was {store.paths.root}, and is {moved}" in told
+    assert f"phalanx resume {moved} --moved" in told
     there = RunStore.open(moved)
+    assert resume_checks.check(there, there.run(), there.request(), moved=True) == []
+
+
+def test_a_run_directory_under_another_name_of_its_place(store: RunStore, tmp_path: Path) -> None:
+    """A link, a bind mount, an automounter."""
+    (tmp_path / "link").symlink_to(store.paths.root.parent, target_is_directory=True)
+    there = RunStore.open(tmp_path / "link" / "demo")
     assert resume_checks.check(there, there.run(), there.request()) == []
+
+
+@pytest.mark.parametrize("words", [(), ("--moved",)])
+def test_a_copy_of_a_run(store: RunStore, tmp_path: Path, resume: Resume, words: tuple[str, ...]) -> None:
+    """Both would write to the same places outside of them; in the copy of another run of that name there is no harm."""
+    store.paths.secret.write_text("of this run")
+    copy = tmp_path / "copies" / "demo"
+    shutil.copytree(store.paths.root, copy)
+    code, told = resume(*words, folder=copy.parent)
+    assert code == 6
+    assert f"is a copy: the run itself is in {store.paths.root}" in told
+    store.paths.secret.write_text("of another")
+    there = RunStore.open(copy)
+    assert resume_checks.check(there, there.run(), there.request(), moved=True) == []
 
 
 @pytest.mark.parametrize("absent", [True, False])
