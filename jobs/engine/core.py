@@ -76,7 +76,7 @@ class Engine:
         self._full = job.batch
         self._own_norm: torch.Tensor | None = None
         self._expert_norm = ExpertNorm(ds, self.grid) if self.plan.ep > 1 else None
-        if self.plan.zero_stage == 3 and self.plan.offload != "none":
+        if self.plan.offload != "none":
             keep_precision(ds.optimizer)
         self._documents: Documents | None = getattr(ds.module, "documents", None)  # of a stage, not of a whole model
         if _unwrapped_optimizer(ds):

@@ -1,4 +1,4 @@
-"""The global gradient norm where DeepSpeed's is not right: with spread experts, and with ZeRO-3's offload.
+"""The global gradient norm where DeepSpeed's is not right: with spread experts, and with offload.
 
 With experts spread over replicas:
 
@@ -9,9 +9,10 @@ With experts spread over replicas:
 
 Here, squares are summed on each rank, every element of the model once, and then over all ranks.
 
-With ZeRO-3, the norm is fp64 on the device and rounded to fp32 beside it. The factor that gradients are clipped by then
-differs in its last bit, and with 16-bit weights that grows: some round the other way after the second step, and after
-the third losses differ by 1e-5. Here, where state lives changes nothing.
+With offload, the last steps of the sum are made in other precisions than without (the root in fp64, where torch's fp32
+``pow(0.5)`` is off by a bit on processors without AVX-512). The factor that gradients are clipped by then differs in its
+last bit, and with 16-bit weights that grows: some round the other way after the second step, and after the third losses
+differ by 1e-5. Here, where state lives changes nothing.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ Pairs = Iterable[tuple[nn.Parameter, torch.Tensor]]
 
 
 def keep_precision(optimizer: Any) -> None:
-    """Make the norm of ZeRO-3 with offloaded state what it is without.
+    """Make the norm with offloaded state what it is without.
 
     Args:
-        optimizer: DeepSpeed's, of stage 3, whose state is not on the device.
+        optimizer: DeepSpeed's, of stage 1 to 3, whose state is not on the device.
     """
 
     def norm(parameters: list[nn.Parameter]) -> torch.Tensor:
