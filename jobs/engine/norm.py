@@ -10,9 +10,9 @@ With experts spread over replicas:
 Here, squares are summed on each rank, every element of the model once, and then over all ranks.
 
 With offload, the last steps of the sum are made in other precisions than without (the root in fp64, where torch's fp32
-``pow(0.5)`` is off by a bit on processors without AVX-512). The factor that gradients are clipped by then differs in its
-last bit, and with 16-bit weights that grows: some round the other way after the second step, and after the third losses
-differ by 1e-5. Here, where state lives changes nothing.
+``pow(0.5)`` is off by a bit on processors without AVX-512). The factor that gradients are clipped by then differs in
+its last bit, and with 16-bit weights that grows: some round the other way after the second step, and after the third
+losses differ by 1e-5. Here, where state lives changes nothing.
 """
 
 from __future__ import annotations

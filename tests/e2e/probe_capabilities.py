@@ -196,7 +196,10 @@ def _clean(reason: str) -> str:
 def probe_all(
     keys: Sequence[Key], seen: Callable[[Key, Outcome], None], *, jobs: int, limit_s: float = float("inf")
 ) -> None:
-    """Probe with ``jobs`` gangs at a time; ``seen`` is told of each, one after the other; ends after ``limit_s``."""
+    """Probe with ``jobs`` gangs at a time; ``seen`` is told of each, one after the other; ends after ``limit_s``.
+
+    Ctrl-C ends it once the rows under way are done.
+    """
     waiting: queue.SimpleQueue[Key] = queue.SimpleQueue()
     for key in keys:
         waiting.put(key)
@@ -219,8 +222,13 @@ def probe_all(
     threads = [threading.Thread(target=work) for _ in range(jobs)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException as error:
+        failed.append(error)
+        for thread in threads:
+            thread.join()
     if failed:
         raise failed[0]
 
