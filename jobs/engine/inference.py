@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from jobs.build_time import BuildTime
 from jobs.checkpoint.gang import agree
 from jobs.engine import assembly, process
 from jobs.forward import Forward
@@ -15,8 +16,13 @@ from strategies.errors import ConfigError, StorageError
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def join(job: JobSpec, env: RankEnv) -> Forward:
+def join(job: JobSpec, env: RankEnv, took: BuildTime) -> Forward:
     """Join the gang and read this rank's part of the model. Collective.
+
+    Args:
+        job: What it computes.
+        env: This rank.
+        took: Learns how long it took to join; ends before anything is read.
 
     Raises:
         ConfigError: The weights are not those of the model.
@@ -26,8 +32,10 @@ def join(job: JobSpec, env: RankEnv) -> Forward:
     asked = job.inference
     assert job.initial is not None, "the configuration was checked"
     assert asked is not None, "it is a job that only computes"
-    process.join(env, deterministic=job.train.deterministic)
-    grid = assembly.grid_of(job.plan)
+    process.join(env, deterministic=job.train.deterministic, took=took)
+    with took.watching(lazy=process.connects_late()):
+        grid = assembly.grid_of(job.plan)
+    took.end()
     error: Exception | None = None
     try:
         verify(job.initial, env.rank, env.world_size)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jobs import distributed
+from jobs.build_time import BuildTime
 from jobs.checkpoint.errors import storage_error
 from jobs.checkpoint.gang import agree, gather
 from jobs.checkpoint.layout import sync_dir, write_durably
@@ -109,12 +110,14 @@ def run(*, job: JobSpec, env: RankEnv, reporter: Reporter, hooks: Hooks, counter
         ConfigError: The weights are another model's.
         StorageError: The weights, the rows or the run directory cannot be read or written.
     """
-    begin = time.perf_counter()
-    forward = join(job, env)
+    begin, took = time.perf_counter(), BuildTime()
+    forward = join(job, env, took)
+    reporter.send("built", **took.parts)
     task: Task = (Evaluation if job.kind == "evaluate" else Generation)(forward, job)
     loop = _Loop(job, env, forward, task)
     done = loop.restore()
-    reporter.send("restored", step=done + 1, seconds=time.perf_counter() - begin, read_bytes=0, received_bytes=0)
+    seconds = time.perf_counter() - begin - sum(took.parts.values())
+    reporter.send("restored", step=done + 1, seconds=seconds, read_bytes=0, received_bytes=0)
     steps = job.train.steps
     if done < steps:
         reporter.send("training", step=done + 1)
