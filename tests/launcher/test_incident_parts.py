@@ -78,6 +78,8 @@ def test_no_part_is_longer_than_what_it_is_of() -> None:
     assert one.unnamed_s("restore") == pytest.approx(0.0)
     (one,) = incidents(story(told={"device_s": 99.0, "restored_s": -1.0}))
     assert one.parts == pytest.approx({"teardown": 1.5, "device": 3.0, "state": 0.0})
+    (one,) = incidents(story(told={"device_s": 99.0, "engine_s": 1.0}))
+    assert one.parts == pytest.approx({"teardown": 1.5, "device": 2.25, "engine": 0.75}), "one hides no other"
     (one,) = incidents(story(restored_s=0.0))
     assert one.parts == pytest.approx({"teardown": 1.5, **dict.fromkeys(NAMED, 0.0)})
 
