@@ -37,8 +37,6 @@ class BuildTime:
         self._began = clock()
         self._device_s = self._communicators_s = 0.0
         self._meeting = False
-        self.parts: dict[str, float] = {}
-        """Seconds by name; empty before the end."""
 
     @contextlib.contextmanager
     def taking_device(self) -> Iterator[None]:
@@ -80,10 +78,9 @@ class BuildTime:
                 setattr(dist, name, function)
 
     def end(self) -> dict[str, float]:
-        """The engine is there; returns :attr:`parts`."""
+        """The engine is there; returns seconds by name."""
         rest = self._clock() - self._began - self._device_s - self._communicators_s
-        self.parts = {"device_s": self._device_s, "communicators_s": self._communicators_s, "engine_s": max(0.0, rest)}
-        return self.parts
+        return {"device_s": self._device_s, "communicators_s": self._communicators_s, "engine_s": max(0.0, rest)}
 
     def _seen(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)

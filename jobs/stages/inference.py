@@ -21,7 +21,7 @@ from jobs.build_time import BuildTime
 from jobs.checkpoint.errors import storage_error
 from jobs.checkpoint.gang import agree, gather
 from jobs.checkpoint.layout import sync_dir, write_durably
-from jobs.engine.inference import join
+from jobs.engine.inference import join, load
 from jobs.forward import Forward
 from jobs.hooks import Hooks
 from jobs.inference import results
@@ -110,14 +110,15 @@ def run(*, job: JobSpec, env: RankEnv, reporter: Reporter, hooks: Hooks, counter
         ConfigError: The weights are another model's.
         StorageError: The weights, the rows or the run directory cannot be read or written.
     """
-    begin, took = time.perf_counter(), BuildTime()
-    forward = join(job, env, took)
-    reporter.send("built", **took.parts)
+    took = BuildTime()
+    grid = join(job, env, took)
+    reporter.send("built", **took.end())
+    begin = time.perf_counter()
+    forward = load(job, env, grid)
     task: Task = (Evaluation if job.kind == "evaluate" else Generation)(forward, job)
     loop = _Loop(job, env, forward, task)
     done = loop.restore()
-    seconds = time.perf_counter() - begin - sum(took.parts.values())
-    reporter.send("restored", step=done + 1, seconds=seconds, read_bytes=0, received_bytes=0)
+    reporter.send("restored", step=done + 1, seconds=time.perf_counter() - begin, read_bytes=0, received_bytes=0)
     steps = job.train.steps
     if done < steps:
         reporter.send("training", step=done + 1)

@@ -43,7 +43,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_parts_are_what_they_say_and_sum_to_the_whole(clock: Clock) -> None:
     took = BuildTime(clock)
-    assert took.parts == {}
     clock.pass_by(0.5)
     with took.taking_device():
         clock.pass_by(4.0)
@@ -53,7 +52,7 @@ def test_parts_are_what_they_say_and_sum_to_the_whole(clock: Clock) -> None:
         with took.meeting():
             clock.pass_by(8.0)
     clock.pass_by(0.125)
-    assert took.end() == took.parts == {"device_s": 4.0, "communicators_s": 10.0, "engine_s": 0.875}
+    assert took.end() == {"device_s": 4.0, "communicators_s": 10.0, "engine_s": 0.875}
 
 
 @pytest.mark.parametrize(("lazy", "seen_s"), [(False, 2.0), (True, 4.0)])

@@ -177,6 +177,9 @@ def test_a_bad_night(tmp_path: Path) -> None:
     rank_errors.keep(store.paths, 3, errors)
     ControllerLock.acquire(store.paths)
     document = describe(store, T0 + 613.0)
+    hang, lost, error = document["incidents"]
+    assert (lost["state_s"], lost["teardown_s"]) == (BUILT["restored_s"], 0.5)
+    assert [one[f"{part}_s"] for one in (hang, error) for part in PARTS] == [0.5, None, None, None, None] * 2
     books = account(store.events(), store.metrics(), T0 + 613.0)
     assert sum(one["total_s"] for one in document["incidents"]) + sum(books.rest.values()) == pytest.approx(613.0)
     shown = run_text({**document, "attempts": document["attempts"][-1:], "ranks": []})
