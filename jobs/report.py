@@ -3,6 +3,8 @@
 Kinds, with their fields beside ``kind`` and ``time`` (UTC seconds):
 
 ``started``     the process runs our code: ``pid``
+``built``       the engine is built, or, to compute only, what needs none; in the seconds of :mod:`jobs.build_time`:
+                ``device_s``, ``communicators_s`` and ``engine_s``
 ``restored``    state is in place: ``step`` (next step to run), ``seconds``; in bytes of tensors, what the rank has
                 read from the checkpoint and got from other ranks: ``read_bytes``, ``received_bytes``
 ``training``    every rank is ready and the first step begins: ``step``, and of how many ``micro_batches`` it is made

@@ -71,6 +71,7 @@ def _run(env: RankEnv, reporter: Reporter, counter: StepCounter) -> None:
     from jobs.stages.pretrain import Pretrain
 
     engine = Engine.build(job, env)
+    reporter.send("built", **engine.built)
     Pretrain(job=job, env=env, engine=engine, reporter=reporter, hooks=hooks, counter=counter).run()
     engine.close()
 

@@ -14,6 +14,17 @@ replay             work that was lost and done again
 wait               backing off, waiting for nodes (from when they were found missing), or down until a person resumed
 finish             from the last step to the recorded end: last digest, tear-down
 =================  ====================================================================================
+
+Of two classes an incident names parts, as far as they are known. They change nothing of the classes, and sum to at most
+theirs; what is left of a restore is ranks that start and whatever nobody has measured.
+
+=================  ====================================================================================
+teardown           of decide: until the last old rank is gone, which a driver may hold up
+device             of restore: taking the devices (:mod:`jobs.build_time`), as the slowest rank has told
+communicators      of restore: rendezvous, process groups, NCCL, as told by the rank that waited least for others
+engine             of restore: the rest of building the engine, as the slowest rank has told
+state              of restore: reading the state back, as the slowest rank has told
+=================  ====================================================================================
 """
 
 from __future__ import annotations
@@ -37,6 +48,15 @@ CLASSES = (
 INCIDENT_CLASSES = ("detect", "decide", "place", "restore", "replay", "wait")
 """Classes that a failure costs."""
 
+PARTS = {
+    "teardown": "decide",
+    "device": "restore",
+    "communicators": "restore",
+    "engine": "restore",
+    "state": "restore",
+}
+"""Part of an incident -> the class that it is of; in the order in which they happen."""
+
 ORPHANED = "orphaned"
 """Kind of an incident that nobody detected: controller and ranks were gone until a person resumed the run."""
 
@@ -58,6 +78,7 @@ class Incident:
         action: What was decided: ``restart``, ``shrink``, ``give_up``, ``resume`` (by a person), or "" so far.
         recovered: The ranks trained again; False while they do not yet, or if they never did before the next failure.
         seconds: Per class of :data:`INCIDENT_CLASSES`.
+        parts: Per part of :data:`PARTS`, as far as known.
     """
 
     number: int
@@ -72,11 +93,29 @@ class Incident:
     action: str = ""
     recovered: bool = False
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(INCIDENT_CLASSES, 0.0))
+    parts: dict[str, float] = field(default_factory=dict)
 
     @property
     def total_s(self) -> float:
         """All that it cost."""
         return sum(self.seconds.values())
+
+    def name_parts(self, name: str, told: Mapping[str, float]) -> None:
+        """Of the seconds of a class so many are known to be parts of it.
+
+        Where that is more than have no name yet, each is shortened alike: ranks that were first have begun before the
+        class did, and the slowest of one part may not be that of another.
+        """
+        left = self.unnamed_s(name)
+        seconds = {part: max(0.0, min(told[part], left)) for part in told}
+        share = min(1.0, left / whole) if (whole := sum(seconds.values())) else 1.0
+        for part in seconds:
+            self.parts[part] = self.parts.get(part, 0.0) + share * seconds[part]
+
+    def unnamed_s(self, name: str) -> float:
+        """Seconds of a class that are none of its parts."""
+        named = sum(self.parts.get(part, 0.0) for part, inside in PARTS.items() if inside == name)
+        return max(0.0, self.seconds[name] - named)
 
     @property
     def restart_s(self) -> float:

@@ -8,7 +8,9 @@ Of what a run has cost:
 ``data``         ``seconds`` of the productive ones in which rank 0 waited for its samples, and their ``share``
 ``incidents``    one per failure: ``number``, ``attempt``, ``kind``, ``cause``, ``node``, ``rank`` (-1: none), ``at``
                  (UTC seconds), ``step``, ``steps_lost``, ``action``, ``recovered``; seconds ``detect_s``, ``decide_s``,
-                 ``place_s``, ``restore_s``, ``replay_s``, ``wait_s``, and ``total_s``, their sum
+                 ``place_s``, ``restore_s``, ``replay_s``, ``wait_s``, and ``total_s``, their sum; of those, null where
+                 not known, ``teardown_s`` (of decide), ``device_s``, ``communicators_s``, ``engine_s`` and ``state_s``
+                 (of restore)
 ``predicted``    the planner's numbers (:mod:`launcher.forecast`), or ``why`` there are none
 ``measured``     the same of what happened
 ``attempts``     with ``errors``: what the ranks died of, equal errors grouped (:mod:`launcher.rank_errors`)
@@ -32,7 +34,7 @@ from typing import Any
 from jobs.checkpoint import list_checkpoints
 from jobs.paths import RunPaths
 from launcher import clocks, forecast, progress, rank_errors, skips, stopping
-from launcher.account import INCIDENT_CLASSES, Incident
+from launcher.account import INCIDENT_CLASSES, PARTS, Incident
 from launcher.ledger import account
 from launcher.lock import holder_alive, newest_epoch
 from launcher.request import LaunchRequest
@@ -202,9 +204,10 @@ def _losses(store: RunStore, last: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _incident(one: Incident) -> dict[str, Any]:
-    """Seconds by class as ``detect_s`` to ``wait_s``, and ``total_s``."""
+    """Seconds by class as ``detect_s`` to ``wait_s``, and ``total_s``; their parts as ``teardown_s`` to ``state_s``."""
     plain = {name: getattr(one, name) for name in _INCIDENT_FIELDS}
-    return {**plain, **{f"{name}_s": one.seconds[name] for name in INCIDENT_CLASSES}, "total_s": one.total_s}
+    classes = {f"{name}_s": one.seconds[name] for name in INCIDENT_CLASSES}
+    return {**plain, **classes, "total_s": one.total_s, **{f"{part}_s": one.parts.get(part) for part in PARTS}}
 
 
 def _attempt(attempt: Attempt, paths: RunPaths) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.account import CLASSES, INCIDENT_CLASSES, Account
+from launcher.account import CLASSES, INCIDENT_CLASSES, PARTS, Account
 from launcher.forecast import KEYS, PHASES, measured
 from launcher.run import Run, RunState
 
@@ -124,12 +124,17 @@ def _accounts(books: Account) -> list[Metric]:
     # Gauges: a step in progress counts as productive, and becomes lost work when it fails.
     wall = {name: books.seconds[name] for name in CLASSES}
     cost = {name: sum(one.seconds[name] for one in books.incidents) for name in INCIDENT_CLASSES}
+    parts = [
+        ({"class": name, "part": part}, sum(one.parts.get(part, 0.0) for one in books.incidents))
+        for part, name in PARTS.items()
+    ]
     stalls = {"memory": books.memory_s, "disk": books.disk_stall_s}
     return [
         _one("goodput_ratio", "Share of the wall time that was productive.", books.goodput),
         _by("seconds", "Wall time by class; the classes sum to it.", "class", wall),
         _by("stall_seconds", "Of the class checkpoint_stall, by tier.", "tier", stalls),
         _by("incident_seconds", "What failures have cost, by class.", "class", cost),
+        Metric(name="incident_part_seconds", kind="gauge", text="Of incident_seconds, by part.", samples=parts),
         _by("failures_total", "Failures by kind.", "kind", failures, "counter"),
         _by("restarts_total", "Failures after which the ranks trained again, by kind.", "kind", again, "counter"),
     ]

@@ -20,6 +20,8 @@ from launcher.run import EventKind
 from strategies.plan import ParallelPlan
 from strategies.topology import Topology
 
+_BUILT: Mapping[str, Callable[[float, float], float]] = {"device_s": max, "communicators_s": min, "engine_s": max}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Note:
@@ -62,6 +64,8 @@ class GangState:
         copies_every: Steps between two copies in memory, 0 for none, as a rank has told last; None while none has.
         restored: What ranks have read back: ``restored_s`` of the slowest, ``restored_bytes`` of all (from disk each
             byte once, whoever needs it; from memory as often as there are ranks that need it); may be empty.
+        built: How long ranks took to build their engines, by part (:mod:`jobs.build_time`), as far as told: the most
+            of any, but the least that any took to meet the others, for the rest of that is waiting for who came last.
         training: The first step has begun.
         leaving: Why the next attempt will be made (``grow``, ``move``), once the ranks were asked to leave.
         leave_after: After this step, if not at an earlier checkpoint; 0 for none.
@@ -88,6 +92,7 @@ class GangState:
     last_step: int = 0
     copies_every: int | None = None
     restored: dict[str, float] = field(default_factory=dict)
+    built: dict[str, float] = field(default_factory=dict)
     training: bool = False
     leaving: str = ""
     leave_after: int = 0
@@ -248,6 +253,8 @@ class GangState:
             return [Note(kind=EventKind.CHECKPOINT_FAILED, data=known)]
         elif kind == "error":
             self.errors[rank] = data
+        elif kind == "built":
+            self._note_built(data)
         elif kind == "restored":
             self._note_restored(data)
         elif kind == "blow_up":
@@ -272,7 +279,14 @@ class GangState:
         if self.training:
             return []
         self.training = True
-        return [Note(kind=EventKind.TRAINING_STARTED, data={"step": step, **self.restored})]
+        return [Note(kind=EventKind.TRAINING_STARTED, data={"step": step, **self.built, **self.restored})]
+
+    def _note_built(self, data: Mapping[str, Any]) -> None:
+        """Of the slowest rank each. Ranks meet when the slowest comes, so its own meeting is the one without a wait."""
+        for name, of_all in _BUILT.items():
+            if name in data:
+                seconds = float(data[name])
+                self.built[name] = of_all(self.built.get(name, seconds), seconds)
 
     def _note_restored(self, data: Mapping[str, Any]) -> None:
         """Once per rank and attempt, as a report of a rank is: ranks say it before rank 0 says that training begins."""

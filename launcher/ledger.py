@@ -3,7 +3,9 @@
 The classes sum to the wall time, whatever the clocks do: time never goes back here, and what the log knows of the clock
 of rank 0's node is taken off the times of its steps. Detect to wait are also kept for
 each incident; what belongs to none (growing back, a person's resume) is the rest. A failure during a recovery is an
-incident of its own, and work that is done again belongs to the incident that lost it last.
+incident of its own, and work that is done again belongs to the incident that lost it last. The parts of an incident
+are named when what they are of is over: the end of the old ranks at its event, and what ranks have told of their start
+when they train.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from launcher.clocks import Offset
 from launcher.run import EventKind, RunEvent
 
 _ENDS = (EventKind.RUN_SUCCEEDED, EventKind.RUN_FAILED, EventKind.RUN_CANCELLED)
+_TOLD = {"device": "device_s", "communicators": "communicators_s", "engine": "engine_s", "state": "restored_s"}
 _WHILE_TRAINING = (
     EventKind.CHECKPOINT_COMMITTED,
     EventKind.CHECKPOINT_FAILED,
@@ -214,6 +217,14 @@ class Book:
             self._turn("wait")
         self._charge(event.time)
 
+    def _charge_teardown(self, until: float) -> None:
+        """What has passed, in which old ranks were not gone, as far as the attempt has had no recorded end."""
+        incident = self._open
+        before = incident.seconds["decide"] if incident is not None else 0.0
+        self._charge(until)
+        if incident is not None and self._unfinished:
+            incident.name_parts("decide", {"teardown": incident.seconds["decide"] - before})
+
     def _turn(self, name: str) -> None:
         """The class of what follows."""
         self._class, self.training, self._owed = name, 0, 0.0
@@ -254,12 +265,15 @@ class Book:
         self._turn("productive")
         self.training = event.attempt
         if self._open is not None:
+            data = event.data
+            told = {part: float(data[field]) for part, field in _TOLD.items() if data.get(field) is not None}
+            self._open.name_parts("restore", told)
             self._open.recovered, self._open = True, None
 
     def _on_failure(self, event: RunEvent) -> None:
         self._note_last_step(event)
         if self._loser is not None:  # more of what is known already: a new controller found the recovery half done
-            self._charge(event.time)
+            self._charge_teardown(event.time)
             self._turn("decide")
             return
         failed_at = float(event.data.get("failed_at") or event.time)
@@ -295,15 +309,15 @@ class Book:
     def _on_stopped(self, event: RunEvent) -> None:
         data = event.data
         self._note_last_step(event)
-        self._unfinished = False
         if data.get("failure", "?"):
-            self._charge(event.time)
+            self._charge_teardown(event.time)
             self._turn("decide")
             if self._loser is not None:
                 self._judge(self._loser, data)
         else:  # with no failure there is nothing to decide: the ranks have left as they were asked to
             self._charge(event.time, tail="decide")
             self._turn("place")
+        self._unfinished = False
 
     def _judge(self, incident: Incident, data: Mapping[str, Any]) -> None:
         """All evidence is in."""

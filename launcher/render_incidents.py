@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from launcher.account import INCIDENT_CLASSES
+from launcher.account import INCIDENT_CLASSES, PARTS
 from launcher.forecast import KEYS, without_numbers
 from launcher.rank_errors import spans
 from launcher.render import moment, node_name, plural, shorten_ids, table
@@ -28,7 +28,7 @@ _UNLIKE = ("goodput", "restore_s")  # of a restore only a part is predicted
 
 
 def incidents_table(incidents: Sequence[Mapping[str, Any]], *, live: bool) -> str:
-    """One line per incident: what failed, seconds by class, steps lost; the newest last.
+    """One line per incident: what failed, seconds by class, steps lost; the newest last. Below, parts of the seconds.
 
     Args:
         incidents: As in the status document.
@@ -51,7 +51,22 @@ def incidents_table(incidents: Sequence[Mapping[str, Any]], *, live: bool) -> st
         )
     text = table(header, rows, right=(0, *range(3, 11)))
     left = len(incidents) - _SHOWN
-    return f"incidents, seconds by class{f' (the newest {_SHOWN} of {len(incidents)})' if left > 0 else ''}:\n{text}"
+    newest = f" (the newest {_SHOWN} of {len(incidents)})" if left > 0 else ""
+    return f"incidents, seconds by class{newest}:\n{text}{_parts(incidents[-_SHOWN:])}"
+
+
+def _parts(incidents: Sequence[Mapping[str, Any]]) -> str:
+    """Of decide and restore, seconds that have a name of their own; "" where none has."""
+    known = [one for one in incidents if any(one[f"{part}_s"] is not None for part in PARTS)]
+    if not known:
+        return ""
+    header = ("#", "DECIDE: TEARDOWN", "RESTORE: DEVICE", "COMMUNICATORS", "ENGINE", "STATE", "REST")
+    rows: list[tuple[object, ...]] = []
+    for one in known:
+        named = [one[f"{part}_s"] or 0.0 for part in PARTS]
+        rest = one["restore_s"] - sum(of for of, name in zip(named, PARTS.values(), strict=True) if name == "restore")
+        rows.append((one["number"], *(_short(seconds) for seconds in (*named, rest))))
+    return "\nof which:\n" + table(header, rows, right=tuple(range(7)))
 
 
 def _what(one: Mapping[str, Any]) -> str:

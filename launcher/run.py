@@ -52,7 +52,8 @@ class EventKind(enum.StrEnum):
     ATTEMPT_PLANNED = "attempt_planned"
     FENCE_LAID = "fence_laid"  # reason: the attempt was planned unfenced
     RANKS_SPAWNED = "ranks_spawned"  # pids: number of ranks
-    TRAINING_STARTED = "training_started"  # step, restored_s (slowest rank) and restored_bytes, as far as reported
+    # step, restored_bytes; of the slowest rank device_s, communicators_s, engine_s, restored_s; all as far as reported
+    TRAINING_STARTED = "training_started"
     CHECKPOINT_COMMITTED = "checkpoint_committed"  # step, path, bytes, written_bytes, stall_s
     CHECKPOINT_FAILED = "checkpoint_failed"  # step, reason, stall_s, told (UTC seconds): training goes on
     CHECKPOINT_REJECTED = "checkpoint_rejected"  # path, reason, absent: it was looked at, not read

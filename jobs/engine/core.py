@@ -16,6 +16,7 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from torch import nn
 
 from jobs import disks, distributed
+from jobs.build_time import BuildTime
 from jobs.engine import assembly, async_io, process
 from jobs.engine.norm import ExpertNorm, keep_precision
 from jobs.models.packing import Documents
@@ -58,6 +59,7 @@ class Engine:
         plan: The plan.
         own_time: Sees what this rank waits for others.
         router_log: Sees what routers do; None without experts.
+        built: How many seconds it took to build it, by part (:mod:`jobs.build_time`).
     """
 
     def __init__(self, parts: assembly.Assembled, job: JobSpec, own_time: OwnTime) -> None:
@@ -66,6 +68,7 @@ class Engine:
         self.plan = job.plan
         self._job = job
         self.own_time = own_time
+        self.built: dict[str, float] = {}
         self.router_log = parts.router_log
         self._loss = parts.loss
         self._scale = getattr(ds.optimizer, "loss_scale_config", None)  # of the optimizer that reports scaled norms
@@ -92,12 +95,16 @@ class Engine:
             PlanInfeasible: The plan uses an axis or a schedule that is modelled only.
             StorageError: It cannot be kept there.
         """
+        took = BuildTime()
         assembly.refuse_modelled_only(job.plan)
         if disks.on_disks(job.plan):
             async_io.load()
             job = disks.placed(job, env)
-        own_time = process.join(env, deterministic=job.train.deterministic)
-        return cls(assembly.assemble(job), job, own_time)
+        own_time = process.join(env, deterministic=job.train.deterministic, took=took)
+        with took.watching(lazy=process.connects_late()):
+            engine = cls(assembly.assemble(job), job, own_time)
+        engine.built = took.end()
+        return engine
 
     @property
     def device(self) -> torch.device:

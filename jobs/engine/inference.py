@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from jobs.build_time import BuildTime
 from jobs.checkpoint.gang import agree
+from jobs.distributed import Grid
 from jobs.engine import assembly, process
 from jobs.forward import Forward
 from jobs.models.packing import Documents
@@ -15,8 +17,21 @@ from strategies.errors import ConfigError, StorageError
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def join(job: JobSpec, env: RankEnv) -> Forward:
-    """Join the gang and read this rank's part of the model. Collective.
+def join(job: JobSpec, env: RankEnv, took: BuildTime) -> Grid:
+    """Join the gang. Collective.
+
+    Args:
+        job: What it computes.
+        env: This rank.
+        took: Learns how long it took.
+    """
+    process.join(env, deterministic=job.train.deterministic, took=took)
+    with took.watching(lazy=process.connects_late()):
+        return assembly.grid_of(job.plan)
+
+
+def load(job: JobSpec, env: RankEnv, grid: Grid) -> Forward:
+    """Read this rank's part of the model. Collective.
 
     Raises:
         ConfigError: The weights are not those of the model.
@@ -26,8 +41,6 @@ def join(job: JobSpec, env: RankEnv) -> Forward:
     asked = job.inference
     assert job.initial is not None, "the configuration was checked"
     assert asked is not None, "it is a job that only computes"
-    process.join(env, deterministic=job.train.deterministic)
-    grid = assembly.grid_of(job.plan)
     error: Exception | None = None
     try:
         verify(job.initial, env.rank, env.world_size)

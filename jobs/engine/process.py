@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import warnings
+from typing import Any
 
 import deepspeed
 
@@ -25,16 +26,18 @@ import torch.utils.cpp_extension
 from deepspeed.accelerator import get_accelerator
 
 from jobs import distributed
+from jobs.build_time import BuildTime
 from jobs.own_time import OwnTime
 from jobs.spec import RankEnv
 
 
-def join(env: RankEnv, *, deterministic: bool) -> OwnTime:
+def join(env: RankEnv, *, deterministic: bool, took: BuildTime | None = None) -> OwnTime:
     """Meet the other ranks, with DeepSpeed ready to make engines. Collective.
 
     Args:
         env: This rank.
         deterministic: Refuse kernels whose result depends on scheduling.
+        took: Learns how long it took.
 
     Returns:
         What sees how long this rank waits for others.
@@ -42,12 +45,15 @@ def join(env: RankEnv, *, deterministic: bool) -> OwnTime:
     distributed.set_threads()
     _quiet()
     _make_deterministic(deterministic)
+    took = took or BuildTime()
     accelerator = get_accelerator()
-    accelerator.set_device(env.local_rank)
+    with took.taking_device():
+        _take_device(accelerator, env.local_rank)
     # Compiled on first use, about a minute, and a rank killed meanwhile leaves a lock that hangs every later start
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # assigned: a look at the original probes ops
     os.environ["LOCAL_RANK"] = str(env.local_rank)  # DeepSpeed reads it in several places
-    distributed.init_process_group(env, accelerator.communication_backend_name())
+    with took.meeting():
+        distributed.init_process_group(env, accelerator.communication_backend_name())
     immediate = accelerator.is_synchronized_device()
     own_time = OwnTime(
         None if immediate else lambda: accelerator.Event(enable_timing=True),
@@ -57,6 +63,18 @@ def join(env: RankEnv, *, deterministic: bool) -> OwnTime:
     with silence():
         deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     return own_time
+
+
+def _take_device(accelerator: Any, local_rank: int) -> None:
+    """Its context is made here, not by whatever happens to use it first."""
+    accelerator.set_device(local_rank)
+    torch.empty(1, device=accelerator.current_device_name())
+    accelerator.synchronize()
+
+
+def connects_late() -> bool:
+    """Whether process groups of this device are connected by their first collective only (NCCL; gloo does at once)."""
+    return not get_accelerator().is_synchronized_device()
 
 
 def silence() -> contextlib.AbstractContextManager[object]:

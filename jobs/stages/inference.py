@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jobs import distributed
+from jobs.build_time import BuildTime
 from jobs.checkpoint.errors import storage_error
 from jobs.checkpoint.gang import agree, gather
 from jobs.checkpoint.layout import sync_dir, write_durably
-from jobs.engine.inference import join
+from jobs.engine.inference import join, load
 from jobs.forward import Forward
 from jobs.hooks import Hooks
 from jobs.inference import results
@@ -109,8 +110,11 @@ def run(*, job: JobSpec, env: RankEnv, reporter: Reporter, hooks: Hooks, counter
         ConfigError: The weights are another model's.
         StorageError: The weights, the rows or the run directory cannot be read or written.
     """
+    took = BuildTime()
+    grid = join(job, env, took)
+    reporter.send("built", **took.end())
     begin = time.perf_counter()
-    forward = join(job, env)
+    forward = load(job, env, grid)
     task: Task = (Evaluation if job.kind == "evaluate" else Generation)(forward, job)
     loop = _Loop(job, env, forward, task)
     done = loop.restore()

@@ -155,3 +155,18 @@ def test_what_is_modelled_only_is_refused(pool: WarmPool, degrees: dict[str, Any
     job = make_job(TINY, make_plan(TINY, BATCH, **degrees), global_batch=BATCH)
     (answer,) = pool.run("tests.support.gang_bodies:refusal", world_size=1, arguments={"job": to_json(job)})
     assert f"{next(iter(degrees))} is {next(iter(degrees.values()))}" in answer
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("degrees", [{"dp": 2, "zero_stage": 1}, {"pp": 2}], ids=str)
+def test_ranks_know_how_long_their_engine_took_by_part(pool: WarmPool, degrees: dict[str, Any], late: bool) -> None:
+    """DeepSpeed makes the groups, and talks in them: all of it is seen, once."""
+    job = make_job(TINY, make_plan(TINY, BATCH, **degrees), global_batch=BATCH)
+    arguments = {"job": to_json(job), "late": late, "seconds": 0.1}
+    for rank in pool.run("tests.support.gang_bodies:built_slowly", world_size=2, arguments=arguments, timeout_s=60):
+        built = rank["built"]
+        meetings = rank["made"] + (rank["groups"] if late else 0)
+        assert (rank["made"] > 0, rank["calls"] > rank["groups"] > 0) == (True, True)
+        assert built["device_s"] > 0
+        assert built["communicators_s"] >= 0.1 * meetings
+        assert built["engine_s"] >= 0.1 * (rank["calls"] - (rank["groups"] if late else 0))

@@ -103,6 +103,13 @@ def test_four_ranks_find_what_one_finds_and_goes_on_after_a_fault(pool: WarmPool
     assert four["text"]["loss"] == pytest.approx(one["text"]["loss"], rel=1e-6)
     assert four["choices"] == one["choices"]
     assert one["choices"]["questions"] == 4
+    told = [json.loads(line) for line in (paths.attempt(2) / "reports-0.jsonl").read_text().splitlines()]
+    started, built, restored = told[:3]
+    assert [report["kind"] for report in told[:3]] == ["started", "built", "restored"]
+    parts = [built[name] for name in ("device_s", "communicators_s", "engine_s")]
+    assert all(seconds > 0 for seconds in (*parts, restored["seconds"]))
+    assert sum(parts) <= built["time"] - started["time"]
+    assert restored["seconds"] <= restored["time"] - built["time"] + 1e-3, "nothing is counted twice"
     steps = [json.loads(line)["step"] for line in paths.metrics.read_text().splitlines()]
     assert steps == list(range(1, job.train.steps + 1))  # none twice
     assert one["text"] == pytest.approx(one["text"] | _by_transformers(folder, job))

@@ -129,6 +129,7 @@ def assert_accounted_for(run: RunStore, failures: int) -> None:
     assert sum(one["steps_lost"] for one in incidents) == document["steps_lost"]
     for name in INCIDENT_CLASSES:
         assert sum(one[f"{name}_s"] for one in incidents) == pytest.approx(books[name], abs=1e-6)
+    cli.assert_parts_named(run, document)
     assert document["measured"]["restart_s"] > 0
     assert document["predicted"]["step_s"] > 0
     stalls = document["stalls"]

@@ -131,13 +131,24 @@ def test_an_undisturbed_run_tells_everything(undisturbed: Run) -> None:
     assert all(line["attempt"] == 1 and line["tokens_per_s"] > 0 for line in lines)
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert undisturbed.kinds() == [
-        "started", "training", *["step", "step", "checkpoint", "step"] * 3, "done",
+        "started", "built", "training", *["step", "step", "checkpoint", "step"] * 3, "done",
     ]  # fmt: skip
-    assert undisturbed.kinds(rank=3) == ["started", "training", *["step"] * 9, "done"], "six, and after three saves"
+    assert undisturbed.kinds(rank=3) == ["started", "built", "training", *["step"] * 9, "done"], (
+        "six, and after three saves"
+    )
     assert undisturbed.final()["step"] == undisturbed.newest_step() == 6
     assert len(undisturbed.final()["weights_digest"]) == 64
     assert undisturbed.paths.sample.read_text().startswith("def ")
     assert len(list(undisturbed.paths.checkpoint_dir.glob("*/*.manifest.json"))) == 2, "older ones are pruned"
+
+
+def test_every_rank_tells_how_long_it_took_to_build_its_engine(undisturbed: Run) -> None:
+    for rank in range(WORLD):
+        started, built = undisturbed.reports(rank)[:2]
+        parts = {name: seconds for name, seconds in built.items() if name not in ("kind", "time")}
+        assert set(parts) == {"device_s", "communicators_s", "engine_s"}
+        assert all(seconds > 0 for seconds in parts.values())
+        assert sum(parts.values()) <= built["time"] - started["time"]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +172,7 @@ def test_a_killed_run_ends_bit_identical(
     if restored:
         assert run.newest_step() == restored
     run.resume()
-    assert run.kinds()[:3] == ["started", *["restored"] * bool(restored), "training", "step"][:3]
+    assert run.kinds()[:4] == ["started", "built", *["restored"] * bool(restored), "training", "step"][:4]
     assert [line["step"] for line in run.lines() if line["attempt"] == 2] == list(range(restored + 1, 7))
     assert run.curve() == undisturbed.curve()
     assert run.final()["weights_digest"] == undisturbed.final()["weights_digest"]
@@ -200,7 +211,7 @@ def test_a_finished_run_only_ends_again(start: Callable[..., Run], undisturbed: 
     run._attempt = 1
     run.resume()
     assert run.lines() == undisturbed.lines()
-    assert run.kinds() == ["started", "restored", "done"]
+    assert run.kinds() == ["started", "built", "restored", "done"]
     assert run.final()["weights_digest"] == undisturbed.final()["weights_digest"]
 
 

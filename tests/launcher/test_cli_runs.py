@@ -105,6 +105,7 @@ def test_status_json_has_the_promised_fields(tmp_path: Path, invoke: Invoke) -> 
     assert set(document["incidents"][0]) == {
         *("number", "attempt", "kind", "cause", "node", "rank", "at", "step", "steps_lost", "action", "recovered"),
         *("detect_s", "decide_s", "place_s", "restore_s", "replay_s", "wait_s", "total_s"),
+        *("teardown_s", "device_s", "communicators_s", "engine_s", "state_s"),
     }
 
 

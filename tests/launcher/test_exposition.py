@@ -16,7 +16,7 @@ from launcher.meter import Meter, metering
 from launcher.run import EventKind
 from launcher.store import append_line
 from tests.support.golden import assert_golden
-from tests.support.runs import T0, add_steps, begin_attempt, failed_run, make_run, put, recovered_run
+from tests.support.runs import BUILT, T0, add_steps, begin_attempt, failed_run, make_run, put, recovered_run
 
 SAMPLE = re.compile(r'^phalanx_[a-z_]+\{run="[^"]*"(,[a-z]+="[^"]*")*\} (-?[0-9.e+-]+|NaN|[+-]Inf)$')
 
@@ -36,6 +36,16 @@ def test_of_a_recovered_run(tmp_path: Path) -> None:
     found = samples(text)
     classes = [value for name, value in found.items() if name.startswith("phalanx_seconds")]
     assert sum(classes) == pytest.approx(31.0)
+    parts = {name: value for name, value in found.items() if name.startswith("phalanx_incident_part_seconds")}
+    assert parts == pytest.approx(
+        {
+            'phalanx_incident_part_seconds{class="decide",part="teardown"}': 0.5,
+            'phalanx_incident_part_seconds{class="restore",part="device"}': BUILT["device_s"],
+            'phalanx_incident_part_seconds{class="restore",part="communicators"}': BUILT["communicators_s"],
+            'phalanx_incident_part_seconds{class="restore",part="engine"}': BUILT["engine_s"],
+            'phalanx_incident_part_seconds{class="restore",part="state"}': BUILT["restored_s"],
+        }
+    )
     assert found['phalanx_restarts_total{kind="node_lost"}'] == 1
     assert found["phalanx_nodes_up"] == 1
 

@@ -10,7 +10,7 @@ import pytest
 
 from jobs.checkpoint.exchange import Traffic
 from launcher import forecast, rank_errors
-from launcher.account import INCIDENT_CLASSES
+from launcher.account import INCIDENT_CLASSES, PARTS
 from launcher.describe import describe
 from launcher.gang import Observation
 from launcher.gang_state import GangState
@@ -26,7 +26,7 @@ from strategies.saving import Saving
 from strategies.workload import Workload
 from tests.support.golden import assert_golden
 from tests.support.jobspecs import GPT, make_plan
-from tests.support.runs import T0, add_steps, begin_attempt, make_run, put, recovered_run
+from tests.support.runs import BUILT, T0, add_steps, begin_attempt, make_run, put, recovered_run
 
 
 def failure(rank: int, detail: str, kind: FailureKind = FailureKind.RANK_ERROR, node: str = "") -> Failure:
@@ -87,6 +87,13 @@ def test_document_of_a_run_with_an_incident(tmp_path: Path) -> None:
     (one,) = document["incidents"]
     assert sum(one[f"{name}_s"] for name in INCIDENT_CLASSES) == pytest.approx(one["total_s"])
     assert (one["kind"], one["node"], one["steps_lost"], one["action"]) == ("node_lost", "c", 2, "restart")
+    assert one["teardown_s"] == pytest.approx(0.5)
+    assert {f"{part}_s": one[f"{part}_s"] for part, inside in PARTS.items() if inside == "restore"} == {
+        "device_s": BUILT["device_s"],
+        "communicators_s": BUILT["communicators_s"],
+        "engine_s": BUILT["engine_s"],
+        "state_s": BUILT["restored_s"],
+    }
     assert document["goodput"] == pytest.approx(document["ledger"]["productive"] / document["ledger"]["wall"])
     measured = document["measured"]
     assert set(forecast.KEYS) == set(measured)
@@ -163,18 +170,21 @@ def test_a_bad_night(tmp_path: Path) -> None:
     put(store, 20.0, EventKind.ATTEMPT_PLANNED, attempt=2, plan={}, nodes=nodes, resume_from="x", **AGAIN)
     fail(store, 2, 21.0, {"kind": "node_lost", "rank": -1, "node": "node-c", "detail": "node node-c was lost"})
     put(store, 24.0, EventKind.WAITING_FOR_NODES, attempt=2, have=3, need=4, why="the cluster is small")
-    begin_attempt(store, 3, 600.0, nodes=nodes, step=11, reason="restart")
+    begin_attempt(store, 3, 600.0, nodes=nodes, step=11, reason="restart", **BUILT)
     add_steps(store, 3, 11, 18, 602.0)
     fail(store, 3, 610.5, {"kind": "rank_error", "rank": 5, "node": "node-d", "detail": "rank 5 on node-d: no"}, 5.0)
     errors = [failure(rank, "failed at step 19: RuntimeError: no", node="node-d") for rank in (4, 5, 6, 7)]
     rank_errors.keep(store.paths, 3, errors)
     ControllerLock.acquire(store.paths)
     document = describe(store, T0 + 613.0)
+    hang, lost, error = document["incidents"]
+    assert (lost["state_s"], lost["teardown_s"]) == (BUILT["restored_s"], 0.5)
+    assert [one[f"{part}_s"] for one in (hang, error) for part in PARTS] == [0.5, None, None, None, None] * 2
     books = account(store.events(), store.metrics(), T0 + 613.0)
     assert sum(one["total_s"] for one in document["incidents"]) + sum(books.rest.values()) == pytest.approx(613.0)
     shown = run_text({**document, "attempts": document["attempts"][-1:], "ranks": []})
     assert_golden("bad-night.txt", shown.replace(str(tmp_path), "RUNS"))
-    assert len(incidents_table(document["incidents"] * 9, live=True).splitlines()) == 2 + 12
+    assert len(incidents_table(document["incidents"] * 9, live=True).splitlines()) == 2 * (2 + 12)
     assert "(the newest 12 of 27)" in incidents_table(document["incidents"] * 9, live=True)
 
 
@@ -196,6 +206,45 @@ def fail(store: RunStore, attempt: int, at: float, what: dict[str, Any], delay_s
     verdict = {"cause": what["detail"], "failure": what["kind"], "node": what["node"], "rank": what["rank"]}
     put(store, at + 1.5, EventKind.GANG_STOPPED, attempt=attempt, signature="", **verdict)
     put(store, at + 1.5, EventKind.DECISION, attempt=attempt, action="restart", reason="", delay_s=delay_s)
+
+
+def test_parts_are_shown_where_any_is_known() -> None:
+    whole = {"number": 1, "at": T0, "kind": "hang", "rank": 1, "node": "", "total_s": 3.5, "steps_lost": 0}
+    one = whole | {"recovered": True, "action": "restart"} | dict.fromkeys((f"{n}_s" for n in INCIDENT_CLASSES), 0.5)
+    silent = one | {f"{part}_s": None for part in PARTS}
+    assert "of which" not in incidents_table([silent], live=False)
+    told = silent | {"number": 2, "teardown_s": 0.25, "device_s": 0.125}
+    assert incidents_table([silent, told], live=False).splitlines()[-2:] == [
+        "#  DECIDE: TEARDOWN  RESTORE: DEVICE  COMMUNICATORS  ENGINE  STATE  REST",
+        "2              0.25             0.12              -       -      -  0.38",
+    ]
+
+
+def began(*reports: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is on record of how training began, after some reports of two ranks."""
+    plan = make_plan(dataclasses.replace(GPT, layers=2), 2)
+    state = GangState(attempt=1, plan=plan, placement={"a": [0, 1]}, spawned={"a": {0: 10, 1: 11}})
+    start = {"kind": "training", "rank": 0, "step": 4}
+    said = [Observation(node="a", kind="report", time=1.0, data={"attempt": 1} | data) for data in (*reports, start)]
+    return [dict(note.data) for one in said for note in state.observe(one) if not isinstance(note, Failure)]
+
+
+def test_how_long_the_slowest_rank_built_is_told_once_training_begins() -> None:
+    """The wait of the others for the rank that came last is no meeting, and is not counted twice."""
+    quick = {"kind": "built", "rank": 0, "device_s": 0.25, "communicators_s": 4.5, "engine_s": 1.0}
+    last = {"kind": "built", "rank": 1, "device_s": 4.25, "communicators_s": 0.5, "engine_s": 1.5}
+    expected = {"step": 4, "device_s": 4.25, "communicators_s": 0.5, "engine_s": 1.5}
+    assert began(quick, last) == began(last, quick) == [expected]
+    assert began(quick, last, quick, last) == [expected], "an agent tells a new controller all of it again"
+
+
+def test_ranks_that_tell_nothing_of_their_engines_train_all_the_same() -> None:
+    assert began() == [{"step": 4}]
+    assert began({"kind": "built", "rank": 1}) == [{"step": 4}]
+    one = {"kind": "built", "rank": 1, "device_s": 0.5, "communicators_s": 0.25}
+    assert began(one) == [{"step": 4, "device_s": 0.5, "communicators_s": 0.25}]
+    late = {"kind": "built", "rank": 1, "attempt": 2, "device_s": 9.0}
+    assert began(late) == [{"step": 4}], "it is of another attempt"
 
 
 def test_how_long_the_slowest_rank_read_is_told_once_training_begins() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.account import INCIDENT_CLASSES, PARTS
 from launcher.run import EventKind
 from launcher.store import RunStore
 
@@ -185,3 +186,23 @@ def slow_step_s(run: RunStore) -> float:
 def kinds(run: RunStore) -> Sequence[str]:
     """Kinds of the run's events, in order."""
     return [event.kind.value for event in run.events()]
+
+
+def assert_parts_named(run: RunStore, document: Mapping[str, Any]) -> None:
+    """Of every incident: how long the old ranks took to go, and what the new ones did until they trained.
+
+    Args:
+        run: One that has recovered from all that befell it.
+        document: What ``status --json`` says of it.
+    """
+    told = run.paths.exposition.read_text()
+    for part, name in PARTS.items():
+        assert f'phalanx_incident_part_seconds{{run="{run.name}",class="{name}",part="{part}"}}' in told
+    for one in document["incidents"]:
+        known = {part: one[f"{part}_s"] for part in PARTS}
+        if not document["attempts"][one["attempt"]]["resume_from"]:  # of the attempt that followed
+            assert known.pop("state") is None, "there was nothing to read"
+        assert all(seconds > 0 for seconds in known.values()), known
+        for name in INCIDENT_CLASSES:
+            named = [seconds for part, seconds in known.items() if PARTS[part] == name]
+            assert not named or sum(named) <= one[f"{name}_s"] + 1e-6, known

@@ -14,6 +14,7 @@ from launcher.store import RunStore, append_line, dump
 from strategies.codec import to_json
 
 T0 = 1_750_000_000.0
+BUILT = {"device_s": 0.25, "communicators_s": 0.375, "engine_s": 0.125, "restored_s": 0.0625}
 WORDS = ["experiment=quickstart", "tracking=none", "train.steps=20", "faults=[node_kill@node=2,step=13]"]
 
 
@@ -39,14 +40,16 @@ def put(store: RunStore, after_s: float, kind: EventKind, *, epoch: int = 1, att
     append_line(store.paths.events, json.dumps(to_json(event)).encode() + b"\n")
 
 
-def begin_attempt(store: RunStore, number: int, at: float, *, nodes: list[str], step: int, reason: str) -> None:
+def begin_attempt(
+    store: RunStore, number: int, at: float, *, nodes: list[str], step: int, reason: str, **built: Any
+) -> None:
     """An attempt from its plan to its first step."""
     plan = store.request().job.plan
     source = str(store.paths.checkpoints / f"step-{step - 1:08d}" / "x.manifest.json") if step > 1 else ""
     data: dict[str, Any] = {"plan": plan, "nodes": nodes, "resume_from": source, "first_step": step, "reason": reason}
     put(store, at, EventKind.ATTEMPT_PLANNED, attempt=number, **data)
     put(store, at + 1, EventKind.RANKS_SPAWNED, attempt=number, ranks=8, resume_from=source)
-    put(store, at + 2, EventKind.TRAINING_STARTED, attempt=number, step=step)
+    put(store, at + 2, EventKind.TRAINING_STARTED, attempt=number, step=step, **built)
     rows = [{"rank": r, "node": nodes[r // 2], "pid": 100 + r, "coordinates": to_json(None)} for r in range(8)]
     store.paths.attempt(number).mkdir(parents=True)
     store.paths.ranks(number).write_bytes(dump(rows))
@@ -88,7 +91,7 @@ def recovered_run(parent: Path, name: str = "demo") -> RunStore:
     add_steps(store, 1, 1, 12, 4.0)
     put(store, 14.0, EventKind.CHECKPOINT_COMMITTED, attempt=1, step=10, path="x", bytes=1, stall_s=0.2)
     fail(store, 16.5)
-    begin_attempt(store, 2, 18.5, nodes=["a", "b", "e", "d"], step=11, reason="restart")
+    begin_attempt(store, 2, 18.5, nodes=["a", "b", "e", "d"], step=11, reason="restart", **BUILT)
     add_steps(store, 2, 11, 20, 20.5)
     put(store, 31.0, EventKind.RUN_SUCCEEDED, attempt=2, step=20, weights_digest="d" * 16)
     store.paths.sample.write_text("def main():\n    pass\n")
