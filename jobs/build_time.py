@@ -106,6 +106,7 @@ class BuildTime:
 
 
 def _group_of(*values: Any) -> str:
-    """Name of the group that a call is for; "" for that of all ranks, which need not be named."""
+    """Name of the group that a call is for; "" for that of all ranks, which need not be named, and where it is hidden
+    in the operations of a batch."""
     group = next((value for value in values if isinstance(value, dist.ProcessGroup)), None)
     return "" if group is None or group is dist.group.WORLD else str(group.group_name)

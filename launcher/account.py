@@ -19,7 +19,7 @@ Of two classes an incident names parts, as far as they are known. They change no
 theirs; what is left of a restore is ranks that start and whatever nobody has measured.
 
 =================  ====================================================================================
-teardown           of decide: until the last old rank is gone, which a driver may hold up
+teardown           of decide: until the last old rank is gone, which a driver may hold up, or was found to be
 device             of restore: taking the devices (:mod:`jobs.build_time`), as the slowest rank has told
 communicators      of restore: rendezvous, process groups, NCCL, as told by the rank that waited least for others
 engine             of restore: the rest of building the engine, as the slowest rank has told

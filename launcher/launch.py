@@ -220,7 +220,7 @@ def _control(
             raise ResumeRefused(
                 f"'{store.name}' has ended: its run directory was moved, deleted or unmounted while it lived.",
                 why=f"what is in {store.paths.root} now is not of this run",
-                hint="phalanx resume goes on with it where its directory is now.",
+                hint="Bring it back, or phalanx resume RUN --moved goes on where it is now.",
             ) from error
         raise ResumeRefused(
             f"Another controller has taken over '{store.name}'.", hint=f"Follow it: phalanx logs {store.name} -f"

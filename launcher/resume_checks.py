@@ -6,6 +6,8 @@ The ranks would find out too, but only after a gang was started for it. Here not
 from __future__ import annotations
 
 import contextlib
+import os
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,9 +53,9 @@ def check(
         raise ResumeRefused(
             f"The run directory is called '{store.name}', and the run in it '{request.run_name}'.",
             why="the name is the run's identity",
-            hint=f"Give it back its name: mv {store.paths.root} {store.paths.root.with_name(request.run_name)}",
+            hint=_name_again(store.paths.root, request.run_name),
         )
-    _require_place(store, Path(request.run_dir), moved=moved)
+    _require_place(store.paths.root, Path(request.run_dir), moved=moved)
     events = [event.time for event in store.events()]
     if request.job.kind != "pretrain":
         _refuse(store, [], _clock(events, clock))
@@ -74,27 +76,39 @@ def check(
     return broken
 
 
-def _require_place(store: RunStore, before: Path, *, moved: bool) -> None:
+def _name_again(here: Path, name: str) -> str:
+    there = here.with_name(name)
+    if there.exists():
+        return f"The run of that name is in {there}: {_resume(there)}"
+    return f"Give it back its name: mv {shlex.quote(str(here))} {shlex.quote(str(there))}"
+
+
+def _resume(root: Path) -> str:
+    return f"phalanx resume {root.name} --dir {shlex.quote(str(root.parent))}"
+
+
+def _require_place(here: Path, before: Path, *, moved: bool) -> None:
     """It lies where it was last begun or resumed, under whatever name of that place.
 
     Raises:
         ResumeRefused: It was moved, and nobody has said that this is meant; or it is a copy.
     """
-    here = store.paths.root
+    if here == before:
+        return
     with contextlib.suppress(OSError):
         if here.samefile(before):
             return
-    if _secret(before) == _secret(here) != b"":
+    if _secret(before) == _secret(here) != b"" and (not moved or os.access(before, os.W_OK)):
         raise ResumeRefused(
             f"The run directory {here} is a copy: the run itself is in {before}.",
             why="two runs of one identity would write to the same checkpoints, metrics and W&B run",
-            hint=f"phalanx resume {before}, or delete one of the two first.",
+            hint=f"{_resume(before)}. To go on here, give that one another name first, then add --moved.",
         )
     if not moved:
         raise ResumeRefused(
-            f"The run directory was moved: it was {before}, and is {here}.",
+            f"The run directory was {before}, and is {here}: it was moved, copied, or mounted elsewhere.",
             why="what still goes by the old path (ranks on a node that was cut off, scripts) would write there",
-            hint=f"Move it back, or say that it is meant: phalanx resume {here} --moved",
+            hint=f"Bring it back, or say that it is meant: {_resume(here)} --moved",
         )
 
 

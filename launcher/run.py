@@ -52,7 +52,7 @@ class EventKind(enum.StrEnum):
     ATTEMPT_PLANNED = "attempt_planned"
     FENCE_LAID = "fence_laid"  # reason: the attempt was planned unfenced
     RANKS_SPAWNED = "ranks_spawned"  # pids: number of ranks
-    # step, restored_bytes; of the slowest rank device_s, communicators_s, engine_s, restored_s; all as far as reported
+    # as reported: step, restored_bytes; of the slowest rank device_s, engine_s, restored_s, of the last communicators_s
     TRAINING_STARTED = "training_started"
     CHECKPOINT_COMMITTED = "checkpoint_committed"  # step, path, bytes, written_bytes, stall_s
     CHECKPOINT_FAILED = "checkpoint_failed"  # step, reason, stall_s, told (UTC seconds): training goes on

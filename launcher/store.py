@@ -1,7 +1,7 @@
 """Runs on disk: create, find, read, append. The log is append-only and fsynced; a torn last line is not an event.
 
-There is no snapshot of it that could disagree with it: it grows with decisions, and 20,000 events, as many as a hundred
-days of 3,000 nodes make, are read and folded in about a second.
+There is no snapshot of it that could disagree with it: it grows with decisions, and the 17,000 events of a
+hundred days on 3,125 nodes (tests/benchmarks/test_scale.py) are read and folded in about a second.
 """
 
 from __future__ import annotations
@@ -275,7 +275,7 @@ class RunStore:
         except OSError as error:
             hint = "Free space, then phalanx resume."
             if isinstance(error, FileNotFoundError):
-                hint = "phalanx resume goes on where the run directory is now."
+                hint = "Bring the run directory back, or phalanx resume RUN --moved goes on where it is now."
             raise StorageError(f"Cannot append to {self.paths.events}.", why=str(error), hint=hint) from error
         self._seq = event.seq
         return event

@@ -12,7 +12,7 @@ Here, squares are summed on each rank, every element of the model once, and then
 With offload, the last steps of the sum are made in other precisions than without (the root in fp64, where torch's fp32
 ``pow(0.5)`` is off by a bit on processors without AVX-512). The factor that gradients are clipped by then differs in
 its last bit, and with 16-bit weights that grows: some round the other way after the second step, and after the third
-losses differ by 1e-5. Here, where state lives changes nothing.
+losses differ by 1e-5. Here, without spread experts, where state lives changes nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import is_moe_param
 from torch import nn
 
@@ -40,10 +41,16 @@ def keep_precision(optimizer: Any) -> None:
     """
 
     def norm(parameters: list[nn.Parameter]) -> torch.Tensor:
-        none = torch.zeros(1)  # a part that is all padding
+        none = torch.zeros(1)  # of what has no gradient
         found = optimizer.norm_for_param_grads
         norms = [found.get(optimizer.get_param_id(parameter), none).view(1) for parameter in parameters]
-        total: torch.Tensor = optimizer.get_grad_norm_direct(norms, parameters)  # a norm is its own norm
+        # Where nothing counts (all padding, or copies of what another stage counts) its sum begins where the state
+        # lives, and ranks cannot send that to each other.
+        home, optimizer.device = optimizer.device, get_accelerator().current_device_name()
+        try:
+            total: torch.Tensor = optimizer.get_grad_norm_direct(norms, parameters)  # a norm is its own norm
+        finally:
+            optimizer.device = home
         return total.cpu()  # where the gradients are that it scales
 
     optimizer.complete_grad_norm_calculation_for_cpu_offload = norm

@@ -89,6 +89,14 @@ def test_state_in_host_memory_changes_nothing(pool: WarmPool, plan: dict[str, An
     check_offload(pool, plan, precision)
 
 
+def test_a_partition_of_which_nothing_counts(pool: WarmPool) -> None:
+    """All padding, or a copy of what another stage counts."""
+    job, world = job_of({"dp": 2, "zero_stage": 1, "offload": "optimizer"}, "bf16")
+    function = "tests.support.offload_ranks:norm_of_nothing"
+    ranks = pool.run(function, world_size=world, arguments={"job": job}, timeout_s=TIMEOUT_S)
+    assert ranks == [[0.0, "cpu", "meta"]] * 2
+
+
 PARAMETERS = [
     pytest.param({"dp": 2, "zero_stage": 3}, "bf16", id="dp2-bf16"),
     pytest.param({"dp": 2, "zero_stage": 3}, "fp32", id="dp2-fp32", marks=FULL),

@@ -158,7 +158,7 @@ def test_a_run_directory_that_was_moved(store: RunStore, tmp_path: Path, resume:
     code, told = resume(folder=moved.parent)
     assert code == 6
     assert f"was {store.paths.root}, and is {moved}" in told
-    assert f"phalanx resume {moved} --moved" in told
+    assert f"phalanx resume demo --dir {moved.parent} --moved" in told
     there = RunStore.open(moved)
     assert resume_checks.check(there, there.run(), there.request(), moved=True) == []
 
@@ -179,9 +179,23 @@ def test_a_copy_of_a_run(store: RunStore, tmp_path: Path, resume: Resume, words:
     code, told = resume(*words, folder=copy.parent)
     assert code == 6
     assert f"is a copy: the run itself is in {store.paths.root}" in told
-    store.paths.secret.write_text("of another")
     there = RunStore.open(copy)
+    store.paths.secret.write_text("of another")
     assert resume_checks.check(there, there.run(), there.request(), moved=True) == []
+
+
+def test_a_copy_of_a_run_whose_place_can_only_be_read(
+    store: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot, or a file system that has failed: nothing can be written there any more."""
+    store.paths.secret.write_text("of this run")
+    copy = tmp_path / "copies" / "demo"
+    shutil.copytree(store.paths.root, copy)
+    there = RunStore.open(copy)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != store.paths.root)
+    assert resume_checks.check(there, there.run(), there.request(), moved=True) == []
+    with pytest.raises(ResumeRefused, match="is a copy"):
+        resume_checks.check(there, there.run(), there.request())
 
 
 @pytest.mark.parametrize("absent", [True, False])
@@ -230,6 +244,17 @@ def test_a_run_directory_under_another_name(store: RunStore, tmp_path: Path, res
     code, told = resume(name="other")
     assert code == 6
     assert "is called 'other', and the run in it 'demo'" in told
+    assert f"mv {tmp_path / 'other'} {store.paths.root}" in told
+
+
+def test_a_copy_of_a_run_under_another_name_is_not_moved_into_it(
+    store: RunStore, tmp_path: Path, resume: Resume
+) -> None:
+    shutil.copytree(store.paths.root, store.paths.root.with_name("backup"))
+    code, told = resume(name="backup", folder=store.paths.root.parent)
+    assert code == 6
+    assert f"phalanx resume demo --dir {store.paths.root.parent}" in told
+    assert "mv " not in told
 
 
 def test_a_run_that_is_moved_while_it_runs(store: RunStore, tmp_path: Path, resume: Resume) -> None:

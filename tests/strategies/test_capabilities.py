@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
+import signal
+import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -337,6 +341,28 @@ def test_what_the_machine_lacks_is_no_refusal(command: Command, monkeypatch: pyt
     wanted = {key for key in combinations() if not unbuilt(key)}
     assert set(untried) == {key for key in wanted if (key.precision == "fp16" if lack == "fp16" else on_disks(key))}
     assert not set(untried) & set(command.tried)
+
+
+def test_ctrl_c_ends_the_probe_once_the_rows_under_way_are_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = list(parse_table(TABLE))[:200]
+    seen: list[Key] = []
+
+    def see(key: Key, found: Outcome) -> None:
+        seen.append(key)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGINT)  # to the process: it interrupts the wait of the main thread
+
+    def probe(pool: None, key: Key) -> Outcome:
+        time.sleep(0.02)
+        return Outcome(runs=True)
+
+    monkeypatch.setattr(probe_capabilities, "WarmPool", contextlib.nullcontext)
+    monkeypatch.setattr(probe_capabilities, "probe", probe)
+    with pytest.raises(KeyboardInterrupt):
+        probe_capabilities.probe_all(keys, see, jobs=2)
+    done = len(seen)
+    time.sleep(0.2)
+    assert 3 <= len(seen) == done, "nobody goes on"
 
 
 def test_whether_a_user_may_lock_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
