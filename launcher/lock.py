@@ -41,7 +41,7 @@ class ControllerLock:
     def __init__(self, paths: RunPaths, epoch: int) -> None:
         self._paths = paths
         self.epoch = epoch
-        self._run = _secret(paths)
+        self._run = secret_of(paths)
         self._count = 0
         self._last_beat = 0.0
 
@@ -180,7 +180,7 @@ def process_started(pid: int) -> int:
     return 0 if fields[0] in "ZX" else int(fields[19])
 
 
-def _secret(paths: RunPaths) -> bytes:
+def secret_of(paths: RunPaths) -> bytes:
     """What tells a run from all others; empty where it cannot be read."""
     try:
         return paths.secret.read_bytes().strip()

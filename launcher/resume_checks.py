@@ -16,6 +16,7 @@ from jobs.checkpoint import read_manifest
 from jobs.checkpoint.identity import differences
 from jobs.paths import RunPaths
 from launcher import lineage, origin
+from launcher.lock import secret_of
 from launcher.request import LaunchRequest
 from launcher.run import Run
 from launcher.store import RunStore
@@ -98,7 +99,7 @@ def _require_place(here: Path, before: Path, *, moved: bool) -> None:
     with contextlib.suppress(OSError):
         if here.samefile(before):
             return
-    if _secret(before) == _secret(here) != b"" and (not moved or os.access(before, os.W_OK)):
+    if secret_of(RunPaths(before)) == secret_of(RunPaths(here)) != b"" and (not moved or os.access(before, os.W_OK)):
         raise ResumeRefused(
             f"The run directory {here} is a copy: the run itself is in {before}.",
             why="two runs of one identity would write to the same checkpoints, metrics and W&B run",
@@ -110,13 +111,6 @@ def _require_place(here: Path, before: Path, *, moved: bool) -> None:
             why="what still goes by the old path (ranks on a node that was cut off, scripts) would write there",
             hint=f"Bring it back, or say that it is meant: {_resume(here)} --moved",
         )
-
-
-def _secret(root: Path) -> bytes:
-    """What tells this run from any other of its name; empty where there is none."""
-    with contextlib.suppress(OSError):
-        return RunPaths(root).secret.read_bytes().strip()
-    return b""
 
 
 def _clock(times: list[float], clock: Callable[[], float]) -> list[str]:
