@@ -173,7 +173,7 @@ def test_what_a_cut_off_rank_writes_is_named_by_no_manifest(folder: Path, net: n
 @pytest.mark.full
 def test_of_two_controllers_at_once_the_old_one_does_nothing(folder: Path, net: netns.Network) -> None:
     """One that was stopped wakes up and finds another in its place: it writes nothing that counts and kills nobody."""
-    run = netgang.make_run(folder, "two", "train.steps=600", "checkpoint.every=50")
+    run = netgang.make_run(folder, "two", "train.steps=300", "checkpoint.every=50")
     for index in range(3):
         netgang.start_agent(net, run, index, lease_s=60.0)
     controllers = [netgang.start_controller(run)]
@@ -196,4 +196,4 @@ def test_of_two_controllers_at_once_the_old_one_does_nothing(folder: Path, net: 
     state = run.run()
     assert (len(state.attempts), state.steps_lost, state.restarts, state.epoch) == (1, 0, 0, 2)
     assert [event.data["action"] for event in events_of(run, EventKind.DECISION)] == ["adopt"]
-    assert_same(run, undisturbed(folder, 600))
+    assert_same(run, undisturbed(folder, 300))
