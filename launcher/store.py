@@ -334,9 +334,10 @@ def append_line(path: Path, line: bytes) -> None:
             sync_dir(path.parent)
         if size and os.pread(fd, 1, size - 1) != b"\n":
             line = b"\n" + line
-        written = os.write(fd, line)
-        if written != len(line):
-            raise OSError(f"only {written} of {len(line)} bytes were written: is the disk full?")
+        if (written := os.write(fd, line)) != len(line):
+            os.write(fd, line[written:])  # a disk that fills takes a part first; asked for the rest, it says why not
+            if os.pread(fd, len(line), size) != line:
+                raise OSError(f"only {written} of {len(line)} bytes were written at once: is the disk full?")
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,22 @@ def test_a_full_disk_is_a_storage_error_and_leaves_nothing(tmp_path: Path, monke
     with pytest.raises(StorageError):
         RunStore.create(tiny_request(tmp_path))
     assert not Path(tiny_request(tmp_path).run_dir).exists()
+
+
+@pytest.mark.parametrize("room", [0, 10])
+def test_what_could_be_written_in_part_only_is_refused_with_the_systems_reason(tmp_path: Path, room: int) -> None:
+    store = RunStore.create(tiny_request(tmp_path))
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (store.paths.events.stat().st_size + room, most[1]))
+        with pytest.raises(StorageError, match="Cannot append") as caught:
+            store.append(EventKind.RUN_FAILED, reason="x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert os.strerror(errno.EFBIG) in caught.value.why
+    assert store.run().state is RunState.QUEUED
+    store.append(EventKind.RUN_FAILED, reason="x")
+    assert store.run().state is RunState.FAILED
 
 
 def test_only_one_creates(tmp_path: Path) -> None:
