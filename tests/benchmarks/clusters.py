@@ -56,11 +56,16 @@ def cluster(nodes: int, extra: Mapping[str, str] | None = None) -> Iterator[Clus
             made.close()
 
 
-def phalanx_on(where: Cluster, job: Sequence[str], folder: Path, *, spares: int = 0) -> Contender:
-    """phalanx as a client of the cluster, submitted on the head (elsewhere a Ray node joins first, for seconds)."""
+def phalanx_on(
+    where: Cluster, job: Sequence[str], folder: Path, *more: str, spares: int = 0, name: str = "phalanx"
+) -> Contender:
+    """phalanx as a client of the cluster, submitted on the head (elsewhere a Ray node joins first, for seconds).
+
+    At its defaults, but for ``more``.
+    """
     place = ["cluster=existing", f"cluster.address={where.address}", f"cluster.nodes={RANKS // SLOTS}"]
-    place += [f"cluster.slots_per_node={SLOTS}", f"cluster.spares={spares}", "checkpoint.memory_share=0"]
-    bare = phalanx(job, *place, name="phalanx")
+    place += [f"cluster.slots_per_node={SLOTS}", f"cluster.spares={spares}", *more]
+    bare = phalanx(job, *place, name=name)
     environment = {"RAY_AUTH_TOKEN": TOKEN, "RAY_AUTH_MODE": "token", "HOME": str(folder)}
 
     def command(run_dir: Path) -> list[str]:

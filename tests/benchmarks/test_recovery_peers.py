@@ -17,11 +17,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.contenders import Contender, job_of, module, phalanx, running, torchrun, words
+from tests.benchmarks.contenders import (
+    AT_DEFAULTS,
+    EVERY_STEP,
+    Contender,
+    job_of,
+    module,
+    phalanx,
+    running,
+    torchrun,
+    words,
+)
 from tests.benchmarks.stats import Musts, repeats, show
 
 STEPS, EVERY, KILL_AT, VICTIM = 40, 10, 13, 3
-EVERY_STEP = "checkpoint.memory_share=0"
 DEFAULTS = ("cluster=process", "cluster.nodes=2", "cluster.slots_per_node=2")
 PROCESS = (*DEFAULTS, EVERY_STEP)
 RAY = ("cluster=local", "cluster.nodes=2", "cluster.slots_per_node=2", EVERY_STEP)
@@ -45,7 +54,7 @@ def test_rank_killed(tmp_path: Path, musts: Musts) -> None:
     job = words(tmp_path, steps=STEPS, every=EVERY)
     contenders = [
         phalanx(job, *PROCESS),
-        phalanx(job, *DEFAULTS, name="phalanx, defaults"),
+        phalanx(job, *DEFAULTS, name=AT_DEFAULTS),
         module("bare fork", "bare_fork"),
         phalanx(job, *RAY),
         torchrun(),
@@ -60,7 +69,7 @@ def test_rank_killed(tmp_path: Path, musts: Musts) -> None:
             took, lost, losses = measure(contender, tmp_path / f"{number}-{index}" / "run", document)
             seconds[contender.name].append(took)
             curves.append(losses)
-            if contender.ours and contender.name != "phalanx, defaults":
+            if contender.ours and contender.name != AT_DEFAULTS:
                 most_lost.append(lost)
     assert len(curves[0]) == STEPS
     assert all(curve == curves[0] for curve in curves), "not everybody computed the same"
