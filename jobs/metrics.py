@@ -16,6 +16,25 @@ def tells_of_a_step(line: Mapping[str, Any]) -> bool:
     return all(isinstance(line.get(name), int | float) for name in ("step", "attempt", "time"))
 
 
+def append_whole(fd: int, line: bytes) -> None:
+    """Append a line in one write. What a killed writer left unfinished stays a line of its own.
+
+    Args:
+        fd: The file, open for reading and appending.
+        line: With its end.
+
+    Raises:
+        OSError: It was not written, or only a part of it was.
+    """
+    size = os.fstat(fd).st_size
+    if size and os.pread(fd, 1, size - 1) != b"\n":
+        line = b"\n" + line
+    if (written := os.write(fd, line)) != len(line):
+        os.write(fd, line[written:])  # a disk that fills takes a part first; asked for the rest, it says why not
+        if os.pread(fd, len(line), size) != line:
+            raise OSError(f"only {written} of {len(line)} bytes were written at once: is the disk full?")
+
+
 class MetricsWriter:
     """Appends lines. Floats keep all their digits (``repr``), so that equal lines mean equal bits.
 
@@ -40,16 +59,9 @@ class MetricsWriter:
             StorageError: The file cannot be written.
         """
         try:
-            start = b"" if self._complete() else b"\n"
-            data = start + json.dumps(line).encode() + b"\n"
-            if os.write(self._fd, data) != len(data):
-                raise OSError(28, "the disk is full")
+            append_whole(self._fd, json.dumps(line).encode() + b"\n")
         except OSError as error:
             raise storage_error("write the metrics", self._path, error) from error
-
-    def _complete(self) -> bool:
-        size = os.fstat(self._fd).st_size
-        return size == 0 or os.pread(self._fd, 1, size - 1) == b"\n"
 
     def sync(self) -> None:
         """Make all lines durable; raises StorageError."""

@@ -20,7 +20,7 @@ from typing import Any
 from jobs.checkpoint.claim import claim, require_ours
 from jobs.checkpoint.storage import link_new, sync_dir
 from jobs.location import locate
-from jobs.metrics import tells_of_a_step
+from jobs.metrics import append_whole, tells_of_a_step
 from jobs.paths import RunPaths
 from launcher.host.logs import KEPT_ATTEMPTS
 from launcher.request import LaunchRequest
@@ -329,15 +329,9 @@ def append_line(path: Path, line: bytes) -> None:
     """Append one line with one write and fsync; a torn line left by a killed writer is closed first."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        size = os.fstat(fd).st_size
-        if not size:
+        if not os.fstat(fd).st_size:
             sync_dir(path.parent)
-        if size and os.pread(fd, 1, size - 1) != b"\n":
-            line = b"\n" + line
-        if (written := os.write(fd, line)) != len(line):
-            os.write(fd, line[written:])  # a disk that fills takes a part first; asked for the rest, it says why not
-            if os.pread(fd, len(line), size) != line:
-                raise OSError(f"only {written} of {len(line)} bytes were written at once: is the disk full?")
+        append_whole(fd, line)
         os.fsync(fd)
     finally:
         os.close(fd)

@@ -33,8 +33,9 @@ M100 = ModelSpec(
 
 
 REUSE = "glibc.malloc.mmap_threshold=0x100000000:glibc.malloc.trim_threshold=0x1000000000"
-"""Memory that a step gives back stays with the process. Without it the kernel clears hundreds of thousands of pages in
-every step of a large model on CPUs, which took 1 s to 4 s of 8 s and hid any difference between two steps."""
+"""Memory that a step gives back stays with the process, in both halves of a pair; ranks of a run do not have this.
+Without it the kernel clears hundreds of thousands of pages in every step of a large model on CPUs, for seconds that
+differ from step to step by more than a copy can cost."""
 
 
 @pytest.mark.full

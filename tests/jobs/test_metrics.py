@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,21 @@ def test_a_full_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(StorageError, match="write the metrics"):
         writer.append({"step": 1})
     writer.close()
+
+
+def test_what_could_be_written_in_part_only_is_refused_with_the_systems_reason(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5, most[1]))
+        with pytest.raises(StorageError, match="write the metrics") as caught:
+            writer.append({"step": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    assert "File too large" in caught.value.why
+    writer.append({"step": 1})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"ste\n{"step": 1}\n'
 
 
 def test_a_missing_folder_is_a_storage_error(tmp_path: Path) -> None:
