@@ -11,6 +11,7 @@ not compiled and cannot be; fp16) stays as it was, if the former table is of the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import queue
 import re
@@ -20,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -203,34 +205,25 @@ def probe_all(
     waiting: queue.SimpleQueue[Key] = queue.SimpleQueue()
     for key in keys:
         waiting.put(key)
-    lock, deadline = threading.Lock(), time.monotonic() + limit_s
-    failed: list[BaseException] = []
+    lock, deadline, over = threading.Lock(), time.monotonic() + limit_s, threading.Event()
 
     def work() -> None:
-        try:
-            with WarmPool() as pool:
-                while time.monotonic() < deadline and not failed:
-                    key = waiting.get_nowait()
-                    found = probe(pool, key)
-                    with lock:
-                        seen(key, found)
-        except queue.Empty:
-            return
-        except BaseException as error:
-            failed.append(error)
+        with WarmPool() as pool, contextlib.suppress(queue.Empty):
+            while time.monotonic() < deadline and not over.is_set():
+                key = waiting.get_nowait()
+                found = probe(pool, key)
+                with lock:
+                    seen(key, found)
 
-    threads = [threading.Thread(target=work) for _ in range(jobs)]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            thread.join()
-    except BaseException as error:
-        failed.append(error)
-        for thread in threads:
-            thread.join()
-    if failed:
-        raise failed[0]
+    # Not Thread.join: in Python 3.11 a join that Ctrl-C interrupts takes its thread for ended.
+    with ThreadPoolExecutor(jobs) as gangs:
+        lanes = [gangs.submit(work) for _ in range(jobs)]
+        try:
+            wait(lanes, return_when=FIRST_EXCEPTION)
+        finally:
+            over.set()
+    for lane in lanes:
+        lane.result()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
