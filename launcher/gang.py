@@ -32,6 +32,9 @@ from launcher.spawn_order import EnvOf, SpawnOrder
 from strategies.errors import ClusterError
 
 _CONNECT_S = 10.0
+TOGETHER_S = 0.05
+"""Reports of a step that come so soon after the first of them are looked at with it: a turn of the controller costs as
+much for one as for all."""
 _SILENCE = 0.8  # of detect_s: the rest is for the last beat before the silence, and for the decision
 
 __all__ = ["EnvOf", "Gang", "Link", "Observation"]
@@ -154,16 +157,21 @@ class Gang:
     # -- listening -------------------------------------------------------------------------------------------------
 
     def poll(self, timeout_s: float) -> list[Observation]:
-        """Wait until something is seen, at most ``timeout_s``, and return it; what is there already comes at once."""
+        """Wait until something is seen, at most ``timeout_s``, and return it; what is there already comes at once.
+
+        Of a step every rank tells, each at its own moment: that alone ends no wait before ``TOGETHER_S`` are over.
+        """
         deadline = self._clock() + timeout_s
         while True:
             now = self._clock()
-            wait = 0.0 if self._inbox.items else max(0.0, min(deadline, self._beat_at, now + self._listen_s) - now)
+            if self._inbox.items:
+                deadline = min(deadline, now if self._inbox.urgent else now + TOGETHER_S)
+            wait = max(0.0, min(deadline, self._beat_at, now + self._listen_s) - now)
             for key, events in self._selector.select(wait):
                 self._serve(key.data, events)
             self._beat()
             self._judge_silence()
-            if self._inbox.items or self._clock() >= deadline:
+            if self._inbox.urgent or self._clock() >= deadline:
                 return self._inbox.take()
 
     def _serve(self, link: Link, events: int) -> None:

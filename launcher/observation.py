@@ -55,19 +55,32 @@ class Observation:
         told = self.kind == "report" and self.data.get("kind") == "step" and self.data.get("next") == "save"
         return told and int(self.data.get("attempt", attempt)) == attempt
 
+    @property
+    def routine(self) -> bool:
+        """Whether it only says that a rank goes from a step to the next one."""
+        data = self.data
+        return self.kind == "report" and data.get("kind") == "step" and data.get("next", "step") == "step"
+
 
 @dataclass(slots=True)
 class Inbox:
-    """Observations that :meth:`Gang.poll` has not returned yet."""
+    """Observations that :meth:`Gang.poll` has not returned yet.
+
+    Attributes:
+        urgent: One of them is no routine.
+    """
 
     wall: Callable[[], float]
     items: list[Observation] = field(default_factory=list)
+    urgent: bool = False
 
     def add(self, kind: ObservationKind, node: str, data: dict[str, Any]) -> None:
         """Put one in; its time is that of the data, else now."""
-        self.items.append(Observation(kind=kind, node=node, time=data.get("time", self.wall()), data=data))
+        seen = Observation(kind=kind, node=node, time=data.get("time", self.wall()), data=data)
+        self.items.append(seen)
+        self.urgent |= not seen.routine
 
     def take(self) -> list[Observation]:
         """Take all out, oldest first."""
-        taken, self.items = self.items, []
+        taken, self.items, self.urgent = self.items, [], False
         return taken
