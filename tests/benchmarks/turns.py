@@ -26,7 +26,7 @@ class Turns:
         run: Who.
 
     Attributes:
-        spans: Begin and end of each turn (UTC seconds), the last one without end if it is under way.
+        spans: Begin and end of each turn that is over (UTC seconds).
     """
 
     def __init__(self, run: Running) -> None:
