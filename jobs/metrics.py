@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -17,14 +18,14 @@ def tells_of_a_step(line: Mapping[str, Any]) -> bool:
 
 
 def append_whole(fd: int, line: bytes) -> None:
-    """Append a line in one write. What a killed writer left unfinished stays a line of its own.
+    """Append a line in one write, if there is room. What a killed writer left unfinished stays a line of its own.
 
     Args:
         fd: The file, open for reading and appending.
         line: With its end.
 
     Raises:
-        OSError: It was not written, or only a part of it was.
+        OSError: It was not written, or only a part of it was; says what the system says.
     """
     size = os.fstat(fd).st_size
     if size and os.pread(fd, 1, size - 1) != b"\n":
@@ -32,7 +33,7 @@ def append_whole(fd: int, line: bytes) -> None:
     if (written := os.write(fd, line)) != len(line):
         os.write(fd, line[written:])  # a disk that fills takes a part first; asked for the rest, it says why not
         if os.pread(fd, len(line), size) != line:
-            raise OSError(f"only {written} of {len(line)} bytes were written at once: is the disk full?")
+            raise OSError(errno.EIO, f"only {written} of {len(line)} bytes were written at once")
 
 
 class MetricsWriter:
@@ -53,7 +54,7 @@ class MetricsWriter:
             raise storage_error("open the metrics", path, error) from error
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add one line, in one write. What a killed writer left unfinished stays a line of its own.
+        """Add one line (:func:`append_whole`). What a killed writer left unfinished stays a line of its own.
 
         Raises:
             StorageError: The file cannot be written.

@@ -173,7 +173,7 @@ class Controller:
             return
         if self.first_step_by is not None and seen.saves(self.state.attempt):
             self.watch_training(self.state)  # no step is left to do, only the last checkpoint
-        self.hangs.note(seen, self.clock.monotonic())
+        self.hangs.note(seen, seen.heard)
         self.departure.note(seen)
         for found in self.state.observe(self.muster.clocks.ours(seen)):
             if isinstance(found, Failure):

@@ -32,10 +32,10 @@ from launcher.spawn_order import EnvOf, SpawnOrder
 from strategies.errors import ClusterError
 
 _CONNECT_S = 10.0
-TOGETHER_S = 0.05
-"""Reports of a step that come so soon after the first of them are looked at with it: a turn of the controller costs as
-much for one as for all."""
 _SILENCE = 0.8  # of detect_s: the rest is for the last beat before the silence, and for the decision
+TOGETHER_S = 0.05
+"""Ranks that go from a step to the next one say so, each at its own moment. What comes so soon after the first of them
+is looked at with it: a turn of the controller costs as much for one as for all."""
 
 __all__ = ["EnvOf", "Gang", "Link", "Observation"]
 
@@ -99,7 +99,7 @@ class Gang:
         self._listen_s = detect_s / wire.BEATS  # how often agents beat: longer gaps between two looks are our own
         self._beat_s = (lease_s or detect_s) / 6
         self._selector = selector or HandfulSelector()
-        self._inbox, self._wall = Inbox(wall), wall
+        self._inbox, self._wall = Inbox(wall, clock), wall
         self._lost: set[str] = set()
         self._order: SpawnOrder | None = None
         self._listened_at = self._beat_at = clock()
@@ -159,7 +159,7 @@ class Gang:
     def poll(self, timeout_s: float) -> list[Observation]:
         """Wait until something is seen, at most ``timeout_s``, and return it; what is there already comes at once.
 
-        Of a step every rank tells, each at its own moment: that alone ends no wait before ``TOGETHER_S`` are over.
+        That a rank goes from a step to the next one ends no wait until ``TOGETHER_S`` are over.
         """
         deadline = self._clock() + timeout_s
         while True:

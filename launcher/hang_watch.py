@@ -24,7 +24,7 @@ from strategies.topology import Topology
 
 FACTOR = 3.0  # a hang is a step that takes so many times the 99th percentile ...
 MARGIN_S = 5.0  # ... and so much longer
-TURN_S = 0.45  # it is judged so much before: a controller looks five times a second, and steps may be told 0.05 s late
+TURN_S = 0.25  # it is judged so much before that is over: a controller looks five times a second
 ASK_S = 1.25  # and so much before it ranks are asked where they stand, so that their answers are there
 EARLY_MARGIN_S = 30.0  # for the first steps of an attempt
 ANSWERS_S = 3.0  # ranks that have not said by then where they stand will not
@@ -56,6 +56,7 @@ class StepClock:
         """
         before = self._next.get(rank)
         beside = (before == "save" and doing == "step") or (before == "evaluate" and doing != "evaluate")
+        now = max(now, self._last)  # it may have been heard shortly before we began to watch
         self._last, self._next[rank] = now, doing
         if beside:
             self._since = now  # what saving or evaluating took is not the time of a step

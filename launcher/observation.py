@@ -43,12 +43,14 @@ class Observation:
         node: The node.
         time: When it happened, UTC seconds: by the agent's clock if the agent said it, else by ours.
         data: The facts.
+        heard: When we heard of it, by the monotonic clock of the gang (seconds): it may be looked at later.
     """
 
     kind: ObservationKind
     node: str
     time: float
     data: dict[str, Any]
+    heard: float = 0.0
 
     def saves(self, attempt: int) -> bool:
         """Whether a rank of the attempt says that it makes a checkpoint from now on."""
@@ -67,16 +69,21 @@ class Inbox:
     """Observations that :meth:`Gang.poll` has not returned yet.
 
     Attributes:
+        wall: UTC seconds.
+        clock: Monotonic seconds.
+        items: What was seen, oldest first.
         urgent: One of them is no routine.
     """
 
     wall: Callable[[], float]
+    clock: Callable[[], float]
     items: list[Observation] = field(default_factory=list)
     urgent: bool = False
 
     def add(self, kind: ObservationKind, node: str, data: dict[str, Any]) -> None:
         """Put one in; its time is that of the data, else now."""
-        seen = Observation(kind=kind, node=node, time=data.get("time", self.wall()), data=data)
+        when = data.get("time", self.wall())
+        seen = Observation(kind=kind, node=node, time=when, data=data, heard=self.clock())
         self.items.append(seen)
         self.urgent |= not seen.routine
 

@@ -326,7 +326,7 @@ def _last_event_time(path: Path, window_bytes: int = 65536) -> float:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append one line with one write and fsync; a torn line left by a killed writer is closed first."""
+    """Append one line and fsync it; see :func:`jobs.metrics.append_whole`."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         if not os.fstat(fd).st_size:

@@ -110,9 +110,10 @@ def test_two_by_turns(tmp_path: Path) -> None:
             runs[1].wait_for_step(before[1] + 5)
             second.stop()
         assert len(first.spans) == len(second.spans) == 3
-        last = first.step
-        take_turns(runs, last + 20, turn_s=0.1)
-        assert min(one.step for one in turns) >= last + 20
+        before = first.step, second.step
+        assert all(len(one.spans) >= 2 for one in take_turns(runs, 20, own_s=0.1))
+        assert first.step >= before[0] + 20
+        assert second.step >= before[1] + 20
         for run in runs:
             run.wait_for_step(run.lines(1)[-1]["step"] + 3)  # in the end all go on
     finally:

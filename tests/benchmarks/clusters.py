@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tests.benchmarks.contenders import PEER_ENVIRONMENT, RANKS, ROOT, Contender, phalanx
+from tests.benchmarks.contenders import OURS, PEER_ENVIRONMENT, RANKS, ROOT, Contender, phalanx
 from tests.support import netns
 
 TOKEN = "ab" * 32
@@ -57,7 +57,7 @@ def cluster(nodes: int, extra: Mapping[str, str] | None = None) -> Iterator[Clus
 
 
 def phalanx_on(
-    where: Cluster, job: Sequence[str], folder: Path, *more: str, spares: int = 0, name: str = "phalanx"
+    where: Cluster, job: Sequence[str], folder: Path, *more: str, spares: int = 0, name: str = OURS
 ) -> Contender:
     """phalanx as a client of the cluster, submitted on the head (elsewhere a Ray node joins first, for seconds).
 

@@ -34,6 +34,8 @@ MODEL = ("model=gpt_tiny", "model.vocab=512", "model.seq=64", "strategy.micro_ba
 PLAN = ("strategy.tp=2", "strategy.pp=2", "strategy.zero_stage=1")
 EVERY_STEP = "checkpoint.memory_share=0"
 """For phalanx: a copy in memory at every step, whatever it costs where steps are so short."""
+OURS = "phalanx"
+"""Name of phalanx."""
 AT_DEFAULTS = "phalanx, defaults"
 """Name of phalanx where it stands beside itself with a copy at every step."""
 PEER_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "RAY_TRAIN_V2_ENABLED": "1"}

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.clusters import TUNED, Cluster, cluster, phalanx_on, ray_train_on
-from tests.benchmarks.contenders import AT_DEFAULTS, EVERY_STEP, RANKS, Contender, job_of, running, words
+from tests.benchmarks.contenders import AT_DEFAULTS, EVERY_STEP, OURS, RANKS, Contender, job_of, running, words
 from tests.benchmarks.stats import Musts, repeats, show
 from tests.support import netns
 
@@ -60,7 +60,7 @@ def test_node_killed(tmp_path: Path, musts: Musts) -> None:
         took, lost, losses = measure(where, contender, tmp_path / name / "run", document)
         seconds.setdefault(contender.name, []).append(took)
         curves.append(losses)
-        most_lost.append(lost if contender.name == "phalanx" else 0)
+        most_lost.append(lost if contender.name == OURS else 0)
 
     def round_on(extra: Mapping[str, str], name: str, number: int, *, ours: bool) -> None:
         with cluster(NODES, extra) as where:
@@ -75,7 +75,7 @@ def test_node_killed(tmp_path: Path, musts: Musts) -> None:
     assert len(curves[0]) == STEPS
     assert all(curve == curves[0] for curve in curves), "not everybody computed the same"
     show("kill of a node, with a spare -> first new step, 4 ranks, PP2 x TP2", seconds)
-    for ours in ("phalanx", AT_DEFAULTS):
+    for ours in (OURS, AT_DEFAULTS):
         for theirs in ("Ray Train", "Ray Train, tuned"):
             musts.ratio(seconds[ours], seconds[theirs], what=f"{ours} / {theirs}", must=1 / 5)
     musts.hold("steps that phalanx lost at most with a copy at every step", max(most_lost), "<=", 1, ".0f")

@@ -3,6 +3,10 @@
 The speed of a machine that others share drifts by tens of percent within minutes, so runs one after the other meet
 different machines. Here both are started, and then one is stopped with SIGSTOP, all its processes, while the other
 runs. Rates are in seconds of one's own turns.
+
+Clocks run on for whom is stopped. So what is due every so many seconds is due more often in seconds of one's own, at
+most twice as often: beats, and phalanx's copies in memory, which may take a share of the time. That is to the
+disadvantage of phalanx; how many copies there were is told beside the rates.
 """
 
 from __future__ import annotations
@@ -10,13 +14,14 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from launcher.embedded import descendants
 from launcher.host import process
-from tests.benchmarks.contenders import Running
+from tests.benchmarks.contenders import PATIENCE_S, Running
 
-TURN_S = 2.0
-"""Shorter than any silence that counts as a failure, and several steps long."""
+OWN_S = 2.0
+"""Seconds of a turn: shorter than any silence that counts as a failure, and several steps long."""
 
 
 class Turns:
@@ -32,16 +37,21 @@ class Turns:
     def __init__(self, run: Running) -> None:
         self.run = run
         self.spans: list[tuple[float, float]] = []
-        self._stopped: list[int] = []
-        self._began = 0.0
+        self._stopped: set[int] = set()
+        self._began: float | None = None  # None: no turn of its own is under way
 
     def stop(self) -> None:
-        """End a turn, if there is one."""
-        self._stopped = [self.run.process.pid, *descendants(self.run.process.pid)]  # who directs before who is directed
-        for pid in self._stopped:
-            process.send(pid, signal.SIGSTOP)
-        if self._began:
+        """Stop all its processes, which ends its turn; returns when none of them runs any more."""
+        root = self.run.process.pid
+        self._stopped = set()
+        while found := {root, *descendants(root)} - self._stopped:
+            for pid in found:
+                process.send(pid, signal.SIGSTOP)
+            assert process.wait_until(lambda: all(process.state(pid) in ("T", "Z", "") for pid in found), 10.0)
+            self._stopped |= found
+        if self._began is not None:
             self.spans.append((self._began, time.time()))
+        self._began = None
 
     def go(self) -> None:
         """Begin a turn."""
@@ -54,35 +64,37 @@ class Turns:
         """The last one."""
         return int(self.run.lines(1)[-1]["step"])
 
+    def steps(self) -> list[dict[str, Any]]:
+        """Those that ended in its turns."""
+        begin, end = self.spans[0][0], self.spans[-1][1]
+        return [line for line in self.run.lines(1) if begin <= line["time"] <= end]
+
     def rate(self) -> float:
         """Steps per second of its turns, from the first step that ended in them to the last."""
-        begin, end = self.spans[0][0], self.spans[-1][1]
-        steps = [line for line in self.run.lines(1) if begin <= line["time"] <= end]
-        first, last = steps[0], steps[-1]
+        first, *_, last = self.steps()
         return float(last["step"] - first["step"]) / (self._own_s(last["time"]) - self._own_s(first["time"]))
 
     def _own_s(self, at: float) -> float:
-        """Seconds of its turns before a moment. A step ends in a turn, or is seen to right after it."""
+        """Seconds of its turns before a moment."""
         return sum(min(end, at) - begin for begin, end in self.spans if begin < at)
 
 
-def take_turns(runs: Sequence[Running], steps: int, turn_s: float = TURN_S) -> list[float]:
-    """Let them run by turns until all have done ``steps``, then all at once again.
-
-    Returns:
-        Steps per second of each, in its own turns.
-    """
+def take_turns(runs: Sequence[Running], steps: int, own_s: float = OWN_S) -> list[Turns]:
+    """Let them run by turns until each has done so many steps in its own, then all at once again."""
     turns = [Turns(run) for run in runs]
+    deadline = time.monotonic() + 2 * PATIENCE_S
     try:
         for one in turns:
             one.stop()
-        while min(one.step for one in turns) < steps:
+        until = {one: one.step + steps for one in turns}
+        while any(one.step < until[one] for one in turns):
             for one in turns:
                 one.go()
-                time.sleep(turn_s)
+                time.sleep(own_s)
                 one.stop()
                 assert one.run.process.poll() is None, f"{one.run.contender.name} has ended\n{one.run.tail()}"
+            assert time.monotonic() < deadline, "it takes too long; or one has begun again, or stands still"
     finally:
         for one in turns:
             one.go()
-    return [one.rate() for one in turns]
+    return turns

@@ -215,13 +215,15 @@ def probe_all(
                 with lock:
                     seen(key, found)
 
-    # Not Thread.join: in Python 3.11 a join that Ctrl-C interrupts takes its thread for ended.
+    # Waits for futures, not in Thread.join: in Python 3.11 a join that Ctrl-C interrupts takes its thread for ended.
     with ThreadPoolExecutor(jobs) as gangs:
-        lanes = [gangs.submit(work) for _ in range(jobs)]
+        lanes = []
         try:
+            lanes += [gangs.submit(work) for _ in range(jobs)]
             wait(lanes, return_when=FIRST_EXCEPTION)
         finally:
             over.set()
+            wait(lanes)
     for lane in lanes:
         lane.result()
 

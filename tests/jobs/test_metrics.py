@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -67,7 +68,7 @@ def test_what_could_be_written_in_part_only_is_refused_with_the_systems_reason(t
             writer.append({"step": 1})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, most)
-    assert "File too large" in caught.value.why
+    assert os.strerror(errno.EFBIG) in caught.value.why
     writer.append({"step": 1})
     writer.close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"ste\n{"step": 1}\n'

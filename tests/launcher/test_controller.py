@@ -181,6 +181,21 @@ def test_a_gang_that_has_only_to_save_has_the_patience_of_a_save(tmp_path: Path)
     assert "while saving a checkpoint" in failure["detail"]
 
 
+def test_steps_that_are_looked_at_together_take_the_time_that_each_has_taken(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.start()
+    for step in range(1, 40):
+        stage.clock.now += 0.01
+        for rank in range(4):
+            data = {"kind": "step", "rank": rank, "attempt": 1, "step": step}
+            seen = Observation(kind="report", node="ab"[rank // 2], time=0.0, data=data, heard=stage.clock.now)
+            stage.gang.queue.append(seen)
+        if step % 5 == 0:
+            stage.turn()
+    present = stage.controller.hangs.present(39, stage.clock.now, save_s=0.0)
+    assert present.typical_s == pytest.approx(0.01)
+
+
 def test_damaged_checkpoint_is_never_tried_again(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     stage.start()

@@ -50,7 +50,7 @@ def script() -> Iterator[Script]:
 
 @pytest.fixture
 def gang(script: Script) -> Iterator[Gang]:
-    made = Gang("secret", 1, script.clock, wall=script.clock, selector=script)
+    made = Gang(b"secret", 1, script.clock, wall=script.clock, selector=script)
     address = AgentAddress(node="a", host="127.0.0.1", port=1, pid=1, slots=4, incarnation="1")
     link = made.links["a"] = Link(address, Stream(script.ours), up=True, greeted=True)
     made._quiet[link] = None
@@ -65,7 +65,9 @@ def step(rank: int, next_: str = "step") -> dict[str, Any]:
 
 def test_what_ranks_tell_of_a_step_is_looked_at_together(gang: Gang, script: Script) -> None:
     script.said = [(100.02, step(0)), (100.05, step(1)), (100.06, step(2)), (100.1, step(3))]
-    assert [seen.data["rank"] for seen in gang.poll(0.2)] == [0, 1, 2]
+    heard = gang.poll(0.2)
+    assert [seen.data["rank"] for seen in heard] == [0, 1, 2]
+    assert [seen.heard for seen in heard] == pytest.approx([100.02, 100.05, 100.06]), "each has its own time"
     assert script.now == pytest.approx(100.02 + TOGETHER_S)
     assert [seen.data["rank"] for seen in gang.poll(0.2)] == [3]
     assert script.now == pytest.approx(100.1 + TOGETHER_S), "the last one waits as long"
@@ -85,8 +87,9 @@ def test_nothing_waits_longer_than_it_was_told_to(gang: Gang, script: Script) ->
     script.said = [(100.19, step(0)), (100.22, step(1))]
     assert [seen.data["rank"] for seen in gang.poll(0.2)] == [0]
     assert script.now == pytest.approx(100.2)
-    script.said = [(100.21, step(1))]
-    assert [seen.data["rank"] for seen in gang.poll(0.0)] == []
+    script.said = [(100.2, step(1)), (100.21, step(2))]
+    assert [seen.data["rank"] for seen in gang.poll(0.0)] == [1], "what is there already"
+    assert gang.poll(0.0) == []
 
 
 def test_a_connection_that_ends_is_seen_at_once(gang: Gang, script: Script) -> None:

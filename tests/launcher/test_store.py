@@ -56,7 +56,7 @@ def test_a_full_disk_is_a_storage_error_and_leaves_nothing(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("room", [0, 10])
-def test_what_could_be_written_in_part_only_is_refused_with_the_systems_reason(tmp_path: Path, room: int) -> None:
+def test_what_could_not_be_written_whole_is_refused_with_the_systems_reason(tmp_path: Path, room: int) -> None:
     store = RunStore.create(tiny_request(tmp_path))
     most = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:

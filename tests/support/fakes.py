@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class FakeGang:
     def poll(self, timeout_s: float) -> list[Observation]:
         self.clock.now += timeout_s
         heard, self.queue = self.queue, []
-        return heard
+        return [replace(seen, heard=seen.heard or self.clock.monotonic()) for seen in heard]
 
     def spawn(
         self,
