@@ -13,6 +13,7 @@ from collections import deque
 from typing import NamedTuple
 
 _REMEMBERED = 5  # copies whose median counts: one that was held up says little
+_STEPS = 16  # and steps: one that a rank or the whole machine stood still in says as little
 
 
 class Price(NamedTuple):
@@ -41,10 +42,13 @@ class Frequency:
 
     def __init__(self, *, every: int, share: float, most: int = 0) -> None:
         self._every, self._share, self._most = every, share, most
-        self._window: tuple[int, float] | None = None  # step and time (s) of the newest copy
-        self._stalled_s = self._toil_s = 0.0
+        self._copied: int | None = None  # after which step the newest copy was made
+        self._passed: tuple[int, float] | None = None  # the newest step, and when it was over (s)
+        self._stalled_s = self._toil_s = self._paused_s = 0.0
         self._copies: deque[float] = deque(maxlen=_REMEMBERED)
-        self._steps: deque[float] = deque(maxlen=_REMEMBERED)
+        self._steps: deque[float] = deque(maxlen=_STEPS)
+        self._unchanged = 0  # copies since the last change, or the last look
+        self._settled = False
         self._told: set[int] = {every}
         self.now = every
 
@@ -57,28 +61,42 @@ class Frequency:
         """Whether a copy is to be made after a step."""
         return bool(self.now) and step % self.now == 0
 
+    def passed(self, step: int, time_s: float) -> None:
+        """A step is over.
+
+        Args:
+            step: The step; only of those that follow one another it is known how long they take.
+            time_s: Of a monotonic clock.
+        """
+        last, self._passed = self._passed, (step, time_s)
+        paused_s, self._paused_s = self._paused_s, 0.0
+        if last is not None and step == last[0] + 1:
+            self._steps.append(max(0.0, time_s - last[1] - paused_s))
+
     def stalled(self, seconds: float) -> None:
         """A step has stood still for the newest copy."""
         self._stalled_s += seconds
+        self._paused_s += seconds
 
     def toiled(self, seconds: float) -> None:
         """A copy has taken so much of all cores of the node beside training."""
         self._toil_s += seconds
 
-    def price(self, step: int, time_s: float) -> Price | None:
-        """A copy will be made after ``step``: what the ones before have cost this rank; None before the second one.
+    def price(self, step: int) -> Price | None:
+        """A copy will be made after ``step``: what the ones before have cost this rank.
 
-        Args:
-            step: The step.
-            time_s: Of a monotonic clock.
+        None before the second one, and mostly where nothing has changed lately: to agree costs something, too. Either
+        is the same on all ranks.
         """
-        window, self._window = self._window, (step, time_s)
-        stalled_s, toil_s, self._stalled_s, self._toil_s = self._stalled_s, self._toil_s, 0.0, 0.0
-        if window is None or step <= window[0]:
+        before, self._copied = self._copied, step
+        copy_s, self._stalled_s, self._toil_s = self._stalled_s + self._toil_s, 0.0, 0.0
+        if before is None or step <= before:
             return None
-        self._copies.append(stalled_s + toil_s)
-        self._steps.append(max(0.0, time_s - window[1] - stalled_s) / (step - window[0]))
-        return Price(statistics.median(self._copies), statistics.median(self._steps))
+        self._copies.append(copy_s)
+        self._unchanged += 1
+        if self._settled and self._unchanged < _REMEMBERED:
+            return None
+        return Price(statistics.median(self._copies), statistics.median(self._steps) if self._steps else 0.0)
 
     def reconsider(self, price: Price) -> str:
         """Come closer to what is affordable, by a factor of two at most.
@@ -91,9 +109,11 @@ class Frequency:
         """
         wanted = price.copy_s / (self._share * price.step_s * self._every) if price.step_s else 1.0
         steps = self._every << max(0, math.ceil(math.log2(max(1.0, wanted))))
+        before = self.now
         self.now = max(self.now // 2, min(self.now * 2, steps), self._every)
         while self._most and self.now > max(self._most, self._every):
             self.now //= 2
+        self._settled, self._unchanged = self.now == before, 0
         if self.now in self._told:
             return ""
         self._told.add(self.now)

@@ -123,6 +123,7 @@ class BehindSaver:
     def keep(self, step: int, extra: Mapping[str, Any]) -> None:
         """See :class:`~jobs.checkpoint.keeping.Saver`."""
         begin = time.perf_counter()
+        self._frequency.passed(step, begin)
         self.land()
         self._settle(0.0)
         if self._in_memory and self._frequency.due(step):
@@ -142,7 +143,7 @@ class BehindSaver:
 
     def _reconsider(self, step: int) -> None:
         """Whether to copy more seldom from here on, or more often again."""
-        price = self._frequency.price(step, time.perf_counter()) if self._frequency.adapts else None
+        price = self._frequency.price(step) if self._frequency.adapts else None
         if price is None:
             return
         began = time.perf_counter()

@@ -10,21 +10,32 @@ from jobs.checkpoint.frequency import Frequency, Price
 
 
 def after(
-    one: Frequency, *, steps: int, step_s: float, stall_s: float, toil_s: float = 0.0, first: int = 1
+    one: Frequency,
+    *,
+    steps: int,
+    step_s: float,
+    stall_s: float,
+    toil_s: float = 0.0,
+    first: int = 1,
+    stop_s: float = 0.0,
+    agreed: list[int] | None = None,
 ) -> list[int]:
-    """Train; the steps after which a copy was made."""
+    """Train, with a stop in every seventh step; the steps after which a copy was made. ``agreed`` gets those of a look."""
     now_s, copied, pending = 0.0, [], False
     for step in range(first, first + steps):
-        now_s += step_s + (stall_s if pending else 0.0)
+        now_s += step_s + (stall_s if pending else 0.0) + (0.0 if step % 7 else stop_s)
         if pending:
             one.stalled(stall_s)
             one.toiled(toil_s)
+        one.passed(step, now_s)
         pending = one.due(step)
         if pending:
             copied.append(step)
-            price = one.price(step, now_s)
+            price = one.price(step)
             if price is not None and one.adapts:
                 one.reconsider(price)
+                if agreed is not None:
+                    agreed.append(step)
     return copied
 
 
@@ -64,6 +75,24 @@ def test_one_copy_that_was_held_up_changes_nothing_for_long() -> None:
     after(one, steps=20, step_s=1.0, stall_s=0.001)
     one.stalled(30.0)
     assert len(after(one, first=21, steps=20, step_s=1.0, stall_s=0.001)) == 20
+
+
+@pytest.mark.parametrize("stop_s", [0.0, 2.0])
+def test_steps_in_which_everything_stood_still_make_no_copy_cheaper(stop_s: float) -> None:
+    one = Frequency(every=1, share=0.01)
+    copied = after(one, steps=400, step_s=0.3, stall_s=0.02, stop_s=stop_s)
+    assert [step for step in copied if step > 100] == list(range(104, 401, 8))
+
+
+def test_ranks_agree_seldom_while_nothing_changes_and_at_once_when_it_does() -> None:
+    one, agreed = Frequency(every=1, share=0.01), list[int]()
+    assert len(after(one, steps=1000, step_s=10.0, stall_s=0.05, agreed=agreed)) == 1000
+    assert len(agreed) == 200
+    agreed.clear()
+    copied = after(one, steps=1000, step_s=0.01, stall_s=0.05, first=1001, agreed=agreed)
+    assert one.now == 512, "every copy of the change had a look of its own"
+    assert sum(0.05 for step in copied if step > 1200) <= 0.01 * 800 * 0.01 + 0.05
+    assert len(agreed) < len(copied)
 
 
 def test_people_are_told_once_what_a_failure_may_cost() -> None:
