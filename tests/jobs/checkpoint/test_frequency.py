@@ -20,7 +20,7 @@ def after(
     stop_s: float = 0.0,
     agreed: list[int] | None = None,
 ) -> list[int]:
-    """Train, with a stop in every seventh step; the steps after which a copy was made. ``agreed`` gets those of a look."""
+    """Train, with a stop in every seventh step; the steps after which a copy was made. ``agreed``: those of a look."""
     now_s, copied, pending = 0.0, [], False
     for step in range(first, first + steps):
         now_s += step_s + (stall_s if pending else 0.0) + (0.0 if step % 7 else stop_s)
