@@ -36,9 +36,10 @@ def test_large_experiments_save_as_often_as_the_planner_finds_best(name: str) ->
     assert disk_steps(config, failing(work, 0.01), plan) > found.every
     estimate = Estimator(work).estimate(plan)
     busy = estimate.outlook.write_s / estimate.step_s / STORAGE_SHARE  # steps
+    apart = estimate.outlook.memory_interval_steps  # what is saved to disk is a copy in memory, too
     worse = disk_steps(config, failing(work, 100), plan)
     assert worse >= busy - 1
-    assert worse < found.every or found.every == pytest.approx(busy, abs=1), "as often as the storage can follow"
+    assert worse < found.every or found.every == pytest.approx(busy, abs=apart), "as often as the storage can follow"
 
 
 def failing(work: Workload, times: float) -> Workload:
