@@ -47,8 +47,7 @@ class Frequency:
         self._stalled_s = self._toil_s = self._paused_s = 0.0
         self._copies: deque[float] = deque(maxlen=_REMEMBERED)
         self._steps: deque[float] = deque(maxlen=_STEPS)
-        self._unchanged = 0  # copies since the last change, or the last look
-        self._settled = False
+        self._spared = 0  # copies until ranks have to agree again
         self._told: set[int] = {every}
         self.now = every
 
@@ -93,8 +92,8 @@ class Frequency:
         if before is None or step <= before:
             return None
         self._copies.append(copy_s)
-        self._unchanged += 1
-        if self._settled and self._unchanged < _REMEMBERED:
+        if self._spared:
+            self._spared -= 1
             return None
         return Price(statistics.median(self._copies), statistics.median(self._steps) if self._steps else 0.0)
 
@@ -113,7 +112,7 @@ class Frequency:
         self.now = max(self.now // 2, min(self.now * 2, steps), self._every)
         while self._most and self.now > max(self._most, self._every):
             self.now //= 2
-        self._settled, self._unchanged = self.now == before, 0
+        self._spared = _REMEMBERED - 1 if self.now == before else 0
         if self.now in self._told:
             return ""
         self._told.add(self.now)

@@ -4,9 +4,9 @@ The speed of a machine that others share drifts by tens of percent within minute
 different machines. Here both are started, and then one is stopped with SIGSTOP, all its processes, while the other
 runs. Rates are in seconds of one's own turns.
 
-Clocks run on for whom is stopped. So what is due every so many seconds is due more often in seconds of one's own, at
-most twice as often: beats, and phalanx's copies in memory, which may take a share of the time. That is to the
-disadvantage of phalanx; how many copies there were is told beside the rates.
+Clocks run on for whom is stopped. So what is due every so many seconds, as beats are, is due up to twice as often in
+seconds of one's own, to the disadvantage of phalanx. Copies in memory are not, though they may take a share of the
+time: that follows from the median of the steps, few of which meet a stop. How many there were is told beside the rates.
 """
 
 from __future__ import annotations
