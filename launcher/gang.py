@@ -1,22 +1,19 @@
 """The controller's side of its agents: one connection per node, and what is seen through them.
 
 A single-threaded loop that never blocks longer than :meth:`Gang.poll` is told to. A node is lost when its connection
-ends or when nothing was heard of it for most of ``detect_s`` *while we listened*: time in which this process itself was
-stopped does not count against the nodes. From a cut link to the decision of the survivors it takes ``detect_s``.
+ends or when nothing was heard of it for most of ``detect_s`` (:mod:`launcher.silence`). From a cut link to the decision
+of the survivors it takes ``detect_s``. When nobody at all is heard it is this process that is cut off, and it waits.
 
-One wake-up costs what it brings, not what the gang has of nodes: thousands of agents beat all the time, so links stand
-in the order in which they were last heard, and whether one is silent is seen at the head of that queue.
+One wake-up costs what it brings, not what the gang has of nodes: thousands of agents beat all the time.
 """
 
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import selectors
 import socket
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,11 +25,11 @@ from launcher.host.events import AGENT_KINDS
 from launcher.host.wire import Message, Stream
 from launcher.listening import HandfulSelector
 from launcher.observation import Inbox, Observation
+from launcher.silence import Silence
 from launcher.spawn_order import EnvOf, SpawnOrder
 from strategies.errors import ClusterError
 
 _CONNECT_S = 10.0
-_SILENCE = 0.8  # of detect_s: the rest is for the last beat before the silence, and for the decision
 TOGETHER_S = 0.05
 """Ranks that go from a step to the next one say so, each at its own moment. What comes so soon after the first of them
 is looked at with it: a turn of the controller costs as much for one as for all."""
@@ -49,7 +46,6 @@ class Link:
         up: The handshake is done.
         step: Newest step that the agent told of.
         asked: When it was greeted: UTC seconds, and by the gang's clock.
-        heard_s: How long its gang had listened (in all, seconds) when the agent was last heard.
     """
 
     address: AgentAddress
@@ -58,7 +54,6 @@ class Link:
     greeted: bool = False
     leaving: bool = False
     step: int = 0
-    heard_s: float = 0.0
     nonces: tuple[str, str] = ("", "")
     asked: tuple[float, float] = (0.0, 0.0)
 
@@ -71,8 +66,8 @@ class Gang:
         epoch: Incarnation of the controller.
         clock: Monotonic seconds.
         detect_s: From the silence of a node until it counts as lost, and everything is decided that follows from it.
-        lease_s: Agents that hear nothing of us for so long give up; six beats are sent in it, or, where none is given,
-            in ``detect_s``.
+        lease_s: Agents that hear nothing of us for so long give up, and so do we if we hear nobody; six beats are sent
+            in it, or, where none is given, in ``detect_s``.
         wall: UTC seconds.
         selector: Where it waits; a simulation brings one that moves ``clock``. Owned by the gang from now on.
 
@@ -96,15 +91,21 @@ class Gang:
         self._epoch = epoch
         self._clock = clock
         self._detect_s = detect_s
-        self._listen_s = detect_s / wire.BEATS  # how often agents beat: longer gaps between two looks are our own
+        self._listen_s = detect_s / wire.BEATS  # how often agents beat
         self._beat_s = (lease_s or detect_s) / 6
         self._selector = selector or HandfulSelector()
         self._inbox, self._wall = Inbox(wall, clock), wall
         self._lost: set[str] = set()
         self._order: SpawnOrder | None = None
-        self._listened_at = self._beat_at = clock()
-        self._listened_s = 0.0
-        self._quiet: OrderedDict[Link, None] = OrderedDict()  # every link, the one that is silent for longest first
+        self._lease_s, self._beat_at = lease_s, clock()
+        self._silence: Silence[Link] = Silence(
+            detect_s=detect_s, beat_s=self._listen_s, patience_s=lease_s, now=self._beat_at
+        )
+
+    @property
+    def cut_off(self) -> bool:
+        """Nobody is heard any more: that says nothing about the ranks, and all nodes are waited for."""
+        return self._silence.cut_off
 
     # -- connections -----------------------------------------------------------------------------------------------
 
@@ -120,9 +121,9 @@ class Gang:
 
     def _connect(self, address: AgentAddress) -> None:
         sock = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
-        link = Link(address, Stream(sock), heard_s=self._listened_s)
+        link = Link(address, Stream(sock))
         self.links[address.node] = link
-        self._quiet[link] = None
+        self._silence.add(link)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             sock.connect((address.host, address.port))
@@ -138,7 +139,7 @@ class Gang:
         if self.links.get(link.address.node) is not link:
             return
         del self.links[link.address.node]
-        self._quiet.pop(link, None)
+        self._silence.remove(link)
         self._lost.add(link.address.incarnation)
         if link.stream.sock in self._selector.get_map():
             self._selector.unregister(link.stream.sock)
@@ -183,8 +184,7 @@ class Gang:
             link.stream.flush()
         messages = link.stream.receive()
         if messages:
-            link.heard_s = self._listened_s
-            self._quiet.move_to_end(link)
+            self._silence.heard(link)
         for message in messages:
             self._hear(link, message)
             if link.stream.closed:
@@ -229,22 +229,16 @@ class Gang:
         self._send_all({"op": "beat"})
 
     def _judge_silence(self) -> None:
-        now = self._clock()
-        # A gap longer than a beat of theirs is ours: we did not listen, so it says little about the others.
-        self._listened_s += min(now - self._listened_at, self._listen_s)
-        self._listened_at = now
-        silent = itertools.takewhile(lambda link: self._silent_s(link) > _SILENCE * self._detect_s, self._quiet)
-        for link in list(silent):
-            silent_s = self._silent_s(link)
+        before = self.cut_off
+        for link in self._silence.late(self._clock()):
+            silent_s = self._silence.silent_s(link)
             if link.up:
                 why = f"nothing was heard for {silent_s:.1f} s, and nothing was closed"
                 self._lose(link, why, silent_s=silent_s)
             elif silent_s > max(self._detect_s, _CONNECT_S):
                 self._lose(link, f"no answer from {link.address.host}:{link.address.port}")
-
-    def _silent_s(self, link: Link) -> float:
-        """Seconds of listening in which nothing was heard of it."""
-        return self._listened_s - link.heard_s
+        if self.cut_off and not before:
+            self._inbox.add("cut_off", "", {"patience_s": self._lease_s})
 
     def _hear(self, link: Link, message: Message) -> None:
         try:
@@ -377,5 +371,5 @@ class Gang:
             link.stream.flush()
             link.stream.close("closed")
         self.links.clear()
-        self._quiet.clear()
+        self._silence.clear()
         self._selector.close()

@@ -139,6 +139,8 @@ class GangState:
 
         Saying the same thing twice (an agent replays after an adoption) has no further effect.
         """
+        if seen.kind == "cut_off":
+            return [Note(kind=EventKind.CUT_OFF, data={"patience_s": seen.data["patience_s"]})]
         if seen.node not in self.placement:
             return []
         if seen.kind in ("agent_lost", "leaving"):

@@ -71,6 +71,10 @@ class StepClock:
             self.pace.note(self._work, now - self._since)
             self._since, self._work = now, self._ahead.pop(step + 1, 0.0)
 
+    def excuse(self, now: float) -> None:
+        """Nothing could be heard up to now: that is no silence of ranks, and no time of a step."""
+        self._last = self._since = now
+
     @property
     def busy(self) -> str:
         """What some rank does beside training: ``save``, ``finish``, ``evaluate`` or "" for nothing."""
@@ -99,6 +103,10 @@ class StepClock:
 
 class Gang(Protocol):
     """What is needed of :class:`launcher.gang.Gang`."""
+
+    @property
+    def cut_off(self) -> bool:
+        """Nobody is heard any more."""
 
     def dump(self, attempt: int) -> None:
         """Ask every node where its ranks stand."""
@@ -195,6 +203,10 @@ class HangWatch:
         """Ask, wait for the answers, and say who it is. None while all is well or answers are missing."""
         clock = self._clock
         if clock is None:
+            return None
+        if gang.cut_off:
+            clock.excuse(now)
+            self._asked = None
             return None
         silent_s, limit_s = clock.silent_s(now), clock.limit_s(self._first_s(clock))
         if self._asked is None:

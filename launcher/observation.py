@@ -20,6 +20,7 @@ ObservationKind = Literal[
     "stack",
     "holdings",
     "fenced",
+    "cut_off",
 ]
 
 
@@ -39,7 +40,8 @@ class Observation:
             ``leaving`` (``reason``), ``notice`` (``reason``, ``within_s``: the node will be taken away after so many
             seconds), ``pool`` (``state``, ``reason``), ``stack`` (``rank``, ``attempt``, ``state``, ``stack``: where a
             rank stands, see :mod:`launcher.host.stacks`), ``holdings`` (``id``, ``address``, ``held``: what the node
-            holds in memory, see :mod:`launcher.memory_tier`), ``fenced`` (``epoch``: who owns the agent now).
+            holds in memory, see :mod:`launcher.memory_tier`), ``fenced`` (``epoch``: who owns the agent now),
+            ``cut_off`` (of no node: nothing is heard of any; ``patience_s``: for how long they are waited for).
         node: The node.
         time: When it happened, UTC seconds: by the agent's clock if the agent said it, else by ours.
         data: The facts.

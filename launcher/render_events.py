@@ -103,6 +103,11 @@ def _clock(data: Mapping[str, Any]) -> str:
     return clocks.words(float(data.get("ahead_s", 0.0)), float(data.get("within_s", 0.0)))
 
 
+def _cut_off(event: RunEvent) -> str:
+    patience_s = float(event.data.get("patience_s", 0.0))
+    return f"nothing is heard of any node: the controller is cut off, and waits {patience_s:.0f} s; ranks train on"
+
+
 def _dying(event: RunEvent) -> str:
     node, waited_s = node_name(str(event.data.get("node"))), float(event.data.get("waited_s", 0.0))
     left = stopping.words(event.data.get("left", []))
@@ -124,6 +129,7 @@ _SENTENCES: dict[EventKind, Callable[[RunEvent], str | None]] = {
     EventKind.RANKS_DYING: _dying,
     EventKind.STRAGGLER_FOUND: lambda e: f"slow: {_detail(e.data)}",
     EventKind.POOL_UNSAFE: _pool_unsafe,
+    EventKind.CUT_OFF: _cut_off,
     EventKind.CLOCK_SKEWED: lambda e: f"node {node_name(str(e.data.get('node')))}: {_clock(e.data)}",
     EventKind.RANKS_SPAWNED: lambda e: f"{plural(int(e.data.get('ranks', 0)), 'rank')} running, loading",
     EventKind.TRAINING_STARTED: lambda e: f"training from step {e.data.get('step')}" + _restored(e.data),

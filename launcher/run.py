@@ -69,6 +69,7 @@ class EventKind(enum.StrEnum):
     NODE_READMITTED = "node_readmitted"  # nodes, reason
     STRAGGLER_FOUND = "straggler_found"  # failure, ratio: own time of a step over that of its peers
     CLOCK_SKEWED = "clock_skewed"  # node, ahead_s: of the controller's clock (about 0: it agrees again), within_s
+    CUT_OFF = "cut_off"  # patience_s: nothing is heard of any node, all are waited for
     POOL_UNSAFE = "pool_unsafe"  # node, reason: ranks there start as fresh processes
     RESUME_REQUESTED = "resume_requested"  # overrides, changes, request: digest; last_step if its end is not recorded
     CANCEL_REQUESTED = "cancel_requested"  # by

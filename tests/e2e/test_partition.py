@@ -171,6 +171,27 @@ def test_what_a_cut_off_rank_writes_is_named_by_no_manifest(folder: Path, net: n
 
 
 @pytest.mark.full
+def test_a_controller_that_is_cut_off_waits_for_its_nodes(folder: Path, net: netns.Network) -> None:
+    """The cable of the controller's own machine is out for longer than a silent node is given; the ranks train on."""
+    run = netgang.make_run(folder, "deaf", "train.steps=300")
+    for index in range(2):
+        netgang.start_agent(net, run, index, lease_s=60.0)
+    controller = netgang.start_controller_on(net, run, 2)
+    at_step(run, 4)
+    net.cut(2)
+    cut_at = max(cli.curve(run))
+    cli.wait_for(lambda: bool(events_of(run, EventKind.CUT_OFF)), "the controller to notice", 30.0)
+    time.sleep(BOUND_S)
+    assert max(cli.curve(run)) > cut_at, "the ranks train on"
+    net.mend(2)
+    assert controller.wait(250.0) == 0
+    state = run.run()
+    assert (len(state.attempts), state.steps_lost, state.restarts, state.epoch) == (1, 0, 0, 1)
+    assert events_of(run, EventKind.FAILURE_DETECTED) == []
+    assert_same(run, undisturbed(folder, 300))
+
+
+@pytest.mark.full
 def test_of_two_controllers_at_once_the_old_one_does_nothing(folder: Path, net: netns.Network) -> None:
     """One that was stopped wakes up and finds another in its place: it writes nothing that counts and kills nobody."""
     run = netgang.make_run(folder, "two", "train.steps=300", "checkpoint.every=50")

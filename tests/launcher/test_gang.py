@@ -12,8 +12,10 @@ import pytest
 
 from launcher.backend import AgentAddress
 from launcher.gang import TOGETHER_S, Gang, Link
+from launcher.hang_watch import HangWatch
 from launcher.host import wire
 from launcher.host.wire import Stream
+from tests.support.jobspecs import GPT, make_plan
 
 
 class Script(selectors.DefaultSelector):
@@ -50,10 +52,10 @@ def script() -> Iterator[Script]:
 
 @pytest.fixture
 def gang(script: Script) -> Iterator[Gang]:
-    made = Gang(b"secret", 1, script.clock, wall=script.clock, selector=script)
+    made = Gang(b"secret", 1, script.clock, wall=script.clock, selector=script, lease_s=60.0)
     address = AgentAddress(node="a", host="127.0.0.1", port=1, pid=1, slots=4, incarnation="1")
     link = made.links["a"] = Link(address, Stream(script.ours), up=True, greeted=True)
-    made._quiet[link] = None
+    made._silence.add(link)
     script.register(script.ours, selectors.EVENT_READ, link)
     yield made
     made.close()
@@ -96,3 +98,53 @@ def test_a_connection_that_ends_is_seen_at_once(gang: Gang, script: Script) -> N
     script.said = [(100.02, step(0)), (100.03, {})]
     assert [seen.kind for seen in gang.poll(0.2)] == ["report", "agent_lost"]
     assert script.now == pytest.approx(100.03)
+
+
+@pytest.fixture
+def second(gang: Gang, script: Script) -> Iterator[socket.socket]:
+    """Another agent, which says nothing by itself."""
+    theirs, ours = socket.socketpair()
+    address = AgentAddress(node="b", host="127.0.0.1", port=1, pid=1, slots=4, incarnation="2")
+    link = gang.links["b"] = Link(address, Stream(ours), up=True, greeted=True)
+    gang._silence.add(link)
+    script.register(ours, selectors.EVENT_READ, link)
+    yield theirs
+    theirs.close()
+
+
+def test_when_nobody_is_heard_that_is_said_once_and_nobody_is_lost(
+    gang: Gang, script: Script, second: socket.socket
+) -> None:
+    assert [(seen.kind, seen.node) for seen in gang.poll(20.0)] == [("cut_off", "")]
+    assert script.now == pytest.approx(100.0 + 4.0, abs=1.3)
+    told = [gang.cut_off]
+    assert gang.poll(30.0) == []
+    script.said = [(script.now + 1.0, step(0))]
+    assert [seen.kind for seen in gang.poll(2.0)] == ["report"]
+    told.append(gang.cut_off)
+    assert told == [True, False]
+    assert sorted(gang.links) == ["a", "b"]
+
+
+def test_while_one_is_heard_the_other_is_lost(gang: Gang, script: Script, second: socket.socket) -> None:
+    script.said = [(100.0 + tick, step(0)) for tick in range(1, 8)]
+    kinds = [seen.kind for _ in range(7) for seen in gang.poll(1.0)]
+    assert kinds.count("agent_lost") == 1
+    assert "cut_off" not in kinds
+    assert list(gang.links) == ["a"]
+
+
+def test_a_controller_that_is_cut_off_takes_no_rank_for_hanging(
+    gang: Gang, script: Script, second: socket.socket
+) -> None:
+    watch, now = HangWatch(first_s=10.0, save_s=60.0), 0.0
+    watch.begin(make_plan(GPT, 1), now)
+    gang.poll(20.0)
+    for _ in range(200):
+        now += 0.2
+        assert watch.look(gang, 1, 1, now=now, wall=now) is None
+    assert second.recv(1 << 16, socket.MSG_DONTWAIT).count(b"dump") == 0
+    script.said = [(script.now + 1.0, step(0))]
+    gang.poll(2.0)
+    watch.look(gang, 1, 1, now=now + 9.5, wall=now)
+    assert b"dump" in second.recv(1 << 16, socket.MSG_DONTWAIT), "what comes after that counts"

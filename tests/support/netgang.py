@@ -118,6 +118,13 @@ def start_controller(store: RunStore) -> subprocess.Popen[bytes]:
         )
 
 
+def start_controller_on(net: netns.Network, store: RunStore, index: int) -> subprocess.Popen[bytes]:
+    """A controller in a namespace."""
+    command = [sys.executable, "-P", "-m", "tests.support.netgang", str(store.paths.root)]
+    environment = os.environ | {"PYTHONPATH": str(packages_root()), "OMP_NUM_THREADS": "1"}
+    return net.popen(index, command, log=store.paths.root / "controller.log", env=environment)
+
+
 def pid_of(controller: subprocess.Popen[bytes]) -> int:
     """The controller itself, as the host knows it."""
     found = [pid for pid in process.all_pids() if process.parent_and_session(pid)[0] == controller.pid]
