@@ -192,7 +192,7 @@ def _adopt(controller: Controller, welcomes: Welcomes) -> None:
     if controller.state.training:
         controller.watch_training(controller.state)
     else:
-        controller.first_step_by = controller.clock.monotonic() + controller.request.recovery.first_step_s
+        controller.hangs.start(controller.state.plan, controller.clock.monotonic())
     since = controller.state.last_step - max(controller.run.committed_step, attempt.first_step - 1)
     words = f"all {len(attempt.nodes)} nodes answer and hold attempt {attempt.number} at step "
     words += f"{controller.state.last_step}: taking it over loses 0 steps, a restart {max(0, since)}"

@@ -94,7 +94,6 @@ class Controller:
         self._observer = observer
         self._since = clock.monotonic()  # of the present phase
         self._until = 0.0  # end of the back-off (monotonic)
-        self.first_step_by: float | None = None
         self._cancelling = False
 
     @property
@@ -171,7 +170,7 @@ class Controller:
             self._end_leftovers(seen)
         if self.state is None:
             return
-        if self.first_step_by is not None and seen.saves(self.state.attempt):
+        if self.hangs.starting and seen.saves(self.state.attempt):
             self.watch_training(self.state)  # no step is left to do, only the last checkpoint
         self.hangs.note(seen, seen.heard)
         self.departure.note(seen)
@@ -208,7 +207,7 @@ class Controller:
 
     def watch_training(self, state: GangState) -> None:
         """It has begun: look for hangs and stragglers from now on; a script reports no steps."""
-        self.first_step_by = None
+        self.hangs.end()
         if not state.script:
             told = progress.last_metric(self.store.paths)
             self.hangs.begin(state.plan, self.clock.monotonic(), told_s=float(told.get("seconds", 0.0)))
@@ -268,7 +267,7 @@ class Controller:
         self.record(EventKind.ATTEMPT_PLANNED, **planned, **at.told, **self.shortage.told)
         self.muster.clocks.first(next(iter(self.state.placement)))
         self.start_reason = "restart"
-        self.first_step_by = self.clock.monotonic() + self.request.recovery.first_step_s
+        self.hangs.start(plan, self.clock.monotonic())
         self.enter(Phase.RUN)
         try:
             spawn(self.gang, self.request, self.state, self.lock.epoch)
@@ -283,9 +282,6 @@ class Controller:
             self.muster.call_up(self.gang, urgent=False)
         if self.state.all_finished:
             self._finish(self.state)
-        elif self.first_step_by is not None and self.clock.monotonic() > self.first_step_by:
-            detail = f"no first step within {self.request.recovery.first_step_s:.0f} s (recovery.start_timeout_s)"
-            self._suspect(Failure(kind=FailureKind.START_TIMEOUT, time=self.clock.time(), detail=detail))
         else:
             self._watch_for_hangs(self.state)
         if self.phase is Phase.RUN and (news := self.outset.settle()):
@@ -325,7 +321,6 @@ class Controller:
 
     def _stop_ranks(self, state: GangState) -> None:
         self.gang.kill(state.attempt, grace_s=0.0)
-        self.first_step_by = None
         self.hangs.end()
         self.departure.stragglers.end()
         self.enter(Phase.STOP)

@@ -27,6 +27,7 @@ AGAINST_THE_NODE = frozenset(
         FailureKind.DEVICE_LOST,
         FailureKind.DEVICE_FAULT,
         FailureKind.LINK_FAULT,
+        FailureKind.START_TIMEOUT,
     }
 )
 _LOST_TWICE = 2
@@ -98,6 +99,8 @@ def _suspect_device(run: Run, spec: RecoverySpec) -> str:
 def _at_the_start(run: Run, spec: RecoverySpec, spare: bool) -> str:
     """The same error again, before anything was trained, and only ever on this node."""
     newest, attempt = run.failures[-1], run.attempt
+    if spare and newest.kind == FailureKind.START_TIMEOUT:
+        return "the others have waited for it in vain before the first step, and another node stands by"
     if not (spare and newest.signature) or attempt is None or attempt.trained is not None:
         return ""
     alike = [one for one in run.failures if one.signature == newest.signature]

@@ -78,6 +78,19 @@ def culprit(standings: Mapping[int, Standing]) -> tuple[int, str]:
     return (stuck[0], f"is {_IN_KERNEL}") if found[0] < 0 and len(stuck) == 1 else found
 
 
+def late_at_the_start(standings: Mapping[int, Standing]) -> tuple[int, str]:
+    """The rank that the others wait for before the first step, when little of what they enter is counted yet.
+
+    Returns:
+        (-1, why) when the evidence points at nobody.
+    """
+    rank, why = culprit(standings)
+    apart = [one for one, at in standings.items() if at.stack and not at.communicates]
+    if rank < 0 and len(apart) == 1 and len(standings) > 1 and all(at.stack for at in standings.values()):
+        return apart[0], f"does not come to where the others wait: it is in {_top(standings[apart[0]])}"
+    return rank, why
+
+
 def _stopped(standings: Mapping[int, Standing]) -> tuple[int, str] | None:
     for rank, at in sorted(standings.items()):
         if at.state in _STOPPED:

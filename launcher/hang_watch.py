@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from jobs.course import Progress
-from launcher.hang import Standing, culprit
+from launcher.hang import Standing, culprit, late_at_the_start
 from launcher.notice import Present
 from launcher.observation import Observation
 from launcher.pace import Pace, Past
@@ -131,6 +131,8 @@ class HangWatch:
         self._works: dict[int, float] = {}
         self._save_s = save_s
         self._clock: StepClock | None = None
+        self.starting = False
+        """Ranks were ordered, and the first step has not begun."""
         self._asked: float | None = None
         self._excused = -math.inf
         self._answers: dict[int, Mapping[str, Any]] = {}
@@ -139,7 +141,7 @@ class HangWatch:
     def present(self, last: int, now: float, *, save_s: float) -> Present:
         """Where the gang is in the step after ``last``, and how long steps take."""
         clock = self._clock
-        if clock is None:
+        if clock is None or self.starting:
             return Present(last=last, elapsed_s=0.0, typical_s=0.0, most_s=self._told_s, save_s=save_s)
         return Present(
             last=last,
@@ -148,6 +150,11 @@ class HangWatch:
             most_s=clock.pace.most_s(clock.work) or self._told_s,
             save_s=save_s,
         )
+
+    def start(self, plan: ParallelPlan, now: float) -> None:
+        """The ranks of an attempt are ordered, or taken over before their first step; see :meth:`begin`."""
+        self.begin(plan, now)
+        self.starting = True
 
     def begin(self, plan: ParallelPlan, now: float, *, told_s: float = 0.0) -> None:
         """The first step of an attempt begins.
@@ -165,9 +172,9 @@ class HangWatch:
 
     def end(self) -> None:
         """The attempt ends."""
-        if self._clock is not None and self._plan is not None:
+        if self._clock is not None and self._plan is not None and not self.starting:
             self._past.setdefault(self._plan, Past()).learn(self._clock.pace)
-        self._clock = None
+        self._clock, self.starting = None, False
 
     def _work_of(self, micro_batches: int) -> float:
         if micro_batches and micro_batches not in self._works and self._plan is not None:
@@ -176,6 +183,8 @@ class HangWatch:
 
     def _first_s(self, clock: StepClock) -> float:
         """Patience while too few steps of the attempt were seen."""
+        if self.starting:
+            return self._start_s
         here_s, past = clock.pace.most_s(clock.work), self._past.get(self._plan) if self._plan else None
         if past is not None and past.learned:
             most_s = max(here_s, past.most_s(clock.work))
@@ -190,7 +199,7 @@ class HangWatch:
             self._micro_batches = int(data.get("micro_batches", 0))
         if self._clock is None:
             return
-        if seen.kind == "report" and data.get("kind") == "step":
+        if seen.kind == "report" and data.get("kind") == "step" and not self.starting:
             self._nodes[int(data["rank"])] = seen.node
             ahead = self._work_of(int(data.get("micro_batches", 0)))
             self._clock.note(int(data["rank"]), int(data["step"]), str(data.get("next", "step")), now, ahead)
@@ -224,20 +233,35 @@ class HangWatch:
 
     def _judge(self, world_size: int, silent_s: float, when: float) -> Failure:
         standings = self.standings(world_size)
+        if self.starting:
+            return self._judge_start(standings, when)
         rank, why = culprit(standings)
         busy = self._clock.busy if self._clock else ""
         told = {"save": "while saving a checkpoint", "finish": "after the last step", "evaluate": "in an evaluation"}
         what = told.get(busy, "in a step")
         step = min((at.step for at in standings.values()), default=0) + 1
-        named = f"{self._name(rank)} {why}" if rank >= 0 else why
         return Failure(
             kind=FailureKind.HANG,
             time=when,
             node=self._nodes.get(rank, ""),
             rank=rank,
             step=step,
-            detail=f"no progress for {silent_s:.1f} s {what} (step {step}): {named}",
+            detail=f"no progress for {silent_s:.1f} s {what} (step {step}): {self._named(rank, why)}",
         )
+
+    def _judge_start(self, standings: Mapping[int, Standing], when: float) -> Failure:
+        rank, why = late_at_the_start(standings)
+        limit = f"no first step within {self._start_s:.0f} s (recovery.start_timeout_s)"
+        return Failure(
+            kind=FailureKind.START_TIMEOUT,
+            time=when,
+            node=self._nodes.get(rank, ""),
+            rank=rank,
+            detail=f"{limit}: {self._named(rank, why)}",
+        )
+
+    def _named(self, rank: int, why: str) -> str:
+        return f"{self._name(rank)} {why}" if rank >= 0 else why
 
     def _name(self, rank: int) -> str:
         assert self._topology is not None
