@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.checkpoint.layout import Token
-from launcher import progress, rank_errors, stopping
+from launcher import aftermath, progress, rank_errors, stopping
+from launcher.attempts import Attempt
 from launcher.controller import Controller
-from launcher.departure import REASON
 from launcher.gang import Observation
 from launcher.gang_state import GangState
 from launcher.lock import identity
 from launcher.phase import Phase
 from launcher.recovery import Action, Decision, Failure, FailureKind, culprit
-from launcher.run import Attempt, EventKind, Run, RunState
+from launcher.run import EventKind, Run, RunState
 from launcher.sizing import plan_of, wanted_of
 from launcher.store import read_json
 from strategies.codec import from_json, to_json
@@ -76,10 +76,10 @@ def _go_on(
         controller.record(EventKind.RESUME_REQUESTED, request=controller.request.digest, last_step=last, **resume)
         controller.start_reason = "resume"
         return
-    if attempt is not None:
-        controller.start_reason = _reason_after(controller.run)
     if unfinished:
         _lost_gang(controller, welcomes, heard)
+    else:
+        aftermath.go_on(controller)
 
 
 def _meet_agents(controller: Controller) -> tuple[dict[str, Mapping[str, Any]], list[Observation]]:
@@ -138,14 +138,6 @@ def _ranks_of(controller: Controller, attempt: Attempt, welcomes: Welcomes) -> d
     for node, ranks in found.items():
         ranks |= {int(entry["rank"]): int(entry["pid"]) for entry in welcomes[node].get("ranks", ())}
     return found
-
-
-def _reason_after(run: Run) -> str:
-    """Why the next attempt will be made, after one that has ended."""
-    assert run.attempt is not None
-    if run.failures and run.failures[-1].kind == FailureKind.PREEMPTED and run.failures[-1].time == run.attempt.ended:
-        return "move"
-    return REASON.get(run.attempt.cause or "", "restart")
 
 
 def _remember_orders(controller: Controller, state: GangState, welcomes: Welcomes) -> None:
@@ -267,7 +259,7 @@ def _lost_gang(controller: Controller, welcomes: Welcomes, heard: Sequence[Obser
     controller.record(
         EventKind.FAILURE_DETECTED, attempt=attempt.number, failure=failure, last_step=last, failed_at=min(seen, now)
     )
-    controller.conclude(failure)
+    aftermath.conclude(controller, failure)
 
 
 def _evidence(

@@ -22,10 +22,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jobs.spec import JobSpec
-from launcher import exclusion, progress, rank_errors, recovery, stopping
+from launcher import aftermath, progress, rank_errors, recovery, stopping
 from launcher.backend import AgentAddress, Backend
 from launcher.clock import Clock
-from launcher.departure import CAUSE, REASON, Departure
+from launcher.departure import Departure
 from launcher.gang import Gang, Observation
 from launcher.gang_state import GangState, Note, spawn
 from launcher.hang_watch import HangWatch
@@ -93,7 +93,7 @@ class Controller:
         )
         self._observer = observer
         self._since = clock.monotonic()  # of the present phase
-        self._until = 0.0  # end of the back-off (monotonic)
+        self.pause_until = 0.0  # end of the back-off (monotonic)
         self._cancelling = False
 
     @property
@@ -144,6 +144,10 @@ class Controller:
     @property
     def _number(self) -> int:
         return self.state.attempt if self.state else 0
+
+    def record_faults(self) -> None:
+        """Write down which injected faults have fired."""
+        self.log.record_faults(attempt=self._number)
 
     def decide(self, decision: Decision | None, **more: Any) -> None:
         """Put a decision on record, if there is one; giving up ends the run."""
@@ -337,37 +341,13 @@ class Controller:
         elif self._cancelling:
             self.end(EventKind.RUN_CANCELLED, reason="cancelled on request")
         elif state.all_finished:
-            self._regroup(state)
+            aftermath.regroup(self, state)
         else:
             rank_errors.keep(self.store.paths, state.attempt, state.evidence)
-            self.conclude(recovery.culprit(state.evidence))
-
-    def _regroup(self, state: GangState) -> None:
-        """The ranks have left as they were asked to: that is no failure, and nothing is lost."""
-        cause = CAUSE[state.leaving]
-        self.record(EventKind.GANG_STOPPED, cause=cause, failure="", signature="", last_step=state.last_step)
-        self.state, self.start_reason = None, REASON[cause]
-        self.enter(Phase.GATHER)
-
-    def conclude(self, failure: Failure) -> None:
-        """The attempt is over: name the cause, decide, and do what was decided."""
-        self.log.record_faults(attempt=self._number)
-        if (unfit := recovery.passed_over(self.run, failure)) is not None:
-            self.record(EventKind.CHECKPOINT_REJECTED, **unfit)
-        self.record(EventKind.GANG_STOPPED, **failure.verdict)
-        spare = self.muster.stands_by(self.run.attempt.nodes if self.run.attempt else ())
-        if (excluded := exclusion.after_failure(self.run, self.request.recovery, spare=spare)) is not None:
-            self.record(EventKind.NODE_EXCLUDED, **excluded.fields)
-        self.start_reason = "move" if failure.kind is FailureKind.PREEMPTED else "restart"
-        decision = recovery.decide(self.run, failure, self.request.recovery, spare=spare)
-        self.decide(decision)
-        self.state = None
-        self._until = self.clock.monotonic() + decision.delay_s
-        if self.phase is not Phase.END:
-            self.enter(Phase.BACKOFF if decision.delay_s > 0 else Phase.GATHER)
+            aftermath.conclude(self, recovery.culprit(state.evidence))
 
     def _back_off(self) -> None:
-        if self.clock.monotonic() >= self._until:
+        if self.clock.monotonic() >= self.pause_until:
             self.enter(Phase.GATHER)
 
     # --- ending ---------------------------------------------------------------------------------------------------
@@ -383,7 +363,7 @@ class Controller:
 
     def end(self, kind: EventKind, **data: Any) -> None:
         """Record how the run ended, then give everything back."""
-        self.log.record_faults(attempt=self._number)
+        self.record_faults()
         self.record(kind, **data)
         self.leave()
 

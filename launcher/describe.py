@@ -35,10 +35,11 @@ from jobs.checkpoint import list_checkpoints
 from jobs.paths import RunPaths
 from launcher import clocks, forecast, progress, rank_errors, skips, stopping
 from launcher.account import INCIDENT_CLASSES, PARTS, Incident
+from launcher.attempts import Attempt
 from launcher.ledger import account
 from launcher.lock import holder_alive, newest_epoch
 from launcher.request import LaunchRequest
-from launcher.run import Attempt, EventKind, Run, RunEvent, RunState, fold
+from launcher.run import EventKind, Run, RunEvent, RunState, fold
 from launcher.sizing import plan_of
 from launcher.store import RunStore
 from strategies.codec import to_json

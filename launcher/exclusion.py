@@ -14,9 +14,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.attempts import Fall
 from launcher.recovery import FailureKind
 from launcher.request import RecoverySpec
-from launcher.run import Fall, Run
+from launcher.run import Run
 
 AGAINST_THE_NODE = frozenset(
     {

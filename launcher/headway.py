@@ -35,7 +35,7 @@ class Headway:
         Args:
             point: The step that it goes on from; 0 for the beginning.
             on_disk: It goes on from there because that is the newest on disk; else from a copy in memory.
-            reason: See :class:`launcher.run.Attempt`.
+            reason: See :class:`launcher.attempts.Attempt`.
         """
         idle = {"restart": self.idle_restarts + 1, "move": self.idle_restarts}.get(reason, 0)
         committed = point if on_disk else min(point, self.committed_step)

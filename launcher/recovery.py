@@ -89,9 +89,9 @@ class Failure:
 
     @property
     def verdict(self) -> dict[str, Any]:
-        """What the event log keeps of the failure that explains the others."""
+        """What the event log keeps of the failure that explains the others: all that :func:`decide` needs."""
         named = {"cause": self.detail, "failure": self.kind.value, "signature": self.signature}
-        return {**named, "node": self.node, "rank": self.rank}
+        return {**named, "node": self.node, "rank": self.rank, "step": self.step, "samples": self.samples}
 
 
 class Action(enum.StrEnum):

@@ -19,6 +19,7 @@ from typing import Any
 
 from jobs.checkpoint.memory import generation_of
 from launcher import roster
+from launcher.attempts import Attempt, Fall, Ruling
 from launcher.headway import Headway
 from strategies.codec import from_json
 from strategies.schedule import Skip
@@ -59,7 +60,8 @@ class EventKind(enum.StrEnum):
     CHECKPOINT_REJECTED = "checkpoint_rejected"  # path, reason, absent: it was looked at, not read
     FAULT_FIRED = "fault_fired"  # fault, and the record that the injector left
     FAILURE_DETECTED = "failure_detected"  # failure, last_step, failed_at
-    # cause, failure, node, rank (after all evidence is in; failure is "" if it left on purpose), signature, last_step
+    # cause, failure, node, rank, step, samples, signature (after all evidence is in: all that the decision needs;
+    # failure is "" if it left on purpose), last_step
     GANG_STOPPED = "gang_stopped"
     RANKS_DYING = "ranks_dying"  # node, left: rows of rank, pid, state, that SIGKILL has not ended yet; waited_s
     # action, reason, delay_s, skip (samples to leave out from now on, or null), waited_s (for nodes, up to now)
@@ -100,64 +102,6 @@ class RunEvent:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Attempt:
-    """One incarnation of the gang.
-
-    Attributes:
-        number: From 1.
-        epoch: Controller that planned it.
-        plan: The plan as JSON values.
-        nodes: Nodes that carry its ranks, in gang order.
-        started: When it was planned (UTC seconds).
-        ended: When it ended, or None.
-        cause: Why it ended, or None.
-        failure: The kind of failure that ended it, or "".
-        first_step: First step it ran (or was to run).
-        last_step: Last step known to be complete.
-        resume_from: Checkpoint it restored, or "".
-        reason: ``start``, ``restart``, ``resume``, ``grow`` or ``move``.
-        wanted: The plan that was asked for, if the attempt's own is smaller because nodes were missing.
-        trained: When its first step began (UTC seconds), or None.
-        restored_s: Seconds in which its slowest rank read the checkpoint, or None.
-        idle_from: Since when, after its end, it was only waited for what the next one takes (UTC seconds), or None.
-    """
-
-    number: int
-    epoch: int
-    plan: Mapping[str, Any]
-    nodes: tuple[str, ...]
-    started: float
-    ended: float | None = None
-    cause: str | None = None
-    failure: str = ""
-    first_step: int
-    last_step: int = 0
-    resume_from: str = ""
-    reason: str = "start"
-    wanted: Mapping[str, Any] | None = None
-    trained: float | None = None
-    restored_s: float | None = None
-    idle_from: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Fall:
-    """What ended an attempt.
-
-    Attributes:
-        kind: See :class:`launcher.recovery.FailureKind`.
-        time: When it was concluded (UTC seconds).
-        node: Node that it is put down to, or "".
-        signature: See :class:`launcher.recovery.Failure`.
-    """
-
-    kind: str
-    time: float
-    node: str = ""
-    signature: str = ""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """All that the event log says of a run."""
 
@@ -172,6 +116,7 @@ class Run:
     steps_lost: int = 0
     restarts: int = 0  # since the last person's submit or resume
     failures: tuple[Fall, ...] = ()  # since the last person's submit or resume
+    ruling: Ruling | None = None  # the newest since the newest attempt has ended; None while there is none
     excluded: Mapping[str, float] = field(default_factory=dict)  # node -> until when (UTC seconds)
     rejected: frozenset[str] = frozenset()  # checkpoints that are not used any more
     absent: frozenset[str] = frozenset()  # those of them whose files were not there: a person's resume looks again
@@ -184,6 +129,12 @@ class Run:
     def attempt(self) -> Attempt | None:
         """The newest attempt."""
         return self.attempts[-1] if self.attempts else None
+
+    @property
+    def undecided(self) -> Fall | None:
+        """What has ended the newest attempt, while nothing was decided about it: a controller fell between the two."""
+        attempt = self.attempt
+        return self.failures[-1] if self.failures and attempt and attempt.failure and not self.ruling else None
 
     @property
     def committed_step(self) -> int:
@@ -274,6 +225,7 @@ def _resume_requested(run: Run, event: RunEvent) -> Run:
         restarts=0,
         headway=closed.headway.renewed(),
         failures=(),
+        ruling=None,
         excluded={},
         rejected=run.found_damaged,
         absent=frozenset(),
@@ -302,6 +254,7 @@ def _planned(run: Run, event: RunEvent) -> Run:
     return replace(
         run,
         attempts=(*run.attempts, attempt),
+        ruling=None,
         steps_lost=run.steps_lost + lost,
         restarts=run.restarts + (attempt.reason == "restart"),
         headway=run.headway.planned(attempt.last_step, on_disk=on_disk, reason=attempt.reason),
@@ -315,9 +268,16 @@ def _committed(run: Run, event: RunEvent) -> Run:
 
 def _stopped(run: Run, event: RunEvent) -> Run:
     data = event.data
-    signature, kind = str(data.get("signature", "")), str(data.get("failure", ""))
+    kind, run = str(data.get("failure", "")), replace(run, ruling=None)
     if kind:
-        fall = Fall(kind=kind, time=event.time, node=str(data.get("node", "")), signature=signature)
+        fall = Fall(
+            kind=kind,
+            time=event.time,
+            node=str(data.get("node", "")),
+            signature=str(data.get("signature", "")),
+            step=int(data.get("step", 0)),
+            samples=int(data.get("samples", 0)),
+        )
         run = replace(run, failures=(*run.failures, fall))
     ended = {"ended": event.time, "cause": data.get("cause"), "failure": kind, "last_step": _last_step(run, event)}
     return _progressed(_with_attempt(run, **ended))
@@ -343,6 +303,10 @@ def _last_step(run: Run, event: RunEvent) -> int:
 def _decided(run: Run, event: RunEvent) -> Run:
     data, skip = event.data, event.data.get("skip")
     run = _idle(run, event) if data.get("action") == "wait" or data.get("delay_s") else run
+    if run.attempt is None or run.attempt.ended is not None:
+        action, reason = str(data.get("action", "")), str(data.get("reason", ""))
+        delay_s = float(data.get("delay_s") or 0.0)
+        run = replace(run, ruling=Ruling(action=action, reason=reason, time=event.time, delay_s=delay_s))
     return replace(run, skips=(*run.skips, from_json(Skip, skip))) if skip else run
 
 

@@ -25,9 +25,10 @@ from itertools import pairwise
 from typing import Any
 
 from jobs.spec import JobSpec
+from launcher.attempts import Attempt
 from launcher.recovery import Action, Decision
 from launcher.request import LaunchRequest
-from launcher.run import Attempt, Run
+from launcher.run import Run
 from launcher.shortage import Lapse
 from strategies.codec import from_json
 from strategies.errors import ConfigError

@@ -9,9 +9,10 @@ import pytest
 
 from jobs.spec import JobSpec
 from launcher import adoption, recovery, skips
+from launcher.attempts import Fall
 from launcher.recovery import Action, Decision, Failure, FailureKind
 from launcher.request import RecoverySpec
-from launcher.run import EventKind, Fall, Run, RunState
+from launcher.run import EventKind, Run, RunState
 from launcher.store import read_json
 from strategies.codec import from_json
 from strategies.schedule import Skip

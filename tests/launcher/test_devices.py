@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from launcher import recovery
+from launcher.attempts import Fall
 from launcher.exclusion import AGAINST_THE_NODE, after_failure
 from launcher.recovery import BUDGET_OF, Action, Failure, FailureKind
 from launcher.request import RecoverySpec
-from launcher.run import EventKind, Fall, Run, RunState
+from launcher.run import EventKind, Run, RunState
 from tests.support.stage import Stage
 
 K = FailureKind

@@ -9,7 +9,8 @@ from jobs.checkpoint.fence import Branch
 from jobs.checkpoint.layout import Place, Token
 from jobs.checkpoint.memory import Generation
 from launcher import lineage
-from launcher.run import Attempt, Run
+from launcher.attempts import Attempt
+from launcher.run import Run
 
 ROOT = Path("/runs/demo/checkpoints")
 

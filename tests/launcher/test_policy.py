@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from launcher import exclusion, recovery
+from launcher.attempts import Fall
 from launcher.headway import Headway
 from launcher.recovery import BUDGET_OF, Action, Failure, FailureKind
 from launcher.request import Budgets, RecoverySpec
-from launcher.run import EventKind, Fall, Run, RunEvent, apply, fold
+from launcher.run import EventKind, Run, RunEvent, apply, fold
 
 K = FailureKind
 STARVED = "the kernel had just killed 1 process of the cgroup /pod, which may use 8.00 GB, for want of memory"
