@@ -1,6 +1,7 @@
 """The host agent: one per node, the hands of the controller there, and the keeper of its lease.
 
-A single-threaded loop over sockets and pipes. It imports neither torch nor ray, so it starts at once and can live in
+A loop over sockets and pipes in one thread; what touches the run directory is done beside it, as a share may not
+answer for long (:mod:`launcher.host.beside`). It imports neither torch nor ray, so it starts at once and can live in
 the thread of an actor or as a process of its own (``python -P -m launcher.host.agent --run-dir D --node NAME --bind
 ADDR --slots N``). It never gives up running ranks lightly: a controller that goes away is waited for, and only when
 no controller has been heard *and* no step was completed for the whole lease are the ranks killed.
@@ -19,18 +20,17 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs import disks
-from jobs.checkpoint.layout import Token
 from jobs.paths import RunPaths
-from jobs.spec import read_job
 from launcher.backend import AgentAddress
-from launcher.host import announce, process, wire
+from launcher.host import announce, scratch, wire
+from launcher.host.beside import Beside
 from launcher.host.environment import Environments
 from launcher.host.events import EventLog
-from launcher.host.logs import MAX_LOG_BYTES, RankLogs, piece_of
+from launcher.host.logs import MAX_LOG_BYTES, RankLogs
 from launcher.host.peers import Identity, Peer, Peers
 from launcher.host.persister_link import PersisterLink
 from launcher.host.pool_link import PoolEvents, PoolLink
@@ -41,6 +41,7 @@ from launcher.spawn_order import check_order
 from strategies.errors import PhalanxError
 
 _LOOK_ROUND_S = 5.0
+_WITHDRAW_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +99,7 @@ class HostAgent:
         self._options = options or AgentOptions()
         self._paths = RunPaths(run_dir)
         self._secret = wire.read_secret(self._paths.secret)
+        self._beside = Beside()
         family = socket.AF_INET6 if ":" in bind else socket.AF_INET
         self._listener = socket.create_server((bind, 0), family=family, backlog=64)
         self.address = AgentAddress(
@@ -142,9 +144,11 @@ class HostAgent:
             Why it ended: ``shutdown``, ``lease`` or the reason given to :meth:`stop`.
         """
         with contextlib.ExitStack() as cleanup:
+            # Last of all: what runs here is ended whether the run directory answers or not.
+            withdraw = partial(announce.remove, self._paths, self.address)
+            cleanup.callback(self._beside.do, withdraw, None, patience_s=_WITHDRAW_S)
             self._set_up(cleanup)
             announce.write(self._paths, self.address)
-            cleanup.callback(announce.remove, self._paths, self.address)
             while not self._left:
                 for key, _ in self._selector.select(self._timeout()):
                     key.data()
@@ -162,7 +166,11 @@ class HostAgent:
         self._heard = self._beat_at = self._look_at = time.monotonic()
         self._events = EventLog()
         self._logs = RankLogs(
-            self._paths, self.address.node, parent=options.log_parent or None, max_bytes=options.max_log_bytes
+            self._paths,
+            self.address.node,
+            self._beside,
+            parent=options.log_parent or None,
+            max_bytes=options.max_log_bytes,
         )
         cleanup.callback(self._put_logs_away)
         environments = Environments(os.environ, address=self.address.host, extra=options.env)
@@ -201,7 +209,7 @@ class HostAgent:
         cleanup.callback(self._pool.close)
         cleanup.callback(self._persister.close)  # first: the pool ends by killing all that carries our mark
         self._ranks.attach(self._pool)
-        self._stacks = Stacks()
+        self._stacks = Stacks(self._logs)
         self._peers = Peers(
             listener=self._listener,
             selector=self._selector,
@@ -274,22 +282,12 @@ class HostAgent:
     def _end(self) -> None:
         self._left = self._leaving
 
+    def _clear_disks(self) -> None:
+        scratch.clear(self._ranks, self._paths, self._beside, mark=f"{self.address.incarnation}.")
+
     def _put_logs_away(self) -> None:
         if not self._log_folder_stays or not self._logs.has_any:
             self._logs.remove()
-
-    def _clear_disks(self) -> None:
-        """What our ranks have left on disks is of no use to anybody; they are gone, or it is still theirs."""
-        if self._ranks.kind != "pretrain":
-            return
-        try:
-            job = read_job(self._paths.job(self._ranks.attempt))
-        except PhalanxError as error:
-            print(f"if there is state on disks, it stays: {error}", file=sys.stderr, flush=True)
-            return
-        if disks.on_disks(job.plan) and not process.marked(f"{self.address.incarnation}."):
-            ranks = [rank["rank"] for rank in self._ranks.describe()["ranks"]]
-            disks.sweep(job, Token(self._ranks.epoch, self._ranks.attempt), ranks)
 
     # -- the pool --------------------------------------------------------------------------------------------------
 
@@ -366,7 +364,7 @@ class HostAgent:
 
     def _tail(self, peer: Peer, message: Message) -> None:
         path = self._ranks.log_path(int(message["attempt"]), int(message["rank"]))
-        piece = piece_of(path, int(message["offset"]), int(message["limit"]))
+        piece = self._logs.piece_of(path, int(message["offset"]), int(message["limit"]))
         self._peers.send(peer, {"op": "tail", "id": message["id"]} | piece)
 
 

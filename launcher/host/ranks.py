@@ -20,7 +20,7 @@ from launcher.host.child import EXIT_CANNOT_START
 from launcher.host.environment import Environments
 from launcher.host.events import AGENT_KINDS, EventLog
 from launcher.host.killing import Killing, Target
-from launcher.host.logs import RankLogs, tail
+from launcher.host.logs import RankLogs
 from launcher.host.oom import VictimWatch
 from launcher.host.pool_link import PoolLink
 from launcher.host.wire import LineReader, Message
@@ -325,7 +325,7 @@ class Ranks:
 
     def _ended(self, rank: Rank, code: int | None, signum: int | None, reason: str) -> None:
         self._drain(rank)
-        log_tail = "\n".join(filter(None, [tail(rank.log), reason]))
+        log_tail = "\n".join(filter(None, [self._logs.tail(rank.log), reason]))
         requested = self._stopping and not rank.fell
         rank.status = {
             "kind": "exit",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.course import progress_of
-from launcher.host.logs import read_piece
+from launcher.host.logs import RankLogs
 
 ANSWER_S = 0.5
 _MAX_TEXT = 12000  # a hundred frames, which is all that faulthandler writes
@@ -36,19 +36,24 @@ class Question:
         rank: Global rank.
         pid: Its process.
         log: Where it writes.
-        offset: Size of the log before it was asked.
+        offset: Size of the log before it was asked; None when that cannot be seen.
     """
 
     rank: int
     pid: int
     log: Path
-    offset: int
+    offset: int | None
 
 
 class Stacks:
-    """Asks the ranks of a node where they stand, and collects the answers a little later."""
+    """Asks the ranks of a node where they stand, and collects the answers a little later.
 
-    def __init__(self) -> None:
+    Args:
+        logs: Where they write.
+    """
+
+    def __init__(self, logs: RankLogs) -> None:
+        self._logs = logs
         self._open: list[Question] = []
         self._due: float | None = None
 
@@ -61,8 +66,8 @@ class Stacks:
         """Ask ranks, given as (rank, process id, log)."""
         self._open = []
         for rank, pid, log in ranks:
+            offset = self._logs.size(log)
             try:
-                offset = log.stat().st_size
                 _poke(pid)
             except OSError:
                 continue
@@ -77,7 +82,10 @@ class Stacks:
         if self._due is None or now < self._due:
             return []
         asked, self._open, self._due = self._open, [], None
-        return [answer(one) for one in asked]
+        return [answer(one, self._written(one)) for one in asked]
+
+    def _written(self, one: Question) -> str:
+        return "" if one.offset is None else self._logs.text_from(one.log, one.offset, _MAX_DUMP_BYTES)
 
 
 def _poke(pid: int) -> None:
@@ -88,10 +96,10 @@ def _poke(pid: int) -> None:
         os.kill(pid, signal.SIGUSR1)
 
 
-def answer(one: Question) -> dict[str, Any]:
-    """Where a rank stands that was asked, see :meth:`Stacks.collect`."""
+def answer(one: Question, written: str) -> dict[str, Any]:
+    """Where a rank stands that was asked and has ``written`` since, see :meth:`Stacks.collect`."""
     progress = progress_of(one.pid)
-    stack = main_stack(_written(one))
+    stack = main_stack(written)
     state = state_of(one.pid)
     if state == "S" and any(map(_WAITS_FOR_READER.search, stack.splitlines())) and "D" in states_of_tasks(one.pid):
         state = "D"  # the kernel holds the reader, and with it the rank
@@ -119,13 +127,6 @@ def _letter(stat: Path) -> str:
     except OSError:
         return ""
     return line[line.rindex(")") + 2 :][:1]
-
-
-def _written(one: Question) -> str:
-    try:
-        return read_piece(one.log, one.offset, _MAX_DUMP_BYTES)[0].decode(errors="replace")
-    except OSError:
-        return ""
 
 
 def main_stack(text: str) -> str:

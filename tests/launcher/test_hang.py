@@ -98,7 +98,7 @@ def test_a_rank_whose_reader_the_kernel_holds_is_held(tmp_path: Path) -> None:
             asked = stacks.Question(rank=0, pid=rank.pid, log=log, offset=0)
             for text, state in ((READING, "D"), (READING.replace("in take", "in close"), "S")):
                 log.write_text(text)
-                assert eventually(lambda state=state: stacks.answer(asked)["state"] == state)
+                assert eventually(lambda state=state: stacks.answer(asked, log.read_text())["state"] == state)
         finally:
             os.close(os.open(pipe, os.O_WRONLY))
             rank.kill()

@@ -494,9 +494,10 @@ def test_logs_are_read_beside_the_controller(agents: Agents) -> None:
 
 def test_a_log_is_cut_when_it_grows_too_large(tmp_path: Path) -> None:
     from jobs.paths import RunPaths
+    from launcher.host.beside import Beside
     from launcher.host.logs import RankLogs
 
-    logs = RankLogs(RunPaths(tmp_path), "n0", parent=str(tmp_path), max_bytes=1000)
+    logs = RankLogs(RunPaths(tmp_path), "n0", Beside(), parent=str(tmp_path), max_bytes=1000)
     fd, path = logs.open(1, 3)
     os.write(fd, b"".join(b"%04d\n" % n for n in range(300)))
     logs.limit(path)
@@ -510,12 +511,16 @@ def test_a_log_is_cut_when_it_grows_too_large(tmp_path: Path) -> None:
 
 def test_a_new_agent_sweeps_the_logs_of_a_killed_one_and_no_others(tmp_path: Path) -> None:
     from jobs.paths import RunPaths
+    from launcher.host.beside import Beside
     from launcher.host.logs import RankLogs
 
     run, other = RunPaths(tmp_path / "a" / "run"), RunPaths(tmp_path / "b" / "run")
-    first = RankLogs(run, "n0", parent=str(tmp_path))
-    beside = [RankLogs(run, "n1", parent=str(tmp_path)), RankLogs(other, "n0", parent=str(tmp_path))]
-    second = RankLogs(run, "n0", parent=str(tmp_path))
+    first = RankLogs(run, "n0", Beside(), parent=str(tmp_path))
+    beside = [
+        RankLogs(run, "n1", Beside(), parent=str(tmp_path)),
+        RankLogs(other, "n0", Beside(), parent=str(tmp_path)),
+    ]
+    second = RankLogs(run, "n0", Beside(), parent=str(tmp_path))
     assert not first.folder.exists()
     assert all(logs.folder.exists() for logs in (second, *beside))
 
