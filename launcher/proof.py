@@ -2,8 +2,8 @@
 
 One record is the injector's, made before a fault acts; the other is the controller's log. A fault is proven by its
 own record and by a failure of the same attempt, detected afterwards, of the kind and at the place that the fault
-implies. One failure proves one fault; only faults that fired before that failure had stopped the gang share it, since
-the gang then falls once for all of them.
+implies; a slow rank by being named so in that attempt, not before the step. One failure proves one fault; only faults
+that fired before that failure had stopped the gang share it, since the gang then falls once for all of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LOOKS_LIKE: dict[str, frozenset[FailureKind]] = {
     "rank_stop": frozenset({FailureKind.HANG}),
     "rank_spin": frozenset({FailureKind.HANG}),
     "rank_deadlock": frozenset({FailureKind.HANG}),
-    "rank_slow": frozenset(),  # nothing fails; see _named_slow
+    "rank_slow": frozenset(),  # nothing fails; see named_slow
     "nan_grad": frozenset({FailureKind.NUMERIC}),
     "loss_spike": frozenset({FailureKind.NUMERIC}),
     "node_kill": frozenset({FailureKind.NODE_LOST, FailureKind.PARTITIONED, FailureKind.PREEMPTED}),
@@ -82,10 +82,10 @@ def unproven(faults: Sequence[str], events: Iterable[RunEvent], records: Sequenc
         records: What the injector left (:func:`launcher.progress.fault_records`).
     """
     events = list(events)
-    falls, slow = _falls(events), _named_slow(events)
+    falls = _falls(events)
     by_id = {str(record["id"]): record for record in records}
     fired = [(name, fault, by_id[name]) for name, fault in named(faults) if name in by_id]
-    proven = {name for name, fault, _ in fired if fault.kind == "rank_slow" and fault.target in slow}
+    proven = {name for name, fault, record in fired if named_slow(fault, record, events)}
     for name, fault, record in fired:
         for fall in falls:
             if not fall.faults and _may_be(fall, record) and fall.explains(fault):
@@ -98,10 +98,16 @@ def unproven(faults: Sequence[str], events: Iterable[RunEvent], records: Sequenc
     return [str(fault) for name, fault in named(faults) if name not in proven]
 
 
-def _named_slow(events: Iterable[RunEvent]) -> set[int]:
-    """Ranks that were found to be slow."""
-    found = (event.data.get("failure") for event in events if event.kind is EventKind.STRAGGLER_FOUND)
-    return {int(failure.get("rank", -1)) for failure in found if isinstance(failure, Mapping)}
+def named_slow(fault: Fault, record: Mapping[str, Any], events: Iterable[RunEvent]) -> int:
+    """The step at which the rank that has become slow was named, in the attempt in which it is slow; 0 for never."""
+    if fault.kind != "rank_slow":
+        return 0
+    steps = []
+    for event in events:
+        failure = event.data.get("failure") if event.kind is EventKind.STRAGGLER_FOUND else None
+        if isinstance(failure, Mapping) and event.attempt == record.get("attempt"):
+            steps += [int(failure.get("step", 0))] if failure.get("rank") == fault.target else []
+    return min((step for step in steps if step >= (fault.step or 1)), default=0)
 
 
 def _may_be(fall: _Fall, record: Mapping[str, Any]) -> bool:

@@ -6,13 +6,14 @@ itself there before (``held``); the act that follows lets it go on or kills it.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from jobs import checkpoint
 from jobs.paths import RunPaths
@@ -55,26 +56,40 @@ class Act:
         held: Its moment is when the rank has stopped itself.
         after: Its moment is when the log has an event of this kind ...
         attempt: ... of this attempt or a later one.
+        before: Its moment is over when the log has one of this kind after that.
         saved: Not before the last checkpoint is committed.
         relief: It ends a disturbance: it is no fault itself.
-        node: It strikes a node.
+        strikes: What the log must name because of it: the ``rank`` of the aim, or its ``target`` or ``other`` node.
     """
 
     do: Callable[[Stage], str]
     held: bool = False
     after: EventKind | None = None
     attempt: int = 0
+    before: EventKind | None = None
     saved: bool = False
     relief: bool = False
-    node: bool = False
+    strikes: Literal["", "rank", "target", "other"] = ""
+
+    def proof(self, number: int) -> str:
+        """Name of its record, as the act of this number (from 1)."""
+        return f"drill.{number}" + (".relief" if self.relief else "")
 
     def due(self, stage: Stage) -> bool:
-        """Whether its moment has come."""
+        """Whether its moment has come, and is not over."""
         if (self.held and not stage.held_pid) or (self.saved and not stage.saved()):
             return False
-        return self.after is None or any(
-            event.kind is self.after and event.attempt >= self.attempt for event in stage.events()
-        )
+        return self.over(stage.events()) == math.inf
+
+    def over(self, events: Sequence[RunEvent]) -> float | None:
+        """When its moment is over by the log (UTC seconds): infinity while it lasts, None while it has not come."""
+        since = 0
+        if self.after is not None:
+            fitting = (event.kind is self.after and event.attempt >= self.attempt for event in events)
+            since = next((number for number, fits in enumerate(fitting) if fits), -1)
+        if since < 0:
+            return None
+        return next((event.time for event in events[since:] if event.kind is self.before), math.inf)
 
 
 # ---- processes --------------------------------------------------------------------------------------------------

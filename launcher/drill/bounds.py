@@ -10,9 +10,9 @@ Whatever else a fault does has no bound: numbers are judged when their step is c
 killed is replaced when a person or the cluster does it.
 
 Whatever strikes a gang that goes on by itself from memory may cost the steps between two copies there, once for every
-strike; what is no failure costs none, nor does a controller whose gang is adopted. No bound have: damaged checkpoints
-(rehearsed without copies in memory), two nodes at once and the only node (the copies go with them), numbers (the run
-goes back before them), a node that is told to leave (its last copy may not be whole), and what a person resumes.
+strike; what is no failure costs none, nor does a controller whose gang is adopted, nor a node that is told to leave.
+No bound have: damaged checkpoints (rehearsed without copies in memory), two nodes at once and the only node (the copies
+go with them), numbers (the run goes back before them), and what a person resumes.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def most_lost(case: Case, request: LaunchRequest) -> int | None:
         request: What was run.
     """
     kinds, strikes = set(case.failures) - set(Action), " ".join(case.faults)
-    if case.adopted or not (kinds or case.resumes):
+    if case.adopted or not (case.fails or case.resumes):
         return 0
     every, of_ranks = request.job.checkpoint.memory_every, kinds <= _AT_ONCE | {FailureKind.HANG}
     two_nodes = "{node}" in strikes and "{other}" in strikes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,9 @@ from jobs.faults import parse
 from launcher.drill.acts import Act
 from launcher.drill.disks import Kind as DiskKind
 from launcher.drill.needs import Need
+from launcher.drill.promises import Facts
 from launcher.drill.toy import EVERY, NUMERIC_STEP, STEPS
+from launcher.recovery import Action
 from strategies.plan import ParallelPlan
 
 LATER = 3  # steps
@@ -38,8 +40,10 @@ class Case:
         ambush_late: Only once the ranks have come to the aim's step.
         changes: Configuration keys that are other than in the toy.
         needs: What must be there.
-        failures: Kinds of failure as which it may be noticed, or decisions; empty: it must not be taken for a failure.
+        failures: Kinds of failure as which it may be noticed, or decisions; without any such kind it must not be taken
+            for a failure.
         events: Kinds of event that must be in the log because of it.
+        promises: What else it must have come to: each says what is wrong, "" for nothing.
         steps: Steps of the run, where it needs more than the others.
         outcome: How it must end.
         adopted: The next controller must take over the live ranks.
@@ -63,6 +67,7 @@ class Case:
     needs: tuple[Need, ...] = ()
     failures: tuple[str, ...] = ()
     events: tuple[str, ...] = ()
+    promises: tuple[Callable[[Facts], str], ...] = ()
     steps: int = STEPS
     outcome: Outcome = Outcome.SAME
     adopted: bool = False
@@ -74,6 +79,11 @@ class Case:
     least_step: int = EVERY + 2
     last_step: int = 0
     drawn: bool = False
+
+    @property
+    def fails(self) -> bool:
+        """Something must be taken for a failure; else nothing may be."""
+        return bool(set(self.failures) - set(Action))
 
     @property
     def held(self) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
-from launcher.drill import acts
+from launcher.drill import acts, promises
 from launcher.drill.acts import Act
 from launcher.drill.case import Case, Outcome
 from launcher.drill.needs import Need
@@ -15,7 +16,7 @@ from launcher.run import EventKind
 HANG_STEP = 7  # a gang must have made a few steps before it is known how long one takes
 LONG = 80  # steps, for what takes its time: the pace of each rank is learned, or ranks leave in good order
 LEARNED_STEP = 40
-NAMED_IN = 24  # steps, in which a slow rank is named
+NAMED_IN = promises.NAMED_WITHIN + 4  # steps after which a slow rank has been named
 RELIEVED_IN = 3 * EVERY  # steps, in which a checkpoint is found unsaved and a later one is due
 ONE_SPARE: dict[str, object] = {"cluster.spares": 1}
 TWO_SPARES = {"cluster.spares": 2}
@@ -90,7 +91,8 @@ RANKS = (
         what="a rank becomes slow and stays so: it must be named, and nothing restarted",
         faults=("rank_slow@rank={rank},step={step}",),
         needs=(Need.TWO_NODES,),
-        events=("straggler_found",),
+        events=(EventKind.STRAGGLER_FOUND,),
+        promises=(promises.named_soon,),
         steps=LONG,
         drawn=True,
         least_step=LEARNED_STEP,
@@ -136,9 +138,16 @@ NODES = (
     ),
     Case(
         name="node_kill_in_recovery",
-        what="a rank dies, and a node dies while the controller clears the old ranks away",
+        what="a rank dies, and a node dies before the ranks train again",
         faults=("rank_kill@rank={rank},step={step}",),
-        acts=(Act(do=acts.kill_node("other"), after=EventKind.FAILURE_DETECTED),),
+        acts=(
+            Act(
+                do=acts.kill_node("other"),
+                after=EventKind.FAILURE_DETECTED,
+                before=EventKind.TRAINING_STARTED,
+                strikes="other",
+            ),
+        ),
         changes=ONE_SPARE,
         failures=(FailureKind.NODE_LOST, Action.SWAP),  # seen to go, or found gone when the next gang is formed
         drawn=True,
@@ -155,7 +164,7 @@ NODES = (
     Case(
         name="spare_dies_first",
         what="the spare dies, then a node of the gang: a smaller plan takes over",
-        acts=(Act(do=acts.kill_node("spare"), held=True), Act(do=acts.kill_node("target"), node=True), _LET_GO),
+        acts=(Act(do=acts.kill_node("spare"), held=True), Act(do=acts.kill_node("target"), strikes="target"), _LET_GO),
         changes=ONE_SPARE | AT_ONCE,
         needs=(Need.TWO_NODES,),
         failures=_NODE_GONE,
@@ -174,10 +183,11 @@ NODES = (
     ),
     Case(
         name="preemption",
-        what="a node is told to leave (SIGTERM), as clouds do before they take it away",
-        acts=(Act(do=acts.give_notice, held=True, node=True), _LET_GO),
+        what="a node is told to leave (SIGTERM), as clouds do: the ranks save and leave in time",
+        acts=(Act(do=acts.give_notice, held=True, strikes="target"), _LET_GO),
         changes=ONE_SPARE,
-        failures=(FailureKind.PREEMPTED, "leave"),
+        failures=(Action.LEAVE,),
+        promises=(promises.left_in_time,),
         steps=LONG,
         drawn=True,
     ),
@@ -187,7 +197,7 @@ LINKS = (
     Case(
         name="partition",
         what="a node's link goes down, nothing is closed; the spare takes its place",
-        acts=(Act(do=acts.cut, held=True, node=True), _LET_GO),
+        acts=(Act(do=acts.cut, held=True, strikes="target"), _LET_GO),
         changes=ONE_SPARE,
         needs=(Need.NETWORK, Need.TWO_NODES),
         network=True,
@@ -198,21 +208,28 @@ LINKS = (
         name="partition_heals",
         what="a node's link goes down, and comes up again when the others have gone on without it",
         acts=(
-            Act(do=acts.cut, held=True, node=True),
+            Act(do=acts.cut, held=True, strikes="target"),
             _LET_GO,
-            Act(do=acts.mend, after=EventKind.TRAINING_STARTED, attempt=2, relief=True),
+            Act(
+                do=acts.mend,
+                after=EventKind.TRAINING_STARTED,
+                attempt=2,
+                before=EventKind.RUN_SUCCEEDED,
+                relief=True,
+            ),
         ),
-        changes=ONE_SPARE,
+        changes=ONE_SPARE | {"recovery.lease_s": 60.0},  # who was cut off is still there
         needs=(Need.NETWORK, Need.TWO_NODES),
         network=True,
         failures=_CUT_OFF,
+        promises=(promises.outlived,),
         drawn=True,
     ),
     Case(
         name="slow_link",
         what=f"a node's link carries {acts.SLOW_RATE} from now on: slow is no failure",
         acts=(
-            Act(do=acts.slow_down, held=True, node=True),
+            Act(do=acts.slow_down, held=True, strikes="target"),
             _LET_GO,
             Act(do=acts.count_packets, after=EventKind.RUN_SUCCEEDED, relief=True),
         ),
@@ -221,6 +238,21 @@ LINKS = (
         drawn=True,
     ),
 )
+
+
+def _damaged(name: str, what: str, do: Callable[[acts.Stage], str]) -> Case:
+    """The newest checkpoint on disk is damaged, and then a rank dies."""
+    return Case(
+        name=name,
+        what=what,
+        acts=(Act(do=do, held=True, saved=True), Act(do=acts.kill_held, strikes="rank")),
+        changes=FROM_DISK,
+        failures=_RANK_GONE,
+        events=(EventKind.CHECKPOINT_REJECTED,),
+        least_step=8,
+        drawn=True,
+    )
+
 
 STORAGE = (
     Case(
@@ -260,45 +292,11 @@ STORAGE = (
         drawn=True,
         least_step=HANG_STEP,
     ),
-    Case(
-        name="truncated_shard",
-        what="half of a shard of the newest checkpoint is missing when it is needed",
-        acts=(Act(do=acts.truncate, held=True, saved=True), Act(do=acts.kill_held)),
-        changes=FROM_DISK,
-        failures=_RANK_GONE,
-        events=(EventKind.CHECKPOINT_REJECTED,),
-        least_step=8,
-        drawn=True,
-    ),
-    Case(
-        name="flipped_bit",
-        what="one bit of a shard of the newest checkpoint is wrong when it is needed",
-        acts=(Act(do=acts.flip_bit, held=True, saved=True), Act(do=acts.kill_held)),
-        changes=FROM_DISK,
-        failures=_RANK_GONE,
-        events=(EventKind.CHECKPOINT_REJECTED,),
-        least_step=8,
-        drawn=True,
-    ),
-    Case(
-        name="missing_shard",
-        what="a shard of the newest checkpoint is gone when it is needed",
-        acts=(Act(do=acts.remove_shard, held=True, saved=True), Act(do=acts.kill_held)),
-        changes=FROM_DISK,
-        failures=_RANK_GONE,
-        events=(EventKind.CHECKPOINT_REJECTED,),
-        least_step=8,
-        drawn=True,
-    ),
-    Case(
-        name="corrupt_manifest",
-        what="the manifest of the newest checkpoint is damaged when it is needed",
-        acts=(Act(do=acts.spoil_manifest, held=True, saved=True), Act(do=acts.kill_held)),
-        changes=FROM_DISK,
-        failures=_RANK_GONE,
-        events=(EventKind.CHECKPOINT_REJECTED,),
-        least_step=8,
-        drawn=True,
+    _damaged("truncated_shard", "half of a shard of the newest checkpoint is missing when it is needed", acts.truncate),
+    _damaged("flipped_bit", "one bit of a shard of the newest checkpoint is wrong when it is needed", acts.flip_bit),
+    _damaged("missing_shard", "a shard of the newest checkpoint is gone when it is needed", acts.remove_shard),
+    _damaged(
+        "corrupt_manifest", "the manifest of the newest checkpoint is damaged when it is needed", acts.spoil_manifest
     ),
 )
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from launcher.drill.case import Outcome
 from launcher.run import RunState
 from launcher.store import RunStore
+from strategies.errors import StorageError
 from strategies.specs import Precision
+
+if TYPE_CHECKING:
+    from jobs.checkpoint.reader import Reader
 
 Point = tuple[float, float, float]
 ROUNDING: Mapping[Precision, float] = {"fp32": 1e-5, "bf16": 2**-7}
 """Largest relative difference of a loss or a norm that another order of sums explains, after some twenty Adam steps."""
-WEIGHT_RTOL, WEIGHT_ATOL = 1e-3, 1e-5  # of fp32 weights: Adam makes rounding of small gradients large
+WEIGHTS: Mapping[Precision, tuple[float, float]] = {"fp32": (1e-3, 1e-5), "bf16": (1e-3, 1e-5)}
+"""Of fp32 masters, relative and absolute: Adam makes rounding of small gradients large."""
 _FREE = "attn.k.bias"  # softmax does not see it: its gradient is rounding alone
 
 
@@ -25,8 +31,9 @@ class Comparison:
     Attributes:
         identical: Every number and the digest of the weights are equal, bit for bit.
         first: First step whose numbers differ; 0 for none.
-        worst: Largest relative difference of a loss, norm or rate.
+        worst: Largest relative difference of a loss, norm or rate; infinite where one is not a number.
         weights: Largest difference of a weight, as a multiple of what rounding explains; None if not looked at.
+        unread: Why the weights could not be looked at; "" otherwise.
         problem: Why there is nothing to compare; "" otherwise.
     """
 
@@ -34,6 +41,7 @@ class Comparison:
     first: int = 0
     worst: float = math.inf
     weights: float | None = None
+    unread: str = ""
     problem: str = ""
 
     def meets(self, outcome: Outcome, precision: Precision) -> bool:
@@ -42,7 +50,17 @@ class Comparison:
             return False
         if outcome is Outcome.SAME:
             return self.identical
-        return self.identical or (self.worst <= ROUNDING[precision] and (self.weights or 0.0) <= 1.0)
+        if self.identical:
+            return True
+        return self.worst <= ROUNDING[precision] and self.weights is not None and self.weights <= 1.0
+
+    @property
+    def difference(self) -> str:
+        """What is not the same, for people."""
+        parts = [f"first at step {self.first}"] if self.first else []
+        parts += [f"weights {self.weights:.3g} x what rounding explains"] if self.weights is not None else []
+        parts += [f"the weights cannot be compared: {self.unread}"] if self.unread else []
+        return ", ".join(parts) or "the digests of the weights differ"
 
 
 def compare(run: RunStore, reference: RunStore) -> Comparison:
@@ -55,13 +73,14 @@ def compare(run: RunStore, reference: RunStore) -> Comparison:
         return Comparison(problem=f"it has {len(mine)} steps, the undisturbed run {len(other)}")
     different = [step for step in sorted(mine) if mine[step] != other[step]]
     same_weights = ours.weights_digest is not None and ours.weights_digest == theirs.weights_digest
-    identical = not different and same_weights
-    return Comparison(
-        identical=identical,
-        first=different[0] if different else 0,
-        worst=max((_distance(mine[step], other[step]) for step in mine), default=0.0),
-        weights=None if identical or run.request().job.train.precision != "fp32" else _weights(run, reference),
-    )
+    first = different[0] if different else 0
+    worst = max((_distance(mine[step], other[step]) for step in mine), default=0.0)
+    if same_weights and not different:
+        return Comparison(identical=True, worst=worst)
+    try:
+        return Comparison(first=first, worst=worst, weights=_weights(run, reference))
+    except StorageError as error:
+        return Comparison(first=first, worst=worst, unread=f"{error.what} {error.why}".strip())
 
 
 def curve(run: RunStore) -> dict[int, Point]:
@@ -70,25 +89,42 @@ def curve(run: RunStore) -> dict[int, Point]:
 
 
 def _distance(mine: Point, other: Point) -> float:
-    return max(abs(a - b) / max(abs(b), 1e-30) if a != b else 0.0 for a, b in zip(mine, other, strict=True))
+    return max(_finite(abs(a - b) / max(abs(b), 1e-30)) if a != b else 0.0 for a, b in zip(mine, other, strict=True))
 
 
-def _weights(run: RunStore, reference: RunStore) -> float | None:
-    """Largest difference between two checkpoints of the end, in units of the tolerance."""
+def _finite(distance: float) -> float:
+    """What is not a number is as far from any as can be."""
+    return math.inf if math.isnan(distance) else distance
+
+
+def _weights(run: RunStore, reference: RunStore) -> float:
+    """Largest difference between the fp32 masters of two checkpoints of the end, in units of the tolerance.
+
+    Raises:
+        StorageError: They cannot be read, or are not of the same tensors.
+    """
     import numpy as np
 
-    from jobs.checkpoint import newest
-    from jobs.checkpoint.reader import Reader
-
-    entries = [newest(one.paths.checkpoint_dir) for one in (run, reference)]
-    if entries[0] is None or entries[1] is None:
-        return None
-    mine, other = Reader(entries[0]), Reader(entries[1])
+    mine, other = _last(run), _last(reference)
+    if mine.manifest.tensors != other.manifest.tensors:
+        raise StorageError("The checkpoints of the end are not of the same tensors.")
+    rtol, atol = WEIGHTS[run.request().job.train.precision]
     worst = 0.0
     for name in other.names:
         if name.endswith(_FREE):
             continue
         size = math.prod(other.shape(name))
         a, b = (reader.read_flat(name, "master", 0, size) for reader in (mine, other))
-        worst = max(worst, float(np.max(np.abs(a - b) / (WEIGHT_ATOL + WEIGHT_RTOL * np.abs(b)))))
+        worst = max(worst, _finite(float(np.max(np.abs(a - b) / (atol + rtol * np.abs(b))))))
     return worst
+
+
+def _last(run: RunStore) -> Reader:
+    """The checkpoint after the last step."""
+    from jobs.checkpoint import newest
+    from jobs.checkpoint.reader import Reader
+
+    entry, step = newest(run.paths.checkpoint_dir), run.run().step
+    if entry is None or (found := Reader(entry)).manifest.step != step:
+        raise StorageError(f"'{run.name}' has no checkpoint of step {step}.")
+    return found

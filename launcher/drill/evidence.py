@@ -1,26 +1,25 @@
 """What the records of a rehearsal prove: that the fault fired, that it was noticed, and what it cost. Reads only.
 
 Two records are held against each other: the proofs that whoever did the damage left before acting, and the log of the
-controller, which knew nothing of it. A fault without its proof, or one that nobody noticed, has not fired.
+controller, which knew nothing of it (:mod:`launcher.drill.witness`). A fault without its proof, one that struck at
+another moment or place than it was to, or one that nobody noticed afterwards, has not fired.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jobs.faults import named
 from launcher import progress
 from launcher.drill import bounds
 from launcher.drill.case import Aim, Case, faults_of, hold
+from launcher.drill.promises import Facts
 from launcher.drill.rehearsal import Ended
+from launcher.drill.witness import Record, noticed, places, sayings, speaks_of, unnoticed
 from launcher.proof import unproven
-from launcher.recovery import Action, Failure, FailureKind
+from launcher.recovery import FailureKind
 from launcher.run import EventKind, RunEvent
-from strategies.codec import from_json
-
-Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +36,7 @@ class Evidence:
         most_lost: The most that they may be (:mod:`launcher.drill.bounds`); None for no bound.
         resumes: How often a person had to resume.
         smaller: The run went on with another plan than it began with.
+        broken: What else the fault must have come to and has not (:mod:`launcher.drill.promises`).
     """
 
     fired: bool
@@ -48,6 +48,7 @@ class Evidence:
     most_lost: int | None
     resumes: int
     smaller: bool
+    broken: tuple[str, ...] = ()
 
     @property
     def late(self) -> bool:
@@ -65,21 +66,23 @@ def gather(case: Case, aim: Aim, ended: Ended) -> Evidence:
     events, run = ended.store.events(), ended.store.run()
     every = progress.fault_records(ended.store.paths)
     records = strikes(case, aim, every)
-    absent = _absent(case, aim, records, ended)
-    struck = max((float(record["time"]) for record in records), default=0.0)
-    noticed = _noticed(case, events)
-    missing = absent or (_unnoticed(case, events) if noticed is None else _misplaced(case, aim, events, records))
-    plans = [one.plan for one in run.attempts]
+    struck = places(case, aim, run, every)
+    words = noticed(case, aim, events, records, [place for _, place in struck])
+    missing = _absent(case, aim, records, ended) or _untimely(case, events, every)
+    missing = missing or (unnoticed(case, events) if words is None else _misplaced(case, aim, events, records, struck))
+    facts = Facts(store=ended.store, aim=aim, records=every)
+    last = max((float(record["time"]) for record in records), default=0.0)
     return Evidence(
         fired=bool(records) and not missing,
-        proof=missing or "; ".join(_words(records, noticed, every)),
-        detected_s=_detected_s(case, events, records),
+        proof=missing or "; ".join(_words(records, words, every)),
+        detected_s=_detected_s(case, aim, events, records),
         within_s=bounds.within_s(case, aim, ended.store.request(), ended.store.metrics()),
-        recovered_s=_recovered_s(ended, struck),
+        recovered_s=_recovered_s(ended, last),
         steps_lost=run.steps_lost,
         most_lost=bounds.most_lost(case, ended.store.request()),
         resumes=max(0, len(ended.exits) - 1),
-        smaller=any(plan != plans[0] for plan in plans),
+        smaller=any(one.plan != run.attempts[0].plan for one in run.attempts),
+        broken=() if missing else tuple(filter(None, (promise(facts) for promise in case.promises))),
     )
 
 
@@ -99,99 +102,61 @@ def _absent(case: Case, aim: Aim, records: Sequence[Record], ended: Ended) -> st
     if lacking:
         return f"no proof of {', '.join(lacking)}"
     if ended.undone:
-        return f"the moment of {ended.undone} of {len(case.acts)} acts never came"
+        return f"the moment of {ended.undone} of {len(case.acts)} acts never came, or was over"
     if case.ambush and (not ended.exits or ended.exits[0] != -9):
         return f"the controller ended with {ended.exits[:1]}, not by signal 9"
     return ""
 
 
-def _noticed(case: Case, events: Sequence[RunEvent]) -> list[str] | None:
-    """What the controller's log says of it; None when it does not say what it must."""
-    said = []
-    failures = _failures(events)
-    if case.failures:
-        fitting = [detail for kind, detail in failures if kind in case.failures]
-        if not fitting:
-            return None
-        said.append(fitting[0])
-    elif any(event.kind is EventKind.FAILURE_DETECTED for event in events):
-        return None
-    for kind in case.events:
-        found = [event for event in events if event.kind.value == kind]
-        if not found:
-            return None
-        said.append(_told(found[-1]))
-    if case.ambush and case.resumes:
-        begun = [event for event in events if event.kind is EventKind.CONTROLLER_STARTED]
-        if len(begun) < 2 or (case.adopted and not begun[-1].data["adopted"]):
-            return None
-        said.append(_told(begun[-1]))
-    return said
+def _untimely(case: Case, events: Sequence[RunEvent], every: Sequence[Record]) -> str:
+    """What was done when its moment was over, which a machine that is busy may bring about."""
+    by_id = {str(record["id"]): record for record in every}
+    for number, act in enumerate(case.acts, 1):
+        record, over = by_id.get(act.proof(number)), act.over(events)
+        if record is not None and over is not None and float(record["done"]) > over:
+            late_s = float(record["done"]) - over
+            return f"{record['did']}: that was {late_s:.2f} s after the log had {act.before}, and must be before it"
+    return ""
 
 
-def _misplaced(case: Case, aim: Aim, events: Sequence[RunEvent], records: Sequence[Record]) -> str:
-    """Faults of ranks that were noticed as something else, or at another place than where they struck."""
+def _misplaced(
+    case: Case,
+    aim: Aim,
+    events: Sequence[RunEvent],
+    records: Sequence[Record],
+    struck: Sequence[tuple[Record, str | int]],
+) -> str:
+    """What was noticed as something else, or at another place than where it struck."""
     faults = faults_of(case, aim)[1 if case.held else 0 :]
     hidden = FailureKind.SECONDARY in case.failures  # who was told of the cause has died before it could say so
-    wrong = unproven(faults, events, records) if case.failures and not hidden else []
+    wrong = [] if hidden else unproven(faults, events, records)
+    said = [one for one in sayings(events) if one.kind in case.failures]
+    for record, place in struck if case.failures else ():
+        if not any(one.time >= float(record["time"]) and one.names(place) for one in said):
+            wrong.append(str(record["did"]))
     return f"the log does not name the place of {', '.join(wrong)}" if wrong else ""
 
 
-def _failures(events: Sequence[RunEvent]) -> list[tuple[str, str]]:
-    """Kind and words of every failure: as first seen, as the cause found afterwards, and what was decided."""
-    found = []
-    for event in events:
-        if event.kind is EventKind.FAILURE_DETECTED:
-            failure = from_json(Failure, event.data["failure"], where="events.jsonl")
-            found.append((failure.kind.value, failure.detail))
-        elif event.kind is EventKind.GANG_STOPPED:
-            found.append((str(event.data.get("failure", "")), str(event.data.get("cause", ""))))
-        elif event.kind is EventKind.DECISION:
-            found.append((str(event.data.get("action", "")), str(event.data.get("reason", ""))))
-    return found
-
-
-def _told(event: RunEvent) -> str:
-    words = {key: event.data[key] for key in ("reason", "adopted", "pid", "ratio") if key in event.data}
-    return f"{event.kind.value} ({', '.join(f'{key} {value}' for key, value in words.items())})"
-
-
-def _unnoticed(case: Case, events: Sequence[RunEvent]) -> str:
-    found = dict.fromkeys(f"{kind}: {detail}" for kind, detail in _failures(events))
-    there = "; ".join(found) or "no failure"
-    wanted = [*filter(None, [" or ".join(case.failures)]), *map(str, case.events)] or ["no failure"]
-    wanted += [f"a second controller{' that adopts' if case.adopted else ''}"] if case.ambush and case.resumes else []
-    return f"the log should show {' and '.join(wanted)}; it shows {there}"
-
-
-def _words(records: Sequence[Record], noticed: Sequence[str] | None, every: Sequence[Record]) -> list[str]:
+def _words(records: Sequence[Record], words: Sequence[str] | None, every: Sequence[Record]) -> list[str]:
     done = [str(record.get("did") or record["fault"]) for record in records]
     ended = [
         str(one["did"]) for one in every if str(one["id"]).endswith(".relief") and "SIGCONT" not in str(one["did"])
     ]
-    return [" + ".join(done), *ended, *(f'log: "{line}"' for line in noticed or ())]
+    return [" + ".join(done), *ended, *(f'log: "{line}"' for line in words or ())]
 
 
-def _detected_s(case: Case, events: Sequence[RunEvent], records: Sequence[Record]) -> float | None:
+def _detected_s(case: Case, aim: Aim, events: Sequence[RunEvent], records: Sequence[Record]) -> float | None:
     """From the last strike to the first word after it; from the first one where the log is silent from the last on."""
     attempt = max((int(record.get("attempt", 0)) for record in records), default=0)
     if case.ambush:
         told = [e.time for e in events if e.kind is EventKind.CONTROLLER_STARTED]
     elif case.failures or case.events:
-        told = [e.time for e in events if e.attempt >= attempt and _speaks_of(case, e)]
+        told = [e.time for e in events if e.attempt >= attempt and speaks_of(case, aim, e, records)]
     else:
         return None
     struck = sorted(float(record["time"]) for record in records)
     since = ([at - then for at in told if at >= then] for then in (struck[-1:] + struck[:1]))
     return next((min(later) for later in since if later), None)
-
-
-def _speaks_of(case: Case, event: RunEvent) -> bool:
-    """Whether this may be how it is noticed. Where a certain decision is, others are about something else."""
-    decisions = set(case.failures) & set(Action)
-    if event.kind is EventKind.DECISION:
-        return not decisions or event.data.get("action") in decisions
-    return event.kind is EventKind.FAILURE_DETECTED or event.kind in case.events
 
 
 def _recovered_s(ended: Ended, struck: float) -> float | None:

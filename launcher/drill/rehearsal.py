@@ -51,7 +51,7 @@ class Ended:
     Attributes:
         store: The run.
         exits: How each controller ended, in order: exit code, or the negative number of a signal.
-        undone: Acts whose moment never came.
+        undone: Acts whose moment never came, or was over.
         problem: Why the rehearsal itself went wrong; "" if it did not.
         left: Processes of the run that were still there afterwards.
     """
@@ -208,13 +208,12 @@ class Rehearsal:
 
     def _act(self) -> None:
         while self._todo and self._todo[0].due(self):
-            act, begin = self._todo.pop(0), time.time()
+            act, attempt = self._todo.pop(0), self.run().attempt
+            proof: dict[str, object] = {"attempt": attempt.number if attempt else 0, "time": time.time()}
             did = act.do(self)
             self._done += 1
-            attempt = self.run().attempt
-            name = f"drill.{self._done}" + (".relief" if act.relief else "")
-            proof = {"fault": did, "attempt": attempt.number if attempt else 0, "time": begin, "did": did}
-            create_exclusive(self.paths.faults / f"{name}.json", dump(proof))
+            proof |= {"fault": did, "did": did, "done": time.time()}
+            create_exclusive(self.paths.faults / f"{act.proof(self._done)}.json", dump(proof))
 
     def _progress(self) -> str:
         run = self.run()

@@ -70,11 +70,14 @@ def judge(
         wrong.append(f"known after {_time(evidence.detected_s)}, and must be within {_time(evidence.within_s)}")
     if evidence.costly:
         wrong.append(f"it has cost {plural(evidence.steps_lost, 'step')}, and may cost {evidence.most_lost} at most")
-    outcome = Outcome.CLOSE if evidence.smaller else case.outcome
+    wrong += evidence.broken
+    outcome = Outcome.CLOSE if evidence.smaller else Outcome.SAME
     if not comparison.meets(outcome, precision):
-        wrong.append(comparison.problem or f"not {outcome.value}: first at step {comparison.first}")
+        wrong.append(comparison.problem or f"not {outcome.value}: {comparison.difference}")
     if case.outcome is Outcome.SAME and evidence.smaller:
         wrong.append("it went on with a smaller plan, and should not have needed one")
+    if case.outcome is Outcome.CLOSE and not evidence.smaller:
+        wrong.append("it went on with the same plan, and a smaller one was to take over")
     return Result(
         name=name,
         case=case,
@@ -131,8 +134,11 @@ def where(result: Result) -> str:
     parts = []
     if "{rank}" in text or result.case.held:
         parts.append(f"rank {aim.rank}")
-    if "{node}" in text or any(act.node for act in result.case.acts):
+    struck = {act.strikes for act in result.case.acts}
+    if "{node}" in text or "target" in struck:
         parts.append(f"node {aim.node}")
+    if "{other}" in text or "other" in struck:
+        parts.append(f"node {aim.other}")
     parts.append(f"step {aim.step}")
     if "{phase}" in text and aim.phase != "step_begin":
         parts.append(aim.phase)

@@ -79,6 +79,17 @@ def test_faults_that_fell_a_gang_together_share_its_failure() -> None:
     assert unproven([RANK, NODE], log, [fired(RANK, 9.0, 1)]) == [RANK, NODE]
 
 
+@pytest.mark.parametrize(
+    ("rank", "step", "attempt", "proven"),
+    [(3, 5, 1, True), (3, 60, 1, True), (2, 9, 1, False), (3, 4, 1, False), (3, 9, 2, False)],
+)
+def test_a_slow_rank_is_proven_by_its_name(rank: int, step: int, attempt: int, proven: bool) -> None:
+    """Not by that of another, nor before it was slow, nor in an attempt in which it was not."""
+    fault = "rank_slow@rank=3,step=5"
+    log = [event(EventKind.STRAGGLER_FOUND, 10, attempt, failure={"kind": "straggler", "rank": rank, "step": step})]
+    assert (unproven([fault], log, [fired(fault, 9, 1)]) == []) is proven
+
+
 @pytest.mark.parametrize("fault", ["nan_grad@rank=3,step=5", "loss_spike@rank=3,step=5"])
 def test_spoiled_numbers_are_everybodys(fault: str) -> None:
     """No rank can tell which of them it was: the step proves it."""

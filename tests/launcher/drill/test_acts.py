@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,9 +86,22 @@ def test_moments(stage: FakeStage) -> None:
     assert not later.due(stage)
     stage.say(EventKind.TRAINING_STARTED, attempt=2)
     assert later.due(stage)
+    assert Act(do=acts.mend).due(stage)
     ended = Act(do=acts.free_disk, after=EventKind.RUN_FAILED)
     stage.say(EventKind.RUN_FAILED, attempt=0)  # the log does not count the end to an attempt
     assert ended.due(stage)
+
+
+def test_a_moment_that_is_over(stage: FakeStage) -> None:
+    act = Act(do=acts.kill_node("other"), after=EventKind.FAILURE_DETECTED, before=EventKind.TRAINING_STARTED)
+    stage.say(EventKind.TRAINING_STARTED, attempt=1)
+    assert act.over(stage.events()) is None
+    stage.say(EventKind.FAILURE_DETECTED, attempt=1)
+    assert act.over(stage.events()) == math.inf
+    assert act.due(stage)
+    stage.say(EventKind.TRAINING_STARTED, attempt=2)
+    assert act.over(stage.events()) == stage.events()[-1].time
+    assert not act.due(stage), "it would strike ranks that train"
 
 
 def test_a_disk_is_filled_to_the_last_byte() -> None:

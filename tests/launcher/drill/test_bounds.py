@@ -43,6 +43,7 @@ def test_every_fault_of_the_issue_has_its_bound(request_: LaunchRequest) -> None
 
 
 NONE_LOST = {"straggler", "slow_link", "disk_full", "stuck_storage", "controller_kill_run", "controller_kill_end"}
+NONE_LOST |= {"preemption"}
 RANK_STRUCK = {"rank_sigkill", "rank_exit", "rank_exception", "device_lost", "rank_sigstop", "gil_hold", "deadlock"}
 RANK_STRUCK |= {"stuck_writer"}
 NODE_STRUCK = {"node_kill", "agent_kill", "node_kill_in_checkpoint", "no_spare_left", "partition", "partition_heals"}
@@ -68,7 +69,7 @@ def test_a_fault_may_cost_the_steps_between_two_copies_in_memory(request_: Launc
     bound = dict.fromkeys(NONE_LOST, 0) | dict.fromkeys(RANK_STRUCK | NODE_STRUCK, every)
     bound |= dict.fromkeys(STRUCK_TWICE, 2 * every)
     assert {name: most for name, most in found.items() if most is not None} == bound
-    unbound = {"two_nodes", "preemption", "nan_gradient", "loss_spike", "ray_head_kill", "controller_kill_start"}
+    unbound = {"two_nodes", "nan_gradient", "loss_spike", "ray_head_kill", "controller_kill_start"}
     unbound |= {f"controller_kill_{phase}" for phase in ("gather", "stop", "backoff")}
     unbound |= {"truncated_shard", "flipped_bit", "missing_shard", "corrupt_manifest"}
     assert {name for name, most in found.items() if most is None} == unbound

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from launcher.config import compose
 from launcher.drill import report
 from launcher.drill.case import Aim, Case
@@ -32,6 +34,7 @@ def evidence(
     lost: int = 1,
     resumes: int = 0,
     smaller: bool = False,
+    broken: tuple[str, ...] = (),
     detected_s: float | None = 0.01,
     within_s: float | None = 2.0,
     most: int | None = 1,
@@ -46,6 +49,7 @@ def evidence(
         most_lost=most,
         resumes=resumes,
         smaller=smaller,
+        broken=broken,
     )
 
 
@@ -93,6 +97,27 @@ def test_rounding_is_no_excuse_on_the_same_plan() -> None:
     assert judged("rank_sigkill", evidence(), ROUNDED).verdict == "failed"
     assert judged("no_spare_left", evidence(smaller=True), OTHER).verdict == "failed"
     assert judged("node_kill", evidence(smaller=True), ROUNDED).verdict == "failed"  # it had a spare
+
+
+@pytest.mark.parametrize("name", ["no_spare_left", "spare_dies_first"])
+def test_where_a_smaller_plan_must_take_over_it_has_to(name: str) -> None:
+    assert judged(name, evidence(smaller=True, most=2), ROUNDED).verdict == "ok"
+    same = judged(name, evidence(most=2), ROUNDED)
+    assert same.why.startswith("not bit-identical: first at step 7, weights 0.04 x what rounding explains; ")
+    assert (
+        judged(name, evidence(most=2), SAME).why == "it went on with the same plan, and a smaller one was to take over"
+    )
+
+
+def test_what_was_promised_and_not_kept_is_a_failure() -> None:
+    late = judged("straggler", evidence(broken=("named after 21 steps, and must be within 20",), lost=0), SAME)
+    assert (late.verdict, late.why) == ("failed", "named after 21 steps, and must be within 20")
+    unread = Comparison(first=7, worst=3.2e-7, unread="'run' has no checkpoint of step 20.")
+    found = judged("no_spare_left", evidence(smaller=True, most=2), unread)
+    assert (found.verdict, found.why) == (
+        "failed",
+        "not within rounding: first at step 7, the weights cannot be compared: 'run' has no checkpoint of step 20.",
+    )
 
 
 def test_a_fault_that_is_known_late_is_a_failure_even_if_the_run_is_right() -> None:
