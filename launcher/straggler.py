@@ -18,13 +18,15 @@ hides nobody. What lasts for less than a window is nobody's fault.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from launcher.equal_work import Peers
 from launcher.observation import Observation
 from launcher.recovery import Failure, FailureKind
 from strategies.plan import ParallelPlan
@@ -77,40 +79,74 @@ class Times(NamedTuple):
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Times:
         """As the report of a step has them."""
-        rest = (float(data.get(name, 0.0)) for name in ("queued_s", "data_s"))
-        return cls(float(data["own_s"]), float(data["seconds"]), *rest)
+        queued_s, data_s = float(data.get("queued_s", 0.0)), float(data.get("data_s", 0.0))
+        return cls(float(data["own_s"]), float(data["seconds"]), queued_s, data_s)
 
 
-@dataclass(slots=True)
-class _Window:
-    """The newest ratios of one rank; counts those that are clearly above 1, so that most ranks cost no sorting."""
+class _Windows:
+    """The newest ratios of ranks, a list for each step; counts those that are clearly above 1, so that most ranks cost
+    no sorting.
 
-    ratios: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    above: int = 0
-    medians: deque[float] = field(default_factory=lambda: deque(maxlen=_AROUND))
-    level: float = 1.0
+    Args:
+        world_size: Number of ranks.
+        ranks: Those that have ratios.
 
-    def add(self, ratio: float) -> None:
-        if len(self.ratios) == WINDOW:
-            self.above -= self.ratios[0] > CLEARLY
-        self.ratios.append(ratio)
-        self.above += ratio > CLEARLY
+    Attributes:
+        levels: What is usual, for each rank.
+    """
 
-    def verdict(self, slow: float) -> float:
+    def __init__(self, world_size: int, ranks: Iterable[int]) -> None:
+        self.levels = [1.0] * world_size
+        self._ranks = frozenset(ranks)
+        self._steps: deque[Sequence[float]] = deque(maxlen=WINDOW)
+        self._clear: deque[Sequence[int]] = deque(maxlen=WINDOW)  # who is clearly above 1 in each of them
+        self._above = [0] * world_size
+        self._medians: list[list[float]] = [[] for _ in range(world_size)]
+
+    def add(self, ratios: Sequence[float]) -> None:
+        """A step is complete."""
+        for rank in self._clear[0] if len(self._clear) == WINDOW else ():
+            self._above[rank] -= 1
+        clear = [rank for rank, ratio in enumerate(ratios) if ratio > CLEARLY]
+        for rank in clear:
+            self._above[rank] += 1
+        self._steps.append(ratios)
+        self._clear.append(clear)
+
+    @property
+    def suspects(self) -> list[int]:
+        """Ranks that are clearly above 1 in most steps."""
+        return [rank for rank, above in enumerate(self._above) if above >= MOST]
+
+    def has_recovered(self, rank: int) -> bool:
+        """It is clearly above 1 in few steps."""
+        return self._above[rank] * 2 < WINDOW
+
+    def median(self, rank: int) -> float:
+        """Of the ratios of one rank."""
+        return statistics.median([ratios[rank] for ratios in self._steps])
+
+    def verdict(self, rank: int, slow: float) -> float:
         """The median ratio where it is larger than ``slow`` and most are clearly above 1, else 0."""
-        if self.above < MOST:
-            return 0.0
-        median = statistics.median(self.ratios)
+        median = self.median(rank) if self._above[rank] >= MOST else 0.0
         return median if median > slow else 0.0
 
-    def off_its_level(self) -> float | None:
-        """The window is full and quiet: how far one before it was off those around; None while there are too few."""
-        self.medians.append(statistics.median(self.ratios))
-        if len(self.medians) < 3:
-            return None
-        usual = statistics.median(self.medians)
-        self.level = min(max(1.0, usual - ALIKE), usual + ALIKE)
-        return self.medians[len(self.medians) // 2] - self.level
+    def off_their_levels(self, named: Collection[int]) -> list[float]:
+        """How far full and quiet windows are off those around them, as far as enough of these are known."""
+        if len(self._steps) < WINDOW:
+            return []
+        known, found = self._ranks.difference(named, (rank for rank in self.suspects if self.verdict(rank, SLOW))), []
+        for rank, ratios in enumerate(zip(*self._steps, strict=True)):
+            if rank not in known:
+                continue
+            medians = self._medians[rank]
+            medians.append(statistics.median(ratios))
+            del medians[:-_AROUND]
+            if len(medians) >= 3:
+                usual = statistics.median(medians)
+                self.levels[rank] = min(max(1.0, usual - ALIKE), usual + ALIKE)
+                found.append(medians[len(medians) // 2] - self.levels[rank])
+        return found
 
 
 @dataclass(slots=True)
@@ -171,14 +207,13 @@ class Pace:
     """The own times of all ranks of one attempt, step by step.
 
     Args:
-        peers: For each rank, the ranks that do equal work; empty where there are none.
+        peers: For each rank, the other ranks that do equal work (:class:`launcher.equal_work.Peers`).
     """
 
     def __init__(self, peers: Sequence[Sequence[int]]) -> None:
-        self._peers = peers
-        self._groups = {tuple(group) for group in peers if group}
-        self._against_peers = [_Window() for _ in peers]
-        self._against_past = [_Window() for _ in peers]
+        self._peers = Peers(peers)
+        self._against_peers = _Windows(len(peers), self._peers.compared)
+        self._against_past = _Windows(len(peers), range(len(peers)))
         self._usual = _Usual()
         self._noise, self._lasting = _Noise(), _Lasting()
         self._seen = 0
@@ -198,12 +233,10 @@ class Pace:
         self._seen += 1
         if self._seen <= WARM_UP or min(own_s) <= 0:
             return []
-        medians = {group: _median_of(group, own_s) for group in self._groups}
-        ratios = {rank: own_s[rank] / medians[tuple(peers)] for rank, peers in enumerate(self._peers) if peers}
-        for rank, ratio in ratios.items():
-            self._against_peers[rank].add(ratio)
-        if ratios:
-            self._noise.add(list(ratios.values()), [self._against_peers[rank].level for rank in ratios])
+        if compared := self._peers.compared:
+            ratios, levels = self._peers.ratios(own_s), self._against_peers.levels
+            self._against_peers.add(ratios)
+            self._noise.add([ratios[rank] for rank in compared], [levels[rank] for rank in compared])
         self._compare_with_the_past(own_s)
         return self._judge(step, own_s, step_s)
 
@@ -215,38 +248,30 @@ class Pace:
             return
         drift = [own / before for own, before in zip(own_s, usual, strict=True)]
         common = statistics.median(drift)
-        for rank, window in enumerate(self._against_past):
-            others = common if len(drift) > _FEW else _median_without(drift, rank)
-            window.add(drift[rank] / others)
-        if not self._groups:
-            self._noise.add([one / common for one in drift], [window.level for window in self._against_past])
+        ratios = [one / common for one in drift]
+        if len(drift) <= _FEW:
+            self._against_past.add([one / _median_without(drift, rank) for rank, one in enumerate(drift)])
+        else:
+            self._against_past.add(ratios)
+        if not self._peers.compared:
+            self._noise.add(ratios, self._against_past.levels)
 
     def _judge(self, step: int, own_s: Sequence[float], step_s: float) -> list[Slow]:
-        if self._seen % WINDOW == 0:
-            self._look_at_windows()
+        both = self._against_peers, self._against_past
+        if self._seen % WINDOW == 0 and (off := [one for each in both for one in each.off_their_levels(self._named)]):
+            self._lasting.add(max(off))
         found, limit = [], max(SLOW, 1 + NOISE * self._noise.deviation, self._lasting.limit)
-        for rank, windows in enumerate(zip(self._against_peers, self._against_past, strict=True)):
-            ratio = max(window.verdict(limit) for window in windows)
-            past = windows[1].ratios
-            if ratio and self._usual.settled and past and statistics.median(past) < AGREED:
+        for rank in sorted(self._named.union(*(each.suspects for each in both))):
+            ratio = max(each.verdict(rank, limit) for each in both)
+            if ratio and self._usual.settled and self._against_past.median(rank) < AGREED:
                 ratio = 0.0
             if not ratio:
-                if rank in self._named and all(window.above * 2 < WINDOW for window in windows):
+                if all(each.has_recovered(rank) for each in both):
                     self._named.discard(rank)
             elif rank not in self._named and own_s[rank] * (1 - 1 / ratio) > MATTERS * step_s:
                 self._named.add(rank)
                 found.append(Slow(rank=rank, ratio=ratio, step=step))
         return found
-
-    def _look_at_windows(self) -> None:
-        told = [
-            window.off_its_level()
-            for windows in (self._against_peers, self._against_past)
-            for rank, window in enumerate(windows)
-            if rank not in self._named and len(window.ratios) == WINDOW and not window.verdict(SLOW)
-        ]
-        if known := [off for off in told if off is not None]:
-            self._lasting.add(max(known))
 
 
 def on_a_core(own_s: Sequence[float], queued_s: Sequence[float]) -> list[float]:
@@ -259,10 +284,6 @@ def on_a_core(own_s: Sequence[float], queued_s: Sequence[float]) -> list[float]:
     if statistics.median(queued_s) <= CROWDED * statistics.median(own_s):
         return list(own_s)
     return [max(0.0, own - queued) for own, queued in zip(own_s, queued_s, strict=True)]
-
-
-def _median_of(ranks: Sequence[int], own_s: Sequence[float]) -> float:
-    return statistics.median(own_s[rank] for rank in ranks)
 
 
 def _median_without(values: Sequence[float], index: int) -> float:
@@ -281,16 +302,13 @@ def peers_of(plan: ParallelPlan, nodes: Mapping[int, str]) -> list[tuple[int, ..
     stages: dict[int, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for rank in range(plan.world_size):
         stages[topology.coordinates(rank).pipe][nodes.get(rank, "")].append(rank)
-    elsewhere = {
-        (stage, node): tuple(rank for other, ranks in by_node.items() if other != node for rank in ranks)
-        for stage, by_node in stages.items()
-        for node in by_node
-    }
-    found = []
-    for rank in range(plan.world_size):
-        stage, node = topology.coordinates(rank).pipe, nodes.get(rank, "")
-        here = tuple(other for other in stages[stage][node] if other != rank)
-        found.append(elsewhere[stage, node] or here)
+    found: list[tuple[int, ...]] = [()] * plan.world_size
+    for by_node in stages.values():
+        whole, at = tuple(itertools.chain.from_iterable(by_node.values())), 0
+        for ranks in by_node.values():
+            elsewhere, at = whole[:at] + whole[at + len(ranks) :], at + len(ranks)
+            for rank in ranks:
+                found[rank] = elsewhere or tuple(other for other in ranks if other != rank)
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.benchmarks.planned import Planned, gpt4
 from tests.benchmarks.stats import Musts
 
 
@@ -16,3 +17,8 @@ def musts() -> Iterator[Musts]:
     verdict = found.verdict()
     if verdict:
         pytest.fail(verdict, pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def planned() -> Planned:
+    return gpt4()

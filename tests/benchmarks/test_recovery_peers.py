@@ -2,7 +2,7 @@
 
 Four ranks, PP2 x TP2, ZeRO-1, a four-layer GPT. Everybody runs the same loop on the same engine, with digests and
 fsync, from the newest checkpoint; one rank is killed a few steps after one. phalanx runs at its defaults, which copy
-the state into memory as often as a hundredth of the time allows, and with a copy at every step, whatever that costs
+the state into memory as often as half a percent of the time allows, and with a copy at every step, whatever that costs
 where steps are so short: then no step but one may be lost. Contenders take turns, so that whatever else the machine
 does meets all of them alike. Asserted besides the ratios is that every measurement is one: the kill hit a living rank,
 training went on right after the checkpoint, the run ended well, and all losses are equal.

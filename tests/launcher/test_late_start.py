@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from jobs.paths import RunPaths
 from launcher.hang import Standing, late_at_the_start
+from launcher.host.beside import Beside
+from launcher.host.logs import RankLogs
 from launcher.host.stacks import ANSWER_S, Stacks
 from launcher.phase import Phase
 from launcher.run import EventKind
@@ -53,7 +56,7 @@ def test_a_process_that_does_not_take_the_signal_yet_is_not_killed_by_it(tmp_pat
     log.touch()
     with subprocess.Popen(["sleep", "60"]) as process:
         try:
-            stacks = Stacks()
+            stacks = Stacks(RankLogs(RunPaths(tmp_path), "n0", Beside(), parent=str(tmp_path)))
             stacks.ask([(3, process.pid, log)], 0.0)
             (told,) = stacks.collect(ANSWER_S)
             assert (told["rank"], told["state"], told["stack"], process.poll()) == (3, "S", "", None)

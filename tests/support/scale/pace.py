@@ -49,9 +49,10 @@ class Stretch:
     begin_s: float
     base: int
 
-    def copies(self, step: int) -> int:
-        """Saves up to and with the one after ``step``."""
-        return step // self.pace.every - self.base // self.pace.every
+    def copies(self, step: int, *, disk: bool = False) -> int:
+        """Saves up to and with the one after ``step``: all of them, or those for the disk."""
+        every = self.pace.disk_every if disk else self.pace.every
+        return step // every - self.base // every
 
     def ends_s(self, step: int) -> float:
         """When ``step`` is done."""
@@ -77,11 +78,6 @@ class Stretch:
         while step > self.base and self.committed_s(step, late_s) > now_s:
             step -= every
         return step if step > self.base else 0
-
-    def last_commit_s(self, before_s: float) -> float | None:
-        """When the disk commits for the last time before the last step that ends before ``before_s``."""
-        step = self.saved(self.ends_s(self.done(before_s)), disk=True)
-        return self.committed_s(step, self.pace.write_s) if step else None
 
     def _tier(self, disk: bool) -> tuple[int, float]:
         pace = self.pace

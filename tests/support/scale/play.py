@@ -70,6 +70,7 @@ class Outcome:
         ledger: Seconds per class.
         goodput: Work that counted over wall clock, from the steps that were made.
         steps: Highest step.
+        commits: Saves that were committed to disk.
         lost_steps: Steps that were made twice.
         worst: Most steps that were lost by a restart from memory (True), and by one from disk (False).
         from_memory: Restarts from memory.
@@ -85,6 +86,7 @@ class Outcome:
     ledger: dict[str, float]
     goodput: float
     steps: int
+    commits: int
     lost_steps: int
     worst: dict[bool, int]
     from_memory: int
@@ -217,6 +219,7 @@ def _outcome(store: RunStore, world: World, state: RunState, scenario: Scenario,
         ledger=ledger(events[1:], store.metrics(), world.clock.time()),
         goodput=world.done * scenario.pace.step_s / wall_s,
         steps=world.done,
+        commits=world.commits,
         lost_steps=world.lost,
         worst=world.worst,
         from_memory=world.from_memory,

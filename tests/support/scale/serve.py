@@ -1,15 +1,16 @@
 """Host agents in real time, thousands in one process: ``python -m tests.support.scale.serve SECRET_FILE NODES STEP_S``.
 
 Prints one line with the addresses of all agents, then obeys lines on its standard input: ``dead NODE`` ends a node as
-its power supply would, ``end`` ends all. Every agent beats as often as the real one, each in
-its own phase. Once it has ranks, each of them reports a step every ``STEP_S`` seconds, all at once, as in synchronous
-training.
+its power supply would, right after all ranks have reported their next step, ``end`` ends all. Every agent beats as
+often as the real one, each in its own phase. Once it has ranks, each of them reports a step every ``STEP_S`` seconds,
+all at once, as in synchronous training, with all that a real one tells.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import selectors
 import sys
 import time
@@ -25,6 +26,15 @@ from tests.support.scale.storage import Shelf, guests
 
 BEAT_S = DETECT_S / BEATS
 SLOTS = 8
+MICRO_BATCHES = 36
+
+
+def told(step: int, step_s: float, draw: random.Random) -> Message:
+    """What a rank says of a step (:mod:`jobs.report`): they take turns in being a little slower than others."""
+    own_s = step_s * draw.gauss(0.8, 0.02)
+    times = {"own_s": round(own_s, 6), "seconds": round(step_s, 6), "copies_every": 1}
+    times |= {"queued_s": round(own_s * draw.random() / 1000, 6), "data_s": round(own_s * draw.random() / 1000, 6)}
+    return {"step": step, "next": "step", **times, "micro_batches": MICRO_BATCHES}
 
 
 class Hall:
@@ -33,13 +43,15 @@ class Hall:
     Args:
         secret: The run's secret.
         nodes: How many.
-        step_s: Seconds between two steps; 0: ranks report nothing.
+        step_s: Seconds between two steps.
     """
 
     def __init__(self, secret: bytes, nodes: int, step_s: float) -> None:
         self._selector = selectors.DefaultSelector()
         self._step_s = step_s
         self._step_at, self._step = float("inf"), 0
+        self._draw = random.Random(0)
+        self._doomed: list[str] = []
         self.nodes: dict[str, SimNode] = {}
         for index in range(nodes):
             node = SimNode(
@@ -61,8 +73,8 @@ class Hall:
         if message["op"] == "spawn":
             node.shelf = self._saved(node, message)
         if message["op"] == "spawn" and 0 in node.ranks:
-            node.report("training", step=1)
-            self._step, self._step_at = 0, time.monotonic() + (self._step_s or float("inf"))
+            node.report("training", step=1, micro_batches=MICRO_BATCHES)
+            self._step, self._step_at = 0, time.monotonic() + self._step_s
         elif message["op"] == "kill":
             self._step_at = float("inf")
 
@@ -79,8 +91,7 @@ class Hall:
         for line in os.read(sys.stdin.fileno(), 4096).decode().splitlines() or ["end"]:
             word, _, name = line.partition(" ")
             if word == "dead":
-                print(json.dumps({"dead": name, "time": time.time()}), flush=True)
-                self.nodes.pop(name).die()
+                self._doomed.append(name)
             elif word == "end":
                 self._open = False
 
@@ -89,7 +100,11 @@ class Hall:
         self._step_at += self._step_s
         for node in self.nodes.values():
             for rank in node.ranks:
-                node.say("step", rank=rank, attempt=node.attempt, step=self._step, next="step")
+                node.say("step", **told(self._step, self._step_s, self._draw), rank=rank, attempt=node.attempt)
+        while self._doomed:
+            name = self._doomed.pop()
+            print(json.dumps({"dead": name, "time": time.time()}), flush=True)
+            self.nodes.pop(name).die()
 
     def serve(self) -> None:
         """Until told to end."""

@@ -43,7 +43,6 @@ class Played:
         spawned: Ranks that exist.
         broken: Something fell: no further step is made.
         stretch: Its steps, once they have begun.
-        reported: What was reported so far: saves, in copies.
     """
 
     attempt: int
@@ -55,7 +54,6 @@ class Played:
     spawned: int = 0
     broken: bool = False
     stretch: Stretch | None = None
-    reported: int = 0
 
 
 class World:
@@ -80,6 +78,7 @@ class World:
         struck: Failures that struck the gang: (seconds since the start, kind).
         worst: Most steps that were lost by a restart from memory (True), and by one from disk (False).
         from_memory: Restarts from memory.
+        commits: Saves that were committed to disk.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class World:
         self.done = self.lost = 0
         self.struck: list[tuple[float, str]] = []
         self.struck_in_recovery = 0
-        self.from_memory = 0
+        self.from_memory = self.commits = 0
         self.worst = {False: 0, True: 0}
         self._paths, self._secret = paths, secret
         self._pace, self._slots, self._repair_s, self._beat_s = pace, slots, repair_s, beat_s
@@ -270,24 +269,26 @@ class World:
         if played is not self._played or played.broken:
             return
         played.stretch = Stretch(pace=self._pace, begin_s=self.clock.now, base=played.base)
-        played.reported = played.stretch.copies(played.base)
         self._first(played).report("training", step=played.base + 1)
-        last_s = played.stretch.last_commit_s(min(self._next_fault_s, self._end_s))
-        if last_s is not None:
-            self._at(last_s, lambda: self._report_saves(played))
+        self._await_commit(played, played.base)
 
     def _first(self, played: Played) -> SimNode:
         return self.nodes[played.nodes[0]]
 
-    def _report_saves(self, played: Played) -> None:
-        """One report for all saves of this attempt: what is in between would be replaced by it anyway."""
-        stretch = played.stretch
-        if played is not self._played or played.broken or stretch is None:
+    def _await_commit(self, played: Played, after: int) -> None:
+        """Rank 0 tells of every checkpoint when it is on disk, and how long ranks stood still for that one."""
+        assert played.stretch is not None
+        step = (after // self._pace.disk_every + 1) * self._pace.disk_every
+        at_s = played.stretch.committed_s(step, self._pace.write_s)
+        if at_s < min(self._next_fault_s, self._end_s):
+            self._at(at_s, lambda: self._report_commit(played, step))
+
+    def _report_commit(self, played: Played, step: int) -> None:
+        if played is not self._played or played.broken:
             return
-        step = stretch.saved(self.clock.now, disk=True)
-        copies = stretch.copies(stretch.done(self.clock.now))
         path = str(self._paths.checkpoints / f"step-{step:08d}")
-        self._first(played).report("checkpoint", step=step, path=path, bytes=0, stall_s=copies * self._pace.copy_s)
+        self._first(played).report("checkpoint", step=step, path=path, bytes=0, stall_s=self._pace.copy_s)
+        self._await_commit(played, step)
 
     def _report_step(self) -> None:
         played = self._played
@@ -366,8 +367,9 @@ class World:
         stretch, now = played.stretch, self.clock.now
         if stretch is None:
             return
-        token = Token(played.epoch, played.attempt)
-        self._disk.commit(stretch.saved(now, disk=True), token, self.clock.time())
+        token, step = Token(played.epoch, played.attempt), stretch.saved(now, disk=True)
+        self._disk.commit(step, token, self.clock.time())
+        self.commits += stretch.copies(step, disk=True) if step else 0
         self._shelve(played, token, stretch.saved(now, disk=False))
         self._broke_at = stretch.done(now)
         self._write_metrics(played, self._broke_at)
@@ -386,13 +388,17 @@ class World:
             self.nodes[name].shelf = shelf
 
     def _write_metrics(self, played: Played, step: int) -> None:
-        """The lines of metrics.jsonl that the ledger needs: the end of the repetition, and the end."""
-        assert played.stretch is not None
+        """The lines of metrics.jsonl that the ledger needs: the end of the repetition, and the end; each with the stall
+        of all copies since the one before that only memory keeps."""
+        stretch, paid_s = played.stretch, 0.0
+        assert stretch is not None
         marks = {mark for mark in (min(self.done, step), step) if mark > played.base}
         with open(self._paths.metrics, "a") as file:
             for mark in sorted(marks):
-                line = {"attempt": played.attempt, "step": mark, "time": EPOCH_S + played.stretch.ends_s(mark)}
-                file.write(json.dumps(line) + "\n")
+                line = {"attempt": played.attempt, "step": mark, "time": EPOCH_S + stretch.ends_s(mark)}
+                stall_s = (stretch.copies(mark - 1) - stretch.copies(mark - 1, disk=True)) * self._pace.copy_s
+                file.write(json.dumps(line | {"stall_s": stall_s - paid_s}) + "\n")
+                paid_s = stall_s
         self.done = max(self.done, step)
 
     # --- what a backend has besides ---------------------------------------------------------------------------------
