@@ -173,8 +173,8 @@ def propose(store: RunStore, planned: ResumePlan) -> dict[str, Any]:
     if not planned.changes:
         return wish
     config, overrides = launch.config_files(planned.config, planned.request.overrides)
-    digest = proposal.propose(store, planned.request, config=config, overrides=overrides, shipment=planned.shipment)
-    return wish | {"request": digest}
+    name = proposal.propose(store, planned.request, config=config, overrides=overrides, shipment=planned.shipment)
+    return wish | {"request": name}
 
 
 def _check_free(store: RunStore, run: Run) -> None:
