@@ -1,6 +1,7 @@
 """Do the clocks of the nodes agree with the controller's? An agent tells its time when it is greeted. Pure.
 
-Nothing that decides compares clocks of two machines. But the times in metrics.jsonl are those of rank 0's node, and
+Nothing that decides compares clocks of two machines, but for the one that refuses a resume
+(:mod:`launcher.resume_checks`). But the times in metrics.jsonl are those of rank 0's node, and
 those of failures of the node that tells of them, and the ledger sets both beside those of the event log: a clock that
 is off would move seconds from one class to another, so what is known of it is taken off (:class:`Offset`,
 :meth:`Clocks.ours`).

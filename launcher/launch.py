@@ -163,7 +163,7 @@ def run(
         if request.cluster.kind != "existing":
             return Outcome(state=_control(store, request, display, resume, adopt))
         return _control_there(store, request, display, resume, adopt, detach, ray)
-    except ResumeRefused:
+    except (ResumeRefused, ClusterError):  # nothing will come of it
         if resume and resume.get("request"):
             proposal.discard(store, str(resume["request"]))
         raise

@@ -1,11 +1,18 @@
-"""Which nodes form the gang, in which order, and with which ranks. Pure."""
+"""Which nodes form the gang, in which order, and with which ranks. Pure.
+
+Nodes stand in the order of their addresses: who shares a switch or a rack has neighbouring ones, as networks are laid
+out, and the memory tier keeps the replicas of a node half a gang away (:mod:`launcher.host.persist.service`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import ipaddress
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launcher import roster
+from launcher.backend import AgentAddress
 from launcher.gang_state import GangState
 from launcher.progress import ResumePoint
 from launcher.recovery import Action, Decision
@@ -15,22 +22,36 @@ from strategies.specs import ClusterSpec
 from strategies.topology import nodes_needed, place
 
 
-def line_up(before: Sequence[str], up: Collection[str], need: int) -> list[str]:
-    """Nodes in gang order: who was there keeps its place, others fill the gaps.
+def line_up(before: Sequence[str], up: Mapping[str, str], need: int) -> list[str]:
+    """Nodes in gang order: who was there keeps its place, others fill the gaps in the order of their addresses.
 
     Keeping places keeps what a node has in memory useful to its ranks, and makes the log easy to read.
 
     Args:
         before: Nodes of the last attempt, in gang order; empty at the first start.
-        up: Nodes that can be used now, at least ``need``.
+        up: Node -> address of those that can be used now, at least ``need``.
         need: Nodes that the plan takes.
     """
     kept = [node if node in up else None for node in before[:need]]
     kept += [None] * (need - len(kept))
-    fresh = sorted(set(up).difference(before))
+    fresh = sorted(up.keys() - set(before), key=lambda node: (_by_address(up[node]), _by_name(node)))
     late = [node for node in before[need:] if node in up]
     fill = iter([*fresh, *late])
     return [node if node is not None else next(fill) for node in kept]
+
+
+def _by_address(address: str) -> tuple[int, int, list[str | int]]:
+    """Sorts IP addresses by their numbers, and what is none behind them."""
+    try:
+        number = ipaddress.ip_address(address)
+    except ValueError:
+        return 9, 0, _by_name(address)
+    return number.version, int(number), []
+
+
+def _by_name(name: str) -> list[str | int]:
+    """Sorts names as people count: n9 before n10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def swapped(run: Run, state: GangState) -> Decision | None:
@@ -50,20 +71,27 @@ def swapped(run: Run, state: GangState) -> Decision | None:
 
 
 def form(
-    run: Run, plan: ParallelPlan, up: Collection[str], cluster: ClusterSpec, *, point: ResumePoint, script: bool
+    run: Run,
+    plan: ParallelPlan,
+    up: Mapping[str, AgentAddress],
+    cluster: ClusterSpec,
+    *,
+    point: ResumePoint,
+    script: bool,
 ) -> GangState:
     """The gang of a new attempt, before any of its ranks exists.
 
     Args:
         run: The attempts so far.
         plan: Its plan.
-        up: Nodes that can be used now, enough for the plan.
+        up: The agents of the nodes that can be used now, enough for the plan.
         cluster: How many ranks a node carries.
         point: Where it begins.
         script: The ranks are a user's script.
     """
     before = run.attempt.nodes if run.attempt else ()
-    nodes = line_up(before, up, nodes_needed(plan, cluster.slots_per_node))
+    addresses = {node: agent.host for node, agent in up.items()}
+    nodes = line_up(before, addresses, nodes_needed(plan, cluster.slots_per_node))
     placed = place(plan, nodes, cluster.slots_per_node)
     return GangState(
         attempt=len(run.attempts) + 1,

@@ -2,16 +2,18 @@
 
 ::
 
-    control/proposals/<digest>/     request.json, config.yaml, overrides.yaml and, of a script whose project has
-                                    changed, the folder user-N, as the run directory will have them
+    control/proposals/<digest>-<word>/  request.json, config.yaml, overrides.yaml and, of a script whose project has
+                                        changed, the folder user-N, as the run directory will have them
 
 The client proposes; whoever wins the lock promotes, be it this process or a detached controller. A resume that is
-refused has changed nothing.
+refused has changed nothing. Two equal ones are two proposals, so that the one that is refused takes nothing from the
+other.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,35 +44,36 @@ def propose(
         shipment: A script's project to copy to the request's ``workdir``.
 
     Returns:
-        Digest of the request, for :func:`promote`.
+        Name of the proposal, for :func:`promote`.
 
     Raises:
         StorageError: It cannot be written; nothing is left of it.
     """
-    folder = _folder(store, request.digest)
+    name = f"{request.digest[:_DIGITS]}-{secrets.token_hex(4)}"
+    folder = _folder(store, name)
     try:
-        if shipment is not None and not (folder / Path(request.job.workdir).name).exists():
+        if shipment is not None:
             ship_project(shipment, folder / Path(request.job.workdir).name)
         write_atomic(folder / _CONFIG, config)
         write_atomic(folder / _OVERRIDES, overrides)
         write_atomic(folder / _REQUEST, dump(request))
     except BaseException:
-        discard(store, request.digest)
+        discard(store, name)
         raise
-    return request.digest
+    return name
 
 
-def load(store: RunStore, digest: str) -> LaunchRequest:
+def load(store: RunStore, name: str) -> LaunchRequest:
     """A proposed request.
 
     Raises:
         StorageError: It is not there, or damaged.
     """
-    path = _folder(store, digest) / _REQUEST
+    path = _folder(store, name) / _REQUEST
     return from_json(LaunchRequest, read_json(path), where=str(path))
 
 
-def promote(store: RunStore, digest: str) -> None:
+def promote(store: RunStore, name: str) -> None:
     """Make a proposal the run's request. Only for who has won the lock; doing it again does nothing.
 
     The request is replaced last: until then the run is what it was.
@@ -78,20 +81,20 @@ def promote(store: RunStore, digest: str) -> None:
     Raises:
         StorageError: The proposal is gone, or the run directory cannot be written.
     """
-    folder = _folder(store, digest)
-    if not folder.is_dir() and store.request().digest == digest:
+    folder = _folder(store, name)
+    if not folder.is_dir() and store.request().digest[:_DIGITS] == name[:_DIGITS]:
         return  # an earlier incarnation of this controller has done it
-    request = load(store, digest)
+    request = load(store, name)
     try:
         for project in folder.glob("user*"):
             os.replace(project, store.paths.root / project.name)
-        for name, target in ((_CONFIG, store.paths.config), (_OVERRIDES, store.paths.overrides)):
-            write_atomic(target, (folder / name).read_bytes())
+        for file, target in ((_CONFIG, store.paths.config), (_OVERRIDES, store.paths.overrides)):
+            write_atomic(target, (folder / file).read_bytes())
     except OSError as error:
         why, hint = error.strerror or str(error), "Mend the run directory, then resume again."
         raise StorageError(f"The new request of '{store.name}' cannot be put in place.", why=why, hint=hint) from error
     store.write_request(request)
-    discard(store, digest)
+    discard(store, name)
 
 
 def accept(store: RunStore, wish: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -99,7 +102,7 @@ def accept(store: RunStore, wish: Mapping[str, Any] | None) -> Mapping[str, Any]
 
     Args:
         store: The run.
-        wish: The wish to continue; under ``request`` the digest of a proposal, if the request changes.
+        wish: The wish to continue; under ``request`` the name of a proposal, if the request changes.
 
     Returns:
         The wish as the log is to record it.
@@ -116,10 +119,10 @@ def accept(store: RunStore, wish: Mapping[str, Any] | None) -> Mapping[str, Any]
     return {key: value for key, value in wish.items() if key != "request"}
 
 
-def discard(store: RunStore, digest: str) -> None:
+def discard(store: RunStore, name: str) -> None:
     """Forget a proposal."""
-    shutil.rmtree(_folder(store, digest), ignore_errors=True)
+    shutil.rmtree(_folder(store, name), ignore_errors=True)
 
 
-def _folder(store: RunStore, digest: str) -> Path:
-    return store.paths.control / "proposals" / digest[:_DIGITS]
+def _folder(store: RunStore, name: str) -> Path:
+    return store.paths.control / "proposals" / name

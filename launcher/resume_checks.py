@@ -9,7 +9,7 @@ import contextlib
 import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jobs.checkpoint import read_manifest
@@ -18,7 +18,7 @@ from jobs.paths import RunPaths
 from launcher import lineage, origin
 from launcher.lock import secret_of
 from launcher.request import LaunchRequest
-from launcher.run import Run
+from launcher.run import EventKind, Run, RunEvent
 from launcher.store import RunStore
 from strategies.errors import ResumeRefused, StorageError
 
@@ -31,6 +31,7 @@ def check(
     request: LaunchRequest,
     *,
     moved: bool = False,
+    clock_was_ahead: bool = False,
     clock: Callable[[], float] = time.time,
 ) -> list[str]:
     """Look at what a resume would start from.
@@ -40,6 +41,7 @@ def check(
         run: What its log says.
         request: What the run was; a resume may change it later.
         moved: A person says that the directory was moved on purpose.
+        clock_was_ahead: A person says that the clock here is right, and the one of the log was ahead.
         clock: UTC seconds.
 
     Returns:
@@ -57,9 +59,9 @@ def check(
             hint=_name_again(store.paths.root, request.run_name),
         )
     _require_place(store.paths.root, Path(request.run_dir), moved=moved)
-    events = [event.time for event in store.events()]
+    late = [] if clock_was_ahead else _late(store.events(), clock)
     if request.job.kind != "pretrain":
-        _refuse(store, [], _clock(events, clock))
+        _refuse(store, [], late)
         return []
     store.require_checkpoints()
     root = store.paths.checkpoints
@@ -67,7 +69,7 @@ def check(
     broken = [f"{path}: {reason}" for path, reason in passed.items()]
     manifest = read_manifest(point.path) if point.path else None
     problems = differences(manifest, request.job) if manifest else []
-    _refuse(store, problems, _clock([*events, *([manifest.time] if manifest else [])], clock))
+    _refuse(store, problems, late)
     if not manifest and (step := origin.promised(run)):
         raise StorageError(
             f"'{store.name}' has committed step {step}, and no checkpoint of it can be used.",
@@ -113,20 +115,31 @@ def _require_place(here: Path, before: Path, *, moved: bool) -> None:
         )
 
 
-def _clock(times: list[float], clock: Callable[[], float]) -> list[str]:
-    """Whether what is written from now on would be older than what is there (UTC seconds)."""
-    ahead_s = max(times, default=0.0) - clock()
-    if ahead_s <= SKEW_S:
+def _late(events: Sequence[RunEvent], clock: Callable[[], float]) -> list[str]:
+    """Whether what is written from now on would be older than what the last controller has written.
+
+    By the clock of the log alone: those of the nodes, which date steps and checkpoints, may be off as they like. What
+    is older than the last controller may be dated later: a person has said that it is, or nobody was asked.
+    """
+    newest, host = 0.0, ""
+    for event in events:
+        if event.kind is EventKind.CONTROLLER_STARTED:
+            newest, host = 0.0, str(event.data.get("host", ""))
+        newest = max(newest, event.time)
+    behind_s = newest - clock()
+    if behind_s <= SKEW_S:
         return []
-    return [f"the clock here is {ahead_s:.0f} s behind the one that wrote the run's newest record"]
+    whose = f"that of {host}" if host else "that of its controller"
+    return [f"the clock here is {behind_s:.0f} s behind the newest record of the log: it is late, or {whose} was ahead"]
 
 
 def _refuse(store: RunStore, foreign: list[str], late: list[str]) -> None:
     """Checkpoints that are another run's, and a clock that is wrong; each is mended in its own way."""
     cures = ["bring the run's own checkpoints back"] * bool(foreign) + ["set the clock"] * bool(late)
+    way_on = f" If the clock here is right: {_resume(store.paths.root)} --clock-was-ahead" if late else ""
     if cures:
         raise ResumeRefused(
             f"'{store.name}' cannot go on from what is in {store.paths.checkpoints if foreign else store.paths.root}.",
             why="; ".join([*foreign, *late]),
-            hint=f"First {' and '.join(cures)}, or phalanx submit a new run.",
+            hint=f"First {' and '.join(cures)}, or phalanx submit a new run.{way_on}",
         )

@@ -67,7 +67,12 @@ class ResumePlan:
 
 
 def prepare(
-    store: RunStore, overrides: Sequence[str], say: Callable[[str], None], *, moved: bool = False
+    store: RunStore,
+    overrides: Sequence[str],
+    say: Callable[[str], None],
+    *,
+    moved: bool = False,
+    clock_was_ahead: bool = False,
 ) -> ResumePlan:
     """Work out a resume.
 
@@ -76,17 +81,18 @@ def prepare(
         overrides: What the user typed after RUN.
         say: Told about the preparation of data.
         moved: The run directory was moved on purpose.
+        clock_was_ahead: The clock here is right, and the one of the log was ahead.
 
     Raises:
-        ResumeRefused: The run has succeeded, a live controller owns it, it was moved, or its checkpoints are another
-            run's.
+        ResumeRefused: The run has succeeded, a live controller owns it, it was moved, its checkpoints are another
+            run's, or clocks disagree.
         StorageError: None of its checkpoints can be used.
         PlanInfeasible: The new plan breaks rules.
     """
     run, before = store.run(), store.request()
     _check_free(store, run)
     found = Findings()
-    passed_over = found.of(lambda: resume_checks.check(store, run, before, moved=moved)) or []
+    checked = found.of(lambda: resume_checks.check(store, run, before, moved=moved, clock_was_ahead=clock_was_ahead))
     words = tuple(dict.fromkeys([*before.overrides, *overrides]))
     config, after = _renewed(store, before, words, overrides, found)
     after, shipment = _with_project(config, store.paths, before, after)
@@ -107,7 +113,7 @@ def prepare(
         changes=changes,
         live=_live_steps(store, run),
     )
-    notes = [*(f"passed over, damaged: {one}" for one in passed_over), *_unvalidated(after)]
+    notes = [*(f"passed over, damaged: {one}" for one in checked or ()), *_unvalidated(after)]
     text = "\n".join([text, *notes])
     return ResumePlan(
         name=store.name,
@@ -173,8 +179,8 @@ def propose(store: RunStore, planned: ResumePlan) -> dict[str, Any]:
     if not planned.changes:
         return wish
     config, overrides = launch.config_files(planned.config, planned.request.overrides)
-    digest = proposal.propose(store, planned.request, config=config, overrides=overrides, shipment=planned.shipment)
-    return wish | {"request": digest}
+    name = proposal.propose(store, planned.request, config=config, overrides=overrides, shipment=planned.shipment)
+    return wish | {"request": name}
 
 
 def _check_free(store: RunStore, run: Run) -> None:

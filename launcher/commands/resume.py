@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", is_flag=True, help="Show what would change, and stop.")
 @click.option("--moved", is_flag=True, help="The run directory was moved on purpose.")
+@click.option("--clock-was-ahead", is_flag=True, help="The clock here is right: the one of the log was ahead.")
 @click.option("--detach", "-d", is_flag=True, help="Do not watch (existing clusters only).")
 @json_option
 @dir_option
@@ -31,6 +32,7 @@ def command(
     yes: bool,
     dry_run: bool,
     moved: bool,
+    clock_was_ahead: bool,
     detach: bool,
     as_json: bool,
     folder: str | None,
@@ -47,7 +49,7 @@ def command(
 
     ref, parent, overrides = split(words, folder, overrides=True)
     store = find(ref, parent)
-    planned = resume_plan.prepare(store, overrides, say, moved=moved)
+    planned = resume_plan.prepare(store, overrides, say, moved=moved, clock_was_ahead=clock_was_ahead)
     say(planned.text)
     planned.refuse()
     if dry_run:

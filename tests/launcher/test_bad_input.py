@@ -27,7 +27,7 @@ from launcher.store import RunStore, dump
 from strategies.errors import ResumeRefused
 from tests.support.checkpoints import manifest_of, write_shards
 from tests.support.folders import contents
-from tests.support.runs import WORDS, begin_attempt, make_run, put
+from tests.support.runs import T0, WORDS, begin_attempt, make_run, put
 
 Resume = Callable[..., tuple[int, str]]
 
@@ -276,16 +276,22 @@ def test_a_run_that_runs(store: RunStore, resume: Resume) -> None:
 
 
 def test_a_clock_that_is_behind(store: RunStore, resume: Resume) -> None:
-    """A manifest and an event from the future: ages, and the seconds of the ledger, would be nonsense."""
-    save(store, 15, time=time.time() + 7200)
+    """An event from the future: ages, and the seconds of the ledger, would be nonsense."""
+    put(store, time.time() + 7200 - T0, EventKind.CONTROLLER_STARTED, host="h", pid=1, adopted=False)
     code, told = resume()
     assert code == 6
     assert "the clock here is 7" in told
     assert "set the clock" in told
 
 
+def test_a_checkpoint_from_a_node_whose_clock_is_ahead(store: RunStore) -> None:
+    """It dates what it commits; the log has another clock, and only that one counts."""
+    save(store, 15, time=time.time() + 7200)
+    assert resume_checks.check(store, store.run(), store.request()) == []
+
+
 def test_a_log_from_the_future(store: RunStore, resume: Resume) -> None:
-    put(store, time.time() + 3600 - 1_750_000_000.0, EventKind.RUN_FAILED, attempt=1, reason="later")
+    put(store, time.time() + 3600 - T0, EventKind.RUN_FAILED, attempt=1, reason="later")
     code, told = resume()
     assert code == 6
     assert "the clock here is 3" in told
@@ -299,7 +305,10 @@ def test_a_clock_that_is_behind_is_refused_whatever_the_job_is(kind: Any, store:
     assert resume_checks.check(store, store.run(), request, clock=lambda: last - 200.0) == []
     with pytest.raises(ResumeRefused, match="the clock here is 400 s behind") as refused:
         resume_checks.check(store, store.run(), request, clock=lambda: last - 400.0)
-    assert refused.value.hint == "First set the clock, or phalanx submit a new run."
+    way_on = f"phalanx resume demo --dir {store.paths.root.parent} --clock-was-ahead"
+    assert (
+        refused.value.hint == f"First set the clock, or phalanx submit a new run. If the clock here is right: {way_on}"
+    )
     assert "checkpoints" not in refused.value.what, "it has none, or nothing is wrong with them"
 
 
@@ -378,7 +387,8 @@ def test_the_same_text_may_lie_elsewhere_and_is_not_prepared_again(with_text: Ru
 
 
 def test_everything_wrong_at_once(store: RunStore, resume: Resume) -> None:
-    save(store, 15, time=time.time() + 7200, extra={"data": {"digest": "abc", "vocab": 128}, "seed": 99})
+    save(store, 15, extra={"data": {"digest": "abc", "vocab": 128}, "seed": 99})
+    put(store, time.time() + 7200 - T0, EventKind.RUN_FAILED, attempt=1, reason="later")
     code, told = resume()
     assert code == 6
     assert "seed: 99" in told

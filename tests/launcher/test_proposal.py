@@ -15,8 +15,10 @@ from launcher.lock import ControllerLock
 from launcher.request import LaunchRequest
 from launcher.ship import survey
 from launcher.store import RunStore
-from strategies.errors import ResumeRefused, StorageError
+from strategies.errors import ClusterError, PhalanxError, ResumeRefused, StorageError
 from tests.support.runs import failed_run, make_run
+
+THERE = ["cluster=existing", "cluster.address=h:1", "cluster.nodes=4", "cluster.slots_per_node=2", "tracking=none"]
 
 
 def content(root: Path) -> dict[str, bytes]:
@@ -32,15 +34,15 @@ def other(request: LaunchRequest) -> LaunchRequest:
 def test_a_proposal_changes_the_run_only_when_it_is_promoted(tmp_path: Path) -> None:
     store = make_run(tmp_path)
     before, request = content(store.paths.root), other(store.request())
-    digest = proposal.propose(store, request, config=b"config", overrides=b"words")
+    name = proposal.propose(store, request, config=b"config", overrides=b"words")
     now = content(store.paths.root)
     assert {name: now[name] for name in before} == before
-    assert proposal.load(store, digest) == request
-    proposal.promote(store, digest)
+    assert proposal.load(store, name) == request
+    proposal.promote(store, name)
     assert store.request() == request
     assert (store.paths.config.read_bytes(), store.paths.overrides.read_bytes()) == (b"config", b"words")
     assert not list((store.paths.control / "proposals").iterdir())
-    proposal.promote(store, digest)  # a controller that was restarted in between
+    proposal.promote(store, name)  # a controller that was restarted in between
     assert store.request() == request
     with pytest.raises(StorageError):
         proposal.promote(store, "0" * 64)
@@ -49,7 +51,7 @@ def test_a_proposal_changes_the_run_only_when_it_is_promoted(tmp_path: Path) -> 
 def test_the_request_is_replaced_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make_run(tmp_path)
     before = store.request()
-    digest = proposal.propose(store, other(before), config=b"config", overrides=b"words")
+    name = proposal.propose(store, other(before), config=b"config", overrides=b"words")
 
     def full(path: Path, data: bytes, **unused: object) -> None:
         raise StorageError("full")
@@ -57,9 +59,9 @@ def test_the_request_is_replaced_last(tmp_path: Path, monkeypatch: pytest.Monkey
     with monkeypatch.context() as patched:
         patched.setattr(proposal, "write_atomic", full)
         with pytest.raises(StorageError, match="full"):
-            proposal.promote(store, digest)
+            proposal.promote(store, name)
     assert store.request() == before
-    proposal.promote(store, digest)
+    proposal.promote(store, name)
     assert store.request() == other(before)
 
 
@@ -71,9 +73,9 @@ def test_a_changed_project_comes_with_the_proposal(tmp_path: Path) -> None:
     request = store.request()
     request = replace(request, job=replace(request.job, workdir=str(store.paths.root / "user-2")))
     shipment = survey(tmp_path / "project", limit_mb=1)
-    digest = proposal.propose(store, request, config=b"", overrides=b"", shipment=shipment)
+    name = proposal.propose(store, request, config=b"", overrides=b"", shipment=shipment)
     assert not (store.paths.root / "user-2").exists()
-    proposal.promote(store, digest)
+    proposal.promote(store, name)
     assert (store.paths.root / "user-2" / "train.py").read_text() == "new"
 
 
@@ -105,10 +107,9 @@ def test_a_refused_resume_has_changed_nothing(
 
 
 def test_a_refused_resume_elsewhere_has_changed_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["cluster=existing", "cluster.address=h:1", "cluster.nodes=4", "cluster.slots_per_node=2", "tracking=none"]
-    store = make_run(tmp_path, words=words)
+    store = make_run(tmp_path, words=THERE)
     supervise.request_cancel(store, by="test")
-    digest = proposal.propose(store, other(store.request()), config=b"", overrides=b"")
+    name = proposal.propose(store, other(store.request()), config=b"", overrides=b"")
     seen: list[RunStore] = []
 
     def refused(given: RunStore, *unused: object, **more: object) -> None:
@@ -119,6 +120,35 @@ def test_a_refused_resume_elsewhere_has_changed_nothing(tmp_path: Path, monkeypa
     monkeypatch.setattr(launch, "renew_code", lambda path: False)
     before = {name: data for name, data in content(store.paths.root).items() if "proposals" not in name}
     with pytest.raises(ResumeRefused):
-        launch.run(store, Screen(io.StringIO()), resume={"request": digest})
+        launch.run(store, Screen(io.StringIO()), resume={"request": name})
     assert seen
     assert content(store.paths.root) == before
+
+
+@pytest.mark.parametrize("error", [ResumeRefused, ClusterError])
+def test_of_two_equal_resumes_the_one_that_fails_takes_nothing_from_the_other(
+    error: type[PhalanxError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The controller of the first is still to come when the second is refused, or has lost its patience."""
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "train.py").write_text("new")
+    words = [*THERE, "job=script", "job.command=x", f"job.workdir={tmp_path / 'project'}"]
+    store = make_run(tmp_path / "runs", words=words)
+    request = store.request()
+    request = replace(request, job=replace(request.job, workdir=str(store.paths.root / "user-2")))
+    shipment = survey(tmp_path / "project", limit_mb=1)
+    first, second = (
+        proposal.propose(store, request, config=b"config", overrides=b"words", shipment=shipment) for _ in range(2)
+    )
+
+    def refused(*unused: object, **more: object) -> None:
+        raise error("not now")
+
+    monkeypatch.setattr(backends, "start_controller", refused)
+    with pytest.raises(error):
+        launch.run(store, Screen(io.StringIO()), resume={"request": second})
+    assert [path.name for path in (store.paths.control / "proposals").iterdir()] == [first]
+    proposal.accept(store, {"request": first})
+    assert store.request() == request
+    assert (store.paths.root / "user-2" / "train.py").read_text() == "new"
+    assert not list((store.paths.control / "proposals").iterdir())

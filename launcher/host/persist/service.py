@@ -247,7 +247,7 @@ def describe(held: Held) -> Message:
 def other_node(own: Address, peers: Sequence[Address]) -> Address | None:
     """Who keeps the replicas of a node: the one half a gang away in the order of ranks; None when there is no other.
 
-    Neighbours share a switch and its failures.
+    Neighbours share a switch and its failures: :mod:`launcher.lineup` puts those beside each other that do.
     """
     nodes = list(dict.fromkeys(peers))
     if own not in nodes or len(nodes) < 2:
