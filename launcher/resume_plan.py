@@ -107,7 +107,10 @@ def prepare(
         changes=changes,
         live=_live_steps(store, run),
     )
-    notes = [*(f"passed over, damaged: {one}" for one in passed_over), *_unvalidated(after)]
+    notes = [f"passed over, damaged: {one}" for one in passed_over]
+    if notes:
+        notes.append(f"note: all steps after {point.step} are done anew. To go on from what is damaged, mend it first.")
+    notes += _unvalidated(after)
     text = "\n".join([text, *notes])
     return ResumePlan(
         name=store.name,
