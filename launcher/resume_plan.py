@@ -113,7 +113,10 @@ def prepare(
         changes=changes,
         live=_live_steps(store, run),
     )
-    notes = [*(f"passed over, damaged: {one}" for one in checked or ()), *_unvalidated(after)]
+    notes = [f"passed over, damaged: {one}" for one in checked or ()]
+    if notes:
+        notes.append(f"note: all steps after {point.step} are done anew. To go on from what is damaged, mend it first.")
+    notes += _unvalidated(after)
     text = "\n".join([text, *notes])
     return ResumePlan(
         name=store.name,

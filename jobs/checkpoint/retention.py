@@ -22,9 +22,10 @@ def prune(
     """Delete old checkpoints and what dead gangs left unfinished.
 
     Of the checkpoints that count, the best ``keep`` stay, by the order in which a restart would pick them
-    (:mod:`jobs.checkpoint.fence`). Folders without a manifest go only when their token is lower than ``token``: those
-    of this gang may be in the middle of being written, and a higher one, or a higher fence, means that this gang has
-    been replaced and must not touch anything.
+    (:mod:`jobs.checkpoint.fence`). One whose manifest cannot be read is none of them, and replaced by nothing as long
+    as one of them is of an earlier step: somebody may mend it, and it holds more. Folders without a manifest go only
+    when their token is lower than ``token``: those of this gang may be in the middle of being written, and a higher
+    one, or a higher fence, means that this gang has been replaced and must not touch anything.
 
     Args:
         root: Folder of all checkpoints of the run.
@@ -38,17 +39,19 @@ def prune(
     Raises:
         StorageError: Something cannot be deleted.
     """
-    root = locate(root)
+    root, keep = locate(root), max(keep, 1)
     me = Token(*token) if token is not None else None
     try:
         committed = manifests(root)
         if me is not None and _replaced(root, me, committed):
             return []
-        kept = _kept(best_first(root), max(keep, 1))
-        if not kept:
+        best = _kept(best_first(root), keep)
+        if not best:
             return []
+        replaced = min(place.step for place in best) if len(best) >= keep else 0
         protected = {locate(path).absolute() for path in protect}
-        kept |= {place for place in committed if place.manifest.absolute() in protected}
+        kept = best | {place for place in committed if place.manifest.absolute() in protected}
+        kept |= {place for place in committed if place.step > replaced and not _readable(place)}
         doomed = [place for place in committed if place not in kept]
         needed = _needed(place for place in committed if place not in doomed)
         removed = [place.manifest for place in doomed]

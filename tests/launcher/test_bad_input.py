@@ -121,6 +121,7 @@ def test_a_manifest_edited_by_hand_is_passed_over_and_named(
     assert contents(store.paths.root) == before
     assert "step-00000005" in told
     assert f"passed over, damaged: {newest(store)}: the manifest does not match its own digest" in told
+    assert "all steps after 5 are done anew" in told
 
 
 def test_when_every_manifest_was_edited(store: RunStore, resume: Resume) -> None:

@@ -111,12 +111,28 @@ def test_a_replaced_gang_deletes_nothing(tmp_path: Path) -> None:
 
 
 def test_nothing_is_deleted_for_an_unreadable_newer_one(tmp_path: Path) -> None:
-    """A newer manifest that cannot be read replaces nothing."""
+    """A newer manifest that cannot be read replaces nothing, and is not deleted either: it may be mended."""
     good, bad = write_checkpoint(tmp_path, 1), write_checkpoint(tmp_path, 2)
+    whole_text = bad.read_text()
     bad.write_text("{")
-    prune(tmp_path, 1, token=(1, 1))
+    assert prune(tmp_path, 1, token=(1, 1)) == []
     assert newest(tmp_path) == good
     assert verify(good, deep=True) == []
+    bad.write_text(whole_text)
+    assert verify(bad, deep=True) == []
+
+
+def test_what_cannot_be_read_stays_until_the_run_has_come_as_far_again(tmp_path: Path) -> None:
+    """The run goes on from step 1; until two checkpoints of step 4 or later are there, step 4 may be worth mending."""
+    write_checkpoint(tmp_path, 1)
+    bad = write_checkpoint(tmp_path, 4)
+    bad.write_text(bad.read_text().replace('"run_id": "test"', '"run_id": "best"'))
+    begin(tmp_path, Branch(epoch=1, attempt=2, history=((1, 1, 1),), passed=((4, 1, 1),)))
+    for step, left in [(2, [1, 2, 4]), (3, [2, 3, 4]), (4, [3, 4, 4]), (5, [4, 5])]:
+        write_checkpoint(tmp_path, step, (1, 2))
+        prune(tmp_path, 2, token=(1, 2))
+        assert sorted(place.step for place in manifests(tmp_path)) == left
+        assert place_of(bad).shard(0).exists() == bad.exists() == (step < 5)
 
 
 def test_the_manifest_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
