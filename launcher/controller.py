@@ -227,11 +227,14 @@ class Controller:
         if not self.memory.ready(self.gang, self.muster.up, self.run, self.request.job):
             return
         self.muster.call_up(self.gang, urgent=True)
-        again, why = self.start_reason == "resume", self.backend.why_missing
+        again, why = self.start_reason == "resume", self.muster.why_missing
         nodes, back = self.muster.choose(lambda count: self.sizing.largest(count) is not None)
         up = len(nodes)
         lapse = self.shortage.lapse(possible=self.sizing.possible(self.run, up), enough=up >= self.sizing.need)
-        answer = self.sizing.choose(self.run, up=up, lapse=lapse, resumed=again, why=why)
+        hopeless = (
+            up < self.sizing.need and self.run.attempt is not None and self.muster.hopeless(self.run.attempt.nodes)
+        )
+        answer = self.sizing.choose(self.run, up=up, lapse=lapse, resumed=again, why=why, hopeless=hopeless)
         if answer.plan is None:
             self.vigil.end()
         if answer.plan is not None:
