@@ -301,11 +301,20 @@ class Controller:
             self._suspect(gone)
 
     def _finish(self, state: GangState) -> None:
-        """Every rank has exited well: the run is done, or they have left as they were asked to."""
-        if not state.script and state.last_step < self.request.job.train.steps:
+        """Every rank has exited well: the run is done, or they have left, as they were asked to or not."""
+        steps = self.request.job.train.steps
+        if state.script or state.last_step >= steps:
+            found = progress.result(self.store.paths, state.last_step, script=state.script)
+            self.end(EventKind.RUN_SUCCEEDED, **found)
+        elif self._excused(state):
             self._stop_ranks(state)
-            return
-        self.end(EventKind.RUN_SUCCEEDED, **progress.result(self.store.paths, state.last_step, script=state.script))
+        else:
+            self._suspect(recovery.deserted(state.last_step, steps, self.clock.time()))
+
+    def _excused(self, state: GangState) -> bool:
+        """Ranks that have all exited well were asked to leave, or are done."""
+        done = state.last_step >= self.request.job.train.steps or progress.completed(self.store.paths, self.request.job)
+        return state.asked or bool(done)
 
     def _watch_for_hangs(self, state: GangState) -> None:
         now, wall = self.clock.monotonic(), self.clock.time()
@@ -348,7 +357,7 @@ class Controller:
                 self.record(EventKind.NODE_EXCLUDED, **left_out.fields)
         elif self._cancelling:
             self.end(EventKind.RUN_CANCELLED, reason="cancelled on request")
-        elif state.all_finished:
+        elif state.all_finished and self._excused(state):
             aftermath.regroup(self, state)
         else:
             rank_errors.keep(self.store.paths, state.attempt, state.evidence)

@@ -160,7 +160,7 @@ class Departure:
             self._said = said
             self._decide(Action.LEAVE, told)
         if answer.course is Course.LEAVE:
-            state.leaving, state.leave_after = "move", answer.step
+            state.leaving, state.leave_after, state.asked = "move", answer.step, True
             gang.leave(state.attempt, answer.step)
         return None
 
@@ -223,7 +223,7 @@ class Departure:
 
     def _ask(self, state: GangState, next_reason: str, why: str) -> None:
         write_atomic(self._paths.leave(state.attempt), dump({"reason": why}))
-        state.leaving = next_reason
+        state.leaving, state.asked = next_reason, True
 
     def _decide(self, action: Action, reason: str) -> None:
         fields: dict[str, Any] = Decision(action=action, reason=reason).fields

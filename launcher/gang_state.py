@@ -70,6 +70,7 @@ class GangState:
         training: The first step has begun.
         leaving: Why the next attempt will be made (``grow``, ``move``), once the ranks were asked to leave.
         leave_after: After this step, if not at an earlier checkpoint; 0 for none.
+        asked: They were asked to leave at some time. Where that was taken back, they may have read it all the same.
         notices: Nodes that will be taken away.
         remaining_s: Node to how long it had left when this controller met it, for one that was told before.
     """
@@ -97,6 +98,7 @@ class GangState:
     training: bool = False
     leaving: str = ""
     leave_after: int = 0
+    asked: bool = False
     notices: dict[str, Notice] = field(default_factory=dict)
     remaining_s: dict[str, float] = field(default_factory=dict)
     _world: int = field(init=False)
