@@ -231,9 +231,8 @@ class Controller:
         nodes, back = self.muster.choose(lambda count: self.sizing.largest(count) is not None)
         up = len(nodes)
         lapse = self.shortage.lapse(possible=self.sizing.possible(self.run, up), enough=up >= self.sizing.need)
-        hopeless = (
-            up < self.sizing.need and self.run.attempt is not None and self.muster.hopeless(self.run.attempt.nodes)
-        )
+        before = self.run.attempt.nodes if self.run.attempt else ()
+        hopeless = up < self.sizing.need and self.muster.hopeless(before)
         answer = self.sizing.choose(self.run, up=up, lapse=lapse, resumed=again, why=why, hopeless=hopeless)
         if answer.plan is None:
             self.vigil.end()

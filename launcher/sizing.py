@@ -4,7 +4,7 @@
 
     enough nodes for the plan that is asked for  -> that plan
     too few, waiting is cheaper                  -> wait
-    too few, it is not any more, or none can come -> shrink: the next plan that is legal and runs on what is there
+    too few, it is not, or no other can come     -> shrink: the next plan that is legal and runs on what is there
     no such plan for wait_for_nodes_s            -> give up, with the reason
     smaller than it could be, grow               -> leave at the next checkpoint, start the larger plan
 
