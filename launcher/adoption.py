@@ -23,6 +23,7 @@ from strategies.topology import place
 
 Welcomes = Mapping[str, Mapping[str, Any]]
 REPLAY_S = 0.5  # an agent that answers tells at once all that it remembers
+_ASKING = (Action.GROW, Action.REPLACE, Action.LEAVE)
 
 
 def begin(controller: Controller, *, resume: Mapping[str, Any] | None = None, adopt: bool = True) -> None:
@@ -177,6 +178,7 @@ def _adopt(controller: Controller, welcomes: Welcomes) -> None:
         first_step=attempt.first_step,
         last_step=max(attempt.last_step, last_metric_step(controller, attempt.number)),
         training=controller.run.state is RunState.RUNNING,
+        asked=any(event.data.get("action") in _ASKING for event in mine),
     )
     _remember_orders(controller, controller.state, welcomes)
     if not any(event.kind is EventKind.FENCE_LAID for event in mine):

@@ -226,11 +226,13 @@ class Controller:
         if not self.memory.ready(self.gang, self.muster.up, self.run, self.request.job):
             return
         self.muster.call_up(self.gang, urgent=True)
-        again, why = self.start_reason == "resume", self.backend.why_missing
+        again, why = self.start_reason == "resume", self.muster.why_missing
         nodes, back = self.muster.choose(lambda count: self.sizing.largest(count) is not None)
         up = len(nodes)
         lapse = self.shortage.lapse(possible=self.sizing.possible(self.run, up), enough=up >= self.sizing.need)
-        answer = self.sizing.choose(self.run, up=up, lapse=lapse, resumed=again, why=why)
+        before = self.run.attempt.nodes if self.run.attempt else ()
+        hopeless = up < self.sizing.need and self.muster.hopeless(before)
+        answer = self.sizing.choose(self.run, up=up, lapse=lapse, resumed=again, why=why, hopeless=hopeless)
         if answer.plan is None:
             self.vigil.end()
         if answer.plan is not None:
@@ -294,11 +296,20 @@ class Controller:
             self._suspect(gone)
 
     def _finish(self, state: GangState) -> None:
-        """Every rank has exited well: the run is done, or they have left as they were asked to."""
-        if not state.script and state.last_step < self.request.job.train.steps:
+        """Every rank has exited well: the run is done, or they have left, as they were asked to or not."""
+        steps = self.request.job.train.steps
+        if state.script or state.last_step >= steps:
+            found = progress.result(self.store.paths, state.last_step, script=state.script)
+            self.end(EventKind.RUN_SUCCEEDED, **found)
+        elif self._excused(state):
             self._stop_ranks(state)
-            return
-        self.end(EventKind.RUN_SUCCEEDED, **progress.result(self.store.paths, state.last_step, script=state.script))
+        else:
+            self._suspect(recovery.deserted(state.last_step, steps, self.clock.time()))
+
+    def _excused(self, state: GangState) -> bool:
+        """Ranks that have all exited well were asked to leave, or are done."""
+        done = state.last_step >= self.request.job.train.steps or progress.completed(self.store.paths, self.request.job)
+        return state.asked or bool(done)
 
     def _watch_for_hangs(self, state: GangState) -> None:
         now, wall = self.clock.monotonic(), self.clock.time()
@@ -340,7 +351,7 @@ class Controller:
                 self.record(EventKind.NODE_EXCLUDED, **left_out.fields)
         elif self._cancelling:
             self.end(EventKind.RUN_CANCELLED, reason="cancelled on request")
-        elif state.all_finished:
+        elif state.all_finished and self._excused(state):
             aftermath.regroup(self, state)
         else:
             rank_errors.keep(self.store.paths, state.attempt, state.evidence)

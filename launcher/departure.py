@@ -19,6 +19,7 @@ before the last step are not asked.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
@@ -45,6 +46,7 @@ REASON = {FOR_MORE: "grow", ELSEWHERE: "move", IN_VAIN: "grow"}
 """Why there is another attempt, by the cause of the end of one."""
 CAUSE = {"grow": FOR_MORE, "move": ELSEWHERE, "": IN_VAIN}
 """Why an attempt has ended, by what its ranks were to leave for at the end."""
+NEWEST_SAVES = 5  # that say how long the next one takes
 
 
 class Gang(Protocol):
@@ -55,15 +57,16 @@ class Gang(Protocol):
 
 
 class SaveClock:
-    """How long it takes from the end of a step until its checkpoint is committed.
-
-    Attributes:
-        longest_s: Seconds, of all that were seen; 0 while none was.
-    """
+    """How long it takes from the end of a step until its checkpoint is committed."""
 
     def __init__(self) -> None:
-        self.longest_s = 0.0
+        self._took: deque[float] = deque(maxlen=NEWEST_SAVES)  # seconds
         self._began: tuple[int, float] = (0, 0.0)  # step, UTC seconds by the clock of the node of rank 0
+
+    @property
+    def longest_s(self) -> float:
+        """Seconds, the longest of the newest few: a store that was slow once is not slow for ever. 0 while none was."""
+        return max(self._took, default=0.0)
 
     def note(self, seen: Observation) -> None:
         """Take in what an agent says."""
@@ -74,7 +77,8 @@ class SaveClock:
             self._began = int(data["step"]), seen.time
         elif data.get("kind") == "checkpoint" and int(data["step"]) == self._began[0]:
             committed = float(data.get("committed", seen.time))
-            self.longest_s = max(self.longest_s, committed - self._began[1])
+            self._took.append(committed - self._began[1])
+            self._began = (0, 0.0)
 
 
 class Departure:
@@ -156,7 +160,7 @@ class Departure:
             self._said = said
             self._decide(Action.LEAVE, told)
         if answer.course is Course.LEAVE:
-            state.leaving, state.leave_after = "move", answer.step
+            state.leaving, state.leave_after, state.asked = "move", answer.step, True
             gang.leave(state.attempt, answer.step)
         return None
 
@@ -219,7 +223,7 @@ class Departure:
 
     def _ask(self, state: GangState, next_reason: str, why: str) -> None:
         write_atomic(self._paths.leave(state.attempt), dump({"reason": why}))
-        state.leaving = next_reason
+        state.leaving, state.asked = next_reason, True
 
     def _decide(self, action: Action, reason: str) -> None:
         fields: dict[str, Any] = Decision(action=action, reason=reason).fields

@@ -168,7 +168,7 @@ def recoveries(events: Sequence[RunEvent]) -> list[float]:
         elif event.kind is EventKind.RESUME_REQUESTED:
             failed_at = None
         elif event.kind is EventKind.TRAINING_STARTED and failed_at is not None:
-            found.append(event.time - failed_at)
+            found.append(max(0.0, event.began - failed_at))
             failed_at = None
     return found
 

@@ -56,7 +56,8 @@ class GangState:
         finished: Ranks that exited with code 0.
         errors: ``error`` reports by rank.
         commits: Steps of this attempt whose checkpoint is in the log already.
-        unsaved: When a rank told of a checkpoint that could not be written (UTC seconds), as far as it is in the log.
+        unsaved: When a rank told of a checkpoint that could not be written, as far as it is in the log: UTC seconds by
+            the clock of its node, for another controller may set another clock beside it.
         afresh: Nodes whose ranks did not come from the warm pool, as far as it is in the log already.
         evidence: Failures, in order of arrival.
         first_step: First step that the attempt runs.
@@ -69,6 +70,7 @@ class GangState:
         training: The first step has begun.
         leaving: Why the next attempt will be made (``grow``, ``move``), once the ranks were asked to leave.
         leave_after: After this step, if not at an earlier checkpoint; 0 for none.
+        asked: They were asked to leave at some time. Where that was taken back, they may have read it all the same.
         notices: Nodes that will be taken away.
         remaining_s: Node to how long it had left when this controller met it, for one that was told before.
     """
@@ -96,10 +98,12 @@ class GangState:
     training: bool = False
     leaving: str = ""
     leave_after: int = 0
+    asked: bool = False
     notices: dict[str, Notice] = field(default_factory=dict)
     remaining_s: dict[str, float] = field(default_factory=dict)
     _world: int = field(init=False)
-    _began: int = field(init=False, default=0)
+    _placed_at: float = field(init=False, default=0.0)  # the last node's ranks (UTC seconds)
+    _began: tuple[int, float] | None = field(init=False, default=None)  # step, UTC seconds
 
     def __post_init__(self) -> None:
         self._world = sum(len(ranks) for ranks in self.placement.values())
@@ -195,11 +199,13 @@ class GangState:
         if seen.node in self.spawned:
             return []
         self.spawned[seen.node] = {int(entry["rank"]): int(entry["pid"]) for entry in seen.data["ranks"]}
+        self._placed_at = max(self._placed_at, seen.time)
         if not self.all_spawned:
             return []
-        placed = Note(kind=EventKind.RANKS_SPAWNED, data={"ranks": self.world_size, "resume_from": self.resume_from})
-        began = self.first_step if self.script else self._began
-        return [placed, *(self._begin_training(began) if began else [])]
+        told = {"ranks": self.world_size, "resume_from": self.resume_from, "began": self._placed_at}
+        if self.script:
+            self._began = self.first_step, self._placed_at
+        return [Note(kind=EventKind.RANKS_SPAWNED, data=told), *self._begin_training()]
 
     def _on_killed(self, seen: Observation) -> list[Note | Failure]:
         self.stopped.add(seen.node)
@@ -241,16 +247,15 @@ class GangState:
             if "copies_every" in data:
                 self.copies_every = int(data["copies_every"])
         elif kind == "training" and rank == 0:
-            self._began = int(data["step"])
-            # Where a node's word of its ranks is still on its way, that is told first: they do run.
-            return self._begin_training(self._began) if self.all_spawned else []
+            self._began = int(data["step"]), seen.time
+            return self._begin_training()
         elif kind == "checkpoint" and int(data["step"]) not in self.commits:
             self.commits.add(int(data["step"]))
             named: tuple[str, ...] = ("step", "path", "bytes", "written_bytes", "stall_s")
             return [Note(kind=EventKind.CHECKPOINT_COMMITTED, data={key: data[key] for key in named if key in data})]
-        elif kind == "unsaved" and seen.time not in self.unsaved:
-            self.unsaved.add(seen.time)
-            known = {"step": int(data["step"]), "reason": str(data.get("reason", "")), "told": seen.time}
+        elif kind == "unsaved" and (told := float(data.get("time", seen.time))) not in self.unsaved:
+            self.unsaved.add(told)
+            known = {"step": int(data["step"]), "reason": str(data.get("reason", "")), "told": told}
             known["stall_s"] = float(data.get("stall_s", 0.0))
             return [Note(kind=EventKind.CHECKPOINT_FAILED, data=known)]
         elif kind == "error":
@@ -277,11 +282,14 @@ class GangState:
             ]
         return []
 
-    def _begin_training(self, step: int) -> list[Note | Failure]:
-        if self.training:
+    def _begin_training(self) -> list[Note | Failure]:
+        """Where a node's word of its ranks is still on its way, that is told first: they do run."""
+        if self.training or self._began is None or not self.all_spawned:
             return []
         self.training = True
-        return [Note(kind=EventKind.TRAINING_STARTED, data={"step": step, **self.built, **self.restored})]
+        step, at = self._began
+        told = {"step": step, "began": at, **self.built, **self.restored}
+        return [Note(kind=EventKind.TRAINING_STARTED, data=told)]
 
     def _note_built(self, data: Mapping[str, Any]) -> None:
         """Of the slowest rank each. Ranks meet when the slowest comes, so its own meeting is the one without a wait."""

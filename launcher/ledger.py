@@ -1,11 +1,13 @@
 """Every second of a run in one class, and of a failure in one incident. Pure: events and metrics in, an account out.
 
 The classes sum to the wall time, whatever the clocks do: time never goes back here, and what the log knows of the clock
-of rank 0's node is taken off the times of its steps. Detect to wait are also kept for
-each incident; what belongs to none (growing back, a person's resume) is the rest. A failure during a recovery is an
-incident of its own, and work that is done again belongs to the incident that lost it last. The parts of an incident
-are named when what they are of is over: the end of the old ranks at its event, and what ranks have told of their start
-when they train.
+of rank 0's node is taken off the times of its steps. Ranks that have started and trained while no controller was there
+have done so when they say, not when it was recorded.
+
+Detect to wait are also kept for each incident; what belongs to none (growing back, a person's resume) is the rest. A
+failure during a recovery is an incident of its own, and work that is done again belongs to the incident that lost it
+last. The parts of an incident are named when what they are of is over: the end of the old ranks at its event, and what
+ranks have told of their start when they train.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from launcher.account import CLASSES, INCIDENT_CLASSES, ORPHANED, Account, Incident
@@ -52,7 +55,9 @@ def ledger(
 
 
 class Book:
-    """The account of a run, kept as its events and steps become known. Its size grows with failures only.
+    """The account of a run, kept as its events and steps become known.
+
+    Its size grows with failures, and with steps only as long as no event tells that their attempt has begun.
 
     Args:
         script: The ranks are a user's script, which reports no steps.
@@ -67,6 +72,7 @@ class Book:
         self._owner: dict[int, Incident] = {}  # a step that is to be done again -> who lost it
         self._class = "start"
         self._since: float | None = None
+        self._latest = float("-inf")  # when something was recorded that had been so for long
         self._epoch = 0
         self._restart = False
         self.training = 0
@@ -82,7 +88,7 @@ class Book:
         self._memory_s = 0.0  # of stalls
         self._ended = False
         self._offset = Offset()
-        self._early: deque[Mapping[str, Any]] = deque()  # lines of an attempt that no event has told of yet
+        self._early: deque[Mapping[str, Any]] = deque()  # from the first of an attempt that no event tells of yet
 
     def follow(self, events: Iterable[RunEvent], lines: Iterable[Mapping[str, Any]], now: float) -> None:
         """Take in what is new, each once.
@@ -99,10 +105,15 @@ class Book:
                 self.enter(event)
         self._feed(source, now, all_of_it=True)
         for line in source:
-            if int(line["attempt"]) <= self._attempt:
-                self.add(line, now)
-            else:
+            if self._early or self._is_early(line):
                 self._early.append(line)
+            else:
+                self.add(line, now)
+
+    def _is_early(self, line: Mapping[str, Any]) -> bool:
+        """Its attempt is to come, or it trains already and the event that says so is to come."""
+        ahead = int(line["attempt"]) - self._attempt
+        return ahead > 0 or (ahead == 0 and self._unfinished and not self.training and self._loser is None)
 
     def _feed(self, source: Iterator[Mapping[str, Any]], until: float, *, all_of_it: bool) -> None:
         """Steps of the present attempt: all of them, or those that are complete by ``until``."""
@@ -158,13 +169,13 @@ class Book:
         self._offset.enter(event)
         handler = _HANDLERS.get(event.kind)
         if handler is not None:
-            handler(self, event)
+            handler(self, event if event.time >= self._latest else replace(event, time=self._latest))
 
     def account(self, now: float) -> Account:
         """All of it as of now; the book can be kept on."""
         book = copy.deepcopy(self)
         if not book._ended:
-            book._charge(now, tail="productive")  # a step in progress is work, not the end
+            book._charge(max(now, book._latest), tail="productive")  # a step in progress is work, not the end
         seconds = {**book._seconds, "wall": sum(book._seconds.values())}
         incidents = tuple(book._incidents)
         return Account(
@@ -208,6 +219,11 @@ class Book:
             self._pay_stall(until)
         self._put(tail if self.training else self._class, until - self._since, self._open)
         self._since = until
+
+    def _charge_until_so(self, event: RunEvent) -> None:
+        """What had passed when it was so: between that and its record other things have happened."""
+        self._charge(event.began)
+        self._latest = event.time
 
     def _charge_waiting(self, event: RunEvent) -> None:
         """What has passed, of which the end was a wait for nodes: that is known only when some were missing."""
@@ -257,11 +273,11 @@ class Book:
         self._last_step = self._computed = first - 1
 
     def _on_spawned(self, event: RunEvent) -> None:
-        self._charge(event.time)
+        self._charge_until_so(event)
         self._turn("restore" if self._restart or event.data.get("resume_from") else "start")
 
     def _on_training(self, event: RunEvent) -> None:
-        self._charge(event.time)
+        self._charge_until_so(event)
         self._turn("productive")
         self.training = event.attempt
         if self._open is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
@@ -10,6 +11,8 @@ from launcher.clock import Clock
 from launcher.clocks import Clocks
 from launcher.exclusion import usable
 from launcher.observation import Observation
+from launcher.quantities import span
+from strategies.errors import ClusterError
 from strategies.specs import ClusterSpec
 
 REQUEST_EVERY_S = 0.3
@@ -48,7 +51,7 @@ class Muster:
         self.up: dict[str, AgentAddress] = {}
         self.excluded: Mapping[str, float] = {}
         self._backend = backend
-        self._wanted = cluster.nodes + cluster.spares
+        self._wanted, self._slots = cluster.nodes + cluster.spares, cluster.slots_per_node
         self._clock = clock
         self.clocks = Clocks(record)
         self._asked = float("-inf")
@@ -74,8 +77,37 @@ class Muster:
             gang.connect(list(self.look().values()))
 
     def _left_out(self) -> set[str]:
+        """Nodes that are up and carry no ranks for now."""
+        return self.up.keys() & self._barred()
+
+    def _barred(self) -> set[str]:
         now = self._clock.time()
-        return {node for node in self.up if self.excluded.get(node, 0.0) > now}
+        return {node for node, until in self.excluded.items() if until > now}
+
+    def hopeless(self, gang: Collection[str]) -> bool:
+        """Whether all that is missing of a gang carries no ranks for now, and the cluster has no other node.
+
+        Args:
+            gang: Nodes of the newest attempt, as many as are wanted.
+        """
+        barred = self._barred()
+        away = set(gang) - (self.up.keys() - barred)
+        if not away or away - barred:
+            return False
+        known = self.up.keys() | self._departing.keys() | barred
+        with contextlib.suppress(ClusterError):
+            others = (one for one in self._backend.nodes() if one.node not in known and one.slots >= self._slots)
+            return not any(one.alive for one in others)
+        return False
+
+    def why_missing(self) -> str:
+        """Why there are too few nodes: what the cluster says, and before it the nodes that are left out."""
+        said, now, out = self._backend.why_missing(), self._clock.time(), len(self._left_out())
+        barred = [f"{node} (for another {span(self.excluded[node] - now)})" for node in sorted(self._barred())]
+        if not barred:
+            return said
+        words = f"no ranks are placed on {', '.join(barred)}, by recovery.exclude_for_s"
+        return f"{words}, so {out} more {'is' if out == 1 else 'are'} asked for: {said}" if out else f"{words}; {said}"
 
     def choose(self, legal: Callable[[int], bool]) -> tuple[dict[str, AgentAddress], tuple[str, ...]]:
         """The nodes that may carry ranks, and those of them that are taken back although they are excluded.

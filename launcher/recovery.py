@@ -238,6 +238,13 @@ def _in_a_line(message: str) -> str:
     return f"{first} ({why})" if why else first
 
 
+def deserted(step: int, steps: int, when: float) -> Failure:
+    """Every rank has exited well after ``step`` of ``steps``, and nobody had asked them to: the next ones may, too."""
+    detail = f"all ranks exited with code 0 after step {step} of {steps}, and nobody had asked them to leave"
+    signature = _signature("deserted", step)
+    return Failure(kind=FailureKind.RANK_EXIT, time=when, step=step + 1, detail=detail, signature=signature)
+
+
 def last_error_line(tail: str) -> str:
     """The exception line of the last traceback in a log, or "" if there is none."""
     if "Traceback (most recent call last)" not in tail:

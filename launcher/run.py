@@ -24,6 +24,9 @@ from launcher.headway import Headway
 from strategies.codec import from_json
 from strategies.schedule import Skip
 
+LATE_S = 1.0
+"""Clocks of two machines that agree may differ by as much: what was so a moment before was so when it was recorded."""
+
 
 class RunState(enum.Enum):
     """State of a run; :attr:`terminal` says whether it ends by itself."""
@@ -52,11 +55,13 @@ class EventKind(enum.StrEnum):
     # waited_s (for nodes, up to now; not at the start)
     ATTEMPT_PLANNED = "attempt_planned"
     FENCE_LAID = "fence_laid"  # reason: the attempt was planned unfenced
-    RANKS_SPAWNED = "ranks_spawned"  # pids: number of ranks
+    # began (UTC seconds): this and the next may be recorded long after they were so, by a controller that came later
+    RANKS_SPAWNED = "ranks_spawned"  # ranks: how many, resume_from, began
     # as reported: step, restored_bytes; of the slowest rank device_s, engine_s, restored_s, of the last communicators_s
+    # and began
     TRAINING_STARTED = "training_started"
     CHECKPOINT_COMMITTED = "checkpoint_committed"  # step, path, bytes, written_bytes, stall_s
-    CHECKPOINT_FAILED = "checkpoint_failed"  # step, reason, stall_s, told (UTC seconds): training goes on
+    CHECKPOINT_FAILED = "checkpoint_failed"  # step, reason, stall_s, told (UTC seconds, its node's): training goes on
     CHECKPOINT_REJECTED = "checkpoint_rejected"  # path, reason, absent: it was looked at, not read
     FAULT_FIRED = "fault_fired"  # fault, and the record that the injector left
     FAILURE_DETECTED = "failure_detected"  # failure, last_step, failed_at
@@ -99,6 +104,12 @@ class RunEvent:
     attempt: int
     kind: EventKind
     data: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def began(self) -> float:
+        """When it was so (UTC seconds): when it was recorded, unless a node says that it was long before."""
+        began = float(self.data.get("began") or self.time)
+        return began if self.time - began > LATE_S else self.time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,6 +272,11 @@ def _planned(run: Run, event: RunEvent) -> Run:
     )
 
 
+def _training(run: Run, event: RunEvent) -> Run:
+    started = run.attempt.started if run.attempt is not None else event.time
+    return _with_attempt(run, trained=max(started, event.began), restored_s=event.data.get("restored_s"))
+
+
 def _committed(run: Run, event: RunEvent) -> Run:
     step = int(event.data["step"])
     return replace(run, headway=run.headway.committed(step), step=max(step, run.step))
@@ -351,7 +367,7 @@ _HANDLERS = {
     EventKind.ATTEMPT_PLANNED: _planned,
     EventKind.CHECKPOINT_COMMITTED: _committed,
     EventKind.CHECKPOINT_REJECTED: _rejected,
-    EventKind.TRAINING_STARTED: lambda run, e: _with_attempt(run, trained=e.time, restored_s=e.data.get("restored_s")),
+    EventKind.TRAINING_STARTED: _training,
     EventKind.FAILURE_DETECTED: lambda run, e: _progressed(_with_attempt(run, last_step=_last_step(run, e))),
     EventKind.GANG_STOPPED: _stopped,
     EventKind.NODE_EXCLUDED: _excluded,

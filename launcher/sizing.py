@@ -4,7 +4,7 @@
 
     enough nodes for the plan that is asked for  -> that plan
     too few, waiting is cheaper                  -> wait
-    too few, it is not any more                  -> shrink: the next plan that is legal and runs on what is there
+    too few, it is not, or no other can come     -> shrink: the next plan that is legal and runs on what is there
     no such plan for wait_for_nodes_s            -> give up, with the reason
     smaller than it could be, grow               -> leave at the next checkpoint, start the larger plan
 
@@ -79,7 +79,9 @@ class Sizing:
         found = self.largest(up)
         return found is not None and (found == self._job.plan or run.attempt is not None)
 
-    def choose(self, run: Run, *, up: int, lapse: Lapse, resumed: bool, why: Callable[[], str]) -> Answer:
+    def choose(
+        self, run: Run, *, up: int, lapse: Lapse, resumed: bool, why: Callable[[], str], hopeless: bool = False
+    ) -> Answer:
         """What to start on the nodes that are up while no gang runs.
 
         Args:
@@ -88,6 +90,7 @@ class Sizing:
             lapse: How long it has been waited for more.
             resumed: A person has asked for the wanted plan anew, so that all its nodes are waited for.
             why: Says why nodes are missing.
+            hopeless: They are left out by the run itself, and there are no others: none can come.
         """
         wanted, found = self._job.plan, self.largest(up)
         if found == wanted:
@@ -96,7 +99,9 @@ class Sizing:
             before = None if resumed else self._shrunk(run.attempt)
             if before is not None and (found == before or step_work(found) < step_work(before)):
                 return Answer(plan=found, decision=None if found == before else self._growth(found, up))
-            patience_s, words = self._patience(run, found, resumed)
+            patience_s, words = (
+                (0.0, "there is no other node to wait for") if hopeless else self._patience(run, found, resumed)
+            )
             if lapse.idle_s >= patience_s:
                 return Answer(plan=found, decision=self._shrinking(found, up, lapse.waited_s, why(), words))
             return Answer(decision=self._waiting(run, up, patience_s, words))

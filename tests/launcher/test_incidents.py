@@ -233,18 +233,19 @@ def test_how_long_the_slowest_rank_built_is_told_once_training_begins() -> None:
     """The wait of the others for the rank that came last is no meeting, and is not counted twice."""
     quick = {"kind": "built", "rank": 0, "device_s": 0.25, "communicators_s": 4.5, "engine_s": 1.0}
     last = {"kind": "built", "rank": 1, "device_s": 4.25, "communicators_s": 0.5, "engine_s": 1.5}
-    expected = {"step": 4, "device_s": 4.25, "communicators_s": 0.5, "engine_s": 1.5}
+    expected = {"step": 4, "began": 1.0, "device_s": 4.25, "communicators_s": 0.5, "engine_s": 1.5}
     assert began(quick, last) == began(last, quick) == [expected]
     assert began(quick, last, quick, last) == [expected], "an agent tells a new controller all of it again"
 
 
 def test_ranks_that_tell_nothing_of_their_engines_train_all_the_same() -> None:
-    assert began() == [{"step": 4}]
-    assert began({"kind": "built", "rank": 1}) == [{"step": 4}]
+    bare = {"step": 4, "began": 1.0}
+    assert began() == [bare]
+    assert began({"kind": "built", "rank": 1}) == [bare]
     one = {"kind": "built", "rank": 1, "device_s": 0.5, "communicators_s": 0.25}
-    assert began(one) == [{"step": 4, "device_s": 0.5, "communicators_s": 0.25}]
+    assert began(one) == [bare | {"device_s": 0.5, "communicators_s": 0.25}]
     late = {"kind": "built", "rank": 1, "attempt": 2, "device_s": 9.0}
-    assert began(late) == [{"step": 4}], "it is of another attempt"
+    assert began(late) == [bare], "it is of another attempt"
 
 
 def test_how_long_the_slowest_rank_read_is_told_once_training_begins() -> None:
@@ -258,4 +259,5 @@ def test_how_long_the_slowest_rank_read_is_told_once_training_begins() -> None:
     notes = [
         note for data in reports for note in state.observe(Observation(node="a", kind="report", time=1.0, data=data))
     ]
-    assert [getattr(note, "data", None) for note in notes] == [{"step": 4, "restored_s": 1.5, "restored_bytes": 20.0}]
+    expected = {"step": 4, "began": 1.0, "restored_s": 1.5, "restored_bytes": 20.0}
+    assert [getattr(note, "data", None) for note in notes] == [expected]

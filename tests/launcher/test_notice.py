@@ -205,3 +205,25 @@ def test_how_long_a_checkpoint_takes_is_learned(tmp_path: Path) -> None:
     stage.report("a", "checkpoint", 1, rank=0, step=9, path="x", committed=began + 5.0)
     stage.turn()
     assert stage.controller.departure.saves.longest_s == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize(("since", "leaves"), [(4, False), (5, True)])
+def test_a_store_that_was_slow_once_is_not_slow_for_ever(since: int, leaves: bool, tmp_path: Path) -> None:
+    """One checkpoint took five minutes; then so many took a second, and a node will be taken away in 25 s."""
+    stage = trained(tmp_path, 1.0)
+    for number in range(since + 1):
+        step = 9 + number
+        for rank in range(4):
+            stage.report("ab"[rank // 2], "step", 1, rank=rank, step=step, next="save", own_s=1.0, seconds=1.0)
+        stage.turn()
+        stage.clock.now += 0.8
+        took_s = 1.0 if number else 300.0
+        began = stage.clock.now - 1.0
+        stage.report("a", "checkpoint", 1, rank=0, step=step, path="x", committed=began + took_s)
+        for rank in range(4):
+            stage.report("ab"[rank // 2], "step", 1, rank=rank, step=step, next="step", own_s=1.0, seconds=1.0)
+        stage.turn()
+    stage.gang.say("notice", "b", reason="SIGTERM", within_s=25.0)
+    stage.turn()
+    assert bool(orders(stage)) is leaves
+    assert (stage.controller.phase is Phase.RUN) is leaves

@@ -11,6 +11,7 @@ import pytest
 
 from launcher import adoption
 from launcher.gang import Gang
+from launcher.observation import Observation
 from launcher.phase import Phase
 from launcher.run import EventKind, RunState
 from tests.support.fakes import FakeGang
@@ -181,3 +182,31 @@ def test_what_was_on_disk_and_not_in_the_log_is_told(tmp_path: Path) -> None:
         remembered(stage, node, ranks)
     stage.turn()
     assert EventKind.RANKS_SPAWNED in stage.kinds()
+
+
+def test_a_checkpoint_that_failed_is_told_once_whatever_clock_is_set_beside(tmp_path: Path) -> None:
+    """The next controller finds that of the node to be off by another time: its own host's is."""
+    stage = Stage(tmp_path)
+    stage.start()
+    stage.gang.say("agent_up", "a", attempt=1, ahead_s=300.0, within_s=0.0)
+    stage.turn()
+    said = {"kind": "unsaved", "rank": 0, "attempt": 1, "reason": "no answer", "stall_s": 60.0}
+    failed, again = (
+        Observation(kind="report", node="a", time=time, data={"time": time, "step": 8, **said}) for time in (5.0, 7.0)
+    )
+    stage.gang.queue.append(failed)
+    stage.turn()
+    succeed(stage)
+    connect = stage.gang.connect
+
+    def meet(addresses: Any) -> None:
+        connect(addresses)
+        for seen in stage.gang.queue:
+            seen.data.update(ahead_s=60.0, within_s=0.0)
+        stage.gang.queue += [failed, again]
+
+    stage.gang.connect = meet  # type: ignore[method-assign]
+    adoption.begin(stage.controller)
+    stage.turn()
+    told = [event.data for event in stage.store.events() if event.kind is EventKind.CHECKPOINT_FAILED]
+    assert [one["told"] for one in told] == [5.0, 7.0]

@@ -76,7 +76,9 @@ class Story:
             first_step=self.saved + 1,
             reason=reason,
         )
-        if self.dice.random() < 0.85:
+        if self.dice.random() < 0.2:
+            self.unwatched(source)
+        elif self.dice.random() < 0.85:
             self.put(EventKind.RANKS_SPAWNED, ranks=1, resume_from=source)
             if self.dice.random() < 0.85:
                 self.put(EventKind.TRAINING_STARTED, step=self.saved + 1, **self.told())
@@ -89,6 +91,40 @@ class Story:
             name for name in ("device_s", "communicators_s", "engine_s", "restored_s") if self.dice.random() < 0.7
         ]
         return {name: self.dice.choice([0.0, 0.125, 2.0, 300.0]) for name in fields}
+
+    def unwatched(self, source: str) -> None:
+        """The controller falls once it has ordered ranks, or heard of them; they train, and are adopted or lost."""
+        heard = self.dice.random() < 0.5
+        if heard:
+            self.put(EventKind.RANKS_SPAWNED, ranks=1, resume_from=source)
+        off = [0.0, 0.0] if self.honest else self.dice.choices([0.0, 4.0, -4.0, -1e6], k=2)
+        placed, began = (self.later() + one for one in off)
+        first = self.step + 1
+        for _ in range(self.dice.randrange(0, 8)):
+            self.later()
+            self.step += 1
+            self.metrics.append({"attempt": self.attempt, "step": self.step, "time": self.now})
+            if self.attempt > 1 and self.dice.random() < 0.2:  # a rank that was cut off still writes
+                self.metrics.append({"attempt": self.attempt - 1, "step": self.step + 1, "time": self.now})
+            self.saved = self.step if self.dice.random() < 0.4 else self.saved
+        self.now += self.dice.choice([0.0, 3.0, 3600.0])
+        self.epoch += 1
+        adopted = self.dice.random() < 0.8
+        self.put(EventKind.CONTROLLER_STARTED, adopted=adopted)
+        if not adopted:
+            return
+        self.put(EventKind.DECISION, action="adopt", reason="", delay_s=0.0)
+        if not heard:
+            self.put(EventKind.RANKS_SPAWNED, ranks=1, resume_from=source, began=placed)
+        self.put(EventKind.TRAINING_STARTED, step=first, began=began, **self.told())
+        if self.saved >= first:
+            self.put(EventKind.CHECKPOINT_COMMITTED, step=self.saved, stall_s=0.3)
+        self.train()
+
+    def later(self) -> float:
+        """A moment has passed; returns when it is."""
+        self.now += self.dice.random()
+        return self.now
 
     def train(self) -> None:
         skew = 0.0 if self.honest else self.dice.choice([0.0, 0.0, 4.0, -4.0])
