@@ -18,7 +18,7 @@ with a smaller plan. Why ranks leave although all is well (RUN, STOP, GATHER) is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jobs.spec import JobSpec
@@ -72,12 +72,8 @@ class Controller:
         clock: Clock,
         observer: Callable[[RunEvent | None], None] = lambda event: None,
     ) -> None:
-        self.store = store
-        self.request = request
-        self.backend = backend
-        self.gang = gang
-        self.lock = lock
-        self.clock = clock
+        self.store, self.request, self.backend = store, request, backend
+        self.gang, self.lock, self.clock = gang, lock, clock
         self.log = Logbook(store, lock, observer)
         self.phase = Phase.GATHER
         self.state: GangState | None = None
@@ -114,9 +110,14 @@ class Controller:
 
     def turn(self, timeout_s: float = 0.2) -> None:
         """Look once, act once."""
-        self.log.require_ours(self.gang.shutdown_agents)
-        self.lock.beat()
+        with self.hangs.held_up(self.clock):
+            self.log.require_ours(self.gang.shutdown_agents)
+            self.lock.beat()
         heard = self.gang.poll(timeout_s)
+        with self.hangs.held_up(self.clock):
+            self._act(heard)
+
+    def _act(self, heard: Sequence[Observation]) -> None:
         # While we listened, or while this process was stopped, it may have been lost: what we heard is stale then.
         self.log.require_ours(self.gang.shutdown_agents)
         for seen in heard:

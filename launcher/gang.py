@@ -1,6 +1,7 @@
 """The controller's side of its agents: one connection per node, and what is seen through them.
 
-A single-threaded loop that never blocks longer than :meth:`Gang.poll` is told to. A node is lost when its connection
+A loop in one thread that never blocks longer than :meth:`Gang.poll` is told to. Its controller may, in its disk, which
+agents must not take for its end: :meth:`Gang.beat_aside` is for another thread. A node is lost when its connection
 ends or when nothing was heard of it for most of ``detect_s`` (:mod:`launcher.silence`). From a cut link to the decision
 of the survivors it takes ``detect_s``. When nobody at all is heard it is this process that is cut off, and it waits.
 
@@ -33,6 +34,8 @@ _CONNECT_S = 10.0
 TOGETHER_S = 0.05
 """Ranks that go from a step to the next one say so, each at its own moment. What comes so soon after the first of them
 is looked at with it: a turn of the controller costs as much for one as for all."""
+ASIDE_S = 1800.0
+"""A controller that has waited for a disk for longer is as good as gone: its agents end what they have."""
 
 __all__ = ["EnvOf", "Gang", "Link", "Observation"]
 
@@ -227,6 +230,14 @@ class Gang:
             return
         self._beat_at = now + self._beat_s
         self._send_all({"op": "beat"})
+
+    def beat_aside(self) -> None:
+        """Beat in the place of the gang's own thread, as long as that waits for a disk; to be called by another one."""
+        if 0.0 <= self._clock() - self._beat_at <= ASIDE_S:
+            line = wire.encode({"op": "beat"})
+            for link in list(self.links.values()):
+                if link.up:
+                    link.stream.nudge(line)
 
     def _judge_silence(self) -> None:
         before = self.cut_off

@@ -7,12 +7,14 @@ of the start, or what earlier ones of the plan took and :data:`EARLY_MARGIN_S` f
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from jobs.course import Progress
+from launcher.clock import Clock
 from launcher.hang import Standing, culprit, late_at_the_start
 from launcher.notice import Present
 from launcher.observation import Observation
@@ -28,6 +30,7 @@ TURN_S = 0.25  # it is judged so much before that is over: a controller looks fi
 ASK_S = 1.25  # and so much before it ranks are asked where they stand, so that their answers are there
 EARLY_MARGIN_S = 30.0  # for the first steps of an attempt
 ANSWERS_S = 3.0  # ranks that have not said by then where they stand will not
+AFTER_S = 60.0  # so much later than a controller ranks may get a share back: clients try again less and less often
 
 
 class StepClock:
@@ -95,6 +98,10 @@ class StepClock:
         complete = len(self.steps) == self._world and min(self.steps.values()) >= step
         began = complete or not self.steps
         return now - self._since if began and not self.busy else 0.0
+
+    def leave_out(self, seconds: float, now: float) -> None:
+        """Of the step that is under way: they are not its own."""
+        self._since = min(now, self._since + seconds)
 
     def silent_s(self, now: float) -> float:
         """Seconds since anything was heard."""
@@ -207,6 +214,17 @@ class HangWatch:
         elif seen.kind == "stack":
             self._nodes[int(data["rank"])] = seen.node
             self._answers[int(data["rank"])] = data
+
+    @contextlib.contextmanager
+    def held_up(self, clock: Clock) -> Iterator[None]:
+        """Around what may wait for the run directory: ranks that wait for it, too, do not hang and go on soon after."""
+        began = clock.monotonic()
+        yield
+        now = clock.monotonic()
+        held_s, steps = now - began, self._clock
+        if steps is not None and held_s > MARGIN_S and steps.silent_s(now) <= self._save_s:
+            self._asked, self._excused = None, now + min(held_s, AFTER_S)
+            steps.leave_out(held_s, now)
 
     def look(self, gang: Gang, attempt: int, world_size: int, *, now: float, wall: float) -> Failure | None:
         """Ask, wait for the answers, and say who it is. None while all is well or answers are missing."""

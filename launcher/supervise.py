@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -62,7 +63,7 @@ def control(
         waylaid.look(controller, event)
 
     try:
-        with _tracker(store.paths, request), metering(store, request):
+        with _tracker(store.paths, request), metering(store, request), beating(gang, request.recovery.lease_s / 12):
             controller = Controller(store, request, backend, gang=gang, lock=lock, clock=time, observer=seen)
             adoption.begin(controller, resume=resume, adopt=adopt)
             state = controller.follow()
@@ -82,6 +83,24 @@ def withdraw_cancel(store: RunStore) -> None:
     if store.paths.cancel.exists():
         number = sum(1 for _ in store.paths.control.glob("cancel-*.json")) + 1
         os.replace(store.paths.cancel, store.paths.control / f"cancel-{number}.json")
+
+
+@contextlib.contextmanager
+def beating(gang: Gang, every_s: float) -> Iterator[None]:
+    """Agents are told that the controller lives while it waits for its disk, which may take longer than their lease."""
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.wait(every_s):
+            gang.beat_aside()
+
+    thread = threading.Thread(target=keep, name="phalanx-beats", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextlib.contextmanager

@@ -271,7 +271,7 @@ STORAGE = (
     ),
     Case(
         name="stuck_storage",
-        what="writing a checkpoint hangs in the kernel for a while: training goes on, and says so",
+        what="the disk of the checkpoints alone hangs in the kernel for a while: training goes on, and says so",
         acts=(
             Act(do=acts.freeze_disk, held=True),
             _LET_GO,

@@ -11,12 +11,14 @@ encrypt, so an attacker who can rewrite packets in flight is out of its reach: k
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
 import os
 import secrets
 import socket
+import threading
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,6 +147,8 @@ def decode(line: bytes) -> Message:
 class Stream:
     """A non-blocking connection that carries messages. Never raises for what the network or the other side does.
 
+    It is one thread's; of all its methods only :meth:`nudge` may be called by another.
+
     Args:
         sock: A connected or connecting socket; owned by the stream from now on.
         limit: Most bytes of one incoming line.
@@ -164,6 +168,7 @@ class Stream:
         self.sent = self.received = 0
         self._max_pending = max_pending
         self._pending = bytearray()
+        self._sending = threading.RLock()
 
     @property
     def pending(self) -> int:
@@ -197,31 +202,48 @@ class Stream:
 
     def send_line(self, line: bytes) -> None:
         """Queue an encoded message and send what the kernel takes now."""
-        if self.closed:
-            return
-        self._pending += line
-        if len(self._pending) > self._max_pending:
-            self.close("the other side does not read")
-            return
-        self.flush()
+        with self._sending:
+            if self.closed:
+                return
+            self._pending += line
+            if len(self._pending) > self._max_pending:
+                self.close("the other side does not read")
+                return
+            self.flush()
 
     def flush(self) -> None:
         """Send what the kernel takes now."""
-        if self.closed or not self._pending:
-            return
-        try:
+        with self._sending:
+            if self.closed or not self._pending:
+                return
+            try:
+                taken = self.sock.send(self._pending)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                self.close(error.strerror or type(error).__name__)
+                return
+            self.sent += taken
+            del self._pending[:taken]
+
+    def nudge(self, line: bytes) -> None:
+        """Send an encoded message from another thread or, as long as others wait to be sent, those in its place.
+
+        What is wrong with the connection is for its own thread to see.
+        """
+        with self._sending, contextlib.suppress(OSError):
+            if self.closed:
+                return
+            if not self._pending:
+                self._pending += line
             taken = self.sock.send(self._pending)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError as error:
-            self.close(error.strerror or type(error).__name__)
-            return
-        self.sent += taken
-        del self._pending[:taken]
+            self.sent += taken
+            del self._pending[:taken]
 
     def close(self, reason: str) -> None:
         """End the connection; the first reason stays."""
-        if not self.closed:
-            self.closed = reason
-            self._pending.clear()
-            self.sock.close()
+        with self._sending:
+            if not self.closed:
+                self.closed = reason
+                self._pending.clear()
+                self.sock.close()
