@@ -15,6 +15,9 @@
 ``ambush``            a controller that kills itself in a phase of its table
 ``rehearsal``         one run under observation, from its directory to the proof that nothing is left
 ``evidence``          what the records of that run prove
+``witness``           what the log says of a fault: since it struck, and of where it struck
+``promises``          what a fault must have come to beyond being noticed
+``bounds``            how soon it must be known, and what it may cost
 ``compare``           its losses and weights against those of the undisturbed run
 ``report``            the table, and the same as JSON
 ====================  ==================================================================================

@@ -157,10 +157,13 @@ def cut(stage: Stage) -> str:
 
 
 def mend(stage: Stage) -> str:
-    """Plug it in again."""
+    """Plug it in again, while those who were cut off are still there."""
     net, index = _link(stage)
+    behind, node = len(net.pids(index)), stage.gang_node("target")
+    if not behind:
+        raise ClusterError(f"Nobody is left behind the link of {node}.")
     net.mend(index)
-    return f"link of {stage.gang_node('target')} ({net.addresses[index]}) up again"
+    return f"link of {node} ({net.addresses[index]}) up again, {behind} processes behind it"
 
 
 def slow_down(stage: Stage) -> str:

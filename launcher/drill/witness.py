@@ -63,13 +63,16 @@ def sayings(events: Sequence[RunEvent]) -> Iterator[Said]:
 
 def places(case: Case, aim: Aim, run: Run, records: Sequence[Record]) -> list[tuple[Record, str | int]]:
     """What the drill has done from outside and the log must name: its record, and the node or rank that it struck."""
-    gang = run.attempts[0].nodes if run.attempts else ()
-    by_id, found = {str(record["id"]): record for record in records}, []
+    if not run.attempts:
+        return []
+    gang = run.attempts[0].nodes
+    by_id = {str(record["id"]): record for record in records}
+    found: list[tuple[Record, str | int]] = []
     for number, act in enumerate(case.acts, 1):
         record = by_id.get(act.proof(number))
         if act.strikes and record is not None:
-            index = aim.other if act.strikes == "other" else aim.node
-            found.append((record, aim.rank if act.strikes == "rank" else gang[index] if index < len(gang) else ""))
+            nodes = {"target": aim.node, "other": aim.other}
+            found.append((record, aim.rank if act.strikes == "rank" else gang[nodes[act.strikes]]))
     return found
 
 

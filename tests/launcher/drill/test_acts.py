@@ -104,6 +104,28 @@ def test_a_moment_that_is_over(stage: FakeStage) -> None:
     assert not act.due(stage), "it would strike ranks that train"
 
 
+class Cable(Network):
+    """One link, and who is behind it."""
+
+    def __init__(self, behind: list[int]) -> None:
+        self.addresses, self.behind, self.mended = ["10.0.0.1"], behind, False
+
+    def pids(self, index: int) -> list[int]:
+        return self.behind
+
+    def mend(self, index: int) -> None:
+        self.mended = True
+
+
+def test_a_link_that_comes_up_has_somebody_behind_it(stage: FakeStage) -> None:
+    stage.network = there = Cable([7, 8])
+    assert acts.mend(stage) == "link of node0 (10.0.0.1) up again, 2 processes behind it"
+    assert there.mended
+    stage.network = Cable([])
+    with pytest.raises(ClusterError, match="Nobody is left behind the link of node0"):
+        acts.mend(stage)
+
+
 def test_a_disk_is_filled_to_the_last_byte() -> None:
     room = [100_000]
 

@@ -70,13 +70,26 @@ def test_weights_are_compared_in_every_precision(make: Make, precision: Precisio
     reference = make("undisturbed", precision=precision)
     save(reference)
     rtol, atol = WEIGHTS[precision]
-    largest = float(np.max(np.abs(checkpoints.values((30, 10), "master"))))
+    weights = checkpoints.values((30, 10), "master")
+    size = np.max(np.abs(weights)) if precision == "fp32" else np.sqrt(np.mean(weights**2))
     for name, times, meets in (("near", 0.5, True), ("far", 2.0, False)):
         run = make(name, digest="v", precision=precision)
-        save(run, scale=1 + times * (rtol + atol / largest))
+        save(run, scale=1 + times * (rtol + atol / float(size)))
         found = compare(run, reference)
         assert found.weights == pytest.approx(times, rel=0.01)
         assert found.meets(Outcome.CLOSE, precision) is meets
+
+
+@pytest.mark.parametrize(("name", "meets"), [("blocks.0.mlp.experts.7.up.weight", True), ("blocks.0.w", False)])
+def test_experts_may_be_further_off_in_16_bits(make: Make, name: str, meets: bool) -> None:
+    """A token that is between two of them goes to the other."""
+    for precision in ("bf16", "fp32"):
+        reference = make(f"undisturbed-{precision}", precision=precision)
+        run = make(f"run-{precision}", digest="v", precision=precision)
+        for store, scale in ((reference, 1.0), (run, 1 + 5 * WEIGHTS["bf16"][0])):
+            pieces = [[whole(name, (30, 10), 0, 300)]]
+            checkpoints.write_checkpoint(store.paths.checkpoint_dir, 20, ranks=pieces, scale=scale)
+        assert compare(run, reference).meets(Outcome.CLOSE, precision) is (meets and precision == "bf16")
 
 
 @pytest.mark.parametrize("step", [0, 18])
