@@ -18,7 +18,7 @@ from launcher.observation import Observation
 from launcher.run import EventKind, RunEvent
 
 SKEW_S = 1.0  # about what a recovery takes; clocks that are kept by NTP differ by far less
-MAX_NAMED = 8  # and rank 0's: if all differ, it is the controller's own, and the log grows with decisions
+MAX_NAMED = 8  # and rank 0's: if all differ, it is the controller's own, and the log must not grow with nodes
 
 
 def difference(asked: float, took_s: float, told: float) -> dict[str, float]:

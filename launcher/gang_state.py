@@ -153,16 +153,8 @@ class GangState:
             return self._on_notice(seen)
         if int(seen.data.get("attempt", self.attempt)) != self.attempt:
             return []
-        handlers: dict[str, Callable[[Observation], list[Note | Failure]]] = {
-            "spawned": self._on_spawned,
-            "killed": self._on_killed,
-            "dying": self._on_dying,
-            "exit": self._on_exit,
-            "report": self._on_report,
-            "pool": self._on_pool,
-        }
-        handler = handlers.get(seen.kind)
-        return handler(seen) if handler else []
+        handler = _HANDLERS.get(seen.kind)
+        return handler(self, seen) if handler else []
 
     def _node_gone(self, seen: Observation) -> list[Note | Failure]:
         if seen.node in self.gone:
@@ -304,6 +296,16 @@ class GangState:
         known["restored_s"] = max(known.get("restored_s", 0.0), float(data.get("seconds", 0.0)))
         if "read_bytes" in data:
             known["restored_bytes"] = known.get("restored_bytes", 0.0) + float(data["read_bytes"])
+
+
+_HANDLERS: Mapping[str, Callable[[GangState, Observation], list[Note | Failure]]] = {
+    "spawned": GangState._on_spawned,
+    "killed": GangState._on_killed,
+    "dying": GangState._on_dying,
+    "exit": GangState._on_exit,
+    "report": GangState._on_report,
+    "pool": GangState._on_pool,
+}
 
 
 def spawn(gang: Gang, request: LaunchRequest, state: GangState, epoch: int) -> None:

@@ -84,10 +84,10 @@ class Inbox:
 
     def add(self, kind: ObservationKind, node: str, data: dict[str, Any]) -> None:
         """Put one in; its time is that of the data, else now."""
-        when = data.get("time", self.wall())
+        when = data["time"] if "time" in data else self.wall()
         seen = Observation(kind=kind, node=node, time=when, data=data, heard=self.clock())
         self.items.append(seen)
-        self.urgent |= not seen.routine
+        self.urgent = self.urgent or not seen.routine
 
     def take(self) -> list[Observation]:
         """Take all out, oldest first."""

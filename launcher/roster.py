@@ -1,7 +1,7 @@
 """How the event log names the nodes of a gang: all of them once, later only the places that changed hands. Pure.
 
-A log must grow with decisions, not with nodes: a gang of 3,120 nodes that lost one of them a few thousand times would
-otherwise write their names a few thousand times.
+A log must grow with what is decided and saved, not with nodes: a gang of 3,120 nodes that lost one of them a few
+thousand times would otherwise write their names a few thousand times.
 """
 
 from __future__ import annotations

@@ -211,9 +211,13 @@ def fold(events: Iterable[RunEvent]) -> Run:
     a log must stay readable whatever happened to those who wrote it.
     """
     run = Run()
+    newest: RunEvent | None = None  # of commits in a row, which say no more than it does: most of a long log are such
     for event in events:
-        run = advance(run, event)
-    return run
+        if event.kind is EventKind.CHECKPOINT_COMMITTED and event.epoch == run.epoch:
+            newest = event if newest is None else max(newest, event, key=lambda one: int(one.data["step"]))
+        else:
+            run, newest = advance(advance(run, newest) if newest else run, event), None
+    return advance(run, newest) if newest else run
 
 
 def advance(run: Run, event: RunEvent) -> Run:
@@ -350,15 +354,12 @@ def _ended(run: Run, event: RunEvent) -> Run:
 
 
 def _close_attempt(run: Run, event: RunEvent, cause: str) -> Run:
-    if run.attempt is None or run.attempt.ended is not None:
-        return run
-    return _with_attempt(run, ended=event.time, cause=cause)
+    lives = run.attempt is not None and run.attempt.ended is None
+    return _with_attempt(run, ended=event.time, cause=cause) if lives else run
 
 
 def _with_attempt(run: Run, **changes: Any) -> Run:
-    if not run.attempts:
-        return run
-    return replace(run, attempts=(*run.attempts[:-1], replace(run.attempts[-1], **changes)))
+    return replace(run, attempts=(*run.attempts[:-1], replace(run.attempts[-1], **changes))) if run.attempts else run
 
 
 _HANDLERS = {

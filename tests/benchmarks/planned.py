@@ -13,7 +13,7 @@ from pathlib import Path
 from launcher import build
 from launcher.config import compose
 from strategies.estimate import Estimator
-from strategies.failures import Process
+from strategies.failures import Process, Standby
 from strategies.plan import ParallelPlan
 from strategies.reliability import plan_process
 from strategies.specs import BatchSpec, ModelSpec
@@ -25,13 +25,14 @@ FOLDED = 15  # one replica of the plan
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planned:
-    """gpt4_1800b as the planner sees it."""
+    """gpt4_1800b as the planner sees it: ``what`` and ``standby`` are what ``phalanx plan`` prints a goodput for."""
 
     model: ModelSpec
     plan: ParallelPlan
     batch: BatchSpec
     step_s: float
     what: Process
+    standby: Standby
 
     def on(self, nodes: int) -> ParallelPlan:
         """The plan for fewer nodes: fewer replicas of the same shape."""
@@ -45,13 +46,13 @@ def gpt4() -> Planned:
     work = build.workload(config, sketch)
     assert work is not None
     step_s = sum(Estimator(work).timing.step(sketch.plan))
-    what, _ = plan_process(work, sketch.plan, step_s)
-    return Planned(model=sketch.model, plan=sketch.plan, batch=work.batch, step_s=step_s, what=what)
+    what, standby = plan_process(work, sketch.plan, step_s)
+    return Planned(model=sketch.model, plan=sketch.plan, batch=work.batch, step_s=step_s, what=what, standby=standby)
 
 
 @contextmanager
 def folder() -> Iterator[Path]:
-    """A folder in memory where there is one: a hundred days are some twenty thousand durable lines."""
+    """A folder in memory where there is one: a hundred days are up to 74,000 durable lines."""
     root = Path(tempfile.mkdtemp(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
     try:
         yield root

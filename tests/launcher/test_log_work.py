@@ -1,9 +1,15 @@
-"""A log is read once: what has been folded is not read again, however long the run lives. Counts, not seconds."""
+"""A log is read once: what has been folded is not read again, however long the run lives. Counts, not seconds.
+
+Most of a long log are commits: 100 days of 3,120 nodes that save every four steps have some 74,000 lines, of which
+58,000 are such. What is left grows with failures and decisions; neither steps nor heartbeats leave a line.
+"""
 
 from __future__ import annotations
 
+import functools
 import io
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +19,7 @@ from launcher import store as store_module
 from launcher.follow import Display, Screen, follow
 from launcher.lock import ControllerLock
 from launcher.logbook import Logbook
-from launcher.run import EventKind, RunEvent, RunState, fold
+from launcher.run import EventKind, Run, RunEvent, RunState, advance, fold
 from launcher.store import RunStore, append_line, read_event, read_lines
 from strategies.codec import from_json, to_json
 from strategies.errors import ConfigError
@@ -67,7 +73,7 @@ def test_a_controller_reads_the_log_when_it_comes_and_not_for_what_it_writes(sto
 
 
 def test_who_follows_reads_every_line_once(store: RunStore, read: list[str]) -> None:
-    """However often it looks: a second has several looks, and a run of 100 days 16,000 lines."""
+    """However often it looks: a second has several looks, and a run of 100 days 74,000 lines."""
     display = Display(store, steps=None, onto=Screen(io.StringIO(), lambda: 0.0), clock=lambda: 1e9)
     lines = len(store.events())
     looks = iter(range(40))
@@ -83,6 +89,33 @@ def test_who_follows_reads_every_line_once(store: RunStore, read: list[str]) -> 
 
     assert follow(store, display, after=lines, sleep=sleep) is RunState.CANCELLED
     assert len(read) == lines + 11 + (lines + 10), "each once, and all once more to number the last"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_commits_in_a_row_are_folded_as_one_after_the_other(seed: int, store: RunStore) -> None:
+    """Whatever their order and whoever wrote them, also after falling back to an older one."""
+    draw, events = random.Random(seed), store.events()[: -SAVES + 3]
+    for attempt in range(2, 12):
+        for _ in range(draw.randrange(6)):
+            fields: dict[str, Any] = {"epoch": draw.choice((0, 1, 1, 1, attempt // 4 + 1)), "attempt": attempt - 1}
+            events.append(event_of(EventKind.CHECKPOINT_COMMITTED, at(draw.randrange(1, 60)), **fields))
+        step = draw.randrange(60)
+        planned = {
+            "plan": {},
+            "nodes": ["a"],
+            "first_step": step + 1,
+            "resume_from": f"step-{step}",
+            "reason": "restart",
+        }
+        epoch = attempt // 4 + 1
+        events.append(event_of(EventKind.GANG_STOPPED, {"last_step": step + 3}, epoch=epoch, attempt=attempt - 1))
+        events.append(event_of(EventKind.ATTEMPT_PLANNED, planned, epoch=epoch, attempt=attempt))
+        assert fold(events) == functools.reduce(advance, events, Run())
+    assert len(fold(events).attempts) == 11
+
+
+def event_of(kind: EventKind, data: dict[str, Any], *, epoch: int, attempt: int) -> RunEvent:
+    return RunEvent(seq=1, time=9e8, epoch=epoch, attempt=attempt, kind=kind, data=data)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from launcher.ledger import ledger
 from launcher.lock import ControllerLock
 from launcher.phase import Phase
 from launcher.request import LaunchRequest, RecoverySpec, TrackingSpec
-from launcher.run import EventKind, RunEvent, RunState
+from launcher.run import EventKind, RunEvent, RunState, fold
 from launcher.store import RunStore
 from strategies.failures import Process, Standby, shares
 from strategies.plan import ParallelPlan
@@ -76,6 +76,7 @@ class Outcome:
         from_memory: Restarts from memory.
         struck: Failures of the gang: (seconds, kind).
         in_recovery: How many of them came while it was recovering.
+        read_s: Processor seconds in which the log is read, folded and accounted for.
         wall_s: Simulated seconds.
         real_s: Real seconds.
     """
@@ -92,6 +93,7 @@ class Outcome:
     from_memory: int
     struck: list[tuple[float, str]]
     in_recovery: int
+    read_s: float
     wall_s: float
     real_s: float
 
@@ -210,13 +212,16 @@ def _control(store: RunStore, request: LaunchRequest, world: World, clock: SimCl
 
 
 def _outcome(store: RunStore, world: World, state: RunState, scenario: Scenario, real_s: float) -> Outcome:
+    wall_s, began = world.clock.now, time.process_time()
     events = store.events()
-    wall_s = world.clock.now
+    fold(events)
+    account = ledger(events[1:], store.metrics(), world.clock.time())
+    read_s = time.process_time() - began
     return Outcome(
         state=state,
         events=events,
         log_bytes=store.paths.events.stat().st_size,
-        ledger=ledger(events[1:], store.metrics(), world.clock.time()),
+        ledger=account,
         goodput=world.done * scenario.pace.step_s / wall_s,
         steps=world.done,
         commits=world.commits,
@@ -225,6 +230,7 @@ def _outcome(store: RunStore, world: World, state: RunState, scenario: Scenario,
         from_memory=world.from_memory,
         struck=world.struck,
         in_recovery=world.struck_in_recovery,
+        read_s=read_s,
         wall_s=wall_s,
         real_s=real_s,
     )

@@ -101,21 +101,26 @@ class Hall:
         for node in self.nodes.values():
             for rank in node.ranks:
                 node.say("step", **told(self._step, self._step_s, self._draw), rank=rank, attempt=node.attempt)
+            self._beat()
         while self._doomed:
             name = self._doomed.pop()
             print(json.dumps({"dead": name, "time": time.time()}), flush=True)
             self.nodes.pop(name).die()
 
+    def _beat(self) -> None:
+        """Those that are due."""
+        now = time.monotonic()
+        while self._beats[0][0] <= now:
+            due, node = self._beats.popleft()
+            if not node.gone:
+                node.beat()
+                self._beats.append((due + BEAT_S, node))
+
     def serve(self) -> None:
         """Until told to end."""
         while self._open:
-            now = time.monotonic()
-            while self._beats[0][0] <= now:
-                due, node = self._beats.popleft()
-                if not node.gone:
-                    node.beat()
-                    self._beats.append((due + BEAT_S, node))
-            if now >= self._step_at:
+            self._beat()
+            if time.monotonic() >= self._step_at:
                 self._report()
             for key, _ in self._selector.select(max(0.0, self._beats[0][0] - time.monotonic())):
                 key.data()
