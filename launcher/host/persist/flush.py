@@ -219,7 +219,10 @@ class Flusher:
             done |= {"bytes": manifest.bytes, "written_bytes": manifest.written_bytes}
             done |= {"warning": tidied(self._root, pending.keep, token=pending.place.token)}
         except Exception as error:  # also what is no JSON in extra
-            done = {"error": describe(error)}
+            done = {"error": (told := describe(error))}
+            # Its rank 0 may be gone, and then nobody asks.
+            which = f"step {pending.place.step} of {pending.place.token}"
+            print(f"warning: {which} is not committed: {told['what']} {told['why']}", flush=True)
             if isinstance(error, StorageError) and is_full(error):
                 with self._shelf.changed:
                     self._withdraw(pending)  # else a manifest that seems not to have arrived may yet

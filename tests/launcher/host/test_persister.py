@@ -100,6 +100,7 @@ def test_a_gang_that_was_replaced_commits_nothing_before_its_successor_has_writt
     old.ask("release")
     assert old.outcome(100)["error"]["kind"] == "conflict"
     assert [place.step for place in manifests(root)] == [90]
+    assert "step 100 of e0001-a0001 is not committed: The gang e0001-a0001 may not commit" in node.log.read_text()
     best = Generation(list_checkpoints(root)[0].step, Token(1, 1))
     point = choose([node.stock()], beyond=best, branch=fence.current(root), skips=(), rejected=())
     assert point is not None
