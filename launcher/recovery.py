@@ -11,6 +11,7 @@ from typing import Any
 
 from launcher.devices import Trouble, ambiguous, last_words, trouble
 from launcher.request import RecoverySpec
+from launcher.rollback import Answer, Rollback, answer
 from launcher.run import Run
 from strategies.schedule import Skip
 
@@ -114,17 +115,19 @@ class Action(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """A decision with its reason, and the samples to leave out from now on, if any."""
+    """A decision with its reason, and after a blow-up the samples to leave out, or how far back the run goes."""
 
     action: Action
     reason: str
     delay_s: float = 0.0
     skip: Skip | None = None
+    rollback: Rollback | None = None
 
     @property
     def fields(self) -> dict[str, Any]:
         """What the event log keeps of it."""
-        return {"action": self.action.value, "reason": self.reason, "delay_s": self.delay_s, "skip": self.skip}
+        found = {"action": self.action.value, "reason": self.reason, "delay_s": self.delay_s, "skip": self.skip}
+        return found if self.rollback is None else {**found, "rollback": self.rollback}
 
 
 # What torch, gloo, NCCL and DeepSpeed say when the other end of a connection went away.
@@ -269,8 +272,7 @@ def decide(run: Run, failure: Failure, spec: RecoverySpec, *, spare: bool = Fals
         spec: Budgets and patience.
         spare: Another node stands by. Where it takes the place of one that is left out, there is nothing to wait for.
     """
-    skip = _skip_for(failure)
-    for judge in (_hopeless, _again, _spent, _stuck):
+    for judge in (_hopeless, _again, _unstable, _spent, _stuck):
         reason = judge(run, failure, spec)
         if reason:
             return Decision(action=Action.GIVE_UP, reason=reason)
@@ -278,7 +280,8 @@ def decide(run: Run, failure: Failure, spec: RecoverySpec, *, spare: bool = Fals
     idle = run.headway.idle_restarts
     if idle and failure.kind is not FailureKind.PREEMPTED and not (spare and _elsewhere(run, failure)):
         delay = min(spec.backoff_max_s, spec.backoff_s * 2 ** (idle - 1))
-    return Decision(action=Action.RESTART, reason=failure.detail, delay_s=delay, skip=skip)
+    skip, rollback = _answer(run, failure)
+    return Decision(action=Action.RESTART, reason=failure.detail, delay_s=delay, skip=skip, rollback=rollback)
 
 
 def _hopeless(run: Run, failure: Failure, spec: RecoverySpec) -> str:
@@ -296,13 +299,22 @@ def _again(run: Run, failure: Failure, spec: RecoverySpec) -> str:
         return _of_the_program(failure, times, nodes) if len(nodes) > 1 or times > spec.same_error_limit else ""
     if times >= spec.same_error_limit and not (_elsewhere(run, failure) and len(nodes) == 1):
         return f"the same error at the same step {times} times: {failure.detail}{_advice(failure)}"
-    skip = _skip_for(failure)
-    if skip is not None and any(earlier.step == skip.step for earlier in run.skips):
-        return (
-            f"{failure.detail}, again with other samples: it is not the data. A lower learning rate (train.lr) "
-            "may help; train.spike_sigmas=0 takes spikes as they come"
-        )
     return ""
+
+
+def _answer(run: Run, failure: Failure) -> Answer:
+    return answer(run, failure.step, failure.samples) if failure.kind is FailureKind.NUMERIC else (None, None)
+
+
+def _unstable(run: Run, failure: Failure, spec: RecoverySpec) -> str:
+    """Training does not get past a step, whatever it goes on from and with."""
+    if failure.kind is not FailureKind.NUMERIC or any(_answer(run, failure)):
+        return ""
+    older = "older weights and " if failure.step <= run.rollback.step else ""
+    return (
+        f"{failure.detail}, again with {older}other samples: it is not the data. A lower learning rate (train.lr) "
+        "may help; train.spike_sigmas=0 takes spikes as they come"
+    )
 
 
 def _of_the_program(failure: Failure, times: int, nodes: Collection[str]) -> str:
@@ -355,13 +367,6 @@ def _advice(failure: Failure) -> str:
     if failure.kind is FailureKind.OUT_OF_MEMORY:
         return ". Less memory: strategy.micro_batch, strategy.recompute, more shards; phalanx plan shows where it goes"
     return ""
-
-
-def _skip_for(failure: Failure) -> Skip | None:
-    """The samples of the step that blew up; they are passed over once the run is back before it."""
-    if failure.kind is not FailureKind.NUMERIC:
-        return None
-    return Skip(step=failure.step, samples=failure.samples)
 
 
 def passed_over(run: Run, failure: Failure) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from typing import Any
 from jobs.checkpoint.memory import generation_of
 from launcher import roster
 from launcher.headway import Headway
+from launcher.rollback import Rollback
 from strategies.codec import from_json
 from strategies.schedule import Skip
 
@@ -48,7 +49,7 @@ class EventKind(enum.StrEnum):
     CONTROLLER_STARTED = "controller_started"  # host, pid, adopted
     # plan, wanted (if not the plan), nodes or moved (launcher.roster), resume_from, unfenced (why, if so), first_step,
     # reason: start | restart | resume | grow | move (a node was taken away with notice, or swapped: no failure),
-    # waited_s (for nodes, up to now; not at the start)
+    # waited_s (for nodes, up to now; not at the start), skip (after a rollback)
     ATTEMPT_PLANNED = "attempt_planned"
     FENCE_LAID = "fence_laid"  # reason: the attempt was planned unfenced
     RANKS_SPAWNED = "ranks_spawned"  # pids: number of ranks
@@ -62,7 +63,7 @@ class EventKind(enum.StrEnum):
     # cause, failure, node, rank (after all evidence is in; failure is "" if it left on purpose), signature, last_step
     GANG_STOPPED = "gang_stopped"
     RANKS_DYING = "ranks_dying"  # node, left: rows of rank, pid, state, that SIGKILL has not ended yet; waited_s
-    # action, reason, delay_s, skip (samples to leave out from now on, or null), waited_s (for nodes, up to now)
+    # action, reason, delay_s, skip (samples to leave out from now on, or null), rollback, waited_s (for nodes)
     DECISION = "decision"
     WAITING_FOR_NODES = "waiting_for_nodes"  # have, need, why
     NODE_EXCLUDED = "node_excluded"  # node, until (UTC seconds), reason
@@ -176,6 +177,7 @@ class Run:
     absent: frozenset[str] = frozenset()  # those of them whose files were not there: a person's resume looks again
     faults: tuple[str, ...] = ()
     skips: tuple[Skip, ...] = ()  # decided after blow-ups; for ever, whoever resumes the run
+    rollback: Rollback = field(default_factory=Rollback)  # since the last person's submit or resume
     request: str = ""
     weights_digest: str | None = None
 
@@ -276,6 +278,7 @@ def _resume_requested(run: Run, event: RunEvent) -> Run:
         excluded={},
         rejected=run.found_damaged,
         absent=frozenset(),
+        rollback=Rollback(),
         request=str(event.data.get("request", run.request)),
     )
 
@@ -304,6 +307,8 @@ def _planned(run: Run, event: RunEvent) -> Run:
         steps_lost=run.steps_lost + lost,
         restarts=run.restarts + (attempt.reason == "restart"),
         headway=run.headway.planned(attempt.last_step, on_disk=on_disk, reason=attempt.reason),
+        skips=run.rollback.skips(run.skips, from_json(Skip, data["skip"]) if data.get("skip") else None),
+        rollback=replace(run.rollback, before=0),
     )
 
 
@@ -326,10 +331,6 @@ def _progressed(run: Run) -> Run:
     return replace(run, headway=run.headway.reached(run.attempts[-1].last_step if run.attempts else 0))
 
 
-def _excluded(run: Run, event: RunEvent) -> Run:
-    return replace(run, excluded={**run.excluded, str(event.data["node"]): float(event.data["until"])})
-
-
 def _readmitted(run: Run, event: RunEvent) -> Run:
     back = set(event.data["nodes"])
     return replace(run, excluded={node: until for node, until in run.excluded.items() if node not in back})
@@ -342,6 +343,7 @@ def _last_step(run: Run, event: RunEvent) -> int:
 def _decided(run: Run, event: RunEvent) -> Run:
     data, skip = event.data, event.data.get("skip")
     run = _idle(run, event) if data.get("action") == "wait" or data.get("delay_s") else run
+    run = replace(run, rollback=from_json(Rollback, data["rollback"])) if data.get("rollback") else run
     return replace(run, skips=(*run.skips, from_json(Skip, skip))) if skip else run
 
 
@@ -375,9 +377,8 @@ def _close_attempt(run: Run, event: RunEvent, cause: str) -> Run:
 
 
 def _with_attempt(run: Run, **changes: Any) -> Run:
-    if not run.attempts:
-        return run
-    return replace(run, attempts=(*run.attempts[:-1], replace(run.attempts[-1], **changes)))
+    newest = (replace(one, **changes) for one in run.attempts[-1:])
+    return replace(run, attempts=(*run.attempts[:-1], *newest))
 
 
 _HANDLERS = {
@@ -389,7 +390,7 @@ _HANDLERS = {
     EventKind.TRAINING_STARTED: lambda run, e: _with_attempt(run, trained=e.time, restored_s=e.data.get("restored_s")),
     EventKind.FAILURE_DETECTED: lambda run, e: _progressed(_with_attempt(run, last_step=_last_step(run, e))),
     EventKind.GANG_STOPPED: _stopped,
-    EventKind.NODE_EXCLUDED: _excluded,
+    EventKind.NODE_EXCLUDED: lambda run, e: replace(run, excluded={**run.excluded, e.data["node"]: e.data["until"]}),
     EventKind.NODE_READMITTED: _readmitted,
     EventKind.DECISION: _decided,
     EventKind.FAULT_FIRED: lambda run, e: replace(run, faults=(*run.faults, str(e.data["fault"]))),

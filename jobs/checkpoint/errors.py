@@ -22,7 +22,7 @@ class CorruptCheckpoint(StorageError):
         super().__init__(
             f"The checkpoint {path} is damaged.",
             why=reason,
-            hint="Mend it first, or go on without: it is passed over for an older one, and goes when others replace it.",
+            hint="Mend it first, or go on: an older one is used then, and the damaged one goes when others replace it.",
         )
         self.path = str(path)
         self.reason = reason

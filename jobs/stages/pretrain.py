@@ -203,8 +203,10 @@ class Pretrain:
             self._metrics.append(line)
 
     def _judge(self, step: int, result: StepResult) -> None:
-        """Every rank comes to the same verdict, and a checkpoint needs all of them: nothing bad is ever committed.
+        """Every rank comes to the same verdict, and a checkpoint needs all of them: nothing of a bad step is committed.
 
+        What the update has done to the weights shows in the loss of the next step only. By then it may be committed:
+        where the run blows up there again, it goes on from an older state (:mod:`launcher.rollback`).
         A loss scale that is too large excuses gradients that are not finite, but no loss: it is not in the forward.
         """
         why = self._watch.judge(result.loss, 0.0 if result.overflow else result.grad_norm)

@@ -79,7 +79,7 @@ def test_faults_that_fell_a_gang_together_share_its_failure() -> None:
     assert unproven([RANK, NODE], log, [fired(RANK, 9.0, 1)]) == [RANK, NODE]
 
 
-@pytest.mark.parametrize("fault", ["nan_grad@rank=3,step=5", "loss_spike@rank=3,step=5"])
+@pytest.mark.parametrize("fault", ["nan_grad@rank=3,step=5", "loss_spike@rank=3,step=5", "bad_update@rank=3,step=4"])
 def test_spoiled_numbers_are_everybodys(fault: str) -> None:
     """No rank can tell which of them it was: the step proves it."""
     failure = {"kind": "numeric", "rank": 0, "node": "a", "step": 5}
