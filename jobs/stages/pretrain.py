@@ -315,7 +315,7 @@ class Pretrain:
 
 
 def refuse_another_run(restored: RestoredState, job: JobSpec) -> None:
-    """Refuse to go on from what another model, corpus or seed has made.
+    """Refuse to go on from what another run, model, corpus or seed has made.
 
     Raises:
         ResumeRefused: Lists every difference.
@@ -325,7 +325,7 @@ def refuse_another_run(restored: RestoredState, job: JobSpec) -> None:
         raise ResumeRefused(
             f"The checkpoint of step {restored.step} is of another run.",
             why="; ".join(found),
-            hint="Resume with the model, corpus, vocabulary and seed of the run, or start a new run.",
+            hint="Bring the run's own checkpoints back. A new run may begin with these weights: train.init_from.",
         )
 
 
