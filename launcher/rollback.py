@@ -63,7 +63,7 @@ def answer(run: Run, step: int, samples: int) -> Answer:
         step: Where it was.
         samples: What the step was made of.
     """
-    if step <= run.rollback.step:
+    if 0 < step <= run.rollback.step:
         return None, None
     point = run.attempt.first_step - 1 if run.attempt else 0
     at_once = step == point + 1
