@@ -40,6 +40,24 @@ class AbsentFile(CorruptCheckpoint):
         )
 
 
+class OtherVersion(CorruptCheckpoint):
+    """Another version of phalanx has written a manifest. Nothing is wrong with it.
+
+    Args:
+        path: The manifest.
+        there: Version of the document.
+        here: The one that is understood here.
+    """
+
+    def __init__(self, path: str | Location, there: object, here: int) -> None:
+        reason = (
+            f"its format has version {there}, and this phalanx reads {here}: go on with the one that has written it"
+        )
+        super().__init__(path, reason)
+        self.what = f"The checkpoint {path} was written by another version of phalanx."
+        self.hint = "Install that version (env.json of the run tells it) on every node, then resume the run."
+
+
 class OutOfReach(AbsentFile):
     """Who holds a part of a generation in memory is gone, or too slow. It may be held elsewhere: nothing is proved."""
 
