@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SLOWDOWN = 1.3  # a step of a slow rank takes this many times as long as before
 SPIKE = 100.0  # the output of the rank's layers becomes this many times larger
+WRECKING_RATE = 1.0  # with this learning rate Adam moves every weight by about 1, many times what it was
 
 
 class Removable(Protocol):
@@ -38,7 +39,8 @@ def spoil(kind: str, module: nn.Module) -> Removable:
 
     Args:
         kind: ``nan_grad``: the gradient of the rank's first parameter is NaN. ``loss_spike``: what the rank's layers
-            put out (logits, or the loss itself) is :data:`SPIKE` times as large.
+            put out (logits, or the loss itself) is :data:`SPIKE` times as large. ``bad_update``: weights are updated
+            with a learning rate of :data:`WRECKING_RATE`.
         module: This rank's part of the model.
 
     Returns:
@@ -46,6 +48,8 @@ def spoil(kind: str, module: nn.Module) -> Removable:
     """
     if kind == "loss_spike":
         return module.register_forward_hook(lambda _module, _inputs, output: output * SPIKE)
+    if kind == "bad_update":
+        return _Wreck()
     first = next(parameter for parameter in module.parameters() if parameter.requires_grad)
     hook: Removable = first.register_hook(_not_a_number)  # type: ignore[no-untyped-call]
     return hook
@@ -53,6 +57,33 @@ def spoil(kind: str, module: nn.Module) -> Removable:
 
 def _not_a_number(gradient: torch.Tensor) -> torch.Tensor:
     return gradient * float("nan")
+
+
+class _Wreck:
+    """Every update that this process makes is far too large, until it is taken away. Gradients are as they were."""
+
+    def __init__(self) -> None:
+        from torch.optim import optimizer
+
+        self._rates: list[Any] = []
+        self._hooks: list[Removable] = [
+            optimizer.register_optimizer_step_pre_hook(self._raise),
+            optimizer.register_optimizer_step_post_hook(self._lower),
+        ]
+
+    def remove(self) -> None:
+        """See :class:`Removable`."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _raise(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = WRECKING_RATE
+
+    def _lower(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
 
 
 class Drag:

@@ -11,14 +11,14 @@
 ``rank_slow``  ``rank``          from that step on, until its process ends, the rank makes steps take 1.3 times as long
 ``nan_grad``   ``rank``          a gradient of the rank is NaN in that step
 ``loss_spike`` ``rank``          what the rank puts out is 100 times too large in that step; last pipeline stage only
+``bad_update`` ``rank``          the rank's update of the weights is wildly too large: it shows in the next step's loss
 ``node_kill``  ``node``          SIGKILL of everything on the node: the raylet above the rank, the host agent, all below
 ``agent_kill`` ``node``          SIGKILL of the host agent alone
 =============  ================  ====================================================================================
 
 Every kind takes ``step`` and ``phase=step_begin|step_end|checkpoint|shards_written|restore`` (``step_begin`` by
-default; ``restore`` takes no step: it is the first restore of the run; ``nan_grad``, ``loss_spike`` and
-``rank_deadlock`` take no phase). ``rank``, ``node`` and ``step`` may be ``random``; :func:`resolve` replaces them by a
-pure function of a seed.
+default; ``restore`` takes no step: it is the first of the run; what spoils numbers, and ``rank_deadlock``, takes no
+phase). ``rank``, ``node`` and ``step`` may be ``random``; :func:`resolve` makes that a pure function of a seed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ from jobs.report import Reporter
 from jobs.spec import RankEnv
 from strategies.errors import ConfigError, StorageError, did_you_mean
 
+Numeric = Literal["nan_grad", "loss_spike", "bad_update"]
 Kind = Literal[
+    Numeric,
     "rank_kill",
     "rank_exit",
     "rank_error",
@@ -59,8 +61,6 @@ Kind = Literal[
     "rank_spin",
     "rank_deadlock",
     "rank_slow",
-    "nan_grad",
-    "loss_spike",
     "node_kill",
     "agent_kill",
 ]
@@ -69,7 +69,8 @@ RANDOM = "random"
 RANK_EXIT_CODE = 17
 AGENT_PID = "PHALANX_AGENT_PID"
 _TARGET: dict[str, str] = {kind: "node" if kind in ("node_kill", "agent_kill") else "rank" for kind in get_args(Kind)}
-NUMERIC = ("nan_grad", "loss_spike")
+NUMERIC: tuple[Numeric, ...] = get_args(Numeric)
+_SPIKES = ("loss_spike", "bad_update")
 _WITHIN_A_STEP = (*NUMERIC, "rank_deadlock")
 _SAVING = ("checkpoint", "shards_written")
 
@@ -199,6 +200,7 @@ def resolve(
     for number, fault in enumerate(parse(texts)):
         size = world_size if fault.scope == "rank" else nodes
         first = world_size - world_size // pp if fault.kind == "loss_spike" else 0  # stages are the outermost axis
+        last = steps - (fault.kind == "bad_update")  # the next step must show it
         draw = f"{seed}|{number}|{fault}"
         if fault.kind == "rank_deadlock" and world_size < 2:
             problems.append(f"{str(fault)!r}: a rank that is alone waits for nobody.")
@@ -208,11 +210,11 @@ def resolve(
             there = "in the last stage are" if first else "there are"
             problems.append(f"{str(fault)!r}: {there} {fault.scope}s {first} to {size - 1}.")
         if fault.step is None:
-            fault = replace(fault, step=_random_step(fault, f"{draw}|step", steps, saved, problems))
-        elif fault.kind == "loss_spike" and fault.step <= LEAST_SEEN:
+            fault = replace(fault, step=_random_step(fault, f"{draw}|step", last, saved, problems))
+        elif fault.kind in _SPIKES and fault.step <= LEAST_SEEN:
             problems.append(f"{str(fault)!r}: nothing is called a spike before {LEAST_SEEN} losses were seen.")
-        elif fault.step > steps:
-            problems.append(f"{str(fault)!r}: the run has {steps} steps.")
+        elif fault.step > last:
+            problems.append(f"{str(fault)!r}: the run has {steps} steps, and it must show in one of them.")
         elif fault.phase in _SAVING and fault.step not in saved:
             near = sorted(saved, key=lambda step: abs(step - (fault.step or 0)))[:2]
             nearest = " or ".join(map(str, sorted(near)))
@@ -228,11 +230,11 @@ def _random_step(fault: Fault, draw: str, steps: int, saved: list[int], problems
         choice = saved[1:]
     else:
         # step first+1 would lose nothing that was done since the commit
-        first = max(first, LEAST_SEEN) if fault.kind == "loss_spike" else first
+        first = max(first, LEAST_SEEN) if fault.kind in _SPIKES else first
         choice = list(range(first + 2, steps + 1)) or list(range(first + 1, steps + 1))
     if choice:
         return _draw(draw, choice)
-    what = f"the first {LEAST_SEEN} losses and the first commit" if fault.kind == "loss_spike" else "the first commit"
+    what = f"the first {LEAST_SEEN} losses and the first commit" if fault.kind in _SPIKES else "the first commit"
     problems.append(
         f"{str(fault)!r}: a random step lies after {what}, which is made after step {first} of {steps}; "
         f"set checkpoint.every to {max(1, steps // 2)} or less, or more train.steps."
@@ -334,7 +336,7 @@ class FaultInjector:
                 go_astray()
             case "rank_slow":
                 self._drag.begin(self._model)
-            case "nan_grad" | "loss_spike":
+            case "nan_grad" | "loss_spike" | "bad_update":
                 self._spoiled.append(spoil(fault.kind, self._model))
             case "agent_kill":
                 os.kill(roots[0], signal.SIGKILL)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from launcher import exclusion, recovery
+from launcher import exclusion, policy
 from launcher.departure import CAUSE, REASON
 from launcher.phase import Phase
 from launcher.recovery import Action, Failure, FailureKind
@@ -31,7 +31,7 @@ def regroup(controller: Controller, state: GangState) -> None:
 def conclude(controller: Controller, failure: Failure) -> None:
     """The attempt is over: name the cause, decide, and do what was decided."""
     controller.record_faults()
-    if (unfit := recovery.passed_over(controller.run, failure)) is not None:
+    if (unfit := policy.passed_over(controller.run, failure)) is not None:
         controller.record(EventKind.CHECKPOINT_REJECTED, **unfit)
     controller.record(EventKind.GANG_STOPPED, **failure.verdict)
     _decide(controller, failure)
@@ -58,7 +58,7 @@ def _decide(controller: Controller, failure: Failure) -> None:
     if (excluded := exclusion.after_failure(controller.run, spec, spare=spare)) is not None:
         controller.record(EventKind.NODE_EXCLUDED, **excluded.fields)
     controller.start_reason = "move" if failure.kind is FailureKind.PREEMPTED else "restart"
-    decision = recovery.decide(controller.run, failure, spec, spare=spare)
+    decision = policy.decide(controller.run, failure, spec, spare=spare)
     controller.decide(decision)
     controller.state = None
     if controller.phase is not Phase.END:

@@ -46,6 +46,7 @@ from launcher.store import RunStore, dump, write_atomic
 from launcher.vigil import Vigil
 from strategies.errors import ClusterError
 from strategies.plan import ParallelPlan
+from strategies.schedule import Skip
 
 
 class Controller:
@@ -251,8 +252,8 @@ class Controller:
             self.decide(answer.decision, **self.shortage.told)
             self.record(EventKind.WAITING_FOR_NODES, have=up, need=self.sizing.need, why=why())
 
-    def _job(self, plan: ParallelPlan) -> JobSpec:
-        return self.request.job.under(plan).skipping(self.run.skips)
+    def _job(self, plan: ParallelPlan, skip: Skip | None = None) -> JobSpec:
+        return self.request.job.under(plan).skipping(self.run.rollback.skips(self.run.skips, skip))
 
     def _begin(self, plan: ParallelPlan) -> Beginning | None:
         """Where the ranks begin; None while no checkpoint can be used, which an outage of the storage may be."""
@@ -267,7 +268,7 @@ class Controller:
         self.state = form(self.run, plan, nodes, self.request.cluster, point=at.point, script=wanted.kind == "script")
         if self.start_reason in ("restart", "move"):
             self.decide(swapped(self.run, self.state), **self.shortage.told)
-        write_atomic(paths.job(self.state.attempt), dump(self._job(plan)))
+        write_atomic(paths.job(self.state.attempt), dump(self._job(plan, at.skip)))
         self.memory.settle(paths.memory(self.state.attempt), at.point)
         self.outset.sign(paths.debt(self.state.attempt))
         planned = told(self.run, self.state, wanted.plan, reason=self.start_reason)

@@ -38,6 +38,7 @@ def choose(
     branch: Branch | None,
     skips: Sequence[Skip],
     rejected: Collection[str],
+    before: int = 0,
 ) -> MemoryPoint | None:
     """The generation to restore.
 
@@ -47,6 +48,7 @@ def choose(
         branch: What decides which ones count; None where all do.
         skips: Samples that the run leaves out; a generation must have left out the same.
         rejected: Names of generations that could not be restored before.
+        before: Only generations of earlier steps; 0 for any (:class:`launcher.rollback.Rollback`).
 
     Returns:
         None when the disk, or the beginning, is as good.
@@ -55,7 +57,7 @@ def choose(
     for generation in in_order(gathered, branch):
         if beyond is not None and (generation.token, generation.step) <= (beyond.token, beyond.step):
             break
-        if str(generation) not in rejected:
+        if str(generation) not in rejected and (not before or generation.step < before):
             point = _complete(generation, gathered[generation], skips)
             if point is not None:
                 return point

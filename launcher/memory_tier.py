@@ -142,6 +142,7 @@ class MemoryTier:
                 branch=disk.branch,
                 skips=job.skips,
                 rejected=run.rejected,
+                before=run.rollback.before,
             )
             if found is None:
                 return disk.point

@@ -37,6 +37,10 @@ class NothingLeft(Exception):
     """There was a checkpoint, and none can be used; the message is one sentence for the log."""
 
 
+class NothingOlder(NothingLeft):
+    """The run has to go back further than to any checkpoint: waiting does not help."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Look:
     """What a look at the checkpoints has shown.
@@ -66,6 +70,7 @@ def look(store: RunStore, run: Run, token: Token, *, script: bool, better: Calla
 
     Raises:
         NothingLeft: Beginning at step 1 would throw away what was committed; or the storage takes no fence.
+        NothingOlder: So it would after a blow-up, and all checkpoints are too new.
         Fenced: Another controller has taken over.
         StorageError: The checkpoints cannot be looked at; or there is no room for a fence.
     """
@@ -78,8 +83,12 @@ def look(store: RunStore, run: Run, token: Token, *, script: bool, better: Calla
         return better(seen)
 
     fenced = not script and _fence_off(store, token, first=known is None)
-    point, passed = newest(store.paths, rejected=run.rejected, script=script, known=known, better=noting)
+    before = run.rollback.before
+    point, passed = newest(store.paths, rejected=run.rejected, script=script, known=known, better=noting, before=before)
     why = "" if script or point.memory is not None else _obstacle(store, run, point, passed)
+    if why and before and seen.writers and not passed:
+        cause = run.attempt.cause if run.attempt else ""
+        raise NothingOlder(f"{cause}, again with other samples, and no checkpoint is older than that of step {before}")
     if why:
         step = promised(run)
         what = f"step {step} was committed, and no checkpoint can be used" if step else "no checkpoint can be used"
@@ -127,6 +136,7 @@ def newest(
     script: bool,
     known: Branch | None = None,
     better: Callable[[OnDisk], ResumePoint] = lambda disk: disk.point,
+    before: int = 0,
 ) -> tuple[ResumePoint, dict[str, str]]:
     """The newest checkpoint that is whole at a quick look, and those that are passed over for it, with the reason.
 
@@ -136,6 +146,7 @@ def newest(
         script: What is done lies in folders with a mark.
         known: What the event log tells of the newest attempt.
         better: What to go on from instead of what is on disk.
+        before: Of an earlier step only; 0 for any.
 
     Raises:
         StorageError: The checkpoints cannot be looked at.
@@ -143,7 +154,8 @@ def newest(
     passed: dict[str, str] = {}
     rejected = frozenset(map(paths.at_home, rejected))
     while True:
-        disk = progress.on_disk(paths, script=script, rejected=rejected | passed.keys(), known=known)
+        tried = rejected | passed.keys()
+        disk = progress.on_disk(paths, script=script, rejected=tried, known=known, before=before)
         passed |= {path: reason for path, reason in disk.damaged if path not in rejected}
         point = better(disk)
         flaw = progress.missing(point, script=script)

@@ -26,12 +26,13 @@ from launcher.ending import in_a_line
 from launcher.errand import Errand, Silent
 from launcher.logbook import Fenced
 from launcher.memory_tier import MemoryTier
-from launcher.origin import Look, NothingLeft
+from launcher.origin import Look, NothingLeft, NothingOlder
 from launcher.progress import OnDisk, ResumePoint
 from launcher.recovery import FailureKind
 from launcher.run import Run
 from launcher.store import RunStore, dump, write_atomic
 from strategies.errors import PhalanxError, StorageError
+from strategies.schedule import Skip
 
 ANSWER_S = 3.0  # a store that is well has told all that there is by then
 PAY_EVERY_S = 5.0
@@ -46,16 +47,19 @@ class Beginning:
         point: The state.
         passed: The checkpoints that are passed over for it, and why; that belongs on record when it is gone on from.
         unfenced: Why the store is owed a fence, for people; "" where it is not.
+        skip: Samples that it leaves out from there on, after a rollback.
     """
 
     point: ResumePoint
     passed: Mapping[str, str] = field(default_factory=dict)
     unfenced: str = ""
+    skip: Skip | None = None
 
     @property
     def told(self) -> dict[str, Any]:
         """What the event log keeps of it beside the point."""
-        return {"unfenced": self.unfenced} if self.unfenced else {}
+        told = {"unfenced": self.unfenced, "skip": self.skip}
+        return {name: value for name, value in told.items() if value}
 
 
 class NotYet(NothingLeft):
@@ -103,13 +107,16 @@ class Outset:
         there = run.attempt is not None and set(run.attempt.nodes) <= set(up)
         try:
             seen = self._look(job, run, token)
+        except NothingOlder:
+            raise
         except (Silent, NothingLeft, StorageError) as error:
             why = _silence(error)
             point = self._remembered(job, run)
             if point is None:
                 raise (NotYet if isinstance(error, Silent) else NothingLeft)(why) from error
-            return self._owe(_branch_of(run, token, point, there), Beginning(point=point, unfenced=why))
-        begins = Beginning(point=seen.point, passed=seen.passed)
+            begins = Beginning(point=point, unfenced=why, skip=run.rollback.skip(job, point.step))
+            return self._owe(_branch_of(run, token, point, there), begins)
+        begins = Beginning(point=seen.point, passed=seen.passed, skip=run.rollback.skip(job, seen.point.step))
         if seen.fenced:
             over = run.absent | seen.passed.keys()
             branch = lineage.following(run, token, seen.point.path, kept=seen.writers, passed=over, finishing=there)

@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs import checkpoint
 from jobs.checkpoint.fence import Branch, current
-from jobs.checkpoint.layout import Token
+from jobs.checkpoint.layout import Token, place_of
 from jobs.checkpoint.memory import MemoryPoint
 from jobs.metrics import tells_of_a_step
 from jobs.paths import RunPaths
@@ -54,17 +54,34 @@ class OnDisk:
 
 
 def on_disk(
-    paths: RunPaths, *, script: bool, rejected: frozenset[str] = frozenset(), known: Branch | None = None
+    paths: RunPaths,
+    *,
+    script: bool,
+    rejected: frozenset[str] = frozenset(),
+    known: Branch | None = None,
+    before: int = 0,
 ) -> OnDisk:
-    """Look at the checkpoints of a run; ``known`` as of :func:`jobs.checkpoint.fence.current`."""
+    """Look at the checkpoints of a run.
+
+    Args:
+        paths: The run's files.
+        script: What is done lies in folders with a mark, not in manifests.
+        rejected: Checkpoints that are not used any more.
+        known: As of :func:`jobs.checkpoint.fence.current`.
+        before: Only of an earlier step; 0 for any.
+    """
     if script:
         return OnDisk(point=_script_point(paths, rejected))
     branch = current(paths.checkpoints, known)
     found, broken = checkpoint.survey(paths.checkpoints, branch)
-    points = [ResumePoint(path=str(one.path), step=one.step) for one in found if str(one.path) not in rejected]
+    points = [
+        ResumePoint(path=str(one.path), step=one.step)
+        for one in found
+        if str(one.path) not in rejected and (not before or one.step < before)
+    ]
     return OnDisk(
         point=points[0] if points else ResumePoint(),
-        damaged=tuple((str(path), reason) for path, reason in broken),
+        damaged=tuple((str(path), why) for path, why in broken if not before or place_of(path).step < before),
         writers=frozenset(one.token for one in found),
         branch=branch,
     )

@@ -29,6 +29,7 @@ _LOOKS_LIKE: dict[str, frozenset[FailureKind]] = {
     "rank_slow": frozenset(),  # nothing fails; see named_slow
     "nan_grad": frozenset({FailureKind.NUMERIC}),
     "loss_spike": frozenset({FailureKind.NUMERIC}),
+    "bad_update": frozenset({FailureKind.NUMERIC}),
     "node_kill": frozenset({FailureKind.NODE_LOST, FailureKind.PARTITIONED, FailureKind.PREEMPTED}),
     "agent_kill": frozenset({FailureKind.NODE_LOST, FailureKind.PARTITIONED, FailureKind.PREEMPTED}),
 }
@@ -58,9 +59,15 @@ class _Fall:
         assert fault.target is not None
         return self.nodes[fault.target] if fault.target < len(self.nodes) else ""
 
+    @staticmethod
+    def _shown(fault: Fault) -> int:
+        """The step whose numbers show it: an update is seen by the loss after it."""
+        assert fault.step is not None
+        return fault.step + (fault.kind == "bad_update")
+
     def _is_place(self, fault: Fault) -> bool:
         if fault.kind in NUMERIC:  # the loss and the norm are everybody's: only the step is known
-            return self.failure.get("step") == fault.step
+            return self.failure.get("step") == self._shown(fault)
         if fault.scope == "rank":
             return self.failure.get("rank") == fault.target
         return bool(self._node_of(fault)) and self.failure.get("node") == self._node_of(fault)
@@ -69,7 +76,7 @@ class _Fall:
         """The cause is recorded as a sentence."""
         place = f"rank {fault.target}" if fault.scope == "rank" else f"node {self._node_of(fault)}"
         if fault.kind in NUMERIC:
-            place = f"step {fault.step}"
+            place = f"step {self._shown(fault)}"
         return re.search(rf"\b{re.escape(place)}(?![\w.-])", self.cause) is not None
 
 

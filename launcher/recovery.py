@@ -1,17 +1,16 @@
-"""Classify failures and decide what to do about them. Pure: evidence in, a value out; the controller acts."""
+"""What a failure was, and what can be done about one. Pure: evidence in, a value out; the controller acts."""
 
 from __future__ import annotations
 
 import enum
 import hashlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.devices import Trouble, ambiguous, last_words, trouble
-from launcher.request import RecoverySpec
-from launcher.run import Run
+from launcher.rollback import Rollback
 from strategies.schedule import Skip
 
 
@@ -114,17 +113,19 @@ class Action(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decision:
-    """A decision with its reason, and the samples to leave out from now on, if any."""
+    """A decision with its reason, and after a blow-up the samples to leave out, or how far back the run goes."""
 
     action: Action
     reason: str
     delay_s: float = 0.0
     skip: Skip | None = None
+    rollback: Rollback | None = None
 
     @property
     def fields(self) -> dict[str, Any]:
         """What the event log keeps of it."""
-        return {"action": self.action.value, "reason": self.reason, "delay_s": self.delay_s, "skip": self.skip}
+        found = {"action": self.action.value, "reason": self.reason, "delay_s": self.delay_s, "skip": self.skip}
+        return found if self.rollback is None else {**found, "rollback": self.rollback}
 
 
 # What torch, gloo, NCCL and DeepSpeed say when the other end of a connection went away.
@@ -265,129 +266,6 @@ def culprit(evidence: Sequence[Failure]) -> Failure:
     """
     order = list(FailureKind)
     return min(evidence, key=lambda failure: (order.index(failure.kind), failure.time, failure.rank))
-
-
-def decide(run: Run, failure: Failure, spec: RecoverySpec, *, spare: bool = False) -> Decision:
-    """Restart or give up.
-
-    Args:
-        run: The run, its newest failure already folded in.
-        failure: The cause.
-        spec: Budgets and patience.
-        spare: Another node stands by. Where it takes the place of one that is left out, there is nothing to wait for.
-    """
-    skip = _skip_for(failure)
-    for judge in (_hopeless, _again, _spent, _stuck):
-        reason = judge(run, failure, spec)
-        if reason:
-            return Decision(action=Action.GIVE_UP, reason=reason)
-    delay = 0.0
-    idle = run.headway.idle_restarts
-    if idle and failure.kind is not FailureKind.PREEMPTED and not (spare and _elsewhere(run, failure)):
-        delay = min(spec.backoff_max_s, spec.backoff_s * 2 ** (idle - 1))
-    return Decision(action=Action.RESTART, reason=failure.detail, delay_s=delay, skip=skip)
-
-
-def _hopeless(run: Run, failure: Failure, spec: RecoverySpec) -> str:
-    """The same input leads to the same end."""
-    if failure.kind is FailureKind.BAD_CONFIG:
-        return f"{failure.detail}. Another try would end alike"
-    return ""
-
-
-def _again(run: Run, failure: Failure, spec: RecoverySpec) -> str:
-    """It has happened before, in the same way at the same place."""
-    alike = [fall for fall in run.failures if failure.signature and fall.signature == failure.signature]
-    times, nodes = len(alike), {fall.node for fall in alike}
-    if failure.kind is FailureKind.DEVICE_FAULT and times >= spec.same_error_limit:
-        return _of_the_program(failure, times, nodes) if len(nodes) > 1 or times > spec.same_error_limit else ""
-    if times >= spec.same_error_limit and not (_elsewhere(run, failure) and len(nodes) == 1):
-        return f"the same error at the same step {times} times: {failure.detail}{_advice(failure)}"
-    skip = _skip_for(failure)
-    if skip is not None and any(earlier.step == skip.step for earlier in run.skips):
-        return (
-            f"{failure.detail}, again with other samples: it is not the data. A lower learning rate (train.lr) "
-            "may help; train.spike_sigmas=0 takes spikes as they come"
-        )
-    return ""
-
-
-def _of_the_program(failure: Failure, times: int, nodes: Collection[str]) -> str:
-    """A device fails where it is; a kernel with a mistake fails at its step, wherever that is."""
-    where = f"on {len(nodes)} nodes, so it is no device's" if len(nodes) > 1 else "and there was no other node"
-    return (
-        f"the same error at the same step {times} times, {where}: {failure.detail}. A kernel may read where it must "
-        "not: CUDA_LAUNCH_BLOCKING=1 shows which one, compute-sanitizer where"
-    )
-
-
-def _elsewhere(run: Run, failure: Failure) -> bool:
-    """The node that it happened on is left out from now on: what comes next is another try."""
-    return run.excluded.get(failure.node, 0.0) > failure.time
-
-
-def _spent(run: Run, failure: Failure, spec: RecoverySpec) -> str:
-    """All restarts of this kind, or of all kinds together, are used."""
-    now = run.failures[-1].time if run.failures else failure.time
-    window = spec.budget_window_s
-    recent = [one.kind for one in run.failures if window is None or now - one.time <= window]
-    within = "" if window is None else f" within {window / 60:.0f} minutes"
-    name = BUDGET_OF.get(failure.kind, "error")
-    budget = getattr(spec.budgets, name)
-    if budget is not None and sum(BUDGET_OF.get(FailureKind(kind)) == name for kind in recent) > budget:
-        used = f"all {budget} restarts{within} after a failure of this kind are used (recovery.budgets.{name})"
-        return f"{used}; last: {failure.detail}{_advice(failure)}"
-    if failure.kind is FailureKind.PREEMPTED:
-        return ""
-    if sum(kind != FailureKind.PREEMPTED for kind in recent) > spec.max_restarts:
-        return f"all {spec.max_restarts} restarts are used{within} (recovery.max_restarts); last: {failure.detail}"
-    return ""
-
-
-def _stuck(run: Run, failure: Failure, spec: RecoverySpec) -> str:
-    """It fails again and again and gets nowhere."""
-    made, limit = run.headway, spec.no_progress_limit
-    if failure.kind is FailureKind.PREEMPTED or max(made.idle_restarts, made.fall_backs) < limit:
-        return ""
-    if made.idle_restarts >= limit:
-        what = f"{made.idle_restarts} restarts in a row have led to no newer checkpoint and no step beyond {made.mark}"
-    else:
-        what = (
-            f"it fell back to an older checkpoint {made.fall_backs} times and came to no step beyond {made.best_step}"
-        )
-    return f"{what} (recovery.no_progress_limit); last: {failure.detail}"
-
-
-def _advice(failure: Failure) -> str:
-    if failure.kind is FailureKind.OUT_OF_MEMORY:
-        return ". Less memory: strategy.micro_batch, strategy.recompute, more shards; phalanx plan shows where it goes"
-    return ""
-
-
-def _skip_for(failure: Failure) -> Skip | None:
-    """The samples of the step that blew up; they are passed over once the run is back before it."""
-    if failure.kind is not FailureKind.NUMERIC:
-        return None
-    return Skip(step=failure.step, samples=failure.samples)
-
-
-def passed_over(run: Run, failure: Failure) -> dict[str, Any] | None:
-    """The checkpoint that is not used any more after a failure, for the log; None for none.
-
-    What is out of reach may be had in the next attempt, from a replica; when it could not be had twice, what is older
-    is nearer. It was not read, so a person's resume looks again.
-
-    Args:
-        run: The run, the failure not yet folded in.
-        failure: Why the attempt is over.
-    """
-    if failure.kind is FailureKind.CORRUPT_CHECKPOINT:
-        return {"path": failure.path, "reason": failure.detail}
-    if failure.kind is not FailureKind.UNREACHABLE or run.attempt is None:
-        return None
-    path = run.attempt.resume_from
-    tried = any(one.failure == FailureKind.UNREACHABLE and one.resume_from == path for one in run.attempts)
-    return {"path": path, "reason": failure.detail, "absent": True} if tried else None
 
 
 def at_step(failure: Failure, step: int) -> Failure:

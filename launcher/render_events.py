@@ -28,7 +28,8 @@ def _attempt_planned(event: RunEvent) -> str:
     names = f"({', '.join(nodes[:8])}{', ...' if len(nodes) > 8 else ''})" if nodes else ""
     where = f"{plural(len(nodes), 'node' if moved is None else 'new node')} {names}".rstrip()
     smaller = " (nodes are missing)" if data.get("wanted") else ""
-    alone = f"; {data['unfenced']}, and is not waited for" if data.get("unfenced") else ""
+    alone = skips.left_out(data.get("skip"))
+    alone += f"; {data['unfenced']}, and is not waited for" if data.get("unfenced") else ""
     return f"attempt {event.attempt} on {where}, {source}: {plan_words(data.get('plan', {}))}{smaller}{alone}"
 
 
@@ -57,7 +58,7 @@ def _decision(event: RunEvent) -> str:
         return f"{_DOING[data['action']]}: {data.get('reason')}"
     delay = float(data.get("delay_s") or 0.0)
     text = "recovering: " + (f"new ranks in {delay:.1f} s" if delay else "placing new ranks")
-    return text + skips.without(data.get("skip"))
+    return text + skips.without(data.get("skip")) + skips.rolled_back(data.get("rollback"))
 
 
 def _detail(data: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from jobs.checkpoint.memory import generation_of
 from launcher import roster
 from launcher.attempts import Attempt, Fall, Ruling
 from launcher.headway import Headway
+from launcher.rollback import Rollback
 from strategies.codec import from_json
 from strategies.schedule import Skip
 
@@ -52,7 +53,7 @@ class EventKind(enum.StrEnum):
     CONTROLLER_STARTED = "controller_started"  # host, pid, adopted
     # plan, wanted (if not the plan), nodes or moved (launcher.roster), resume_from, unfenced (why, if so), first_step,
     # reason: start | restart | resume | grow | move (a node was taken away with notice, or swapped: no failure),
-    # waited_s (for nodes, up to now; not at the start)
+    # waited_s (for nodes, up to now; not at the start), skip (after a rollback)
     ATTEMPT_PLANNED = "attempt_planned"
     FENCE_LAID = "fence_laid"  # reason: the attempt was planned unfenced
     # began (UTC seconds): this and the next may be recorded long after they were so, by a controller that came later
@@ -69,7 +70,7 @@ class EventKind(enum.StrEnum):
     # failure is "" if it left on purpose), last_step
     GANG_STOPPED = "gang_stopped"
     RANKS_DYING = "ranks_dying"  # node, left: rows of rank, pid, state, that SIGKILL has not ended yet; waited_s
-    # action, reason, delay_s, skip (samples to leave out from now on, or null), waited_s (for nodes, up to now)
+    # action, reason, delay_s, skip (samples to leave out from now on, or null), rollback, waited_s (for nodes)
     DECISION = "decision"
     WAITING_FOR_NODES = "waiting_for_nodes"  # have, need, why
     NODE_EXCLUDED = "node_excluded"  # node, until (UTC seconds), reason
@@ -133,6 +134,7 @@ class Run:
     absent: frozenset[str] = frozenset()  # those of them whose files were not there: a person's resume looks again
     faults: tuple[str, ...] = ()
     skips: tuple[Skip, ...] = ()  # decided after blow-ups; for ever, whoever resumes the run
+    rollback: Rollback = field(default_factory=Rollback)  # since the last person's submit or resume
     request: str = ""
     weights_digest: str | None = None
 
@@ -244,6 +246,7 @@ def _resume_requested(run: Run, event: RunEvent) -> Run:
         excluded={},
         rejected=run.found_damaged,
         absent=frozenset(),
+        rollback=Rollback(),
         request=str(event.data.get("request", run.request)),
     )
 
@@ -273,6 +276,8 @@ def _planned(run: Run, event: RunEvent) -> Run:
         steps_lost=run.steps_lost + lost,
         restarts=run.restarts + (attempt.reason == "restart"),
         headway=run.headway.planned(attempt.last_step, on_disk=on_disk, reason=attempt.reason),
+        skips=run.rollback.skips(run.skips, from_json(Skip, data["skip"]) if data.get("skip") else None),
+        rollback=replace(run.rollback, before=0),
     )
 
 
@@ -307,10 +312,6 @@ def _progressed(run: Run) -> Run:
     return replace(run, headway=run.headway.reached(run.attempts[-1].last_step if run.attempts else 0))
 
 
-def _excluded(run: Run, event: RunEvent) -> Run:
-    return replace(run, excluded={**run.excluded, str(event.data["node"]): float(event.data["until"])})
-
-
 def _readmitted(run: Run, event: RunEvent) -> Run:
     back = set(event.data["nodes"])
     return replace(run, excluded={node: until for node, until in run.excluded.items() if node not in back})
@@ -327,6 +328,7 @@ def _decided(run: Run, event: RunEvent) -> Run:
         action, reason = str(data.get("action", "")), str(data.get("reason", ""))
         delay_s = float(data.get("delay_s") or 0.0)
         run = replace(run, ruling=Ruling(action=action, reason=reason, time=event.time, delay_s=delay_s))
+    run = replace(run, rollback=from_json(Rollback, data["rollback"])) if data.get("rollback") else run
     return replace(run, skips=(*run.skips, from_json(Skip, skip))) if skip else run
 
 
@@ -371,7 +373,7 @@ _HANDLERS = {
     EventKind.TRAINING_STARTED: _training,
     EventKind.FAILURE_DETECTED: lambda run, e: _progressed(_with_attempt(run, last_step=_last_step(run, e))),
     EventKind.GANG_STOPPED: _stopped,
-    EventKind.NODE_EXCLUDED: _excluded,
+    EventKind.NODE_EXCLUDED: lambda run, e: replace(run, excluded={**run.excluded, e.data["node"]: e.data["until"]}),
     EventKind.NODE_READMITTED: _readmitted,
     EventKind.DECISION: _decided,
     EventKind.FAULT_FIRED: lambda run, e: replace(run, faults=(*run.faults, str(e.data["fault"]))),

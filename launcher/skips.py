@@ -46,3 +46,15 @@ def head(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 def without(skip: Mapping[str, Any] | None) -> str:
     """The end of the sentence that tells a decision."""
     return f", without the {skip['samples']} samples of step {skip['step']}" if skip else ""
+
+
+def rolled_back(rollback: Mapping[str, Any] | None) -> str:
+    """The end of the sentence that tells a decision to go back further."""
+    if not rollback:
+        return ""
+    return f", from before step {rollback['before']}, without the samples from there to step {rollback['step']}"
+
+
+def left_out(skip: Mapping[str, Any] | None) -> str:
+    """The end of the sentence that tells an attempt."""
+    return f"; {skip['samples']} samples are left out before step {skip['step']}" if skip else ""

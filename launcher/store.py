@@ -155,6 +155,8 @@ class RunStore:
         try:
             # First: a controller whose directory was here before knows by it that this is another run.
             write_atomic(store.paths.secret, os.urandom(32).hex().encode(), mode=0o600)
+            if url := request.job.checkpoint.url:  # before it is a run: nobody may look for its checkpoints elsewhere
+                write_atomic(store.paths.pointer, url.encode() + b"\n")
             store.write_request(request)
             store.append(EventKind.RUN_SUBMITTED, request=request.digest)
         except BaseException:
@@ -239,7 +241,6 @@ class RunStore:
         url = request.job.checkpoint.url
         if url:
             claim(locate(url), run=self.name, owner=self.owner)
-            write_atomic(self.paths.pointer, url.encode() + b"\n")
 
     def require_checkpoints(self) -> None:
         """Refuse to go on with what another run has saved, or where everything is gone.

@@ -6,7 +6,7 @@ Only time in which there were nodes for a gang counts: a store that nobody has a
 from __future__ import annotations
 
 from launcher.clock import Clock
-from launcher.origin import NothingLeft
+from launcher.origin import NothingLeft, NothingOlder
 from launcher.outset import NotYet
 from launcher.recovery import Action, Decision
 
@@ -40,7 +40,8 @@ class Vigil:
         now = self._clock.monotonic()
         self._since = now if self._since is None else self._since
         waited_s = now - self._since
-        if waited_s > self._patience_s or (resumed and not isinstance(nothing, NotYet)):
+        asked = resumed and not isinstance(nothing, NotYet)
+        if waited_s > self._patience_s or asked or isinstance(nothing, NothingOlder):
             return Decision(action=Action.GIVE_UP, reason=str(nothing))
         if waited_s < self._tell_at_s:
             return None

@@ -22,7 +22,7 @@ class CorruptCheckpoint(StorageError):
         super().__init__(
             f"The checkpoint {path} is damaged.",
             why=reason,
-            hint="Mend it first, or go on without: it is passed over for an older one, and goes when others replace it.",
+            hint="Mend it first, or go on: an older one is used then, and the damaged one goes when others replace it.",
         )
         self.path = str(path)
         self.reason = reason
@@ -38,6 +38,24 @@ class AbsentFile(CorruptCheckpoint):
             "Check that its file system is mounted on every node, then resume the run. A checkpoint that has lost a "
             "file for good is damaged: it is passed over, an older one is used."
         )
+
+
+class OtherVersion(CorruptCheckpoint):
+    """Another version of phalanx has written a manifest. Nothing is wrong with it.
+
+    Args:
+        path: The manifest.
+        there: Version of the document.
+        here: The one that is understood here.
+    """
+
+    def __init__(self, path: str | Location, there: object, here: int) -> None:
+        reason = (
+            f"its format has version {there}, and this phalanx reads {here}: go on with the one that has written it"
+        )
+        super().__init__(path, reason)
+        self.what = f"The checkpoint {path} was written by another version of phalanx."
+        self.hint = "Install that version (env.json of the run tells it) on every node, then resume the run."
 
 
 class OutOfReach(AbsentFile):

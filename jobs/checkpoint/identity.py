@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to a run: the model, the samples and the seed that made it. No torch, no numpy.
+"""Whether a checkpoint belongs to a run: its name, and the model, samples and seed that made it. No torch, no numpy.
 
 Another thing is whether its weights fit a model: :func:`model_differences` tells those, too, with more left out.
 """
@@ -19,12 +19,14 @@ _PLANNED = ("name", "moe.imbalance")  # nothing that a run does depends on these
 def differences(manifest: Manifest, job: JobSpec) -> list[str]:
     """Everything by which a checkpoint is of another run, in words; empty when it is this one's.
 
-    The plan may differ, and so may names and what is planned with: they change nothing.
+    The plan may differ, and so may the model's name and what is planned with: they change nothing. The run's name
+    cannot: it is all that tells the runs of a sweep apart.
     """
     extra: Mapping[str, Any] = manifest.extra
     data = extra.get("data") or {}
     found = model_differences(manifest.model, job.model, _PLANNED)
     pairs = [
+        ("run", manifest.run_id, job.run_id),
         ("data digest", data.get("digest"), job.data.digest),
         ("vocabulary", data.get("vocab"), job.data.vocab),
         ("seed", extra.get("seed"), job.train.seed),

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.checkpoint.errors import AbsentFile, CheckpointConflict, CorruptCheckpoint, storage_error
+from jobs.checkpoint.errors import AbsentFile, CheckpointConflict, CorruptCheckpoint, OtherVersion, storage_error
 from jobs.checkpoint.fence import Branch, current, in_order, refuse_if_fenced
 from jobs.checkpoint.layout import Place, Token, manifests, place_of, writers
 from jobs.checkpoint.shardfile import KINDS, DamagedShard, block_count, read_block, read_header
@@ -240,13 +240,16 @@ def read_manifest(path: str | Location) -> Manifest:
 
     Raises:
         AbsentFile: It does not exist.
-        CorruptCheckpoint: It is damaged, of another version, or does not belong where it lies.
+        OtherVersion: Another version of phalanx has written it.
+        CorruptCheckpoint: It is damaged, or does not belong where it lies.
         StorageError: It cannot be read.
     """
     path = locate(path)
     try:
         document = json.loads(storage_of(path).read(path))
         digest = document.pop("digest")
+        if document.get("version") != MANIFEST_VERSION:
+            raise OtherVersion(path, document.get("version"), MANIFEST_VERSION)
         if digest != _digest(document):
             raise CorruptCheckpoint(path, "the manifest does not match its own digest")
         manifest = from_json(Manifest, document, where="manifest")

@@ -64,6 +64,7 @@ class BehindSaver:
         self._device = torch.device("cpu")  # where most of the state lives
         self._buffers: dict[int, npt.NDArray[np.float32]] = {}
         self._underway: Underway | None = None
+        self._earlier: Underway | None = None  # late when the last one had to be made
         self._in_memory = False
         self._rank_state: dict[str, Any] = {}
         self._unconfirmed = False  # a replica of the newest copy is on its way
@@ -180,6 +181,7 @@ class BehindSaver:
             self._copier.then(lambda: self._seal(step, record, flush=False))
             self._kept_s += time.perf_counter() - begin
             return manifest
+        self._earlier = self._underway
         hold = self._hooks.holds_commit(step)
         self._copier.then(lambda: self._seal(step, record, flush=True, hold=hold))
         stall_s = time.perf_counter() - begin
@@ -197,6 +199,7 @@ class BehindSaver:
         assert underway is not None, "save() came first"
         underway.waited_s = 0.0  # all of it is told as the stall of this one
         self.land()
+        self._hear_of_earlier()
         while failure := self._learn(wait_s=None, whole=True)[0]:
             # the clock of one rank decides for all
             delay_s = agree(None, next(more, None) if self._env.rank == 0 else None)[0]
@@ -208,6 +211,13 @@ class BehindSaver:
             self._copier.then(lambda: self._seal(underway.step, underway.record, flush=True, again=True))
             self.land()
         return None
+
+    def _hear_of_earlier(self) -> None:
+        """What became of the one before is told, if that is over now: nobody asks for it later."""
+        if self._earlier is not None:
+            newest, self._underway, self._earlier = self._underway, self._earlier, None
+            self._learn(wait_s=LATE_S)
+            self._underway = newest
 
     def _wait(self, seconds: float, step: int) -> None:
         while seconds > 0:

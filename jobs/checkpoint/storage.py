@@ -46,7 +46,7 @@ class Storage(Protocol):
     """A place for checkpoints. Every method raises ``OSError``."""
 
     def create(self, where: Location, parts: Parts) -> int:
-        """Write a new file, whole or not at all, durable but for its folder's entry (:meth:`settle`).
+        """Write a new file, whole or not at all, durable but for its entry in its folder (:meth:`settle`).
 
         Returns:
             Its size in bytes.
@@ -99,7 +99,7 @@ class PosixStorage:
         try:
             fd = os.open(aside, _NEW, 0o644)
         except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make(path.parent)
             fd = os.open(aside, _NEW, 0o644)
         try:
             try:
@@ -343,6 +343,14 @@ def _first(views: list[memoryview], count: int) -> bytes:
     for view in views:
         data += view[: count - len(data)]
     return bytes(data)
+
+
+def _make(folder: Path) -> None:
+    """Make a folder and those above it, as far as they are missing; that they are there is durable then."""
+    if not folder.is_dir():
+        _make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_dir(folder.parent)
 
 
 def _path(where: Location) -> Path:

@@ -203,8 +203,10 @@ class Pretrain:
             self._metrics.append(line)
 
     def _judge(self, step: int, result: StepResult) -> None:
-        """Every rank comes to the same verdict, and a checkpoint needs all of them: nothing bad is ever committed.
+        """Every rank comes to the same verdict, and a checkpoint needs all of them: nothing of a bad step is committed.
 
+        What the update has done to the weights shows in the loss of the next step only. By then it may be committed:
+        where the run blows up there again, it goes on from an older state (:mod:`launcher.rollback`).
         A loss scale that is too large excuses gradients that are not finite, but no loss: it is not in the forward.
         """
         why = self._watch.judge(result.loss, 0.0 if result.overflow else result.grad_norm)
@@ -313,7 +315,7 @@ class Pretrain:
 
 
 def refuse_another_run(restored: RestoredState, job: JobSpec) -> None:
-    """Refuse to go on from what another model, corpus or seed has made.
+    """Refuse to go on from what another run, model, corpus or seed has made.
 
     Raises:
         ResumeRefused: Lists every difference.
@@ -323,7 +325,7 @@ def refuse_another_run(restored: RestoredState, job: JobSpec) -> None:
         raise ResumeRefused(
             f"The checkpoint of step {restored.step} is of another run.",
             why="; ".join(found),
-            hint="Resume with the model, corpus, vocabulary and seed of the run, or start a new run.",
+            hint="Bring the run's own checkpoints back. A new run may begin with these weights: train.init_from.",
         )
 
 

@@ -78,14 +78,31 @@ def test_a_spike_of_the_loss(submit: Submit) -> None:
     assert_same(run, oracle)
 
 
+@pytest.mark.full
+def test_weights_that_an_update_has_wrecked(folder: Path, submit: Submit) -> None:
+    """They are on disk and in memory before anything shows: the run goes back to what is older than both."""
+    oracle = submit("without-sixteen-on", *LONG, "train.skips=[{step:16,samples:56}]")
+    run = submit("wrecked", *LONG, "experiment.require_faults=true", faults=("bad_update@rank=3,step=20",))
+    events = run.events()
+    assert [event.kind for event in events].count(EventKind.FAULT_FIRED) == 1
+    committed = [event.data["step"] for event in events if event.kind is EventKind.CHECKPOINT_COMMITTED]
+    assert committed == [5, 10, 15, 20, 20, 24], "the wrecked one, too"
+    causes = [str(attempt.cause) for attempt in run.run().attempts[:2]]
+    assert all("training blew up at step 21: the loss spiked to" in cause for cause in causes)
+    assert [attempt.first_step for attempt in run.run().attempts] == [1, 21, 16]
+    assert_same(run, oracle)
+    status = cli.phalanx("status", "wrecked", "--json", "--dir", str(folder / "runs"), cwd=folder).document
+    assert status["skips"] == [{"step": 16, "samples": 56, "first": 120, "last": 175, "by": "recovery"}]
+    assert [record["step"] for record in status["faults"]] == [20]
+
+
 @pytest.mark.full  # a sibling runs by default
-def test_with_other_samples_again_is_given_up_and_a_person_may_go_on(
-    folder: Path, submit: Submit, without_eight: RunStore
-) -> None:
-    run = submit("again", faults=("nan_grad@rank=1,step=8",) * 2, code=100)
+def test_from_an_older_state_again_is_given_up_and_a_person_may_go_on(folder: Path, submit: Submit) -> None:
+    oracle = submit("without-seven-on", "train.skips=[{step:7,samples:24}]")
+    run = submit("again", faults=("nan_grad@rank=1,step=8",) * 3, code=100)
     assert run.run().state is RunState.FAILED
-    assert "again with other samples: it is not the data" in run.run().reason
-    assert len(run.run().attempts) == 2
+    assert "again with older weights and other samples: it is not the data" in run.run().reason
+    assert [attempt.first_step for attempt in run.run().attempts] == [1, 8, 7]
     resumed = cli.phalanx("resume", "again", "--dir", str(folder / "runs"), "--yes", cwd=folder)
     assert resumed.code == 0, resumed.err
-    assert_same(run, without_eight)
+    assert_same(run, oracle)

@@ -98,6 +98,8 @@ def test_resolve_leaves_exact_faults_alone() -> None:
         ("rank_kill@rank=1,step=41", "40 steps"),
         ("loss_spike@rank=3,step=20", "in the last stage are ranks 4 to 7"),
         ("loss_spike@rank=4,step=16", "before 16 losses were seen"),
+        ("bad_update@rank=1,step=16", "before 16 losses were seen"),
+        ("bad_update@rank=1,step=40", "40 steps, and it must show in one of them"),
         ("rank_kill@rank=1,step=14,phase=checkpoint", "the nearest: 10 or 20"),
     ],
 )
@@ -119,6 +121,8 @@ def test_a_random_spike_is_one_that_can_be_seen() -> None:
         drawn.add((parse([text])[0].target, parse([text])[0].step))
     assert {target for target, _ in drawn} == {4, 5, 6, 7}
     assert {step for _, step in drawn} == set(range(18, 41))
+    late = [resolve(["bad_update@rank=0,step=random"], **(RUN | {"seed": seed}))[0] for seed in range(300)]
+    assert {parse([text])[0].step for text in late} == set(range(18, 40)), "the next step has to show it"
     with pytest.raises(ConfigError, match="after the first 16 losses"):
         resolve(["loss_spike@rank=random,step=random"], **(RUN | {"steps": 12, "checkpoint_every": 3}))
 
@@ -248,6 +252,30 @@ def test_numbers_are_spoiled_in_one_step_on_one_rank(tmp_path: Path, kind: str) 
     assert seen[0] == seen[3] == right  # another rank; both have fired
     spoiled = (pytest.approx(right[0] * 1e4), True) if kind == "loss_spike" else (right[0], False)
     assert seen[1] == seen[2] == spoiled  # one at a time
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_one_update_on_one_rank_wrecks_the_weights_with_gradients_as_they_were(
+    tmp_path: Path, kind: type[torch.optim.SGD] | type[torch.optim.AdamW]
+) -> None:
+    module = torch.nn.Linear(3, 2)
+    torch.nn.init.constant_(module.weight, 0.5)
+    optimizer = kind([{"params": [module.weight]}, {"params": [module.bias], "lr": 2e-4}], lr=1e-4)
+    hooks = FaultInjector(["bad_update@rank=1,step=17"], make_env(tmp_path, 1), Reporter(-1))
+    hooks.model_ready(module)
+    moved = []
+    for step in (16, 17, 18):
+        hooks.step_begin(step)
+        loss = module(torch.ones(4, 3)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        before = module.weight.detach().clone()
+        optimizer.step()
+        hooks.step_end(step)
+        moved.append(float((module.weight.detach() - before).abs().max()))
+    assert moved[0] < 1e-3 < 0.5 < moved[1]
+    assert moved[2] < 1e-3
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-4, 2e-4]
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def batch(size: int) -> BatchSpec:
 def restored_from(job: JobSpec) -> RestoredState:
     trainer = TrainerState(optimizer_steps=4, learning_rates=(), counters={}, loss_scaler={})
     manifest = Manifest(
-        run_id="run",
+        run_id=job.run_id,
         step=4,
         epoch=1,
         attempt=1,
@@ -56,10 +56,17 @@ def restored_from(job: JobSpec) -> RestoredState:
     return RestoredState(step=4, extra=manifest.extra, manifest=manifest, traffic=Traffic())
 
 
-def test_the_same_run_is_welcome_under_another_name_and_plan(job: JobSpec) -> None:
-    renamed = dataclasses.replace(job, model=dataclasses.replace(job.model, name="other"), run_id="other")
+def test_the_same_run_is_welcome_with_a_model_of_another_name(job: JobSpec) -> None:
+    renamed = dataclasses.replace(job, model=dataclasses.replace(job.model, name="other"))
     assert renamed != job
     refuse_another_run(restored_from(job), renamed)  # raises nothing
+
+
+def test_a_run_of_the_same_sweep_is_another(job: JobSpec) -> None:
+    """Model, samples and seed are the same."""
+    with pytest.raises(ResumeRefused, match="is of another run") as caught:
+        refuse_another_run(restored_from(job), dataclasses.replace(job, run_id="sweep-2"))
+    assert caught.value.why == "run: test in the checkpoint, sweep-2 here"
 
 
 def test_another_run_is_refused_with_every_difference(job: JobSpec) -> None:

@@ -70,7 +70,7 @@ def save(store: RunStore, step: int, *, token: tuple[int, int] = (1, 1), **chang
     place = Place(store.paths.checkpoint_dir, step, Token(*token))
     manifest = manifest_of(place, write_shards(place, [[whole("w", (30, 10))]]), {"w": (30, 10)}, job.model)
     extra = {"data": {"digest": job.data.digest, "vocab": job.data.vocab}, "seed": job.train.seed}
-    return commit(place.root, dataclasses.replace(manifest, **{"extra": extra} | changes))
+    return commit(place.root, dataclasses.replace(manifest, **{"run_id": job.run_id, "extra": extra} | changes))
 
 
 def test_the_runs_own_checkpoint_is_welcome(store: RunStore) -> None:
@@ -92,6 +92,14 @@ def test_a_checkpoint_of_another_model_vocabulary_and_seed(store: RunStore, resu
         f"seed: {job.train.seed + 1} in the checkpoint",
     ):
         assert words in told
+
+
+def test_a_checkpoint_of_a_run_of_the_same_sweep(store: RunStore, resume: Resume) -> None:
+    """Model, samples and seed are the same."""
+    save(store, 15, run_id="sweep-2")
+    code, told = resume()
+    assert code == 6
+    assert "run: sweep-2 in the checkpoint, demo here" in told
 
 
 def test_a_checkpoint_without_any_word_of_its_samples(store: RunStore, resume: Resume) -> None:

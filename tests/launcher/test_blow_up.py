@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jobs.spec import JobSpec
-from launcher import adoption, recovery, skips
+from launcher import adoption, policy, recovery, skips
 from launcher.attempts import Fall
 from launcher.recovery import Action, Decision, Failure, FailureKind
 from launcher.request import RecoverySpec
@@ -133,14 +133,14 @@ def test_a_blow_up_explains_what_its_ranks_did_next() -> None:
 
 @pytest.mark.parametrize("kind", sorted(set(FailureKind) - {FailureKind.NUMERIC, FailureKind.BAD_CONFIG}))
 def test_no_other_failure_skips_anything(kind: FailureKind) -> None:
-    decision = recovery.decide(Run(), failure(kind, step=8, samples=4), RecoverySpec())
+    decision = policy.decide(Run(), failure(kind, step=8, samples=4), RecoverySpec())
     assert decision.action is Action.RESTART
     assert decision.skip is None
 
 
 def test_the_budget_of_restarts_counts_here_too() -> None:
     run = Run(failures=(Fall(kind="numeric", time=1.0),) * 3)
-    decision = recovery.decide(run, failure(FailureKind.NUMERIC, step=8), RecoverySpec(max_restarts=2))
+    decision = policy.decide(run, failure(FailureKind.NUMERIC, step=8), RecoverySpec(max_restarts=2))
     assert decision.action is Action.GIVE_UP
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.headway import Headway
-from launcher.recovery import Action, Decision, Failure, FailureKind, decide
+from launcher.policy import decide
+from launcher.recovery import Action, Decision, Failure, FailureKind
 from launcher.request import RecoverySpec
 from launcher.run import EventKind, Run, RunEvent, fold
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher import exclusion, recovery
+from launcher import exclusion, policy, recovery
 from launcher.attempts import Fall
 from launcher.headway import Headway
 from launcher.recovery import BUDGET_OF, Action, Failure, FailureKind
@@ -68,7 +68,7 @@ def decided(falls: list[tuple[K, float]], spec: RecoverySpec | None = None, **ru
     failures = tuple(Fall(kind=kind.value, time=time) for kind, time in falls)
     kind, time = falls[-1]
     state = Run(failures=failures, **run)
-    return recovery.decide(state, Failure(kind=kind, time=time, detail="it failed"), spec or RecoverySpec())
+    return policy.decide(state, Failure(kind=kind, time=time, detail="it failed"), spec or RecoverySpec())
 
 
 @pytest.mark.parametrize("kind", sorted(BUDGET_OF))
@@ -133,8 +133,8 @@ def test_who_gets_nowhere_waits_longer_and_longer(idle: int, delay_s: float) -> 
     assert decided([(K.PREEMPTED, 1.0)], headway=headway).delay_s == 0.0
     lost, spec = Failure(kind=K.DEVICE_LOST, time=1.0, node="a"), RecoverySpec()
     left_out = Run(headway=headway, excluded={"a": 9.0})
-    assert recovery.decide(left_out, lost, spec, spare=True).delay_s == 0.0
-    assert recovery.decide(left_out, lost, spec).delay_s == delay_s  # it may have to be taken back
+    assert policy.decide(left_out, lost, spec, spare=True).delay_s == 0.0
+    assert policy.decide(left_out, lost, spec).delay_s == delay_s  # it may have to be taken back
 
 
 # --- what the log makes of it -------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_a_slow_rank_is_proven_by_its_name(rank: int, step: int, attempt: int, p
     assert (unproven([fault], log, [fired(fault, 9, 1)]) == []) is proven
 
 
-@pytest.mark.parametrize("fault", ["nan_grad@rank=3,step=5", "loss_spike@rank=3,step=5"])
+@pytest.mark.parametrize("fault", ["nan_grad@rank=3,step=5", "loss_spike@rank=3,step=5", "bad_update@rank=3,step=4"])
 def test_spoiled_numbers_are_everybodys(fault: str) -> None:
     """No rank can tell which of them it was: the step proves it."""
     failure = {"kind": "numeric", "rank": 0, "node": "a", "step": 5}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import resource
@@ -27,6 +28,18 @@ def test_name_taken(tmp_path: Path) -> None:
     RunStore.create(tiny_request(tmp_path))
     with pytest.raises(ConfigError, match="exists"):
         RunStore.create(tiny_request(tmp_path))
+
+
+def test_a_run_whose_checkpoints_are_elsewhere_never_looks_for_them_at_home(tmp_path: Path) -> None:
+    """Its submit is killed before it has claimed the place, or before it has written all that makes a run."""
+    request = tiny_request(tmp_path)
+    policy = dataclasses.replace(request.job.checkpoint, url=str(tmp_path / "elsewhere"))
+    store = RunStore.create(dataclasses.replace(request, job=dataclasses.replace(request.job, checkpoint=policy)))
+    assert RunStore.open(store.paths.root).paths.checkpoints == tmp_path / "elsewhere"
+    with pytest.raises(StorageError, match="are gone"):
+        store.require_checkpoints()
+    written = sorted(store.paths.root.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert written.index(store.paths.pointer) < written.index(store.paths.request)
 
 
 def test_torn_line_is_no_event_and_does_not_swallow_the_next(tmp_path: Path) -> None:

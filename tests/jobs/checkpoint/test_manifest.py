@@ -21,6 +21,7 @@ from jobs.checkpoint import (
     read_manifest,
     verify,
 )
+from jobs.checkpoint.errors import OtherVersion
 from jobs.checkpoint.layout import Place, Token, place_of
 from jobs.checkpoint.manifest import commit
 from jobs.checkpoint.shardfile import Slice
@@ -75,6 +76,22 @@ def test_a_manifest_whose_content_was_changed_is_skipped(tmp_path: Path) -> None
     document["extra"]["sample_index"] += 1
     changed.write_text(json.dumps(document))
     assert verify(changed) == ["the manifest does not match its own digest"]
+    assert newest(tmp_path) == older
+
+
+@pytest.mark.parametrize(("version", "told"), [(2, "2"), (None, "None")])
+def test_a_manifest_of_another_version_says_so(version: int | None, told: str, tmp_path: Path) -> None:
+    """Nothing is wrong with it, and its fields may be others: who can read it must."""
+    older, other = write_checkpoint(tmp_path, 1), write_checkpoint(tmp_path, 2)
+    document = {**json.loads(other.read_bytes()), "version": version, "news": []}
+    other.write_text(json.dumps(document))
+    with pytest.raises(OtherVersion, match="written by another version of phalanx") as raised:
+        read_manifest(other)
+    assert raised.value.reason.startswith(
+        f"its format has version {told}, and this phalanx reads 1: go on with the one"
+    )
+    assert "env.json" in raised.value.hint
+    assert damaged(tmp_path) == [(other, raised.value.reason)]
     assert newest(tmp_path) == older
 
 

@@ -270,16 +270,21 @@ def test_one_that_is_due_while_the_one_before_is_being_written_is_left_out(monke
     assert [(one["kind"], one["step"]) for one in told] == [("unsaved", 5), ("checkpoint", 5), ("checkpoint", 20)]
 
 
-def test_the_last_one_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, link, _ = saving(monkeypatch, None, written(10))
+@pytest.mark.parametrize("earlier", [written(5), FULL, None])
+def test_the_last_one_is_not_left_out(earlier: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what has become of the one before, which was late, is told all the same."""
+    made, link, told = saving(monkeypatch, None, earlier, written(10))
     made.save(5, {})
     made.save(10, {}, must=True)
     assert made.finish() is None
     assert [fields["flush"] for op, fields in link.asked if op == "seal"] == [True, True]
     assert [(fields["step"], fields["wait_s"]) for op, fields in link.asked if op == "outcome"] == [
         (5, LATE_S),
+        (5, LATE_S),
         (10, None),
     ]
+    late = [] if earlier is None else [("unsaved" if earlier is FULL else "checkpoint", 5)]
+    assert [(one["kind"], one["step"]) for one in told] == [("unsaved", 5), *late, ("checkpoint", 10)]
 
 
 def test_who_was_fenced_off_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,14 @@ def test_everything_is_on_the_disk_before_the_manifest_has_its_name(
     assert f"fsync {place.step_dir}" in after
 
 
+def test_so_are_new_folders_and_all_that_they_are_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch)
+    manifest = save_to(tmp_path / "runs" / "one", snapshot(8))
+    before = disk.done[: disk.done.index(f"link {manifest}")]
+    above = list(manifest.parents)
+    assert {f"fsync {folder}" for folder in above[: above.index(tmp_path) + 1]} <= set(before)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
