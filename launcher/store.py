@@ -30,6 +30,7 @@ from strategies.codec import from_json, to_json
 from strategies.errors import ConfigError, NotFound, StorageError, did_you_mean
 
 _TYPES = {"seq": int, "time": float, "epoch": int, "attempt": int, "kind": str, "data": dict}
+_DECODER = json.JSONDecoder()
 _KINDS = {kind.value: kind for kind in EventKind}
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
@@ -350,7 +351,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                value = json.loads(line)
+                value = _DECODER.decode(line.decode())
             except ValueError:
                 continue
             if isinstance(value, dict):

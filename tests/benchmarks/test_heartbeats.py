@@ -209,13 +209,15 @@ def one_failure(controller: Controller, agents: Agents, node: str) -> dict[str, 
     assert state is not None
     steps = state.last_step
     agents.tell(f"dead {node}")
-    turn_until(controller, lambda: state.last_step > steps)
+    turn_until(controller, lambda: state.last_step > steps or controller.state is not state)
     used = time.process_time()
     turn_until(controller, lambda: len(controller.run.attempts) > before)
     turn_until(controller, lambda: controller.state is not None and controller.state.training)
     used = time.process_time() - used
     died = float(agents.answer()["time"])
     events = controller.store.events()[number:]
+    lost = [event.data["failure"]["node"] for event in events if event.kind is EventKind.FAILURE_DETECTED]
+    assert lost == [node], "a machine this busy loses others, too"
     times = {event.kind: event.time for event in events}
     what, where = (event for event in events if event.kind is EventKind.DECISION)
     return {

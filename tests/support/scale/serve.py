@@ -18,6 +18,7 @@ from collections import deque
 from pathlib import Path
 
 from jobs.checkpoint.layout import Token
+from jobs.checkpoint.memory import generation_of
 from launcher.host.wire import BEATS, Message, read_secret
 from strategies.codec import to_json
 from tests.support.scale.node import SimNode
@@ -73,8 +74,9 @@ class Hall:
         if message["op"] == "spawn":
             node.shelf = self._saved(node, message)
         if message["op"] == "spawn" and 0 in node.ranks:
-            node.report("training", step=1, micro_batches=MICRO_BATCHES)
-            self._step, self._step_at = 0, time.monotonic() + self._step_s
+            restored = generation_of((message["env"] | message["ranks"][0]["env"])["PHALANX_RESUME_FROM"])
+            self._step, self._step_at = restored.step if restored else 0, time.monotonic() + self._step_s
+            node.report("training", step=self._step + 1, micro_batches=MICRO_BATCHES)
         elif message["op"] == "kill":
             self._step_at = float("inf")
 
