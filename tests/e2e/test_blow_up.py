@@ -80,13 +80,10 @@ def test_a_spike_of_the_loss(submit: Submit) -> None:
 
 @pytest.mark.full
 def test_weights_that_an_update_has_wrecked(folder: Path, submit: Submit) -> None:
-    """They are on disk and in memory before anything shows: the run goes back to what is older than both."""
+    """They are kept before anything shows, and gone on from once: the run goes back to what is older."""
     oracle = submit("without-sixteen-on", *LONG, "train.skips=[{step:16,samples:56}]")
     run = submit("wrecked", *LONG, "experiment.require_faults=true", faults=("bad_update@rank=3,step=20",))
-    events = run.events()
-    assert [event.kind for event in events].count(EventKind.FAULT_FIRED) == 1
-    committed = [event.data["step"] for event in events if event.kind is EventKind.CHECKPOINT_COMMITTED]
-    assert committed == [5, 10, 15, 20, 20, 24], "the wrecked one, too"
+    assert [event.kind for event in run.events()].count(EventKind.FAULT_FIRED) == 1
     causes = [str(attempt.cause) for attempt in run.run().attempts[:2]]
     assert all("training blew up at step 21: the loss spiked to" in cause for cause in causes)
     assert [attempt.first_step for attempt in run.run().attempts] == [1, 21, 16]

@@ -260,7 +260,8 @@ def test_one_update_on_one_rank_wrecks_the_weights_with_gradients_as_they_were(
 ) -> None:
     module = torch.nn.Linear(3, 2)
     torch.nn.init.constant_(module.weight, 0.5)
-    optimizer = kind([{"params": [module.weight]}, {"params": [module.bias], "lr": 2e-4}], lr=1e-4)
+    groups: list[dict[str, Any]] = [{"params": [module.weight]}, {"params": [module.bias], "lr": 2e-4}]
+    optimizer = kind(groups, lr=1e-4)
     hooks = FaultInjector(["bad_update@rank=1,step=17"], make_env(tmp_path, 1), Reporter(-1))
     hooks.model_ready(module)
     moved = []
