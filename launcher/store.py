@@ -2,7 +2,7 @@
 
 There is no snapshot of it that could disagree with it: it grows with decisions and with checkpoints that are committed
 to disk, never with ranks, steps or heartbeats. The 74,000 events of a hundred days on 3,120 nodes with a checkpoint
-every 144 s (tests/benchmarks/test_scale.py) are 18 MB, and read and folded in some two seconds.
+every 144 s (tests/benchmarks/test_scale.py) are 18 MB, and read and folded in a second and a half.
 """
 
 from __future__ import annotations
