@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -193,9 +194,7 @@ def _document(result: Result) -> dict[str, Any]:
 
 def _finite(compared: Any) -> Any:
     """JSON has no infinity: what could not be compared has no distance."""
-    if compared and compared["worst"] == float("inf"):
-        return compared | {"worst": None}
-    return compared
+    return compared and {key: None if value == math.inf else value for key, value in compared.items()}
 
 
 def verdict(results: Sequence[Result], folder: Path) -> DrillFailed | DrillIncomplete | None:

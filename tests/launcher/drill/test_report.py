@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,10 @@ def test_verdict(tmp_path: Path) -> None:
 
 
 def test_document_is_strict_json() -> None:
-    found = report.document(results(), folder="/runs/drill-1", plan="TP2 x PP2", changes=(), seed=7)
+    spoiled = judged("no_spare_left", evidence(smaller=True), Comparison(worst=math.inf, weights=math.inf))
+    some = [*results(), spoiled]
+    found = report.document(some, folder="/runs/drill-1", plan="TP2 x PP2", changes=(), seed=7)
     again = json.loads(json.dumps(found, allow_nan=False))
-    assert again["summary"] == {"ok": 3, "failed": 3, "skipped": 1}
+    assert again["summary"] == {"ok": 3, "failed": 4, "skipped": 1}
+    assert again["faults"][-1]["comparison"]["weights"] is None
     assert again["faults"][0]["comparison"]["identical"] is True
