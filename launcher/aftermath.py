@@ -47,8 +47,8 @@ def go_on(controller: Controller) -> None:
         controller.end(EventKind.RUN_FAILED, reason=ruling.reason)
     else:
         controller.start_reason = _reason_after(run)
-        if ruling is not None:
-            _pause(controller, ruling.left_s(controller.clock.time()))
+        if ruling is not None and (left_s := ruling.left_s(controller.clock.time())) > 0:
+            _pause(controller, left_s)
 
 
 def _decide(controller: Controller, failure: Failure) -> None:
