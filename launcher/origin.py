@@ -86,7 +86,7 @@ def look(store: RunStore, run: Run, token: Token, *, script: bool, better: Calla
     before = run.rollback.before
     point, passed = newest(store.paths, rejected=run.rejected, script=script, known=known, better=noting, before=before)
     why = "" if script or point.memory is not None else _obstacle(store, run, point, passed)
-    if why and before and seen.writers and not passed:
+    if why and before and seen.writers and not passed and not point.path:
         cause = run.attempt.cause if run.attempt else ""
         raise NothingOlder(f"{cause}, again with other samples, and no checkpoint is older than that of step {before}")
     if why:
