@@ -23,7 +23,7 @@ from strategies.topology import place
 
 Welcomes = Mapping[str, Mapping[str, Any]]
 REPLAY_S = 0.5  # an agent that answers tells at once all that it remembers
-_ASKING = (Action.GROW, Action.REPLACE, Action.LEAVE)
+_ASKING = (Action.GROW, Action.REPLACE)
 
 
 def begin(controller: Controller, *, resume: Mapping[str, Any] | None = None, adopt: bool = True) -> None:
@@ -164,12 +164,14 @@ def _adopt(controller: Controller, welcomes: Welcomes) -> None:
     held = _ranks_of(controller, attempt, welcomes)
     log = controller.store.events()
     mine = [event for event in log if event.attempt == attempt.number]
-    told = any(event.kind is EventKind.RANKS_SPAWNED for event in mine)
+    script, training = controller.request.job.kind == "script", controller.run.state is RunState.RUNNING
+    # A script has begun with its ranks: a controller that fell between these two lines has both said again.
+    told = any(event.kind is EventKind.RANKS_SPAWNED for event in mine) and (training or not script)
     controller.state = GangState(
         attempt=attempt.number,
         plan=plan,
         placement={node: sorted(ranks) for node, ranks in held.items()},
-        script=controller.request.job.kind == "script",
+        script=script,
         resume_from=attempt.resume_from,
         spawned=held if told else {},  # else the agents' own word of it is put on record
         commits={int(e.data["step"]) for e in mine if e.kind is EventKind.CHECKPOINT_COMMITTED},
@@ -177,16 +179,17 @@ def _adopt(controller: Controller, welcomes: Welcomes) -> None:
         afresh={str(e.data["node"]) for e in mine if e.kind is EventKind.POOL_UNSAFE},
         first_step=attempt.first_step,
         last_step=max(attempt.last_step, last_metric_step(controller, attempt.number)),
-        training=controller.run.state is RunState.RUNNING,
+        training=training,
         asked=any(event.data.get("action") in _ASKING for event in mine),
     )
     _remember_orders(controller, controller.state, welcomes)
+    controller.state.asked |= bool(controller.state.leave_after)
     if not any(event.kind is EventKind.FENCE_LAID for event in mine):
         controller.outset.inherit(controller.store.paths.debt(attempt.number), Token(attempt.epoch, attempt.number))
     if controller.state.training:
         controller.watch_training(controller.state)
     else:
-        controller.hangs.start(controller.state.plan, controller.clock.monotonic())
+        controller.hangs.start(plan, controller.clock.monotonic(), controller.state.nodes)
     since = controller.state.last_step - max(controller.run.committed_step, attempt.first_step - 1)
     words = f"all {len(attempt.nodes)} nodes answer and hold attempt {attempt.number} at step "
     words += f"{controller.state.last_step}: taking it over loses 0 steps, a restart {max(0, since)}"

@@ -174,6 +174,8 @@ class Controller:
         self.note_agent(seen)
         if seen.kind == "agent_up":
             self._end_leftovers(seen)
+        elif seen.kind == "cut_off":
+            self.record(EventKind.CUT_OFF, **seen.data)
         if self.state is None:
             return
         if self.hangs.starting and seen.saves(self.state.attempt):
@@ -225,7 +227,7 @@ class Controller:
         if final := progress.completed(self.store.paths, self.request.job):  # while no controller looked
             self.end(EventKind.RUN_SUCCEEDED, step=final["step"], weights_digest=final.get("weights_digest"))
             return
-        if not self.memory.ready(self.gang, self.muster.up, self.run, self.request.job):
+        if self.gang.in_doubt or not self.memory.ready(self.gang, self.muster.up, self.run, self.request.job):
             return
         self.muster.call_up(self.gang, urgent=True)
         again, why = self.start_reason == "resume", self.muster.why_missing
@@ -275,7 +277,7 @@ class Controller:
         self.record(EventKind.ATTEMPT_PLANNED, **planned, **at.told, **self.shortage.told)
         self.muster.clocks.first(next(iter(self.state.placement)))
         self.start_reason = "restart"
-        self.hangs.start(plan, self.clock.monotonic())
+        self.hangs.start(plan, self.clock.monotonic(), self.state.nodes)
         self.enter(Phase.RUN)
         try:
             spawn(self.gang, self.request, self.state, self.lock.epoch)
@@ -346,6 +348,8 @@ class Controller:
         """Wait until no rank of the attempt is left, then conclude."""
         state = self.state
         assert state is not None
+        if self.gang.in_doubt and not self._cancelling:  # whoever does not answer may be heard again
+            self._since = self.clock.monotonic()
         if not state.all_stopped:
             spec = self.request.recovery
             waited_s = self.clock.monotonic() - self._since - (spec.grace_s if self._cancelling else 0.0)
@@ -353,7 +357,7 @@ class Controller:
                 self.record(EventKind.NODE_EXCLUDED, **left_out.fields)
         elif self._cancelling:
             self.end(EventKind.RUN_CANCELLED, reason="cancelled on request")
-        elif state.all_finished and self._excused(state):
+        elif state.all_finished and (not state.evidence or self._excused(state)):
             aftermath.regroup(self, state)
         else:
             rank_errors.keep(self.store.paths, state.attempt, state.evidence)

@@ -106,9 +106,9 @@ class Gang:
         )
 
     @property
-    def cut_off(self) -> bool:
-        """Nobody is heard any more: that says nothing about the ranks, and all nodes are waited for."""
-        return self._silence.cut_off
+    def in_doubt(self) -> bool:
+        """Nobody is heard any more, or nobody was until just now: that says nothing about the ranks."""
+        return self._silence.in_doubt
 
     # -- connections -----------------------------------------------------------------------------------------------
 
@@ -240,7 +240,7 @@ class Gang:
                     link.stream.nudge(line)
 
     def _judge_silence(self) -> None:
-        before = self.cut_off
+        before = self._silence.cut_off
         for link in self._silence.late(self._clock()):
             silent_s = self._silence.silent_s(link)
             if link.up:
@@ -248,7 +248,7 @@ class Gang:
                 self._lose(link, why, silent_s=silent_s)
             elif silent_s > max(self._detect_s, _CONNECT_S):
                 self._lose(link, f"no answer from {link.address.host}:{link.address.port}")
-        if self.cut_off and not before:
+        if self._silence.cut_off and not before:
             self._inbox.add("cut_off", "", {"patience_s": self._lease_s})
 
     def _hear(self, link: Link, message: Message) -> None:

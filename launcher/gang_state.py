@@ -124,6 +124,11 @@ class GangState:
         return len(self.finished) == self.world_size
 
     @property
+    def nodes(self) -> dict[int, str]:
+        """Rank to its node."""
+        return {rank: node for node, ranks in self.placement.items() for rank in ranks}
+
+    @property
     def all_stopped(self) -> bool:
         """No node has a rank of this attempt any more."""
         return self.stopped >= set(self.placement)
@@ -143,8 +148,6 @@ class GangState:
 
         Saying the same thing twice (an agent replays after an adoption) has no further effect.
         """
-        if seen.kind == "cut_off":
-            return [Note(kind=EventKind.CUT_OFF, data={"patience_s": seen.data["patience_s"]})]
         if seen.node not in self.placement:
             return []
         if seen.kind in ("agent_lost", "leaving"):

@@ -112,8 +112,8 @@ class Gang(Protocol):
     """What is needed of :class:`launcher.gang.Gang`."""
 
     @property
-    def cut_off(self) -> bool:
-        """Nobody is heard any more."""
+    def in_doubt(self) -> bool:
+        """That nothing is heard says nothing about the ranks."""
 
     def dump(self, attempt: int) -> None:
         """Ask every node where its ranks stand."""
@@ -142,6 +142,7 @@ class HangWatch:
         """Ranks were ordered, and the first step has not begun."""
         self._asked: float | None = None
         self._excused = -math.inf
+        self._looked = -math.inf
         self._answers: dict[int, Mapping[str, Any]] = {}
         self._nodes: dict[int, str] = {}
 
@@ -158,10 +159,10 @@ class HangWatch:
             save_s=save_s,
         )
 
-    def start(self, plan: ParallelPlan, now: float) -> None:
-        """The ranks of an attempt are ordered, or taken over before their first step; see :meth:`begin`."""
+    def start(self, plan: ParallelPlan, now: float, nodes: Mapping[int, str]) -> None:
+        """The ranks of an attempt are ordered, or taken over before their first step (rank to node); see begin."""
         self.begin(plan, now)
-        self.starting = True
+        self._nodes, self.starting = dict(nodes), True
 
     def begin(self, plan: ParallelPlan, now: float, *, told_s: float = 0.0) -> None:
         """The first step of an attempt begins.
@@ -231,9 +232,12 @@ class HangWatch:
         clock = self._clock
         if clock is None:
             return None
-        if gang.cut_off:
+        paused, self._looked = now - self._looked > MARGIN_S, now
+        if gang.in_doubt:
             clock.excuse(now)
+        if gang.in_doubt or paused:  # what they answer cannot be here yet
             self._asked = None
+        if gang.in_doubt:
             return None
         silent_s, limit_s = clock.silent_s(now), clock.limit_s(self._first_s(clock))
         if self._asked is None:
@@ -269,14 +273,18 @@ class HangWatch:
 
     def _judge_start(self, standings: Mapping[int, Standing], when: float) -> Failure:
         rank, why = late_at_the_start(standings)
+        node = self._nodes.get(rank, "")
+        if rank < 0 and (node := self._silent_node(standings)):
+            why = f"no rank of node {node} says where it stands, and all others do"
         limit = f"no first step within {self._start_s:.0f} s (recovery.start_timeout_s)"
-        return Failure(
-            kind=FailureKind.START_TIMEOUT,
-            time=when,
-            node=self._nodes.get(rank, ""),
-            rank=rank,
-            detail=f"{limit}: {self._named(rank, why)}",
-        )
+        detail = f"{limit}: {self._named(rank, why)}"
+        return Failure(kind=FailureKind.START_TIMEOUT, time=when, node=node, rank=rank, detail=detail)
+
+    def _silent_node(self, standings: Mapping[int, Standing]) -> str:
+        """The one node of several of which nothing is known."""
+        said = {self._nodes.get(rank, "") for rank in self._answers}
+        silent = {self._nodes.get(rank, "") for rank in standings} - said
+        return silent.pop() if said and len(silent) == 1 else ""
 
     def _named(self, rank: int, why: str) -> str:
         return f"{self._name(rank)} {why}" if rank >= 0 else why

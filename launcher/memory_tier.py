@@ -96,7 +96,8 @@ class MemoryTier:
         if not run.attempts or not job.checkpoint.memory_every:
             return True  # there is nothing that could be held
         number, stocks, skips = run.attempts[-1].number, list(self._stocks.values()), (*job.skips, *run.skips)
-        found = choose(stocks, beyond=None, branch=None, skips=skips, rejected=run.rejected)
+        before = run.rollback.before
+        found = choose(stocks, beyond=None, branch=None, skips=skips, rejected=run.rejected, before=before)
         # No state is whole that is newer than what a rank's own node has of it.
         own = [held.step for stock in stocks for held in stock.held if held.own and held.attempt == number]
         if found is None or found.attempt != number or not own:

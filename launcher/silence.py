@@ -49,6 +49,11 @@ class Silence(Generic[P]):
         self._waited_s = 0.0  # for all of them
         self._heard_s: OrderedDict[P, float] = OrderedDict()  # the one that is silent for longest first
 
+    @property
+    def in_doubt(self) -> bool:
+        """Silence says nothing: nobody is heard, or somebody is again and the others may follow later."""
+        return self.cut_off or self._listened_s < self._excused_s
+
     def add(self, peer: P) -> None:
         """Listen to one more from now on."""
         self._heard_s[peer] = max(self._listened_s, self._excused_s)

@@ -23,7 +23,8 @@ def prune(
 
     Of the checkpoints that count, the best ``keep`` stay, by the order in which a restart would pick them
     (:mod:`jobs.checkpoint.fence`). One whose manifest cannot be read is none of them, and replaced by nothing as long
-    as one of them is of an earlier step: somebody may mend it, and it holds more. Folders without a manifest go only
+    as one of them is of an earlier step: somebody may mend it, and it holds more. Nor are those before it deleted, as
+    it may need files of theirs. Folders without a manifest go only
     when their token is lower than ``token``: those of this gang may be in the middle of being written, and a higher
     one, or a higher fence, means that this gang has been replaced and must not touch anything.
 
@@ -51,7 +52,8 @@ def prune(
         replaced = min(place.step for place in best) if len(best) >= keep else 0
         protected = {locate(path).absolute() for path in protect}
         kept = best | {place for place in committed if place.manifest.absolute() in protected}
-        kept |= {place for place in committed if place.step > replaced and not _readable(place)}
+        unread = {one for one in committed if one not in kept and one.step > replaced and not _readable(one)}
+        kept |= unread | {one for one in committed if any(_may_need(bad, one) for bad in unread)}
         doomed = [place for place in committed if place not in kept]
         needed = _needed(place for place in committed if place not in doomed)
         removed = [place.manifest for place in doomed]
@@ -119,6 +121,11 @@ def _kept(ordered: Iterable[Place[Location]], keep: int) -> set[Place[Location]]
         if place.step not in kept and _readable(place):
             kept[place.step] = place
     return set(kept.values())
+
+
+def _may_need(place: Place[Location], other: Place[Location]) -> bool:
+    """Files of the other may be part of this one, whose manifest cannot be read: they were written before it."""
+    return other.step < place.step and other.token <= place.token
 
 
 def _readable(place: Place[Location]) -> bool:

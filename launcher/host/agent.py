@@ -27,7 +27,7 @@ from typing import Any
 from jobs.paths import RunPaths
 from launcher.backend import AgentAddress
 from launcher.host import announce, scratch, wire
-from launcher.host.beside import Beside
+from launcher.host.beside import PATIENCE_S, Beside
 from launcher.host.environment import Environments
 from launcher.host.events import EventLog
 from launcher.host.logs import MAX_LOG_BYTES, RankLogs
@@ -99,7 +99,7 @@ class HostAgent:
         self._options = options or AgentOptions()
         self._paths = RunPaths(run_dir)
         self._secret = wire.read_secret(self._paths.secret)
-        self._beside = Beside()
+        self._beside = Beside(patience_s=min(PATIENCE_S, self._options.detect_s / (2 * wire.BEATS)))
         family = socket.AF_INET6 if ":" in bind else socket.AF_INET
         self._listener = socket.create_server((bind, 0), family=family, backlog=64)
         self.address = AgentAddress(

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-PATIENCE_S = 1.0  # less than the time between two beats of an agent
+PATIENCE_S = 1.0  # at most; always less than the time between two beats of the agent
 
 T = TypeVar("T")
 
@@ -34,14 +34,19 @@ class _Piece:
 
 
 class Beside:
-    """Does one piece of work after the other in a thread of its own, which holds up nobody's end."""
+    """Does one piece of work after the other in a thread of its own, which holds up nobody's end.
 
-    def __init__(self) -> None:
+    Args:
+        patience_s: How long the loop waits for a piece where nothing else is said.
+    """
+
+    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+        self._patience_s = patience_s
         self._pieces: queue.SimpleQueue[_Piece] = queue.SimpleQueue()
         self._newest: _Piece | None = None
         self._thread: threading.Thread | None = None
 
-    def do(self, work: Callable[[], T], otherwise: T, *, patience_s: float = PATIENCE_S) -> T:
+    def do(self, work: Callable[[], T], otherwise: T, *, patience_s: float | None = None) -> T:
         """The answer of ``work``, waited for at most ``patience_s``.
 
         Args:
@@ -58,7 +63,7 @@ class Beside:
             self._thread.start()
         piece = self._newest = _Piece(work)
         self._pieces.put(piece)
-        if not piece.done.wait(patience_s):
+        if not piece.done.wait(self._patience_s if patience_s is None else patience_s):
             return otherwise
         if piece.error is not None:
             raise piece.error

@@ -15,6 +15,7 @@ from launcher.gang import TOGETHER_S, Gang, Link
 from launcher.hang_watch import HangWatch
 from launcher.host import wire
 from launcher.host.wire import Stream
+from launcher.observation import Observation
 from tests.support.jobspecs import GPT, make_plan
 
 
@@ -112,18 +113,25 @@ def second(gang: Gang, script: Script) -> Iterator[socket.socket]:
     theirs.close()
 
 
+def listen(gang: Gang, script: Script, seconds: int) -> list[Observation]:
+    """Agent a speaks every second."""
+    script.said = [(script.now + at, step(0)) for at in range(1, seconds + 1)]
+    return [seen for _ in range(seconds) for seen in gang.poll(1.0)]
+
+
 def test_when_nobody_is_heard_that_is_said_once_and_nobody_is_lost(
     gang: Gang, script: Script, second: socket.socket
 ) -> None:
     assert [(seen.kind, seen.node) for seen in gang.poll(20.0)] == [("cut_off", "")]
     assert script.now == pytest.approx(100.0 + 4.0, abs=1.3)
-    told = [gang.cut_off]
+    told = [gang.in_doubt]
     assert gang.poll(30.0) == []
     script.said = [(script.now + 1.0, step(0))]
     assert [seen.kind for seen in gang.poll(2.0)] == ["report"]
-    told.append(gang.cut_off)
-    assert told == [True, False]
     assert sorted(gang.links) == ["a", "b"]
+    told.append(gang.in_doubt)  # b may be heard later
+    lost = [seen.node for seen in listen(gang, script, 50) if seen.kind == "agent_lost"]
+    assert (lost, [*told, gang.in_doubt]) == (["b"], [True, True, False]), "not for ever"
 
 
 def test_while_one_is_heard_the_other_is_lost(gang: Gang, script: Script, second: socket.socket) -> None:
@@ -139,12 +147,14 @@ def test_a_controller_that_is_cut_off_takes_no_rank_for_hanging(
 ) -> None:
     watch, now = HangWatch(first_s=10.0, save_s=60.0), 0.0
     watch.begin(make_plan(GPT, 1), now)
-    gang.poll(20.0)
+    assert [seen.kind for seen in gang.poll(20.0) + gang.poll(20.0)] == ["cut_off"]
     for _ in range(200):
         now += 0.2
         assert watch.look(gang, 1, 1, now=now, wall=now) is None
     assert second.recv(1 << 16, socket.MSG_DONTWAIT).count(b"dump") == 0
-    script.said = [(script.now + 1.0, step(0))]
-    gang.poll(2.0)
-    watch.look(gang, 1, 1, now=now + 9.5, wall=now)
-    assert b"dump" in second.recv(1 << 16, socket.MSG_DONTWAIT), "what comes after that counts"
+    listen(gang, script, 3)
+    assert watch.look(gang, 1, 1, now=now + 9.5, wall=now) is None
+    assert b"dump" not in script.agent.recv(1 << 16, socket.MSG_DONTWAIT), "the other may come back later"
+    listen(gang, script, 50)
+    watch.look(gang, 1, 1, now=now + 19.5, wall=now)
+    assert b"dump" in script.agent.recv(1 << 16, socket.MSG_DONTWAIT), "what comes after that counts"

@@ -259,7 +259,7 @@ AGREE = stack("jobs/checkpoint/save.py:persist", "jobs/checkpoint/gang.py:agree"
 class AskedGang:
     def __init__(self) -> None:
         self.asked: list[int] = []
-        self.cut_off = False
+        self.in_doubt = False
 
     def dump(self, attempt: int) -> None:
         self.asked.append(attempt)

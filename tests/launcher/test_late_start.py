@@ -65,7 +65,7 @@ def test_a_process_that_does_not_take_the_signal_yet_is_not_killed_by_it(tmp_pat
 
 
 def late(stage: Stage, stacks: dict[int, str]) -> None:
-    """The attempt does not begin; its ranks say where they stand."""
+    """The attempt does not begin; its ranks say where they stand, as far as they do."""
     stage.turn(2)
     _, attempt, placement = [call for call in stage.gang.calls if call[0] == "spawn"][-1]
     for node, ranks in placement.items():
@@ -75,11 +75,11 @@ def late(stage: Stage, stacks: dict[int, str]) -> None:
     stage.turn()
     assert stage.gang.calls[-1] == ("dump", attempt)
     for node, ranks in placement.items():
-        for rank in ranks:
+        for rank in sorted(stacks.keys() & set(ranks)):
             stage.gang.say("stack", node, attempt=attempt, rank=rank, state="S", stack=stacks[rank])
     stage.turn()
     assert stage.controller.phase is Phase.RUN, "the time is not over"
-    stage.clock.now += 1.0
+    stage.clock.now += 1.0 if len(stacks) == 4 else 4.0
     stage.turn()
     for node in placement:
         stage.gang.say("killed", node, attempt=attempt)
@@ -101,6 +101,16 @@ def test_a_node_that_is_waited_for_in_vain_makes_room_for_the_spare(tmp_path: Pa
     assert [call[2] for call in stage.gang.calls if call[0] == "spawn"][-1] == {"a": [0, 1], "c": [2, 3]}
 
 
+@pytest.mark.parametrize("silent", [{2}, {2, 3}])
+def test_the_node_of_ranks_that_say_nothing(tmp_path: Path, silent: set[int]) -> None:
+    """Its pool never becomes ready, say."""
+    stage = Stage(tmp_path, start_timeout_s=LIMIT_S, backoff_s=0.0)
+    late(stage, {rank: MEETING for rank in range(4) if rank not in silent})
+    run = stage.store.run()
+    assert [(fall.kind, fall.node) for fall in run.failures] == [("start_timeout", "b")]
+    assert set(run.excluded) == {"b"}
+
+
 def test_where_nobody_can_be_named_no_node_is_left_out(tmp_path: Path) -> None:
     stage = Stage(tmp_path, start_timeout_s=LIMIT_S, backoff_s=0.0)
     late(stage, dict.fromkeys(range(4), MEETING))
@@ -118,3 +128,28 @@ def test_the_first_step_in_time_ends_the_watch(tmp_path: Path) -> None:
     stage.clock.now += 10.0
     stage.turn()
     assert ("dump", 1) not in stage.gang.calls
+
+
+def test_what_is_not_heard_is_waited_for_in_every_phase(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, backoff_s=0.0)
+    stage.gang.in_doubt = True
+    stage.turn(5)
+    assert not any(call[0] == "spawn" for call in stage.gang.calls), "nobody is there to order ranks from"
+    stage.gang.in_doubt = False
+    stage.start()
+    stage.gang.say("exit", "a", attempt=1, rank=0, pid=100, code=1, signal=0)
+    stage.turn()
+    assert stage.controller.phase is Phase.STOP
+    stage.gang.in_doubt = True
+    stage.gang.say("cut_off", "", patience_s=60.0)
+    for _ in range(20):
+        stage.clock.now += 2.0
+        stage.turn()
+    assert stage.controller.phase is Phase.STOP
+    assert not any(call[0] == "drop" for call in stage.gang.calls)
+    assert EventKind.CUT_OFF in stage.kinds()
+    stage.gang.in_doubt = False
+    for _ in range(20):
+        stage.clock.now += 2.0
+        stage.turn()
+    assert any(call[0] == "drop" for call in stage.gang.calls), "not for ever"

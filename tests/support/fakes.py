@@ -37,7 +37,7 @@ class FakeGang:
         self.calls: list[tuple[Any, ...]] = []
         self.environments: list[dict[str, str]] = []
         self.in_memory: list[bool] = []  # of the orders to leave
-        self.cut_off = False
+        self.in_doubt = False
 
     def say(self, observed: ObservationKind, node: str, **data: Any) -> None:
         """Queue an observation of kind ``observed``; a report's own ``kind`` is part of ``data``."""

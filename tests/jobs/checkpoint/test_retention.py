@@ -123,12 +123,13 @@ def test_nothing_is_deleted_for_an_unreadable_newer_one(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_stays_until_the_run_has_come_as_far_again(tmp_path: Path) -> None:
-    """The run goes on from step 1; until two checkpoints of step 4 or later are there, step 4 may be worth mending."""
+    """The run goes on from step 1; until two checkpoints of step 4 or later are there, step 4 may be worth mending, and
+    step 1, of which it may have files."""
     write_checkpoint(tmp_path, 1)
     bad = write_checkpoint(tmp_path, 4)
     bad.write_text(bad.read_text().replace('"run_id": "test"', '"run_id": "best"'))
     begin(tmp_path, Branch(epoch=1, attempt=2, history=((1, 1, 1),), passed=((4, 1, 1),)))
-    for step, left in [(2, [1, 2, 4]), (3, [2, 3, 4]), (4, [3, 4, 4]), (5, [4, 5])]:
+    for step, left in [(2, [1, 2, 4]), (3, [1, 2, 3, 4]), (4, [1, 3, 4, 4]), (5, [4, 5])]:
         write_checkpoint(tmp_path, step, (1, 2))
         prune(tmp_path, 2, token=(1, 2))
         assert sorted(place.step for place in manifests(tmp_path)) == left
