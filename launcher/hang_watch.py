@@ -142,7 +142,7 @@ class HangWatch:
         """Ranks were ordered, and the first step has not begun."""
         self._asked: float | None = None
         self._excused = -math.inf
-        self._looked = -math.inf
+        self._looked, self._again = -math.inf, False
         self._answers: dict[int, Mapping[str, Any]] = {}
         self._nodes: dict[int, str] = {}
 
@@ -235,16 +235,16 @@ class HangWatch:
         paused, self._looked = now - self._looked > MARGIN_S, now
         if gang.in_doubt:
             clock.excuse(now)
-        if gang.in_doubt or paused:  # what they answer cannot be here yet
             self._asked = None
-        if gang.in_doubt:
             return None
         silent_s, limit_s = clock.silent_s(now), clock.limit_s(self._first_s(clock))
         if self._asked is None:
             if min(silent_s, now - self._excused) > limit_s - ASK_S:
-                self._asked, self._answers = now, {}
+                self._asked, self._answers, self._again = now, {}, False
                 gang.dump(attempt)
             return None
+        if paused and not self._again:  # what they have answered is not read yet
+            self._asked, self._again = now, True
         if silent_s <= limit_s - TURN_S or (len(self._answers) < world_size and now - self._asked <= ANSWERS_S):
             return None
         storing = any(at.stores for at in self.standings(world_size).values())

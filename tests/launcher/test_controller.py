@@ -154,7 +154,7 @@ def test_start_timeout(tmp_path: Path) -> None:
     stage.clock.now += 61.0
     stage.turn()
     assert stage.gang.calls[-1] == ("dump", 1), "first they are asked where they stand"
-    stage.clock.now += 5.0
+    stage.clock.now += 4.0
     stage.turn()
     assert stage.state() is RunState.RECOVERING
     assert "no first step within 60 s" in str(stage.store.events()[-1].data)
@@ -177,7 +177,7 @@ def test_a_gang_that_has_only_to_save_has_the_patience_of_a_save(tmp_path: Path)
     stage.clock.now += 60.0
     stage.turn()
     assert [call for call in stage.gang.calls if call[0] == "dump"] == [("dump", 1)]
-    stage.clock.now += 10.0
+    stage.clock.now += 4.0
     stage.turn()
     (failure,) = [e.data["failure"] for e in stage.store.events() if e.kind is EventKind.FAILURE_DETECTED]
     assert failure["kind"] == "hang"
@@ -476,7 +476,7 @@ def test_an_adopted_gang_that_never_begins_is_restarted(tmp_path: Path) -> None:
     assert stage.controller.phase is Phase.RUN
     stage.clock.now += 61
     stage.turn()
-    stage.clock.now += 5
+    stage.clock.now += 4
     stage.turn()
     assert stage.state() is RunState.RECOVERING
 

@@ -81,6 +81,28 @@ def test_ranks_that_go_on_a_minute_after_the_disk_did_not_hang(
     assert most_s <= present.most_s < AFTER_S + 10.0, "what the disk took is not the time of a step"
 
 
+def test_the_disk_may_be_stuck_while_ranks_are_asked(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the very turn that would judge them: their answers wait to be read."""
+    while not dumps(stage):
+        stage.turn()
+    look = stage.controller.log.require_ours
+
+    def slow(give_back: Callable[[], None]) -> None:
+        if stage.gang.calls[-1] == ("read", 0):
+            stage.clock.now += STUCK_S
+        stage.gang.calls.append(("read", 0))
+        look(give_back)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.controller.log, "require_ours", slow)
+        stage.turn()
+    assert stage.state() is RunState.RUNNING
+    for rank in range(4):
+        stage.report("ab"[rank // 2], "step", 1, rank=rank, step=8)
+    stage.turn(3)
+    assert stage.state() is RunState.RUNNING
+
+
 def test_ranks_that_do_not_go_on_at_all_hang(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     wait_for_the_disk(stage, monkeypatch, "beat")
     turn_for(stage, AFTER_S + 3 * STEP_S + 2 * MARGIN_S)
