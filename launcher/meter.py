@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,6 +17,7 @@ from jobs.tail import Tail
 from launcher import forecast
 from launcher.exposition import Facts, exposition, metrics
 from launcher.ledger import Book
+from launcher.repeated import repeated
 from launcher.request import LaunchRequest
 from launcher.run import EventKind, Run, RunEvent, advance
 from launcher.sizing import plan_of
@@ -107,17 +107,9 @@ class Meter:
 @contextlib.contextmanager
 def metering(store: RunStore, request: LaunchRequest, *, period_s: float = PERIOD_S) -> Iterator[None]:
     """Renew ``metrics.prom`` every ``period_s`` while the context lasts, and once at its end."""
-    meter, over = Meter(store, request), threading.Event()
-
-    def keep() -> None:
-        while not over.wait(period_s):
-            meter.write(time.time())
-
-    thread = threading.Thread(target=keep, name="phalanx-meter", daemon=True)
-    thread.start()
+    meter = Meter(store, request)
     try:
-        yield
+        with repeated(lambda: meter.write(time.time()), period_s, name="meter"):
+            yield
     finally:
-        over.set()
-        thread.join()
         meter.write(time.time())

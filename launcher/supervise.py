@@ -7,9 +7,9 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from launcher.drill.ambush import Waylaid
 from launcher.gang import Gang
 from launcher.lock import ControllerLock
 from launcher.meter import metering
+from launcher.repeated import repeated
 from launcher.request import LaunchRequest
 from launcher.run import RunEvent, RunState
 from launcher.store import RunStore, create_exclusive
@@ -85,22 +86,9 @@ def withdraw_cancel(store: RunStore) -> None:
         os.replace(store.paths.cancel, store.paths.control / f"cancel-{number}.json")
 
 
-@contextlib.contextmanager
-def beating(gang: Gang, every_s: float) -> Iterator[None]:
+def beating(gang: Gang, every_s: float) -> AbstractContextManager[None]:
     """Agents are told that the controller lives while it waits for its disk, which may take longer than their lease."""
-    over = threading.Event()
-
-    def keep() -> None:
-        while not over.wait(every_s):
-            gang.beat_aside()
-
-    thread = threading.Thread(target=keep, name="phalanx-beats", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    return repeated(gang.beat_aside, every_s, name="beats")
 
 
 @contextlib.contextmanager

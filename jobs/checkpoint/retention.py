@@ -24,9 +24,9 @@ def prune(
     Of the checkpoints that count, the best ``keep`` stay, by the order in which a restart would pick them
     (:mod:`jobs.checkpoint.fence`). One whose manifest cannot be read is none of them, and replaced by nothing as long
     as one of them is of an earlier step: somebody may mend it, and it holds more. Nor are those before it deleted, as
-    it may need files of theirs. Folders without a manifest go only
-    when their token is lower than ``token``: those of this gang may be in the middle of being written, and a higher
-    one, or a higher fence, means that this gang has been replaced and must not touch anything.
+    it may need files of theirs. Folders without a manifest go only when their token is lower than ``token``: those of
+    this gang may be in the middle of being written, and a higher one, or a higher fence, means that this gang has been
+    replaced and must not touch anything.
 
     Args:
         root: Folder of all checkpoints of the run.
