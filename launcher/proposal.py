@@ -7,7 +7,7 @@
 
 The client proposes; whoever wins the lock promotes, be it this process or a detached controller. A resume that is
 refused has changed nothing. Two equal ones are two proposals, so that the one that is refused takes nothing from the
-other.
+other. What a client that was killed has left is swept away by a later one that wins.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from strategies.codec import from_json
 from strategies.errors import StorageError
 
 _DIGITS = 12
+_FORGOTTEN_S = 86400.0  # of a client that was killed: no one waits this long between proposing and promoting
 _REQUEST, _CONFIG, _OVERRIDES = "request.json", "config.yaml", "overrides.yaml"
 
 
@@ -86,6 +87,7 @@ def promote(store: RunStore, name: str) -> None:
         return  # an earlier incarnation of this controller has done it
     request = load(store, name)
     try:
+        now = folder.stat().st_mtime
         for project in folder.glob("user*"):
             os.replace(project, store.paths.root / project.name)
         for file, target in ((_CONFIG, store.paths.config), (_OVERRIDES, store.paths.overrides)):
@@ -95,6 +97,7 @@ def promote(store: RunStore, name: str) -> None:
         raise StorageError(f"The new request of '{store.name}' cannot be put in place.", why=why, hint=hint) from error
     store.write_request(request)
     discard(store, name)
+    _sweep(store, now)
 
 
 def accept(store: RunStore, wish: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -122,6 +125,17 @@ def accept(store: RunStore, wish: Mapping[str, Any] | None) -> Mapping[str, Any]
 def discard(store: RunStore, name: str) -> None:
     """Forget a proposal."""
     shutil.rmtree(_folder(store, name), ignore_errors=True)
+
+
+def _sweep(store: RunStore, now: float) -> None:
+    """Forget proposals that are much older than the file time ``now``, of the same file system's clock."""
+    for folder in (store.paths.control / "proposals").glob("*"):
+        try:
+            forgotten = folder.stat().st_mtime < now - _FORGOTTEN_S
+        except OSError:
+            continue  # its own client has just discarded it
+        if forgotten:
+            discard(store, folder.name)
 
 
 def _folder(store: RunStore, name: str) -> Path:

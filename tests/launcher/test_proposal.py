@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +64,17 @@ def test_the_request_is_replaced_last(tmp_path: Path, monkeypatch: pytest.Monkey
     assert store.request() == before
     proposal.promote(store, name)
     assert store.request() == other(before)
+
+
+def test_what_a_killed_client_has_left_is_swept_by_the_next_that_wins(tmp_path: Path) -> None:
+    store = make_run(tmp_path)
+    request = other(store.request())
+    left, rival, winner = (proposal.propose(store, request, config=b"c", overrides=b"w") for _ in range(3))
+    folder = store.paths.control / "proposals"
+    long_ago = (folder / winner).stat().st_mtime - 2 * 86400
+    os.utime(folder / left, (long_ago, long_ago))
+    proposal.promote(store, winner)
+    assert [one.name for one in folder.iterdir()] == [rival]
 
 
 def test_a_changed_project_comes_with_the_proposal(tmp_path: Path) -> None:
