@@ -33,6 +33,8 @@ from strategies.specs import ClusterSpec
 NAMESPACE = "phalanx"
 STEADY = {"num_cpus": 0, "label_selector": {VISITOR[0]: f"!{VISITOR[1]}"}}
 """Options of an actor that needs nothing: Ray would put it anywhere, a client's node included, which soon leaves."""
+NODE_ID = "ray.io/node-id"
+"""A label that Ray gives every node."""
 HEAD = "node:__internal_head__"
 """A resource that only the head's node has."""
 
@@ -100,10 +102,11 @@ class _Cluster:
         mine = [table for table in tables if table["name"].startswith(prefix) and table["state"] != "REMOVED"]
         return sorted(mine, key=lambda table: str(table["name"]))
 
-    def reserve(self, group: str, bundles: Sequence[Resources]) -> None:
+    def reserve(self, group: str, bundles: Sequence[Resources], nodes: Sequence[str] = ()) -> None:
         with _cluster_errors():
-            wanted = [dict(bundle) for bundle in bundles]
-            ray.util.placement_group(wanted, strategy="STRICT_SPREAD", name=group, lifetime="detached")
+            wanted, bound = [dict(bundle) for bundle in bundles], [{NODE_ID: node} for node in nodes] or None
+            options = {"name": group, "lifetime": "detached", "bundle_label_selector": bound}
+            ray.util.placement_group(wanted, strategy="STRICT_SPREAD", **options)
 
     def unreserve(self, prefix: str) -> None:
         for table in self._tables(prefix):

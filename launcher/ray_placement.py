@@ -1,11 +1,16 @@
 """Where the agents of a run go on a Ray cluster: the arithmetic of :mod:`launcher.ray_backend`, without Ray.
 
 The gang is one placement group, so that it is reserved at once or not at all: two runs that each hold half of a cluster
-would wait for each other for ever. It is spread strictly, one bundle per node, and a bundle takes all devices that are
-free there, so nodes are whole. Nodes beyond the gang (spares) are groups of one bundle, made only when a node is free,
-so that a missing spare holds nothing up. Ray moves the bundle of a lost node to a free one; agents are started wherever
-a bundle has been placed and no agent lives. Actors are named after run and node: any controller, this one or its
-successor, finds them again.
+would wait for each other for ever. A bundle takes all devices that are free on its node, so nodes are whole. Nodes
+beyond the gang (spares, and what takes the place of a lost node) are groups of one bundle, made only when a node is
+free, so that a missing spare holds nothing up. Agents are started wherever a bundle has been placed and no agent lives.
+Actors are named after run and node: any controller, this one or its successor, finds them again.
+
+Every bundle is bound to its node. One that may go anywhere is moved by Ray when its node is lost, and while there is no
+free node for it the head tries that without a pause, with a whole processor (``OnPlacementGroupCreationFailed`` of
+gcs_placement_group_manager.cc puts it in front of the queue again; ray-project/ray#65007). A bundle that is bound to a
+node which is gone waits quietly. So a run that finds too few free nodes queues with a group that is bound to nothing,
+which Ray grants in its turn and an autoscaler sees, and changes it for a bound one as soon as it is granted.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +51,11 @@ class RayNode:
     total: Resources
     free: Resources
 
+    @property
+    def free_devices(self) -> int:
+        """How many of its devices are free: of a node with GPUs the GPUs, even where only processors are left."""
+        return int(self.free.get("GPU" if int(self.total.get("GPU", 0)) else "CPU", 0.0))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle:
@@ -73,8 +83,8 @@ class Ray(Protocol):
     def bundles(self, prefix: str) -> list[Bundle]:
         """Bundles of every placement group whose name begins with ``prefix``."""
 
-    def reserve(self, group: str, bundles: Sequence[Resources]) -> None:
-        """Ask for a detached group, spread strictly."""
+    def reserve(self, group: str, bundles: Sequence[Resources], nodes: Sequence[str] = ()) -> None:
+        """Ask for a detached group, spread strictly; with ``nodes`` each bundle on its own one, or nowhere."""
 
     def unreserve(self, prefix: str) -> None:
         """Remove groups."""
@@ -160,51 +170,80 @@ class AgentPlacement:
 
     def _advance(self, nodes: Mapping[str, RayNode]) -> None:
         """The next of: reserve the gang, reserve spares once it has its place, start agents."""
-        count, bundles = self._wanted, self._ray.bundles(self._prefix)
-        if not bundles:
-            gang = min(count, self._spec.nodes)
-            self._reserve("gang", [self._bundle(list(nodes.values()), gang)] * gang)
-            bundles = self._ray.bundles(self._prefix)
+        bundles, queued = self._bundles()
+        if not any(bundle.node in nodes for bundle in bundles):
+            self._gather(nodes, bundles, queued)
+            bundles, queued = self._bundles()
         # The gang takes its nodes first: while it waits for its place, what is free is not spare.
-        if any(bundle.node for bundle in bundles if self._is_gang(bundle)):
-            bundles = self._top_up(nodes, bundles)
-        self._start_agents(nodes, bundles)
+        if any(bundle.node in nodes for bundle in bundles):
+            self._unreserve(queued)
+            self._top_up(nodes, bundles)
+            self._start_agents(nodes, self._bundles()[0])
 
-    def _is_gang(self, bundle: Bundle) -> bool:
-        return bundle.group == f"{self._prefix}gang"
+    def _bundles(self) -> tuple[list[Bundle], list[Bundle]]:
+        """What is ours to start agents in, and what only stands in the queue."""
+        bundles = self._ray.bundles(self._prefix)
+        queued = [bundle for bundle in bundles if bundle.group.startswith(f"{self._prefix}queued-")]
+        return [bundle for bundle in bundles if bundle not in queued], queued
 
-    def _reserve(self, suffix: str, bundles: Sequence[Resources]) -> None:
-        self._reserved[self._prefix + suffix] = self._clock()
-        self._ray.reserve(self._prefix + suffix, bundles)
+    def _gather(self, nodes: Mapping[str, RayNode], bundles: Sequence[Bundle], queued: Sequence[Bundle]) -> None:
+        """Reserve the gang where the queue has granted it, else on free nodes; where they are too few, queue."""
+        if self._drop_stale(bundles):
+            return
+        gang = min(self._wanted, self._spec.nodes)
+        granted = [_given_back(nodes[bundle.node], bundle) for bundle in queued if bundle.node in nodes]
+        free = sorted(self._free(nodes.values(), bundles), key=lambda node: -node.free_devices)
+        places = granted or free[:gang]
+        if len(places) == gang and (granted or not queued):
+            self._reserve("gang", places)  # before what stands in the queue is given back, so that it is next
+            self._unreserve(queued)
+        elif granted:  # and half lost again
+            self._unreserve(queued)
+        elif not queued:
+            device = "GPU" if any(node.total.get("GPU") for node in nodes.values()) else "CPU"
+            self._ray.reserve(self._new_group("queued"), [{device: float(self._need)}] * gang)
 
-    def _top_up(self, nodes: Mapping[str, RayNode], bundles: Sequence[Bundle]) -> list[Bundle]:
-        """One more group for every bundle that is missing, as far as nodes are free."""
-        now, pending = self._clock(), [b for b in bundles if not b.node and not self._is_gang(b)]
+    def _new_group(self, kind: str) -> str:
+        name = f"{self._prefix}{kind}-{int(self._clock() * 1000):x}"
+        self._reserved[name] = self._clock()
+        return name
+
+    def _reserve(self, kind: str, places: Sequence[RayNode]) -> None:
+        """A group of one bundle on each of the nodes: all that is free there, so that nobody else fits in."""
+        free = [{kind: float(int(node.free.get(kind, 0.0))) for kind in ("CPU", "GPU")} for node in places]
+        bundles = [{kind: number for kind, number in bundle.items() if number} for bundle in free]
+        self._ray.reserve(self._new_group(kind), bundles, [node.node for node in places])
+
+    def _unreserve(self, bundles: Sequence[Bundle]) -> None:
+        for group in {bundle.group for bundle in bundles}:
+            self._ray.unreserve(group)
+
+    def _drop_stale(self, bundles: Sequence[Bundle]) -> list[Bundle]:
+        """Those of the unplaced bundles that are still on their way; the other groups are given back.
+
+        A group of which any bundle is placed is kept: agents live in it.
+        """
+        placed = {bundle.group for bundle in bundles if bundle.node}
+        pending, now = [bundle for bundle in bundles if bundle.group not in placed], self._clock()
         coming = [b for b in pending if now - self._reserved.get(b.group, float("-inf")) < RESERVING_S]
-        for bundle in pending:
-            if bundle not in coming:
-                self._ray.unreserve(bundle.group)
+        self._unreserve([bundle for bundle in pending if bundle not in coming])
+        return coming
+
+    def _top_up(self, nodes: Mapping[str, RayNode], bundles: Sequence[Bundle]) -> None:
+        """One more group for every bundle that is missing, as far as nodes are free."""
+        coming = self._drop_stale(bundles)
         usable = [bundle for bundle in bundles if bundle.node in nodes and not self._is_shunned(bundle.node)]
         free = self._free(nodes.values(), bundles)
         for node in free[: max(0, self._wanted - len(usable) - len(coming))]:
-            self._reserve(f"more-{node.node[:12]}-{int(now * 1000):x}", [self._bundle([node], 1)])
-        return self._ray.bundles(self._prefix)
+            self._reserve(f"more-{node.node[:12]}", [node])
 
     def _is_shunned(self, node: str) -> bool:
         return self._clock() < self._shunned.get(node, float("-inf"))
 
-    def _bundle(self, nodes: Collection[RayNode], count: int) -> Resources:
-        """All that is free on each of the ``count`` best nodes, so that nobody else fits there."""
-        free = sorted((node.free for node in self._free(nodes, ())), key=device_count, reverse=True)[:count]
-        if len(free) < count:
-            return {"CPU": float(self._need)}
-        least = {kind: min(int(have.get(kind, 0.0)) for have in free) for kind in ("CPU", "GPU")}
-        return {kind: float(number) for kind, number in least.items() if number}
-
     def _free(self, nodes: Collection[RayNode], bundles: Collection[Bundle]) -> list[RayNode]:
         """Nodes that could carry an agent and carry none of our bundles."""
         taken = {bundle.node for bundle in bundles}
-        return [node for node in nodes if node.node not in taken and device_count(node.free) >= self._need]
+        return [node for node in nodes if node.node not in taken and node.free_devices >= self._need]
 
     def _start_agents(self, nodes: Mapping[str, RayNode], bundles: Sequence[Bundle]) -> None:
         """Start an agent in as many placed bundles as are wanted; on nodes that lost one only if there is no other."""
@@ -304,6 +343,12 @@ def run_key(run_dir: Path) -> str:
 def device_count(resources: Resources) -> int:
     """Number of devices that ranks can use: GPUs where there are any, else CPUs."""
     return int(resources.get("GPU", 0)) or int(resources.get("CPU", 0))
+
+
+def _given_back(node: RayNode, bundle: Bundle) -> RayNode:
+    """The node as it will be when the bundle is given back; what Ray tells of it may be older than the bundle."""
+    free = {kind: node.free.get(kind, 0.0) + bundle.resources.get(kind, 0.0) for kind in ("CPU", "GPU")}
+    return replace(node, free={kind: min(number, node.total.get(kind, 0.0)) for kind, number in free.items()})
 
 
 def _count(number: int) -> str:

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from launcher.backend import AgentAddress, Backend
 from launcher.embedded import EmbeddedCluster, members
 from launcher.host import process
 from launcher.ray_backend import RayBackend
+from launcher.ray_placement import run_key
 from strategies.errors import ClusterError
 from strategies.specs import ClusterSpec
 from tests.contract.backend_contract import BackendContract, Site, ancestors
@@ -67,6 +69,14 @@ def index_of(cluster: EmbeddedCluster, agent: AgentAddress) -> int:
     return next(index for index in nodes_up(cluster) if agent.pid in members(marks[index]))
 
 
+def groups(paths: RunPaths) -> list[dict[str, Any]]:
+    """What Ray tells of the placement groups of a run."""
+    from ray.util.placement_group import placement_group_table
+
+    mine = [table for table in placement_group_table().values() if f"-{run_key(paths.root)}-" in table["name"]]
+    return [table for table in mine if table["state"] != "REMOVED"]
+
+
 class TestRayBackend(BackendContract):
     """The contract, and what is special about Ray."""
 
@@ -87,17 +97,11 @@ class TestRayBackend(BackendContract):
     def test_agents_are_where_the_placement_group_put_them(self, site: Site, cluster: EmbeddedCluster) -> None:
         """From each rank up to an agent, from the agent up to the raylet of the node of its bundle."""
         import ray
-        from ray.util.placement_group import placement_group_table
 
         with self.backend(site) as backend:
             backend.request_agents(2)
             agents = self.wait_for_agents(site, backend, 2)
-            (table,) = [
-                t
-                for t in placement_group_table().values()
-                if site.paths.root.name in t["name"]
-                if t["state"] == "CREATED"
-            ]
+            (table,) = groups(site.paths)
             assert table["strategy"] == "STRICT_SPREAD"
             assert all(bundle == {"CPU": 2.0} for bundle in table["bundles"].values())
             assert set(table["bundles_to_node_id"].values()) == {agent.node for agent in agents}
@@ -129,7 +133,14 @@ class TestRayBackend(BackendContract):
                 "the cluster has 0 nodes with >= 1 free CPUs for this run "
                 f"({site.nodes} of that size are up), the run asks for 2"
             )
-            second.release()
+            try:
+                backend.release()  # the second one comes off the queue, onto whole nodes
+                assert process.wait_until(lambda: len(second.agents()) == 2, 60.0), second.why_missing()
+                (table,) = groups(other)
+                assert table["bundles"] == {0: {"CPU": 2.0}, 1: {"CPU": 2.0}}
+                assert set(table["bundles_to_node_id"].values()) == {agent.node for agent in second.agents()}
+            finally:
+                second.release()
 
     def test_folders_where_the_user_stands_shadow_nothing(
         self, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -160,6 +171,36 @@ class TestRayBackend(BackendContract):
         with pytest.raises(ClusterError, match="authentication failed") as refused:
             connect(paths, tmp_path)
         assert "RAY_AUTH_TOKEN" in refused.value.hint
+
+
+def test_the_head_does_not_look_for_a_lost_node_without_a_pause(tmp_path: Path) -> None:
+    """Nothing is free to take its place: Ray would try as fast as it can, with a whole processor of the head."""
+    import ray
+
+    paths = RunPaths(tmp_path / "run")
+    paths.root.mkdir()
+    paths.secret.write_text("5" * 64)
+    cluster = EmbeddedCluster.start(paths.root, nodes=3, slots_per_node=1)
+    backend = connect(paths, tmp_path, ClusterSpec(name="test", kind="local", nodes=2, slots_per_node=1, spares=1))
+    try:
+        backend.request_agents(3)
+        assert process.wait_until(lambda: len(backend.agents()) == 3, 60.0), backend.why_missing()
+        (gang,) = [table for table in groups(paths) if len(table["bundles"]) == 2]
+        lost = next(agent for agent in backend.agents() if agent.node in gang["bundles_to_node_id"].values())
+        cluster.kill_node(index_of(cluster, lost))
+        backend.forget(lost)
+        assert process.wait_until(lambda: lost.node not in {n["NodeID"] for n in ray.nodes() if n["Alive"]}, 60.0)
+        for _ in range(4):
+            time.sleep(0.5)
+            backend.request_agents(3)
+        (after,) = [table for table in groups(paths) if table["placement_group_id"] == gang["placement_group_id"]]
+        assert after["state"] == "RESCHEDULING"
+        assert after["stats"]["scheduling_attempt"] < 20
+        assert len(backend.agents()) == 2
+    finally:
+        backend.release()
+        backend.close()
+        cluster.stop()
 
 
 def test_kill_9_of_the_keeper_ends_everything(tmp_path: Path) -> None:
