@@ -26,17 +26,16 @@ from launcher.ray_actors import AgentHost, ControllerHost, die, on_termination
 from launcher.ray_client import cluster_record, reach, wait_gone
 from launcher.ray_errors import auth_environment, no_head, refused, unknown_ray, unwell
 from launcher.ray_node import VISITOR, local_node
-from launcher.ray_placement import AgentPlacement, Bundle, RayNode, Resources, device_count, run_key
+from launcher.ray_placement import AgentPlacement, run_key
+from launcher.ray_reservations import Bundle, RayNode, Resources, device_count
 from launcher.store import RunStore
 from strategies.specs import ClusterSpec
 
 NAMESPACE = "phalanx"
 STEADY = {"num_cpus": 0, "label_selector": {VISITOR[0]: f"!{VISITOR[1]}"}}
 """Options of an actor that needs nothing: Ray would put it anywhere, a client's node included, which soon leaves."""
-NODE_ID = "ray.io/node-id"
-"""A label that Ray gives every node."""
-HEAD = "node:__internal_head__"
-"""A resource that only the head's node has."""
+NODE_ID = "ray.io/node-id"  # a label that Ray gives every node
+HEAD = "node:__internal_head__"  # a resource that only the head's node has
 
 
 class RayBackend(AgentPlacement):
@@ -71,7 +70,10 @@ class _AgentActor(AgentHost):
 
 
 class _Cluster:
-    """The cluster that this process is connected to; see :class:`launcher.ray_placement.Ray`."""
+    """The cluster that this process is connected to; see :class:`launcher.ray_reservations.Ray`."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, PlacementGroup] = {}  # those that were seen last
 
     def nodes(self) -> list[RayNode]:
         with _cluster_errors():
@@ -90,7 +92,11 @@ class _Cluster:
     def bundles(self, prefix: str) -> list[Bundle]:
         return [
             Bundle(
-                group=table["name"], index=index, resources=resources, node=table["bundles_to_node_id"].get(index, "")
+                group=table["name"],
+                index=index,
+                resources=resources,
+                node=table["bundles_to_node_id"].get(index, ""),
+                moving=table["state"] == "RESCHEDULING",
             )
             for table in self._tables(prefix)
             for index, resources in sorted(table["bundles"].items())
@@ -100,6 +106,8 @@ class _Cluster:
         with _cluster_errors():
             tables = placement_group_table().values()
         mine = [table for table in tables if table["name"].startswith(prefix) and table["state"] != "REMOVED"]
+        identities = {table["name"]: bytes.fromhex(table["placement_group_id"]) for table in mine}
+        self._groups = {name: PlacementGroup(ray.PlacementGroupID(one)) for name, one in identities.items()}
         return sorted(mine, key=lambda table: str(table["name"]))
 
     def reserve(self, group: str, bundles: Sequence[Resources], nodes: Sequence[str] = ()) -> None:
@@ -109,13 +117,13 @@ class _Cluster:
             ray.util.placement_group(wanted, strategy="STRICT_SPREAD", **options)
 
     def unreserve(self, prefix: str) -> None:
-        for table in self._tables(prefix):
+        self._tables(prefix)
+        for group in self._groups.values():
             with _cluster_errors():
-                remove_placement_group(_group_of(table))
+                remove_placement_group(group)
 
     def start_agent(self, name: str, bundle: Bundle, arguments: tuple[Any, ...], run_dir: Path) -> object:
-        group = _group_of(next(table for table in self._tables(bundle.group) if table["name"] == bundle.group))
-        place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle.index)
+        place = PlacementGroupSchedulingStrategy(self._groups[bundle.group], placement_group_bundle_index=bundle.index)
         # CPUs are held by the bundle; asking for them here would make Ray set OMP_NUM_THREADS. Of GPUs an actor sees
         # only those that it asks for.
         options = {"num_cpus": 0, "num_gpus": bundle.resources.get("GPU", 0), "max_restarts": 0}
@@ -148,10 +156,6 @@ class _Cluster:
     def kill(self, name: str) -> None:
         with contextlib.suppress(ray.exceptions.RayError, RuntimeError, ValueError):
             kill(ray.get_actor(name, namespace=NAMESPACE))
-
-
-def _group_of(table: Mapping[str, Any]) -> PlacementGroup:
-    return PlacementGroup(ray.PlacementGroupID(bytes.fromhex(table["placement_group_id"])))
 
 
 def _detached(kind: type, name: str, run_dir: Path, **options: Any) -> Any:

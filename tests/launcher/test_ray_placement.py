@@ -12,17 +12,8 @@ import pytest
 from jobs.paths import RunPaths
 from launcher.backend import AgentAddress
 from launcher.host import announce
-from launcher.ray_placement import (
-    RESERVING_S,
-    RESTART_AGENT_AFTER_S,
-    SHUN_S,
-    AgentPlacement,
-    Bundle,
-    RayNode,
-    Resources,
-    device_count,
-    run_key,
-)
+from launcher.ray_placement import RESTART_AGENT_AFTER_S, SHUN_S, AgentPlacement, run_key
+from launcher.ray_reservations import REFUSED_S, RESERVING_S, Bundle, RayNode, Resources, device_count
 from strategies.specs import ClusterSpec
 
 
@@ -40,7 +31,8 @@ class FakeRay:
     killed: list[str] = field(default_factory=list)
     obedient: bool = True
     broken: set[str] = field(default_factory=set)
-    stingy: bool = False
+    refuses: set[str] = field(default_factory=set)  # nodes that look free, and are not given to anybody
+    once: set[str] = field(default_factory=set)  # groups that had their places
 
     def nodes(self) -> list[RayNode]:
         return [
@@ -54,8 +46,9 @@ class FakeRay:
 
     def bundles(self, prefix: str) -> list[Bundle]:
         self._schedule()
+        moving = {name for name in self.once & set(self.groups) if not all(where for _, where in self.groups[name])}
         return [
-            Bundle(group=name, index=index, resources=wanted, node=where)
+            Bundle(group=name, index=index, resources=wanted, node=where, moving=name in moving)
             for name, group in sorted(self.groups.items())
             for index, (wanted, where) in enumerate(group)
             if name.startswith(prefix)
@@ -70,13 +63,15 @@ class FakeRay:
                 fits = [
                     node
                     for node in only
-                    if node in set(self.capacity) - taken
+                    if node in set(self.capacity) - taken - self.refuses
                     and all(self._free(node).get(kind, 0.0) >= n for kind, n in wanted.items())
                 ]
-                if not where and fits and not self.stingy:
+                if not where and fits:
                     spread[index] = (wanted, fits[0])
             atomic = all(where for _, where in spread) or any(where for _, where in group)
             self.groups[name] = spread if atomic else [(wanted, "") for wanted, _ in spread]
+            if all(where for _, where in self.groups[name]):
+                self.once.add(name)
 
     def reserve(self, group: str, bundles: Sequence[Resources], nodes: Sequence[str] = ()) -> None:
         assert group not in self.groups
@@ -151,6 +146,7 @@ def where(placed: AgentPlacement) -> list[str]:
 def test_the_gang_is_one_group_and_each_spare_is_one(ray: FakeRay, clock: Time) -> None:
     placed = placement(ray, clock, nodes=3)
     placed.request_agents(4)
+    assert where(placed) == ["0", "1", "2"]
     assert sorted(len(group) for group in ray.groups.values()) == [1, 3]
     assert where(placed) == ["0", "1", "2", "3"]
     placed.request_agents(4)
@@ -184,7 +180,7 @@ def test_a_gang_that_does_not_fit_takes_nothing_and_says_why(ray: FakeRay, clock
     ray.capacity["7"] = {"CPU": 2.0}
     assert where(placed) == []
     assert where(placed) == ["0", "1", "7"]
-    assert [ray.bound[group] for group in ray.groups] == [["0", "1", "7"]]
+    assert [ray.bound[group] for group in ray.groups if "queued" not in group] == [["0", "1", "7"]]
 
 
 def test_what_the_queue_grants_is_changed_for_whole_nodes_that_are_bound(ray: FakeRay, clock: Time) -> None:
@@ -219,26 +215,166 @@ def test_a_node_that_goes_while_the_queue_grants_it_is_queued_for_again(ray: Fak
     assert where(placed) == ["0", "1", "8"]
 
 
-def test_a_granted_gang_that_somebody_else_took_meanwhile_queues_again(ray: FakeRay, clock: Time) -> None:
+def test_nodes_that_look_free_and_are_not_given_are_asked_for_through_the_queue(ray: FakeRay, clock: Time) -> None:
+    """One that is drained, or of which somebody took a little at that moment: only Ray knows which of them it is."""
+    ray.capacity["4"] = {"CPU": 2.0}
+    ray.refuses = {"0"}
     placed = placement(ray, clock, nodes=4)
-    ray.stingy = True
     placed.request_agents(4)
-    ray.capacity["3"] = {}
-    ray.stingy = False
+    assert [ray.bound[group] for group in ray.groups] == [["0", "1", "2", "3"]]
     clock.now += RESERVING_S
+    for _ in range(3):
+        placed.request_agents(4)
+    assert where(placed) == ["1", "2", "3", "4"]
+    assert [sorted(ray.bound[group]) for group in ray.groups] == [["1", "2", "3", "4"]]
+
+
+def test_a_lost_node_is_replaced_by_one_that_is_given(ray: FakeRay, clock: Time) -> None:
+    ray.capacity["4"] = {"CPU": 2.0}
+    placed = placement(ray, clock, nodes=3)
+    placed.request_agents(3)
+    lost = placed.agents()[0]
+    del ray.capacity[lost.node]
+    ray.refuses = {"3"}
+    placed.forget(lost)
+    placed.request_agents(3)
+    clock.now += RESERVING_S
+    assert where(placed) == ["1", "2"]
+    assert where(placed) == ["1", "2", "4"]
+
+
+def test_whoever_has_lost_a_node_stands_in_the_queue(ray: FakeRay, clock: Time) -> None:
+    """Before those that come later, and where an autoscaler sees it."""
+    placed = placement(ray, clock, nodes=4)
     placed.request_agents(4)
-    assert [ray.bound[group] for group in ray.groups] == [[]]
-    ray.capacity["3"] = {"CPU": 2.0}
+    lost = placed.agents()[0]
+    del ray.capacity[lost.node]
+    placed.forget(lost)
+    placed.request_agents(4)
+    ray.reserve("of somebody else", [{"CPU": 1.0}])
+    for _ in range(3):
+        clock.now += RESERVING_S
+        placed.request_agents(4)
+    assert [wanted for name, group in ray.groups.items() if "queued" in name for wanted, _ in group] == [{"CPU": 2.0}]
+    ray.capacity["7"] = {"CPU": 2.0}
+    for _ in range(3):
+        placed.request_agents(4)
+    assert where(placed) == ["1", "2", "3", "7"]
+    del ray.capacity["7"]
+    placed.forget(next(agent for agent in announce.read_all(ray.paths) if agent.node == "7"))
+    queued = set(ray.groups)
+    placed.request_agents(4)
+    assert len({name for name in ray.groups if "queued" in name} - queued) == 1
+    assert len(ray.groups) == len(queued), "what is bound to nothing is given back when its node is lost"
+
+
+def test_a_gang_that_was_lost_whole_is_reserved_at_once_or_not_at_all(ray: FakeRay, clock: Time) -> None:
+    """Although a spare is left: two such runs would take half of the nodes each."""
+    placed = placement(ray, clock, nodes=3)
+    placed.request_agents(4)
+    placed.agents()
+    for lost in placed.agents()[:3]:
+        del ray.capacity[lost.node]
+        placed.forget(lost)
+    for number in (7, 8):
+        assert where(placed) == ["3"]
+        assert sum(bool(bundle.node) for bundle in ray.bundles("")) == 1
+        ray.capacity[str(number)] = {"CPU": 2.0} if number == 8 else {"CPU": 1.0}
+    ray.capacity["9"] = {"CPU": 2.0}
+    for _ in range(4):
+        placed.request_agents(4)
+    assert where(placed) == ["3", "8", "9"]
+
+
+def test_what_is_asked_of_the_queue_follows_the_nodes(ray: FakeRay, clock: Time) -> None:
+    """One node with a GPU does not make the run wait for four of them."""
+    ray.capacity = {"g": {"CPU": 8.0, "GPU": 1.0}} | {str(n): {"CPU": 8.0} for n in range(3)}
+    placed = placement(ray, clock, nodes=4, slots=4)
+    placed.request_agents(4)
+    assert [wanted for wanted, _ in next(iter(ray.groups.values()))] == [{"CPU": 4.0}] * 4
+    ray.capacity["3"] = {"CPU": 8.0}
     for _ in range(3):
         placed.request_agents(4)
     assert where(placed) == ["0", "1", "2", "3"]
+
+
+def test_a_successor_that_needs_fewer_nodes_leaves_the_place_of_its_predecessor(ray: FakeRay, clock: Time) -> None:
+    del ray.capacity["3"], ray.capacity["2"]
+    placement(ray, clock, nodes=4).request_agents(4)
+    successor = placement(ray, clock, nodes=2)
+    for _ in range(2):
+        successor.request_agents(2)
+    assert where(successor) == ["0", "1"]
+    assert len(ray.groups) == 1
+
+
+def test_a_node_that_joins_while_we_look_completes_the_queue(ray: FakeRay, clock: Time) -> None:
+    """What is granted names a node that we have not seen yet: it is kept until we have."""
+    del ray.capacity["3"], ray.capacity["2"]
+    placed = placement(ray, clock, nodes=3)
+    placed.request_agents(3)
+    (ticket,) = ray.groups
+    before = ray.nodes()
+    ray.capacity["7"] = {"CPU": 2.0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray, "nodes", lambda: before)
+        placed.request_agents(3)
+    assert list(ray.groups) == [ticket]
+    for _ in range(2):
+        placed.request_agents(3)
+    assert where(placed) == ["0", "1", "7"]
+
+
+def test_a_place_that_was_granted_and_lost_is_given_back_so_that_ray_does_not_look_for_another(
+    ray: FakeRay, clock: Time
+) -> None:
+    ray.capacity = {}
+    placed = placement(ray, clock, nodes=1)
+    placed.request_agents(1)
+    (ticket,) = ray.groups
+    ray.capacity["0"] = {"CPU": 2.0}
+    ray.bundles("")
+    del ray.capacity["0"]
+    placed.request_agents(1)
+    assert ticket not in ray.groups
+    assert len(ray.groups) == 1
+
+
+def test_a_node_that_dies_before_it_is_given_is_waited_for_no_longer(ray: FakeRay, clock: Time) -> None:
+    ray.refuses = {"3"}
+    placed = placement(ray, clock, nodes=3)
+    placed.request_agents(4)
+    placed.request_agents(4)
+    assert ["3"] in ray.bound.values()
+    del ray.capacity["3"]
+    ray.capacity["4"] = {"CPU": 2.0}
+    placed.request_agents(4)
+    assert where(placed) == ["0", "1", "2", "4"]
+
+
+def test_two_lost_nodes_are_replaced_by_two_and_none_is_asked_for_twice(ray: FakeRay, clock: Time) -> None:
+    placed = placement(ray, clock, nodes=4)
+    placed.request_agents(4)
+    for lost in placed.agents()[:2]:
+        del ray.capacity[lost.node]
+        placed.forget(lost)
+    ray.capacity["7"] = {"CPU": 2.0}
+    ray.refuses = {"7"}
+    for _ in range(2):
+        placed.request_agents(4)
+    assert list(ray.bound.values()).count(["7"]) == 1
+    ray.capacity["8"] = {"CPU": 2.0}
+    ray.refuses = set()
+    for _ in range(2):
+        placed.request_agents(4)
+    assert where(placed) == ["2", "3", "7", "8"]
 
 
 def test_what_a_predecessor_left_in_the_queue_is_given_back(ray: FakeRay, clock: Time) -> None:
     """It was killed between reserving the gang and leaving the queue."""
     prefix = f"phalanx-{run_key(ray.paths.root)}-"
     ray.reserve(f"{prefix}gang-1", [{"CPU": 2.0}] * 3, ["0", "1", "2"])
-    ray.reserve(f"{prefix}queued-1", [{"CPU": 2.0}])
+    ray.reserve(f"{prefix}queued-1", [{"CPU": 2.0}] * 2)
     placed = placement(ray, clock, nodes=3)
     placed.request_agents(3)
     assert list(ray.groups) == [f"{prefix}gang-1"]
@@ -370,15 +506,31 @@ def test_an_agent_that_ends_at_once_is_not_started_over_and_over(ray: FakeRay, c
 def test_a_spare_that_somebody_else_took_is_asked_for_again(ray: FakeRay, clock: Time) -> None:
     placed = placement(ray, clock, nodes=3)
     placed.request_agents(3)
-    ray.stingy = True
+    ray.refuses = {"3"}
     placed.request_agents(4)
     placed.request_agents(4)
     assert len(ray.groups) == 2
     clock.now += RESERVING_S
-    ray.stingy = False
+    placed.request_agents(4)
+    assert [ray.bound[group] for group in ray.groups] == [["0", "1", "2"], []]
+    ray.refuses = set()
     placed.request_agents(4)
     assert len(ray.groups) == 2
     assert where(placed) == ["0", "1", "2", "3"]
+    lost = placed.agents()[-1]
+    del ray.capacity[lost.node]
+    placed.forget(lost)
+    clock.now += RESERVING_S
+    ray.capacity["9"] = {"CPU": 2.0}
+    ray.refuses = {"9"}
+    for _ in range(2):
+        placed.request_agents(4)
+        clock.now += RESERVING_S
+    ray.refuses = set()
+    clock.now += REFUSED_S
+    for _ in range(2):
+        placed.request_agents(4)
+    assert where(placed) == ["0", "1", "2", "9"]
 
 
 def test_a_successor_finds_what_its_predecessor_reserved(ray: FakeRay, clock: Time) -> None:
