@@ -88,7 +88,8 @@ class AgentPlacement:
 
     def _advance(self, nodes: Mapping[str, RayNode]) -> None:
         gang = min(self._wanted, self._spec.nodes)
-        shunned = {node for node in self._shunned if self._is_shunned(node)}
+        staying = self._actors() - self._leaving.keys()
+        shunned = {node for node in self._shunned if self._is_shunned(node) and self._agent_name(node) not in staying}
         held = self._reservations.advance(nodes, gang=gang, wanted=self._wanted, shunned=shunned)
         self._start_agents(nodes, held)
 

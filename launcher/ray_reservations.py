@@ -1,16 +1,16 @@
 """What a run holds of a Ray cluster: its placement groups, one bundle per node; the arithmetic, without Ray.
 
 A gang is reserved at once or not at all: two runs that each hold half of a cluster would wait for each other for ever.
-When it has its nodes, spares come one by one, so that a missing one holds nothing up, and so do nodes in the place of
-lost ones: the gang may train on fewer. A bundle takes all devices that are free on its node, so that nobody else fits.
+All else comes one by one, in the place of lost nodes and as spares: what is left of a gang may train on fewer, and a
+missing spare holds nothing up. A bundle takes all devices that are free on its node, so that nobody else fits.
 
-Bundles of ours are bound to their nodes. One that may go anywhere is moved by Ray when its node is lost, and while no
+Every bundle of ours is bound to its node. One that may go anywhere is moved by Ray when its node is lost, and while no
 free node is large enough the head tries that without a pause, with a whole processor (what could not be moved goes to
 the front of the queue again, in gcs_placement_group_manager.cc; ray-project/ray#65007 would have added the pause). A
-bundle that is bound to a node which is gone waits quietly. So where too few nodes are free, or Ray does not give those
-that look free, the run queues: with a group that is bound to nothing, which Ray grants where it likes and an autoscaler
-sees. One of several bundles is changed for a bound one when it is granted, within a tenth of a second in which another
-that waits may be first; one of a single bundle is kept, and given back as soon as its node is lost.
+bundle that is bound to a node which is gone waits quietly. So a gang for which too few nodes are free, or to which Ray
+does not give those that look free, queues: with a ticket, a group that is bound to nothing, which Ray grants where it
+likes and an autoscaler sees. It is changed for a bound one when it is granted, within a tenth of a second in which
+another that waits may be first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,38 +113,41 @@ class Reservations:
 
     def __init__(self, ray: Ray, prefix: str, need: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._ray, self._prefix, self._need, self._clock = ray, prefix, need, clock
-        self._made: dict[str, tuple[float, tuple[str, ...]]] = {}  # group -> when, and its nodes; none in the queue
+        self._made: dict[str, tuple[float, tuple[str, ...]]] = {}  # group -> when, and its nodes; a ticket has none
         self._refused: dict[str, float] = {}  # node -> until when
+        self._seen: set[str] = set()  # tickets that are granted
+        self._again_s = -math.inf  # before that there is no new ticket
         self._number = itertools.count()
 
     @property
     def queues(self) -> bool:
-        """Whether this object stands in the queue: only :meth:`advance` makes use of what is granted there."""
-        return any(self._queues(name) for name in self._made)
+        """Whether this object has a ticket: only :meth:`advance` makes use of it, or gives it back."""
+        return any(map(self._is_ticket, self._made))
 
     @property
     def age_s(self) -> float:
-        """Seconds since anything was asked for."""
+        """Seconds since the newest group was asked for of those that have not been given yet."""
         return self._clock() - max((when for when, _ in self._made.values()), default=-math.inf)
 
     def placed(self) -> list[Bundle]:
         """The bundles that have a node and may have an agent."""
-        ours, _ = self._groups()
-        return [bundle for group in ours.values() for bundle in group if bundle.node]
+        return [
+            bundle for bundle in self._ray.bundles(self._prefix) if bundle.node and not self._is_ticket(bundle.group)
+        ]
 
     def give_back(self) -> None:
         """Everything."""
         self._ray.unreserve(self._prefix)
 
     def free(self, nodes: Iterable[RayNode], taken: Collection[str]) -> list[RayNode]:
-        """Nodes that could carry an agent, are not taken and were not refused lately; the largest first."""
+        """Nodes that could carry an agent, are not taken and were not refused lately; the best first."""
         now = self._clock()
         found = [
             node
             for node in nodes
             if node.node not in taken and node.free_devices >= self._need and self._refused.get(node.node, now) <= now
         ]
-        return sorted(found, key=lambda node: -node.free_devices)
+        return sorted(found, key=lambda node: (node.node in self._refused, -node.free_devices))
 
     def advance(
         self, nodes: Mapping[str, RayNode], *, gang: int, wanted: int, shunned: Collection[str] = ()
@@ -161,34 +163,24 @@ class Reservations:
         Returns:
             See :meth:`placed`.
         """
-        groups, tickets = self._groups()
-        ours = [bundle for group in groups.values() for bundle in group if bundle.node]
-        coming = self._coming(groups, nodes)
-        taken = {bundle.node for bundle in ours} | coming
-        there = len({b.node for b in ours if b.node in nodes and b.node not in shunned}) + len(coming)
-        # A gang that was lost whole begins anew, all at once, although a spare is left.
-        whole = any(b.node in nodes and not b.group.startswith(f"{self._prefix}more-") for b in ours)
-        kind, lacking = ("more", wanted - there) if whole else ("gang", gang - there)
-        granted = self._change_granted(lacking, kind, tickets, nodes, taken)
-        free = [] if granted else self.free(nodes.values(), taken)
-        bundle = _least(ours) if whole else {self._device(nodes): float(self._need)}
-        self._ask(max(0, lacking - granted), kind, free, tickets, bundle)
-        return self.placed()
-
-    def _groups(self) -> tuple[dict[str, list[Bundle]], dict[str, list[Bundle]]]:
-        """By their names: what is ours, or will be; and what stands in the queue, or has to be changed."""
         groups: dict[str, list[Bundle]] = {}
         for bundle in self._ray.bundles(self._prefix):
             groups.setdefault(bundle.group, []).append(bundle)
-        queued = {name for name in groups if self._queues(name)}
-        tickets = {name: groups.pop(name) for name in queued if len(groups[name]) > 1 or not groups[name][0].node}
-        for name in groups:
-            if any(bundle.node for bundle in groups[name]):
-                self._made.pop(name, None)
-        return groups, tickets
+        tickets = {name: groups.pop(name) for name in list(groups) if self._is_ticket(name)}
+        held = {bundle.node for group in groups.values() for bundle in group if bundle.node}
+        coming = self._coming(groups, nodes)
+        here = {node for node in held if node in nodes and node not in shunned}
+        free = self.free(nodes.values(), held | coming)
+        if here:
+            self._drop(tickets)
+            for node in free[: max(0, wanted - len(here | coming))]:
+                self._bind("more", [node])
+        else:
+            self._gather(gang - len(here | coming), free, tickets, nodes, held | coming)
+        return self.placed()
 
-    def _queues(self, group: str) -> bool:
-        return group.startswith(f"{self._prefix}queued-")
+    def _is_ticket(self, group: str) -> bool:
+        return group.startswith(f"{self._prefix}ticket-")
 
     def _coming(self, groups: Mapping[str, Sequence[Bundle]], nodes: Mapping[str, RayNode]) -> set[str]:
         """Nodes of groups that are on their way; of the others those that have no node are given back.
@@ -198,6 +190,7 @@ class Reservations:
         now, coming = self._clock(), set[str]()
         for name, group in groups.items():
             if any(bundle.node for bundle in group):
+                self._made.pop(name, None)
                 continue
             when, bound = self._made.get(name, (-math.inf, ()))
             if now - when >= RESERVING_S:
@@ -208,58 +201,49 @@ class Reservations:
             self._drop([name])
         return coming
 
-    def _change_granted(
+    def _gather(
         self,
         lacking: int,
-        kind: str,
-        tickets: dict[str, list[Bundle]],
-        nodes: Mapping[str, RayNode],
-        taken: Collection[str],
-    ) -> int:
-        """Bind what the queue has granted and leave it; how many nodes. Tickets that are of no use are given back."""
-        granted = 0
-        for name, ticket in list(tickets.items()):
-            if not ticket[0].moving and not all(bundle.node in nodes for bundle in ticket):
-                continue  # it waits, or was granted after we have looked which nodes there are
-            places = [_given_back(nodes[bundle.node], bundle) for bundle in ticket if bundle.node in nodes]
-            fit = all(place.free_devices >= self._need and place.node not in taken for place in places)
-            if len(places) == len(ticket) <= lacking - granted and fit:
-                self._bind(kind, places)  # before the ticket is given back, so that it is tried soon
-                granted += len(places)
-            self._drop([name])
-            del tickets[name]
-        return granted
-
-    def _ask(
-        self,
-        lacking: int,
-        kind: str,
         free: Sequence[RayNode],
         tickets: Mapping[str, Sequence[Bundle]],
-        bundle: Resources,
+        nodes: Mapping[str, RayNode],
+        taken: Collection[str],
     ) -> None:
-        """Bind free nodes, and queue for the rest: a gang as a whole, all else one by one."""
-        # A young ticket is granted what is free; where it is not, Ray does not think that it fits.
-        if all(self._made.get(name, (-math.inf,))[0] <= self._clock() - RESERVING_S for name in tickets):
-            if kind == "more":
-                for node in free[:lacking]:
-                    self._bind(kind, [node])
-                lacking = max(0, lacking - len(free))
-            elif 0 < lacking <= len(free):
-                self._bind(kind, free[:lacking])
-                lacking = 0
-        sizes = [1] * lacking if kind == "more" or not lacking else [lacking]
-        wanted = Counter(sizes)
-        for name, ticket in tickets.items():
-            if wanted[len(ticket)] and all(one.resources == bundle for one in ticket):
-                wanted[len(ticket)] -= 1
-            else:
-                self._drop([name])
-        for size in wanted.elements():
-            self._ray.reserve(self._name("queued", ()), [bundle] * size)
+        """Reserve a gang: where its ticket is granted, else on free nodes; where they are too few get a ticket."""
+        bundle = {self._device(nodes): float(self._need)}
+        wanted = [name for name, ticket in tickets.items() if [one.resources for one in ticket] == [bundle] * lacking]
+        ticket = tickets[wanted[0]] if wanted else ()
+        self._drop([name for name in tickets if name not in wanted[:1]])
+        if lacking <= 0:  # all of it is on its way
+            self._drop(wanted[:1])
+        elif ticket and (ticket[0].moving or all(one.node for one in ticket)):
+            self._change(ticket, nodes, taken)
+        elif len(free) >= lacking and self._is_old(wanted):
+            self._bind("gang", free[:lacking])
+            self._drop(wanted[:1])
+        elif not ticket and self._clock() >= self._again_s:
+            self._ray.reserve(self._name("ticket", ()), [bundle] * lacking)
+
+    def _is_old(self, tickets: Sequence[str]) -> bool:
+        """Whether a ticket, if there is one, should have been granted what is free: Ray does not think that it fits."""
+        return all(self._clock() - self._made.get(name, (-math.inf,))[0] >= RESERVING_S for name in tickets)
+
+    def _change(self, ticket: Sequence[Bundle], nodes: Mapping[str, RayNode], taken: Collection[str]) -> None:
+        """Bind what a ticket was granted and give the ticket back; only that, where it is of no use."""
+        name, lost = ticket[0].group, ticket[0].moving
+        if not lost and name not in self._seen:  # what is known of the nodes may be older
+            self._seen.add(name)
+            return
+        places = [_given_back(nodes[bundle.node], bundle) for bundle in ticket if bundle.node in nodes]
+        fit = [place for place in places if place.free_devices >= self._need and place.node not in taken]
+        if len(fit) == len(ticket):
+            self._bind("gang", fit)  # before the ticket is given back, so that it is tried soon
+        elif not lost:
+            self._again_s = self._clock() + RESERVING_S  # the same would be granted again, and again
+        self._drop([name])
 
     def _device(self, nodes: Mapping[str, RayNode]) -> str:
-        """What ranks run on: GPUs, unless most of the nodes that are large enough have none."""
+        """What ranks run on: GPUs where most of the nodes that are large enough have some."""
         large = [node.total for node in nodes.values() if device_count(node.total) >= self._need]
         return "GPU" if 2 * sum(int(total.get("GPU", 0)) > 0 for total in large) > len(large) else "CPU"
 
@@ -271,20 +255,15 @@ class Reservations:
 
     def _name(self, kind: str, nodes: tuple[str, ...]) -> str:
         now = self._clock()
-        name = f"{self._prefix}{kind}-{int(now * 1000):x}-{next(self._number)}"
+        name = f"{self._prefix}{kind}-{int(now * 1000):x}-{next(self._number)}."  # no name begins another
         self._made[name] = (now, nodes)
         return name
 
     def _drop(self, groups: Iterable[str]) -> None:
-        for name in groups:
+        for name in list(groups):
             self._made.pop(name, None)
+            self._seen.discard(name)
             self._ray.unreserve(name)
-
-
-def _least(bundles: Sequence[Bundle]) -> Resources:
-    """What any of them has: a node that is taken for another's place is to be as whole as theirs."""
-    least = {kind: min(bundle.resources.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU")}
-    return {kind: number for kind, number in least.items() if number}
 
 
 def device_count(resources: Resources) -> int:

@@ -195,9 +195,7 @@ def test_the_head_does_not_look_for_a_lost_node_without_a_pause(tmp_path: Path) 
             backend.request_agents(3)
         after = {table["placement_group_id"]: table for table in groups(paths)}
         assert after[gang["placement_group_id"]]["state"] == "RESCHEDULING"
-        assert max(table["stats"]["scheduling_attempt"] for table in after.values()) < 100
-        (waits,) = [table for table in after.values() if table["state"] == "PENDING"]
-        assert waits["bundles"] == {0: {"CPU": 1.0}}, "the spare that it lacks is asked for"
+        assert max(table["stats"]["scheduling_attempt"] for table in after.values()) < 20
         assert len(backend.agents()) == 2
     finally:
         backend.release()

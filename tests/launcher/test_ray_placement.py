@@ -143,6 +143,14 @@ def where(placed: AgentPlacement) -> list[str]:
     return sorted(agent.node for agent in placed.agents())
 
 
+def lose(ray: FakeRay, placed: AgentPlacement, nodes: Sequence[str]) -> None:
+    """Nodes die, and the controller has seen it."""
+    for agent in placed.agents():
+        if agent.node in nodes:
+            del ray.capacity[agent.node]
+            placed.forget(agent)
+
+
 def test_the_gang_is_one_group_and_each_spare_is_one(ray: FakeRay, clock: Time) -> None:
     placed = placement(ray, clock, nodes=3)
     placed.request_agents(4)
@@ -178,9 +186,10 @@ def test_a_gang_that_does_not_fit_takes_nothing_and_says_why(ray: FakeRay, clock
     assert ray.nodes()[0].free == {"CPU": 2.0}
     assert "the cluster has 2 nodes with >= 2 free CPUs" in placed.why_missing()
     ray.capacity["7"] = {"CPU": 2.0}
-    assert where(placed) == []
+    for _ in range(2):
+        assert where(placed) == []
     assert where(placed) == ["0", "1", "7"]
-    assert [ray.bound[group] for group in ray.groups if "queued" not in group] == [["0", "1", "7"]]
+    assert [ray.bound[group] for group in ray.groups] == [["0", "1", "7"]]
 
 
 def test_what_the_queue_grants_is_changed_for_whole_nodes_that_are_bound(ray: FakeRay, clock: Time) -> None:
@@ -243,47 +252,72 @@ def test_a_lost_node_is_replaced_by_one_that_is_given(ray: FakeRay, clock: Time)
     assert where(placed) == ["1", "2", "4"]
 
 
-def test_whoever_has_lost_a_node_stands_in_the_queue(ray: FakeRay, clock: Time) -> None:
-    """Before those that come later, and where an autoscaler sees it."""
+def test_nodes_in_the_place_of_lost_ones_come_one_by_one(ray: FakeRay, clock: Time) -> None:
+    """Also when none of those is left that the gang began with."""
     placed = placement(ray, clock, nodes=4)
     placed.request_agents(4)
-    lost = placed.agents()[0]
-    del ray.capacity[lost.node]
-    placed.forget(lost)
-    placed.request_agents(4)
-    ray.reserve("of somebody else", [{"CPU": 1.0}])
-    for _ in range(3):
-        clock.now += RESERVING_S
+    for number in map(str, range(4)):
+        lose(ray, placed, [number])
         placed.request_agents(4)
-    assert [wanted for name, group in ray.groups.items() if "queued" in name for wanted, _ in group] == [{"CPU": 2.0}]
-    ray.capacity["7"] = {"CPU": 2.0}
-    for _ in range(3):
+        ray.capacity[f"n{number}"] = {"CPU": 2.0}
+        for _ in range(2):
+            placed.request_agents(4)
+        assert f"n{number}" in where(placed)
+        assert len(where(placed)) == 4
+    lose(ray, placed, ["n0", "n1", "n2"])
+    ray.capacity["last"] = {"CPU": 2.0}
+    for _ in range(2):
         placed.request_agents(4)
-    assert where(placed) == ["1", "2", "3", "7"]
-    del ray.capacity["7"]
-    placed.forget(next(agent for agent in announce.read_all(ray.paths) if agent.node == "7"))
-    queued = set(ray.groups)
-    placed.request_agents(4)
-    assert len({name for name in ray.groups if "queued" in name} - queued) == 1
-    assert len(ray.groups) == len(queued), "what is bound to nothing is given back when its node is lost"
+    assert where(placed) == ["last", "n3"]
+    assert not any("-ticket-" in group for group in ray.groups)
+
+
+def test_what_was_granted_and_is_of_no_use_is_not_asked_for_over_and_over(ray: FakeRay, clock: Time) -> None:
+    """Ray grants processors of a node whose one GPU is all that a rank could have there."""
+    ray.capacity = {"0": {"CPU": 8.0}, "1": {"CPU": 8.0, "GPU": 1.0}, "2": {"CPU": 1.0}}
+    placed = placement(ray, clock, nodes=2, slots=4)
+    for _ in range(30):
+        clock.now += 0.3
+        placed.request_agents(2)
+    assert len(ray.bound) == 1
+    clock.now += RESERVING_S
+    for _ in range(3):
+        placed.request_agents(2)
+    assert len(ray.bound) == 2
+    ray.capacity["3"] = {"CPU": 8.0}
+    for _ in range(3):
+        placed.request_agents(2)
+    assert where(placed) == ["0", "3"]
+
+
+def test_who_has_all_agents_again_has_no_ticket(ray: FakeRay, clock: Time) -> None:
+    """Nobody would look for what it is granted."""
+    ray.capacity = {"0": {"CPU": 2.0}}
+    placed = placement(ray, clock, nodes=1)
+    placed.request_agents(1)
+    placed.forget(placed.agents()[0])
+    placed.request_agents(1)
+    assert any("-ticket-" in group for group in ray.groups)
+    clock.now += RESTART_AGENT_AFTER_S
+    placed.request_agents(1)
+    assert where(placed) == ["0"]
+    assert not any("-ticket-" in group for group in ray.groups)
 
 
 def test_a_gang_that_was_lost_whole_is_reserved_at_once_or_not_at_all(ray: FakeRay, clock: Time) -> None:
-    """Although a spare is left: two such runs would take half of the nodes each."""
+    """Two such runs would take half of the nodes each."""
     placed = placement(ray, clock, nodes=3)
-    placed.request_agents(4)
-    placed.agents()
-    for lost in placed.agents()[:3]:
-        del ray.capacity[lost.node]
-        placed.forget(lost)
-    for number in (7, 8):
-        assert where(placed) == ["3"]
-        assert sum(bool(bundle.node) for bundle in ray.bundles("")) == 1
-        ray.capacity[str(number)] = {"CPU": 2.0} if number == 8 else {"CPU": 1.0}
-    ray.capacity["9"] = {"CPU": 2.0}
-    for _ in range(4):
-        placed.request_agents(4)
-    assert where(placed) == ["3", "8", "9"]
+    placed.request_agents(3)
+    lose(ray, placed, ["0", "1", "2"])
+    del ray.capacity["3"]
+    for number in (7, 8, 9):
+        assert where(placed) == []
+        assert not any(bundle.node for bundle in ray.bundles(""))
+        ray.capacity[str(number)] = {"CPU": 2.0}
+    for _ in range(3):
+        placed.request_agents(3)
+    assert where(placed) == ["7", "8", "9"]
+    assert len(ray.groups) == 1
 
 
 def test_what_is_asked_of_the_queue_follows_the_nodes(ray: FakeRay, clock: Time) -> None:
@@ -337,6 +371,7 @@ def test_a_place_that_was_granted_and_lost_is_given_back_so_that_ray_does_not_lo
     del ray.capacity["0"]
     placed.request_agents(1)
     assert ticket not in ray.groups
+    placed.request_agents(1)
     assert len(ray.groups) == 1
 
 
@@ -374,7 +409,7 @@ def test_what_a_predecessor_left_in_the_queue_is_given_back(ray: FakeRay, clock:
     """It was killed between reserving the gang and leaving the queue."""
     prefix = f"phalanx-{run_key(ray.paths.root)}-"
     ray.reserve(f"{prefix}gang-1", [{"CPU": 2.0}] * 3, ["0", "1", "2"])
-    ray.reserve(f"{prefix}queued-1", [{"CPU": 2.0}] * 2)
+    ray.reserve(f"{prefix}ticket-1", [{"CPU": 2.0}] * 2)
     placed = placement(ray, clock, nodes=3)
     placed.request_agents(3)
     assert list(ray.groups) == [f"{prefix}gang-1"]
@@ -512,25 +547,12 @@ def test_a_spare_that_somebody_else_took_is_asked_for_again(ray: FakeRay, clock:
     assert len(ray.groups) == 2
     clock.now += RESERVING_S
     placed.request_agents(4)
-    assert [ray.bound[group] for group in ray.groups] == [["0", "1", "2"], []]
+    assert len(ray.groups) == 1
+    clock.now += REFUSED_S
     ray.refuses = set()
     placed.request_agents(4)
     assert len(ray.groups) == 2
     assert where(placed) == ["0", "1", "2", "3"]
-    lost = placed.agents()[-1]
-    del ray.capacity[lost.node]
-    placed.forget(lost)
-    clock.now += RESERVING_S
-    ray.capacity["9"] = {"CPU": 2.0}
-    ray.refuses = {"9"}
-    for _ in range(2):
-        placed.request_agents(4)
-        clock.now += RESERVING_S
-    ray.refuses = set()
-    clock.now += REFUSED_S
-    for _ in range(2):
-        placed.request_agents(4)
-    assert where(placed) == ["0", "1", "2", "9"]
 
 
 def test_a_successor_finds_what_its_predecessor_reserved(ray: FakeRay, clock: Time) -> None:
