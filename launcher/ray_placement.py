@@ -88,18 +88,18 @@ class AgentPlacement:
 
     def _advance(self, nodes: Mapping[str, RayNode]) -> None:
         gang = min(self._wanted, self._spec.nodes)
-        staying = self._actors() - self._leaving.keys()
+        living = self._actors()
+        staying = living - self._leaving.keys()
         shunned = {node for node in self._shunned if self._is_shunned(node) and self._agent_name(node) not in staying}
         held = self._reservations.advance(nodes, gang=gang, wanted=self._wanted, shunned=shunned)
-        self._start_agents(nodes, held)
+        self._start_agents(nodes, held, living)
 
     def _is_shunned(self, node: str) -> bool:
         return self._clock() < self._shunned.get(node, float("-inf"))
 
-    def _start_agents(self, nodes: Mapping[str, RayNode], bundles: Sequence[Bundle]) -> None:
+    def _start_agents(self, nodes: Mapping[str, RayNode], bundles: Sequence[Bundle], living: set[str]) -> None:
         """Start an agent in as many placed bundles as are wanted; on nodes that lost one only if there is no other."""
-        now, living = self._clock(), self._actors()
-        staying = living - self._leaving.keys()
+        now, staying = self._clock(), living - self._leaving.keys()
         room = self._wanted - sum(self._agent_name(node) in staying for node in nodes)
         placed = [bundle for bundle in bundles if bundle.node in nodes]
         for bundle in sorted(placed, key=lambda bundle: self._is_shunned(bundle.node)):
