@@ -132,7 +132,7 @@ class AgentPlacement:
             for agent in announce.read_all(self._paths)
             if agent.node in nodes and self._agent_name(agent.node) in staying
         ]
-        if len(found) < self._wanted or self._reservations.queues:
+        if len(found) < self._wanted or self._reservations.waits:
             self._advance(nodes)
         return found
 

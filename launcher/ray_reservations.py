@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 RESERVING_S = 10.0  # a node that looks free and that Ray has not given us by then is not to be had
-REFUSED_S = 30.0  # for so long only Ray knows whether it is to be had after all: it is asked for through the queue
+REFUSED_S = 30.0  # and is not tried again for so long, but what Ray grants to a ticket is taken
 
 Resources = Mapping[str, float]
 
@@ -120,9 +120,9 @@ class Reservations:
         self._number = itertools.count()
 
     @property
-    def queues(self) -> bool:
-        """Whether this object has a ticket: only :meth:`advance` makes use of it, or gives it back."""
-        return any(map(self._is_ticket, self._made))
+    def waits(self) -> bool:
+        """Whether anything was asked for and not given yet: only :meth:`advance` makes use of it, or gives it back."""
+        return bool(self._made)
 
     @property
     def age_s(self) -> float:
@@ -137,6 +137,7 @@ class Reservations:
 
     def give_back(self) -> None:
         """Everything."""
+        self._made.clear()
         self._ray.unreserve(self._prefix)
 
     def free(self, nodes: Iterable[RayNode], taken: Collection[str]) -> list[RayNode]:
@@ -173,6 +174,8 @@ class Reservations:
         free = self.free(nodes.values(), held | coming)
         if here:
             self._drop(tickets)
+            if len(here) >= wanted:  # it would be taken when nobody looks any more
+                self._drop([name for name, group in groups.items() if not any(bundle.node for bundle in group)])
             for node in free[: max(0, wanted - len(here | coming))]:
                 self._bind("more", [node])
         else:
@@ -235,6 +238,8 @@ class Reservations:
             self._seen.add(name)
             return
         places = [_given_back(nodes[bundle.node], bundle) for bundle in ticket if bundle.node in nodes]
+        for place in places:
+            self._refused.pop(place.node, None)
         fit = [place for place in places if place.free_devices >= self._need and place.node not in taken]
         if len(fit) == len(ticket):
             self._bind("gang", fit)  # before the ticket is given back, so that it is tried soon

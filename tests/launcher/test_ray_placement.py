@@ -272,6 +272,20 @@ def test_nodes_in_the_place_of_lost_ones_come_one_by_one(ray: FakeRay, clock: Ti
     assert not any("-ticket-" in group for group in ray.groups)
 
 
+def test_what_is_not_needed_any_more_is_not_waited_for(ray: FakeRay, clock: Time) -> None:
+    """Nobody looks when all agents are there: it would be taken an hour later, for nothing."""
+    placed = placement(ray, clock, nodes=3)
+    placed.request_agents(3)
+    clock.now += RESTART_AGENT_AFTER_S
+    ray.refuses = {"3"}
+    placed.forget(placed.agents()[1])
+    placed.request_agents(3)
+    assert ["3"] in [ray.bound[group] for group in ray.groups]
+    assert where(placed) == ["0", "1", "2"]
+    ray.refuses = set()
+    assert {bundle.node for bundle in ray.bundles("")} == {"0", "1", "2"}
+
+
 def test_what_was_granted_and_is_of_no_use_is_not_asked_for_over_and_over(ray: FakeRay, clock: Time) -> None:
     """Ray grants processors of a node whose one GPU is all that a rank could have there."""
     ray.capacity = {"0": {"CPU": 8.0}, "1": {"CPU": 8.0, "GPU": 1.0}, "2": {"CPU": 1.0}}
