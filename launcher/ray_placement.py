@@ -15,7 +15,7 @@ from typing import Any
 from jobs.paths import RunPaths
 from launcher.backend import AgentAddress, NodeInfo
 from launcher.host import announce
-from launcher.ray_reservations import RESERVING_S, Bundle, Ray, RayNode, Reservations, device_count
+from launcher.ray_reservations import RESERVING_S, Bundle, Ray, RayNode, Reservations, device, device_count
 from strategies.specs import ClusterSpec
 
 RESTART_AGENT_AFTER_S = 5.0  # an agent that dies at once must not be started over and over
@@ -160,11 +160,10 @@ class AgentPlacement:
             return f"agents are starting on {', '.join(where) or 'their nodes'}"
         if self._reservations.age_s < RESERVING_S / 3:
             return f"{_count(self._wanted)} are being reserved"
-        device = "GPUs" if any(node.total.get("GPU") for node in nodes) else "CPUs"
         usable = len(placed) + len(self._reservations.free(nodes, {bundle.node for bundle in bundles}))
         large = sum(device_count(node.total) >= self._need for node in nodes)
         return (
-            f"the cluster has {_count(usable)} with >= {self._need} free {device} for this run "
+            f"the cluster has {_count(usable)} with >= {self._need} free {device(nodes, self._need)}s for this run "
             f"({large} of that size {'is' if large == 1 else 'are'} up), the run asks for {self._wanted}"
         )
 

@@ -169,13 +169,14 @@ class Reservations:
             groups.setdefault(bundle.group, []).append(bundle)
         tickets = {name: groups.pop(name) for name in list(groups) if self._is_ticket(name)}
         held = {bundle.node for group in groups.values() for bundle in group if bundle.node}
-        coming = self._coming(groups, nodes)
+        pending = self._pending(groups, nodes)
+        coming = {node for bound in pending.values() for node in bound}
         here = {node for node in held if node in nodes and node not in shunned}
         free = self.free(nodes.values(), held | coming)
         if here:
             self._drop(tickets)
             if len(here) >= wanted:  # it would be taken when nobody looks any more
-                self._drop([name for name, group in groups.items() if not any(bundle.node for bundle in group)])
+                self._drop(pending)
             for node in free[: max(0, wanted - len(here | coming))]:
                 self._bind("more", [node])
         else:
@@ -185,12 +186,14 @@ class Reservations:
     def _is_ticket(self, group: str) -> bool:
         return group.startswith(f"{self._prefix}ticket-")
 
-    def _coming(self, groups: Mapping[str, Sequence[Bundle]], nodes: Mapping[str, RayNode]) -> set[str]:
-        """Nodes of groups that are on their way; of the others those that have no node are given back.
+    def _pending(
+        self, groups: Mapping[str, Sequence[Bundle]], nodes: Mapping[str, RayNode]
+    ) -> dict[str, tuple[str, ...]]:
+        """Groups that are on their way, and their nodes; of the others those that have no node are given back.
 
         Where any bundle has one agents live in the group.
         """
-        now, coming = self._clock(), set[str]()
+        now, pending = self._clock(), dict[str, tuple[str, ...]]()
         for name, group in groups.items():
             if any(bundle.node for bundle in group):
                 self._made.pop(name, None)
@@ -199,10 +202,10 @@ class Reservations:
             if now - when >= RESERVING_S:
                 self._refused.update(dict.fromkeys(bound, now + REFUSED_S))
             elif not group[0].moving and nodes.keys() >= {*bound}:
-                coming.update(bound)
+                pending[name] = bound
                 continue
             self._drop([name])
-        return coming
+        return pending
 
     def _gather(
         self,
@@ -213,23 +216,17 @@ class Reservations:
         taken: Collection[str],
     ) -> None:
         """Reserve a gang: where its ticket is granted, else on free nodes; where they are too few get a ticket."""
-        bundle = {self._device(nodes): float(self._need)}
-        wanted = [name for name, ticket in tickets.items() if [one.resources for one in ticket] == [bundle] * lacking]
-        ticket = tickets[wanted[0]] if wanted else ()
-        self._drop([name for name in tickets if name not in wanted[:1]])
-        if lacking <= 0:  # all of it is on its way
-            self._drop(wanted[:1])
-        elif ticket and (ticket[0].moving or all(one.node for one in ticket)):
+        now, bundles = self._clock(), [{device(nodes.values(), self._need): float(self._need)}] * lacking
+        kept = next((name for name, ticket in tickets.items() if [one.resources for one in ticket] == bundles), "")
+        self._drop(tickets.keys() - {kept})
+        ticket, (made_s, _) = tickets.get(kept, ()), self._made.get(kept, (-math.inf, ()))
+        if ticket and (ticket[0].moving or all(one.node for one in ticket)):
             self._change(ticket, nodes, taken)
-        elif len(free) >= lacking and self._is_old(wanted):
+        elif 0 < lacking <= len(free) and now - made_s >= RESERVING_S:  # a younger ticket is granted them, if they fit
             self._bind("gang", free[:lacking])
-            self._drop(wanted[:1])
-        elif not ticket and self._clock() >= self._again_s:
-            self._ray.reserve(self._name("ticket", ()), [bundle] * lacking)
-
-    def _is_old(self, tickets: Sequence[str]) -> bool:
-        """Whether a ticket, if there is one, should have been granted what is free: Ray does not think that it fits."""
-        return all(self._clock() - self._made.get(name, (-math.inf,))[0] >= RESERVING_S for name in tickets)
+            self._drop(tickets.keys() & {kept})
+        elif lacking > 0 and not ticket and now >= self._again_s:
+            self._ray.reserve(self._name("ticket", ()), bundles)
 
     def _change(self, ticket: Sequence[Bundle], nodes: Mapping[str, RayNode], taken: Collection[str]) -> None:
         """Bind what a ticket was granted and give the ticket back; only that, where it is of no use."""
@@ -246,11 +243,6 @@ class Reservations:
         elif not lost:
             self._again_s = self._clock() + RESERVING_S  # the same would be granted again, and again
         self._drop([name])
-
-    def _device(self, nodes: Mapping[str, RayNode]) -> str:
-        """What ranks run on: GPUs where most of the nodes that are large enough have some."""
-        large = [node.total for node in nodes.values() if device_count(node.total) >= self._need]
-        return "GPU" if 2 * sum(int(total.get("GPU", 0)) > 0 for total in large) > len(large) else "CPU"
 
     def _bind(self, kind: str, places: Sequence[RayNode]) -> None:
         """A group of one bundle on each of the nodes: all that is free there, so that nobody else fits in."""
@@ -269,6 +261,12 @@ class Reservations:
             self._made.pop(name, None)
             self._seen.discard(name)
             self._ray.unreserve(name)
+
+
+def device(nodes: Iterable[RayNode], need: int) -> str:
+    """What ranks run on, ``GPU`` or ``CPU``: GPUs where most of the nodes that are large enough have some."""
+    large = [node.total for node in nodes if device_count(node.total) >= need]
+    return "GPU" if 2 * sum(int(total.get("GPU", 0)) > 0 for total in large) > len(large) else "CPU"
 
 
 def device_count(resources: Resources) -> int:

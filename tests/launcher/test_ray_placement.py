@@ -242,10 +242,8 @@ def test_a_lost_node_is_replaced_by_one_that_is_given(ray: FakeRay, clock: Time)
     ray.capacity["4"] = {"CPU": 2.0}
     placed = placement(ray, clock, nodes=3)
     placed.request_agents(3)
-    lost = placed.agents()[0]
-    del ray.capacity[lost.node]
     ray.refuses = {"3"}
-    placed.forget(lost)
+    lose(ray, placed, ["0"])
     placed.request_agents(3)
     clock.now += RESERVING_S
     assert where(placed) == ["1", "2"]
@@ -404,9 +402,7 @@ def test_a_node_that_dies_before_it_is_given_is_waited_for_no_longer(ray: FakeRa
 def test_two_lost_nodes_are_replaced_by_two_and_none_is_asked_for_twice(ray: FakeRay, clock: Time) -> None:
     placed = placement(ray, clock, nodes=4)
     placed.request_agents(4)
-    for lost in placed.agents()[:2]:
-        del ray.capacity[lost.node]
-        placed.forget(lost)
+    lose(ray, placed, ["0", "1"])
     ray.capacity["7"] = {"CPU": 2.0}
     ray.refuses = {"7"}
     for _ in range(2):
@@ -437,9 +433,7 @@ def test_every_bundle_is_bound_to_its_node_so_that_ray_does_not_look_for_another
     assert {group: ray.bound[group] for group in ray.groups} == {
         group: [where for _, where in bundles] for group, bundles in ray.groups.items()
     }
-    lost = placed.agents()[0]
-    del ray.capacity[lost.node]
-    placed.forget(lost)
+    lose(ray, placed, ["0"])
     placed.request_agents(3)
     assert where(placed) == ["1", "2", "3"]
     assert [bundle.node for bundle in ray.bundles("") if "gang" in bundle.group] == ["", "1"]
@@ -448,9 +442,7 @@ def test_every_bundle_is_bound_to_its_node_so_that_ray_does_not_look_for_another
 def test_when_all_of_the_gang_is_lost_at_once_its_group_is_given_back(ray: FakeRay, clock: Time) -> None:
     placed = placement(ray, clock, nodes=2)
     placed.request_agents(2)
-    for lost in placed.agents():
-        del ray.capacity[lost.node]
-        placed.forget(lost)
+    lose(ray, placed, ["0", "1"])
     clock.now += RESERVING_S
     placed.request_agents(2)
     assert where(placed) == ["2", "3"]
